@@ -1,0 +1,42 @@
+"""The family of errors that this package raises on purpose.
+
+::
+
+    KgrcError
+      ConfigError     an accelerator that cannot be built or does not fit its board
+      ModelError      a checkpoint that does not fit its network, or weights that cannot be fetched
+      CompileError    a layer that this accelerator or this compiler cannot run
+      ProgramError    a container that is damaged, of another version, or made for other hardware
+      DeviceError     the device did not answer, or answered wrongly
+      VideoError      bytes that are no video, or hold no frame to look at
+
+Every message names the thing at fault, the value found, and what would be accepted.
+"""
+
+
+class KgrcError(Exception):
+    """Base of every error that pynq_kgrc raises on purpose."""
+
+
+class ConfigError(KgrcError):
+    """An accelerator that cannot be built or does not fit its board."""
+
+
+class ModelError(KgrcError):
+    """A checkpoint that does not fit its network, or weights that cannot be fetched."""
+
+
+class CompileError(KgrcError):
+    """A layer that this accelerator or this compiler cannot run."""
+
+
+class ProgramError(KgrcError):
+    """A container that is damaged, of another version, or made for other hardware."""
+
+
+class DeviceError(KgrcError):
+    """The device did not answer, or answered wrongly."""
+
+
+class VideoError(KgrcError):
+    """Bytes that are no video, or hold no frame to look at."""

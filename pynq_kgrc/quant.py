@@ -1,0 +1,151 @@
+"""The integers of the accelerator: ranges, rounding, multipliers and the packing of 4-bit values.
+
+docs/equations.md lists the formulas; every backend computes exactly these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pynq_kgrc.errors import CompileError
+
+BITS = (16, 8, 4)
+"""Widths of weights and activations that an accelerator can be built for."""
+
+ACCUMULATOR_BITS = {16: 48, 8: 32, 4: 32}
+"""Width of the signed accumulator for each width of the operands."""
+
+MULT_BITS = 15
+MAX_SHIFT = 62
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """How codes of one tensor stand for reals: ``real = scale * (code - zero_point)``.
+
+    >>> QuantParams(bits=8, scale=0.5, zero_point=-128).min
+    -128
+    """
+
+    bits: int
+    scale: float
+    zero_point: int = 0
+
+    @property
+    def min(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def max(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return code_dtype(self.bits)
+
+    def quantize(self, real: Array) -> Array:
+        """Codes of real values: rounded half up, clamped to the type."""
+        codes = np.floor(np.asarray(real, np.float64) / self.scale + 0.5) + self.zero_point
+        return np.clip(codes, self.min, self.max).astype(self.dtype)
+
+    def dequantize(self, codes: Array) -> Array:
+        """Reals of codes, float64."""
+        return self.scale * (codes.astype(np.float64) - self.zero_point)
+
+
+def code_dtype(bits: int) -> np.dtype[Any]:
+    """The numpy type that holds one code; a 4-bit code takes a byte until it is packed."""
+    return np.dtype(np.int16 if bits == 16 else np.int8)
+
+
+def weight_limit(bits: int) -> int:
+    """Largest weight code; weights are symmetric, so the lowest code is its negative."""
+    return (1 << (bits - 1)) - 1
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes take in memory: 2 each at 16 bits, half a byte each at 4."""
+    return -(-count * bits // 8)
+
+
+def choose_params(low: float, high: float, bits: int) -> QuantParams:
+    """The affine parameters that cover [low, high] with zero on a code exactly.
+
+    The range is widened to hold zero, because padding is zero. At 16 bits the zero point is 0.
+
+    >>> choose_params(0.0, 25.5, 8)
+    QuantParams(bits=8, scale=0.1, zero_point=-128)
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    if bits == 16:
+        return QuantParams(bits, max(-low, high, 1e-12) / highest, 0)
+    scale = max(high - low, 1e-12) / (highest - lowest)
+    zero_point = int(np.clip(math.floor(lowest - low / scale + 0.5), lowest, highest))
+    return QuantParams(bits, scale, zero_point)
+
+
+def rshift(value: Array, shift: Array | int) -> Array:
+    """``(v + (1 << (s-1))) >> s`` for s > 0, v for s = 0: a division that rounds half up.
+
+    >>> rshift(np.array([-3, -2, 1, 2, 3]), 1).tolist()
+    [-1, -1, 1, 1, 2]
+    """
+    shift = np.asarray(shift, np.int64)
+    half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 0)
+    return (np.asarray(value, np.int64) + half) >> shift
+
+
+def multiplier(real: float, what: str) -> tuple[int, int]:
+    """`mult` in [2^14, 2^15) and `shift` in 0..62 so that ``mult / 2^shift`` is close to `real`.
+
+    The relative error is at most 2^-15. A factor below 2^-48 is (0, 0): nothing comes through.
+
+    >>> multiplier(1.0, "layer")
+    (16384, 14)
+
+    Raises:
+        CompileError: the factor is not finite, negative, or 2^15 or more; `what` names the layer.
+    """
+    if not math.isfinite(real) or real < 0:
+        raise CompileError(f"{what}: scale factor {real} is not a finite number of 0 or more")
+    mantissa, exponent = math.frexp(real)
+    mult = math.floor(mantissa * (1 << MULT_BITS) + 0.5)
+    if mult == 1 << MULT_BITS:
+        mult, exponent = mult >> 1, exponent + 1
+    shift = MULT_BITS - exponent
+    if real == 0 or shift > MAX_SHIFT:
+        return 0, 0
+    if shift < 0:
+        raise CompileError(
+            f"{what}: scale factor {real:g} is too large; the ratio of input, weight and output "
+            f"scales has to be below {1 << MULT_BITS}"
+        )
+    return mult, shift
+
+
+def pack_int4(codes: Array) -> npt.NDArray[np.uint8]:
+    """Two 4-bit codes a byte, low nibble first; an odd count is filled up with a zero.
+
+    >>> pack_int4(np.array([1, -1, 7], np.int8)).tolist()
+    [241, 7]
+    """
+    flat = np.ascontiguousarray(codes).reshape(-1).view(np.uint8) & 15
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.int8]:
+    """The first `count` codes of an array that `pack_int4` made."""
+    codes = np.empty(packed.size * 2, np.uint8)
+    codes[0::2] = packed & 15
+    codes[1::2] = packed >> 4
+    return ((codes[:count] ^ 8).astype(np.int8)) - np.int8(8)

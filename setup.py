@@ -1,0 +1,33 @@
+"""Package metadata. Versions are pinned in constraints.txt, settings of tools are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="pynq_kgrc",
+    version="0.1.0",
+    description="3-D CNN action recognition on an FPGA with balanced kernel group sparsity",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["pynq_kgrc", "pynq_kgrc.*"]),
+    package_data={"pynq_kgrc": ["py.typed", "labels/*.txt"]},
+    install_requires=[
+        "numpy>=1.23",
+        "msgspec>=0.18",
+        "safetensors>=0.4",
+        "threadpoolctl>=3.1",
+        "tqdm>=4.60",
+        # the same module as opencv-python, without the X11 libraries that a bare server lacks
+        "opencv-python-headless>=4.8",
+    ],
+    extras_require={
+        "board": ["pynq>=3.0.1", "pycparser<3", "setuptools<=80"],
+        "train": ["torch>=2.6"],
+        "serve": ["fastapi", "uvicorn"],
+        "bench": ["onnx", "onnxruntime", "openvino", "psutil"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "onnx", "onnxruntime"],
+    },
+    entry_points={"console_scripts": ["pynq-kgrc=pynq_kgrc.cli:main"]},
+)
