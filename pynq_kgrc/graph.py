@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pynq_kgrc.errors import CompileError
-from pynq_kgrc.quant import Array, QuantParams
+from pynq_kgrc.quant import Array, QuantParams, WeightQuant
 
 Size = tuple[int, int, int]
 """Depth, height, width."""
@@ -76,14 +76,6 @@ class ConvShape(WindowShape):
         return self.filters * self.channels * self.taps * math.prod(self.out_size)
 
 
-@dataclass(frozen=True)
-class WeightQuant:
-    """Symmetric codes of a weight: ``real = scale[m] * code``, one scale a filter."""
-
-    bits: int
-    scale: Array
-
-
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One step of a network. Its output is a tensor of the same name."""
@@ -126,7 +118,8 @@ class ClipSpec:
     def pixel_values(self) -> Array:
         """[3, 256] float64: the network's input value of each pixel level of R, G, B."""
         levels = np.arange(256) / 255.0
-        return (levels - np.array(self.mean)[:, None]) / np.array(self.std)[:, None]
+        values: Array = (levels - np.array(self.mean)[:, None]) / np.array(self.std)[:, None]
+        return values
 
     def normalise(self, frames: Array) -> Array:
         """[D, H, W, 3] uint8 pixels to [3, D, H, W] float32 input values."""
@@ -241,7 +234,9 @@ def _convolve(values: Array, weight: Array, shape: WindowShape) -> Array:
         rows = padded[:, start : start + shape.kernel[0]]
         slab = replace(slab, in_size=(shape.kernel[0], padded.shape[2], padded.shape[3]))
         unfolded = np.stack([view[:, 0] for view in tap_views(rows, slab)])
-        out[:, d] = (matrix @ unfolded.reshape(matrix.shape[1], -1)).reshape(filters, *out.shape[2:])
+        out[:, d] = (matrix @ unfolded.reshape(matrix.shape[1], -1)).reshape(
+            filters, *out.shape[2:]
+        )
     return out
 
 

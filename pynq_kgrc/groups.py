@@ -57,9 +57,11 @@ def join(groups: Array, filters: int, channels: int, taps: int) -> Array:
 
 def kept_rows(groups: Array) -> Array:
     """bool [P, Q, G_M]: rows (filters) of each group that hold a non-zero in any tap tile."""
-    return np.any(groups != 0, axis=(2, 4, 5))
+    kept: Array = np.any(groups != 0, axis=(2, 4, 5))
+    return kept
 
 
 def kept_columns(groups: Array) -> Array:
     """bool [P, Q, T, G_K]: columns (taps) of each group that hold a non-zero."""
-    return np.any(groups != 0, axis=(3, 4))
+    kept: Array = np.any(groups != 0, axis=(3, 4))
+    return kept

@@ -53,11 +53,20 @@ class QuantParams:
     def quantize(self, real: Array) -> Array:
         """Codes of real values: rounded half up, clamped to the type."""
         codes = np.floor(np.asarray(real, np.float64) / self.scale + 0.5) + self.zero_point
-        return np.clip(codes, self.min, self.max).astype(self.dtype)
+        clamped: Array = np.clip(codes, self.min, self.max).astype(self.dtype)
+        return clamped
 
     def dequantize(self, codes: Array) -> Array:
         """Reals of codes, float64."""
         return self.scale * (codes.astype(np.float64) - self.zero_point)
+
+
+@dataclass(frozen=True)
+class WeightQuant:
+    """Symmetric codes of a weight: ``real = scale[m] * code``, one scale a filter."""
+
+    bits: int
+    scale: Array
 
 
 def code_dtype(bits: int) -> np.dtype[Any]:
@@ -83,7 +92,7 @@ def choose_params(low: float, high: float, bits: int) -> QuantParams:
     >>> choose_params(0.0, 25.5, 8)
     QuantParams(bits=8, scale=0.1, zero_point=-128)
     """
-    low, high = min(low, 0.0), max(high, 0.0)
+    low, high = float(min(low, 0.0)), float(max(high, 0.0))
     lowest, highest = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if bits == 16:
         return QuantParams(bits, max(-low, high, 1e-12) / highest, 0)
@@ -100,7 +109,8 @@ def rshift(value: Array, shift: Array | int) -> Array:
     """
     shift = np.asarray(shift, np.int64)
     half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 0)
-    return (np.asarray(value, np.int64) + half) >> shift
+    rounded: Array = (np.asarray(value, np.int64) + half) >> shift
+    return rounded
 
 
 def multiplier(real: float, what: str) -> tuple[int, int]:
@@ -140,7 +150,7 @@ def pack_int4(codes: Array) -> npt.NDArray[np.uint8]:
     flat = np.ascontiguousarray(codes).reshape(-1).view(np.uint8) & 15
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
-    return flat[0::2] | (flat[1::2] << 4)
+    return (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
 
 
 def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.int8]:

@@ -1,0 +1,126 @@
+"""What an accelerator is: its width, tiles, kernel groups and parallel factors.
+
+The symbols are those of the KGRC paper (table V): tiles T_M, T_N, T_K, T_D, T_H, T_W, groups
+G_M x G_N with G_N = T_N, and parallel factors P_M, P_N = T_N, P_K, P_F.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.graph import Size
+from pynq_kgrc.groups import GroupSize
+from pynq_kgrc.quant import BITS
+
+
+@dataclass(frozen=True)
+class AcceleratorConfig:
+    """One design of the accelerator; the same numbers make hardware, model and programs.
+
+    Raises:
+        ConfigError: the numbers do not describe an accelerator that can be built.
+    """
+
+    name: str
+    bits: int
+    """Width of weights and activations: 16, 8 or 4."""
+    sparse: bool
+    """Whether the design has index logic (KGR, KGC, KGRC); a dense one runs dense layers only."""
+    tm: int
+    """T_M: filters to a tile."""
+    tn: int
+    """T_N = G_N = P_N: input channels to a tile and to a kernel group."""
+    pm: int
+    """P_M: rows worked on at once, over all T_M / G_M groups of a tile."""
+    pk: int
+    """P_K: columns (taps) worked on at once."""
+    pf: int
+    """P_F: output positions worked on at once."""
+    gm: int = 8
+    """G_M: filters to a kernel group."""
+    tk: int = 9
+    """T_K: taps to a tile; G_K = min(K, T_K)."""
+    td: int = 4
+    th: int = 14
+    tw: int = 14
+    """T_D, T_H, T_W: the largest output tile."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ConfigError(f"bits={self.bits} is not a width of this accelerator; use 16, 8, 4")
+        for symbol in ("tm", "tn", "pm", "pk", "pf", "gm", "tk", "td", "th", "tw"):
+            if getattr(self, symbol) < 1:
+                raise ConfigError(f"{symbol}={getattr(self, symbol)} has to be 1 or more")
+        if self.gm > 256 or self.tk > 256:
+            raise ConfigError(
+                f"gm={self.gm}, tk={self.tk}: row and column indices are one byte; use 256 at most"
+            )
+        if self.tm % self.gm:
+            accepted = ", ".join(str(self.gm * i) for i in (1, 2, 3))
+            raise ConfigError(
+                f"tm={self.tm} is not a multiple of gm={self.gm}; use {accepted}, ..."
+            )
+        if self.pm % self.groups_per_tile or self.gm % max(1, self.rows_per_cycle):
+            raise ConfigError(
+                f"pm={self.pm} does not share out over the {self.groups_per_tile} groups of a tile "
+                f"of {self.tm} filters; use {self.groups_per_tile} times a divisor of gm={self.gm}"
+            )
+        if self.pk > self.tk:
+            raise ConfigError(f"pk={self.pk} is more than the tk={self.tk} columns of a tile")
+
+    @property
+    def groups_per_tile(self) -> int:
+        """T_M / G_M: kernel groups along the filters of a tile."""
+        return self.tm // self.gm
+
+    @property
+    def rows_per_cycle(self) -> int:
+        """P_M * G_M / T_M: rows of one group worked on at once."""
+        return self.pm // self.groups_per_tile
+
+    @property
+    def group_size(self) -> GroupSize:
+        return GroupSize(self.gm, self.tn, self.tk)
+
+    @property
+    def tile(self) -> Size:
+        return self.td, self.th, self.tw
+
+    @property
+    def input_positions(self) -> int:
+        """Positions a channel of the input tile buffer holds: a full tile of 3x3x3 at stride 2."""
+        return (2 * self.td + 1) * (2 * self.th + 1) * (2 * self.tw + 1)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of SHA-256 over the numbers (not the name): equal for equal hardware."""
+        numbers = {key: value for key, value in asdict(self).items() if key != "name"}
+        return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
+
+
+PRESETS = {
+    config.name: config
+    for config in (
+        # KGRC paper, table V: the six published designs
+        AcceleratorConfig("16-dense", 16, False, tm=56, tn=4, pm=56, pk=1, pf=8),
+        AcceleratorConfig("16-sparse", 16, True, tm=32, tn=8, pm=16, pk=3, pf=4),
+        AcceleratorConfig("8-dense", 8, False, tm=48, tn=8, pm=48, pk=1, pf=8),
+        AcceleratorConfig("8-sparse", 8, True, tm=32, tn=8, pm=16, pk=3, pf=8),
+        AcceleratorConfig("4-dense", 4, False, tm=32, tn=8, pm=32, pk=3, pf=8),
+        AcceleratorConfig("4-sparse", 4, True, tm=64, tn=8, pm=32, pk=3, pf=8),
+    )
+}
+
+
+def preset(name: str) -> AcceleratorConfig:
+    """The published design of that name, such as "8-sparse" (KGRC paper, table V).
+
+    Raises:
+        ConfigError: there is no design of that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no accelerator named {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,476 @@
+"""The accelerator in numpy: the definition of what every backend computes, and its counters.
+
+The arithmetic is that of docs/equations.md, element by element. How it is made fast is in
+`exact`; here are the buffers, the scaling of sums to codes, the pools, and the counting.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.cost import tile_size
+from pynq_kgrc.backends.base import Counters
+from pynq_kgrc.backends.exact import (
+    ExactConvolution,
+    Region,
+    WinogradConvolution,
+    choose_convolution,
+    scratch,
+    split_evenly,
+)
+from pynq_kgrc.errors import DeviceError, ProgramError
+from pynq_kgrc.graph import Size, WindowShape
+from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot
+from pynq_kgrc.quant import Array, packed_bytes, rshift
+
+Wide = np.dtype(np.float64)
+
+
+class Emulation:
+    """The accelerator `config`, emulated bit for bit on this host.
+
+    Args:
+        config: the design to be; programs made for another are refused.
+        threads: blocks worked on at once; by default one a core, 4 at most.
+    """
+
+    def __init__(self, config: AcceleratorConfig, threads: int | None = None) -> None:
+        self.config = config
+        self.threads = threads or min(4, len(os.sched_getaffinity(0)))
+        self._pool = ThreadPoolExecutor(self.threads, "emulate") if self.threads > 1 else None
+        self._blas = ThreadpoolController()
+        self._program: Program | None = None
+        self._steps: list[ConvStep | PoolStep] = []
+        self._maps: list[Array] = []
+
+    def load(self, program: Program) -> None:
+        """Place the buffers in one arena and prepare every task's weights.
+
+        Raises:
+            ProgramError: the program is for another accelerator.
+        """
+        if program.config.digest != self.config.digest:
+            raise ProgramError(
+                f"{program.name} is made for {program.config.name} ({program.config.digest}), "
+                f"this is {self.config.name} ({self.config.digest}); compile it for this one"
+            )
+        self._program = program
+        # a 4-bit code takes a whole byte here, so the arena is twice as large
+        stretch = 2 if self.config.bits == 4 else 1
+        arena = np.zeros(program.arena_bytes * stretch, np.uint8)
+        self._maps = []
+        for buffer in program.buffers:
+            start, count = buffer.offset * stretch, buffer.channels * math.prod(buffer.size)
+            dtype = np.dtype(np.int16 if buffer.bits == 16 else np.int8)
+            raw = arena[start : start + count * dtype.itemsize].view(dtype)
+            self._maps.append(raw.reshape(*buffer.size, buffer.channels))
+        workspace = Workspace()
+        self._steps = [
+            ConvStep(task, program, self._maps, workspace, self.threads)
+            if isinstance(task, ConvTask)
+            else PoolStep(task, program, self._maps)
+            for task in program.tasks
+        ]
+
+    def write(self, slot: Slot, codes: Array) -> None:
+        """Codes [C, D, H, W] into a slot.
+
+        Raises:
+            ProgramError: nothing is loaded, or the codes have another type or shape than the slot.
+        """
+        target = self._slot(slot, codes.shape[0]).transpose(3, 0, 1, 2)
+        if codes.shape != target.shape or codes.dtype != target.dtype:
+            raise ProgramError(
+                f"buffer {slot.buffer} takes {target.dtype} codes of shape {target.shape}, "
+                f"not {codes.dtype} of {codes.shape}"
+            )
+        target[...] = codes
+
+    def read(self, slot: Slot, channels: int, size: Size) -> Array:
+        """A copy of the codes [C, D, H, W] in a slot."""
+        view = self._slot(slot, channels)
+        if view.shape != (*size, channels):
+            raise ProgramError(f"buffer {slot.buffer} holds maps of {view.shape[:3]}, not {size}")
+        return np.ascontiguousarray(view.transpose(3, 0, 1, 2))
+
+    def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
+        """Run the tasks [first, last) in order."""
+        if self._program is None:
+            raise ProgramError("no program is loaded")
+        counters = []
+        with self._blas.limit(limits=1):  # threads are ours: one BLAS thread to each
+            for step in self._steps[first:last]:
+                start = time.perf_counter()
+                step.run(self._each)
+                counters.append(replace(step.counters, seconds=time.perf_counter() - start))
+        return counters
+
+    def close(self) -> None:
+        """Give memory and threads back."""
+        self._program, self._steps, self._maps = None, [], []
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _slot(self, slot: Slot, channels: int) -> Array:
+        if self._program is None:
+            raise ProgramError("no program is loaded")
+        return self._maps[slot.buffer][..., slot.channel : slot.channel + channels]
+
+    def _each(self, work: Callable[[Any], None], jobs: Iterable[Any]) -> None:
+        """Do `work` for every job, on all threads; the first error is raised."""
+        if self._pool is None:
+            for job in jobs:
+                work(job)
+            return
+        try:
+            for _ in self._pool.map(work, jobs):
+                pass
+        except RuntimeError as error:
+            raise DeviceError(f"the emulation stopped: {error}") from error
+
+
+Each = Callable[[Callable[[Any], None], Iterable[Any]], None]
+
+
+class Workspace:
+    """One piece of memory that the tasks use in turn; it grows to the largest wish."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An uninitialised array, valid until the next call."""
+        wanted = math.prod(shape) * dtype.itemsize
+        if self._bytes.size < wanted:
+            self._bytes = np.empty(0, np.uint8)  # let go of the old one first
+            self._bytes = np.empty(wanted, np.uint8)
+        return self._bytes[:wanted].view(dtype).reshape(shape)
+
+
+class Scaling:
+    """Sums to codes: ``clamp(rshift((acc + bias) * mult, shift) + shortcut + Z_y, lo, hi)``.
+
+    In float64, where it is exact: the product has at most 31 + 15 bits (proved when the program
+    was checked), a shift is a scaling by a power of two, and a floor rounds half up once 0.5 is
+    added. Where a shift is so large that bits would be lost, and at 16 bits, in int64.
+    """
+
+    def __init__(self, task: ConvTask, bits: int, weight_sums: Array) -> None:
+        self.task = task
+        # the sums here are of x - Z_x, the task's bias is for sums of x
+        self.bias = task.bias + task.in_zero * weight_sums
+        self.codes = np.dtype(np.int16 if task.out.bits == 16 else np.int8)
+        self.unsigned = np.dtype(np.uint16 if task.out.bits == 16 else np.uint8)
+        self.in_float = bits != 16 and int(task.shift.max(initial=0)) <= 40
+        scale = task.mult.astype(np.float64) * np.exp2(-task.shift.astype(np.float64))
+        half = np.where(task.shift > 0, 0.5, 0.0)
+        self.scale = scale
+        # codes count from lo, so that they are positive and truncation is the floor
+        self.offset = self.bias * scale + half + (task.out.zero_point - task.lo)
+        self.highest = task.hi - task.lo + 0.5
+        self.shortcut_table: Array | None = None
+        if task.shortcut is not None and bits != 16:
+            r = task.shortcut
+            codes = np.arange(-128, 128) - r.zero_point
+            table = rshift(codes * np.int64(r.mult), r.shift)
+            self.shortcut_table = np.roll(table, 128).astype(np.float64)  # by unsigned byte
+
+    def store(self, sums: Array, target: Array, filters: slice, shortcut: Array | None) -> None:
+        """Write the codes of exact sums [..., M] of some filters to `target` of that shape."""
+        if not self.in_float:
+            target[...] = self._in_integers(sums, filters, shortcut)
+            return
+        values = scratch("scaled", sums.shape, Wide)
+        np.multiply(sums, self.scale[filters], out=values)
+        values += self.offset[filters]
+        if shortcut is not None:
+            assert self.shortcut_table is not None
+            # whole numbers: adding them before or after the floor is the same
+            values += self.shortcut_table[shortcut.view(np.uint8)]
+        np.clip(values, 0, self.highest, out=values)
+        codes = scratch("codes", sums.shape, self.unsigned)
+        np.copyto(codes, values, casting="unsafe")
+        lowest = np.array(self.task.lo).astype(self.unsigned)
+        np.add(codes, lowest, out=target.view(self.unsigned))
+
+    def _in_integers(self, sums: Array, filters: slice, shortcut: Array | None) -> Array:
+        task = self.task
+        acc = sums.astype(np.int64) + self.bias[filters]
+        codes = rshift(acc * task.mult[filters].astype(np.int64), task.shift[filters])
+        if shortcut is not None and task.shortcut is not None:
+            r = task.shortcut
+            codes += rshift((shortcut.astype(np.int64) - r.zero_point) * r.mult, r.shift)
+        clamped: Array = np.clip(codes + task.out.zero_point, task.lo, task.hi)
+        return clamped.astype(self.codes)
+
+
+class ConvStep:
+    """A convolution task made ready: its exact form, its scaling, and views of its maps."""
+
+    def __init__(
+        self,
+        task: ConvTask,
+        program: Program,
+        maps: list[Array],
+        workspace: Workspace,
+        threads: int,
+    ) -> None:
+        config, shape = program.config, task.shape
+        self.task, self.workspace, self.threads = task, workspace, threads
+        self.source = _view(maps, task.source, shape.channels)
+        self.target = _view(maps, task.target, shape.filters)
+        self.shortcut: Array | None = None
+        if task.shortcut is not None:
+            self.shortcut = _view(maps, task.shortcut.source, shape.filters)
+        self.counters = count_conv(task, config)
+        limit = 1 << (config.bits - 1)
+        interval = (-limit - task.in_zero, limit - 1 - task.in_zero)
+        dtype = np.dtype(np.float64 if config.bits == 16 else np.float32)
+        weight = task.weights.expand(shape, config.gm, program.group_columns(task))
+        weight_sums = weight.sum(axis=(1, 2), dtype=np.int64)
+        self.scaling = Scaling(task, config.bits, weight_sums)
+        weight = weight.reshape(shape.filters, shape.channels, *shape.kernel)
+        self.exact: ExactConvolution = choose_convolution(weight, shape, interval, dtype, threads)
+        self.pool_size: Size = (1, 1, 1) if task.pool is None else task.pool.kernel
+        if not isinstance(self.exact, WinogradConvolution):
+            self.exact.align(self.pool_size[0], self.pool_size[1])
+
+    def run(self, each: Each) -> None:
+        """Read the source, write the target."""
+        padded = self._pad(each)
+        exact, pool = self.exact, self.pool_size
+        if isinstance(exact, WinogradConvolution) and self._pool_fits_tiles(exact):
+            each(lambda job: exact.run(padded, job, self._store_pooled, pool), exact.jobs)
+        elif isinstance(exact, WinogradConvolution):
+            sums = np.empty((*self.task.shape.out_size, self.task.shape.filters), self._held(exact))
+
+            def hold(part: Array, region: Region, filters: slice) -> None:
+                held = sums[(*region, filters)]
+                held[...] = part[: held.shape[0], : held.shape[1], : held.shape[2]]
+
+            each(lambda job: exact.run(padded, job, hold, (1, 1, 1)), exact.jobs)
+            depths = [
+                (slice(s.start * pool[0], s.stop * pool[0]), slice(None), slice(None))
+                for s in split_evenly(self.target.shape[0], 4 * self.threads)
+            ]
+            each(lambda r: self._store(sums[r], r, slice(0, sums.shape[3])), depths)
+        else:
+            each(lambda job: exact.run(padded, job, self._store), exact.jobs)
+
+    def _held(self, exact: WinogradConvolution) -> np.dtype[np.generic]:
+        return Wide if exact.wide else exact.dtype
+
+    def _pool_fits_tiles(self, exact: WinogradConvolution) -> bool:
+        """Whether every pool window lies within one tile of the transformed convolution."""
+        return all(
+            size == 1 or (size == 2 and axis in exact.axes)
+            for axis, size in enumerate(self.pool_size)
+        )
+
+    def _store(self, sums: Array, region: Region, filters: slice) -> None:
+        """Scale the sums of a block of outputs, after its max pool, to codes in the target."""
+        if self.task.pool is not None:
+            sums = _max_windows(sums, self.pool_size)
+            region = tuple(  # type: ignore[assignment]
+                slice((s.start or 0) // p, None)
+                for s, p in zip(region, self.pool_size, strict=True)
+            )
+        self._store_pooled(sums, region, filters)
+
+    def _store_pooled(self, sums: Array, region: Region, filters: slice) -> None:
+        target = self.target[(*region, filters)][: sums.shape[0], : sums.shape[1], : sums.shape[2]]
+        depth, height, width = target.shape[:3]
+        shortcut = None
+        if self.shortcut is not None:
+            # with a shortcut there is no pool between the sums and the target (lower.fuse)
+            shortcut = np.ascontiguousarray(
+                self.shortcut[(*region, filters)][:depth, :height, :width]
+            )
+        self.scaling.store(sums[:depth, :height, :width], target, filters, shortcut)
+
+    def _pad(self, each: Each) -> Array:
+        """The input as floats without its zero point, in zeros as wide as the exact form wants."""
+        exact, shape = self.exact, self.task.shape
+        size = exact.in_size
+        padded = self.workspace.take((*size, shape.channels), exact.dtype)
+        inside = tuple(
+            slice(before, min(before + n, total))
+            for before, n, total in zip(shape.pad_before, shape.in_size, size, strict=True)
+        )
+        zero = exact.dtype.type(self.task.in_zero)
+
+        def convert(depths: slice) -> None:
+            slab = padded[depths]
+            first = max(depths.start, inside[0].start)
+            stop = min(depths.stop, inside[0].stop)
+            if first >= stop:
+                slab[...] = 0
+                return
+            slab[: first - depths.start] = 0
+            slab[stop - depths.start :] = 0
+            body = padded[first:stop]
+            body[:, : inside[1].start] = 0
+            body[:, inside[1].stop :] = 0
+            body[:, :, : inside[2].start] = 0
+            body[:, :, inside[2].stop :] = 0
+            offset = inside[0].start
+            source = self.source[first - offset : stop - offset]
+            rows, columns = inside[1].stop - inside[1].start, inside[2].stop - inside[2].start
+            np.subtract(
+                source[:, :rows, :columns],
+                zero,
+                out=body[:, inside[1], inside[2]],
+                casting="unsafe",
+                dtype=exact.dtype,
+            )
+
+        each(convert, split_evenly(size[0], 4 * self.threads))
+        return padded
+
+
+def _max_windows(sums: Array, size: Size) -> Array:
+    """The largest of each window of `size` outputs; what does not fill a window is dropped."""
+    for axis, window in enumerate(size):
+        if window == 1:
+            continue
+        count = sums.shape[axis] // window
+        lead = (slice(None),) * axis
+        views = [sums[(*lead, slice(i, count * window, window))] for i in range(window)]
+        largest = np.maximum(views[0], views[1])
+        for view in views[2:]:
+            np.maximum(largest, view, out=largest)
+        sums = largest
+    return sums
+
+
+class PoolStep:
+    """A pool task made ready. Windows are reduced one axis after the other."""
+
+    def __init__(self, task: PoolTask, program: Program, maps: list[Array]) -> None:
+        self.task = task
+        self.source = _view(maps, task.source, task.shape.channels)
+        self.target = _view(maps, task.target, task.shape.channels)
+        self.counters = count_pool(task, program.config)
+
+    def run(self, each: Each) -> None:
+        """Read the source, write the target."""
+        shape = self.task.shape
+        each(self._reduce, split_evenly(shape.out_size[0], shape.out_size[0]))
+
+    def _reduce(self, depths: slice) -> None:
+        """Some slices of the output along depth."""
+        task, shape = self.task, self.task.shape
+        dtype = np.dtype(np.int64) if task.average else self.source.dtype
+        fill = task.in_zero if task.average else np.iinfo(dtype).min
+        values = self.source
+        combine = np.add if task.average else np.maximum
+        for axis in range(3):
+            # depth first: it is cut to the slices that are wanted here
+            outs = range(*depths.indices(shape.out_size[0])) if axis == 0 else None
+            values = _reduce_axis(values, shape, axis, outs, combine, fill, dtype)
+        if task.average:
+            values = values - task.in_zero * shape.taps
+        elif (task.mult, task.shift) == (1 << 14, 14) and task.in_zero == task.out.zero_point:
+            np.clip(values, task.lo, task.hi, out=self.target[depths])
+            return
+        else:
+            values = values.astype(np.int64) - task.in_zero
+        codes = rshift(values * np.int64(task.mult), task.shift) + task.out.zero_point
+        np.clip(codes, task.lo, task.hi, out=self.target[depths], casting="unsafe")
+
+
+def _reduce_axis(
+    values: Array,
+    shape: WindowShape,
+    axis: int,
+    outs: range | None,
+    combine: Any,
+    fill: int,
+    dtype: np.dtype[Any],
+) -> Array:
+    """Windows along one axis of [D, H, W, C] combined; `outs` are the outputs wanted."""
+    kernel, stride, before = shape.kernel[axis], shape.stride[axis], shape.pad_before[axis]
+    outs = outs if outs is not None else range(shape.out_size[axis])
+    first, last = outs[0] * stride - before, outs[-1] * stride - before + kernel
+    size = values.shape[axis]
+    lead = (slice(None),) * axis
+    inside = values[(*lead, slice(max(first, 0), min(last, size)))]
+    if kernel == 1 and stride == 1:
+        return inside
+    if first < 0 or last > size:
+        widths = [(0, 0)] * 4
+        widths[axis] = (max(-first, 0), max(last - size, 0))
+        inside = np.pad(inside, widths, constant_values=fill)
+    span = (len(outs) - 1) * stride + 1
+    result: Array = inside[(*lead, slice(0, span, stride))].astype(dtype)
+    for tap in range(1, kernel):
+        combine(result, inside[(*lead, slice(tap, tap + span, stride))], out=result)
+    return result
+
+
+def _view(maps: list[Array], slot: Slot, channels: int) -> Array:
+    return maps[slot.buffer][..., slot.channel : slot.channel + channels]
+
+
+def count_conv(task: ConvTask, config: AcceleratorConfig) -> Counters:
+    """Count what the array does and moves, walking the tiles; the cost model has closed forms."""
+    shape, weights = task.shape, task.weights
+    tile = tile_size(config, shape, task.name)
+    tiles = list(_tiles(shape, tile))
+    outputs = sum(math.prod(extent) for extent, _ in tiles)
+    kr, kc = weights.kept
+    dense_rows, dense_cols = kr == config.gm, kc == config.group_size.columns(shape.taps)
+    macs = codes = indices = 0
+    for enabled, rows, cols, values in zip(
+        weights.enabled.ravel(),
+        weights.rows.reshape(-1, kr),
+        weights.cols.reshape(weights.enabled.size, -1),
+        weights.values.reshape(weights.enabled.size, -1),
+        strict=True,
+    ):
+        if enabled:
+            macs += values.size * outputs
+            codes += values.size
+            indices += (0 if dense_rows else rows.size) + (0 if dense_cols else cols.size)
+    one_reading = packed_bytes(codes, config.bits) + indices + -(-weights.enabled.size // 8)
+    positions = sum(math.prod(region) for _, region in tiles)
+    filter_tiles = len(range(0, shape.filters, config.tm))
+    read = packed_bytes(shape.channels * positions, config.bits) * filter_tiles
+    if task.shortcut is not None:
+        read += packed_bytes(shape.filters * outputs, config.bits)
+    written = packed_bytes(shape.filters * math.prod(task.out_size), task.out.bits)
+    return Counters(task.name, macs, read, one_reading * len(tiles), written, 0.0)
+
+
+def count_pool(task: PoolTask, config: AcceleratorConfig) -> Counters:
+    """Count what a pool moves; it multiplies nothing in the array."""
+    tiles = _tiles(task.shape, tile_size(config, task.shape, task.name))
+    positions = sum(math.prod(region) for _, region in tiles)
+    read = packed_bytes(task.shape.channels * positions, config.bits)
+    written = packed_bytes(task.shape.channels * math.prod(task.out_size), task.out.bits)
+    return Counters(task.name, 0, read, 0, written, 0.0)
+
+
+def _tiles(shape: WindowShape, tile: Size) -> Iterable[tuple[Size, Size]]:
+    """Outputs of each tile, and the input positions that it reads; padding is not read."""
+    for first in np.ndindex(*(-(-o // t) for o, t in zip(shape.out_size, tile, strict=True))):
+        extent, region = [], []
+        for axis in range(3):
+            start = first[axis] * tile[axis]
+            outs = range(start, min(start + tile[axis], shape.out_size[axis]))
+            low = outs[0] * shape.stride[axis] - shape.pad_before[axis]
+            high = outs[-1] * shape.stride[axis] - shape.pad_before[axis] + shape.kernel[axis]
+            extent.append(len(outs))
+            region.append(min(high, shape.in_size[axis]) - max(low, 0))
+        yield (extent[0], extent[1], extent[2]), (region[0], region[1], region[2])

@@ -1,0 +1,197 @@
+"""Quantization after training: formats for every tensor, chosen from a handful of real clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pynq_kgrc.errors import CompileError
+from pynq_kgrc.graph import ADD, CONCAT, CONV, INPUT, MAX_POOL, Graph, Layer, run_float
+from pynq_kgrc.quant import (
+    ACCUMULATOR_BITS,
+    BITS,
+    Array,
+    QuantParams,
+    WeightQuant,
+    choose_params,
+    weight_limit,
+)
+
+METHODS = ("minmax", "percentile", "mse")
+DEFAULT_METHOD = "mse"
+"""What kept I3D's labels best on real clips (docs/accuracy.md)."""
+
+SAMPLES_PER_CLIP = 1 << 15
+PERCENTILE = 99.99
+SHRINKS = np.linspace(1.0, 0.3, 29)
+"""Fractions of the full range that the MSE search tries."""
+
+
+@dataclass
+class Observed:
+    """What calibration saw of one tensor."""
+
+    low: float
+    high: float
+    samples: list[Array]
+
+
+def observe(graph: Graph, clips: Iterable[Array]) -> dict[str, Observed]:
+    """Run clips [3, D, H, W] through the float graph; the range and samples of every tensor.
+
+    Raises:
+        CompileError: there is no clip, or a tensor is not finite.
+    """
+    seen: dict[str, Observed] = {}
+
+    def watch(layer: Layer, values: Array) -> None:
+        low, high = float(values.min()), float(values.max())
+        if not np.isfinite(low + high):
+            raise CompileError(f"{layer.name}: its output is not finite; check the weights")
+        flat = values.reshape(-1)
+        sample = flat[:: max(1, flat.size // SAMPLES_PER_CLIP)].copy()
+        known = seen.setdefault(layer.name, Observed(low, high, []))
+        known.low, known.high = min(low, known.low), max(high, known.high)
+        known.samples.append(sample)
+
+    for clip in clips:
+        run_float(graph, clip, watch)
+    if not seen:
+        raise CompileError("calibration needs at least one clip; a handful of real ones is best")
+    return seen
+
+
+def choose_range(observed: list[Observed], bits: int, method: str) -> tuple[float, float]:
+    """The range of reals that codes of tied tensors should cover.
+
+    "minmax" covers all that was seen, "percentile" cuts 0.01 % at each end, "mse" shrinks the
+    full range to where the mean squared error of rounding and clipping is least.
+    """
+    low = min(0.0, *(seen.low for seen in observed))
+    high = max(0.0, *(seen.high for seen in observed))
+    if method == "minmax" or bits == 16:
+        return low, high
+    samples = np.concatenate([sample for seen in observed for sample in seen.samples])
+    if method == "percentile":
+        cut = np.percentile(samples, [100 - PERCENTILE, PERCENTILE])
+        return max(low, float(min(cut[0], 0))), min(high, float(max(cut[1], 0)))
+    errors = []
+    for shrink in SHRINKS:
+        params = choose_params(low * shrink, high * shrink, bits)
+        errors.append(np.mean((params.dequantize(params.quantize(samples)) - samples) ** 2))
+    best = SHRINKS[int(np.argmin(errors))]
+    return low * best, high * best
+
+
+def choose_weight_scale(weight: Array, bits: int, method: str) -> Array:
+    """One scale a filter [M] for a weight [M, ...]; "mse" shrinks the range where that is better.
+
+    A filter without any weight gets scale 0: the caller has to set one.
+    """
+    limit = weight_limit(bits)
+    flat = weight.reshape(weight.shape[0], -1).astype(np.float64)
+    full: Array = np.abs(flat).max(axis=1)
+    if method != "mse" or bits != 4:  # at 8 bits the largest weight costs next to nothing
+        return np.asarray(full / limit)
+    best: Array = full / limit
+    least = np.full(full.shape, np.inf)
+    for shrink in SHRINKS:
+        scale = np.where(full > 0, full * shrink / limit, 1.0)[:, None]
+        codes = np.clip(np.floor(flat / scale + 0.5), -limit, limit)
+        error = ((codes * scale - flat) ** 2).sum(axis=1)
+        better = error < least
+        best, least = np.where(better, full * shrink / limit, best), np.minimum(error, least)
+    return best
+
+
+def tie(graph: Graph) -> dict[str, str]:
+    """For each tensor the one whose format it shares.
+
+    The parts of a concat lie in one buffer and share a format; so do both ends of a max pool,
+    which then is a choice among codes and loses nothing.
+    """
+    parent = {layer.name: layer.name for layer in graph.layers}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    for layer in graph.layers:
+        if layer.op in (CONCAT, MAX_POOL):
+            for name in layer.inputs:
+                parent[root(name)] = root(layer.name)
+    return {name: root(name) for name in parent}
+
+
+def choose_quant(
+    graph: Graph,
+    clips: Iterable[Array],
+    bits: int,
+    method: str = DEFAULT_METHOD,
+) -> Graph:
+    """The graph with a format for every tensor and weight.
+
+    Activations are affine and per tensor, weights symmetric and per filter. The result of the
+    network is kept at 16 bits, because soft-max wants it fine and only the host reads it.
+
+    Args:
+        graph: traced network.
+        clips: normalised clips [3, D, H, W], a handful of real ones.
+        bits: 16, 8 or 4.
+        method: "minmax", "percentile" or "mse".
+
+    Raises:
+        CompileError: unknown width or method, no clip, values that are not finite.
+    """
+    if bits not in BITS or method not in METHODS:
+        raise CompileError(f"bits={bits}, method={method!r}; accepted are {BITS} and {METHODS}")
+    seen = observe(graph, clips)
+    ties = tie(graph)
+    groups: dict[str, list[Observed]] = {}
+    for name, root in ties.items():
+        groups.setdefault(root, []).append(seen[name])
+    formats = {
+        root: choose_params(*choose_range(observed, bits, method), bits)
+        for root, observed in groups.items()
+    }
+    last = seen[graph.output]
+    layers: dict[str, Layer] = {}
+    for layer in graph.layers:
+        quant = formats[ties[layer.name]]
+        if layer.name == graph.output:
+            quant = choose_params(last.low * 1.25, last.high * 1.25, 16)
+        elif layer.op == INPUT:
+            table = graph.clip.pixel_values()  # known exactly, whatever the clips held
+            quant = choose_params(float(table.min()), float(table.max()), bits)
+        layers[layer.name] = replace(layer, out_quant=quant)
+    quantized = replace(graph, layers=tuple(layers.values()))
+    return replace(
+        quantized,
+        layers=tuple(
+            _with_weight_format(quantized, layer, bits, method) if layer.op == CONV else layer
+            for layer in quantized.layers
+        ),
+    )
+
+
+def _with_weight_format(graph: Graph, layer: Layer, bits: int, method: str) -> Layer:
+    """The layer with scales for its weight, large enough that bias and multiplier fit."""
+    assert layer.weight is not None
+    assert layer.bias is not None
+    source, out = graph[layer.inputs[0]].out_quant, _written_format(graph, layer)
+    assert source is not None
+    scale = choose_weight_scale(layer.weight, bits, method)
+    room = float(1 << (ACCUMULATOR_BITS[bits] - 3))
+    floor = np.maximum(np.abs(layer.bias) / (source.scale * room), out.scale / source.scale / 2**20)
+    return replace(layer, weight_quant=WeightQuant(bits, np.maximum(scale, floor)))
+
+
+def _written_format(graph: Graph, layer: Layer) -> QuantParams:
+    """The format of what the accelerator writes: of the add, if the layer's sums go there."""
+    readers = graph.consumers(layer.name)
+    writer = readers[0] if len(readers) == 1 and readers[0].op == ADD else layer
+    assert writer.out_quant is not None
+    return writer.out_quant

@@ -1,0 +1,518 @@
+"""A compiled network: the tasks of the accelerator, their compact weights, and the container.
+
+`Program` is where the two roads meet: the compiler writes it, every backend runs it. The file is
+a safetensors container (docs/format.md): arrays, and one JSON document in the metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.errors import ConfigError, ProgramError
+from pynq_kgrc.graph import ClipSpec, ConvShape, Size, WindowShape
+from pynq_kgrc.groups import join
+from pynq_kgrc.quant import (
+    ACCUMULATOR_BITS,
+    BITS,
+    MAX_SHIFT,
+    MULT_BITS,
+    Array,
+    QuantParams,
+    code_dtype,
+    pack_int4,
+    packed_bytes,
+    unpack_int4,
+    weight_limit,
+)
+
+VERSION = 1
+"""Version of the container that this file reads and writes."""
+
+DOCUMENT_KEY = "pynq_kgrc"
+DIGEST_KEY = "sha256"
+ALIGNMENT = 64
+
+
+class KgrcWeights(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
+    """The kept weights of a layer, in the paper's format.
+
+    P, Q, T count the groups of filters, channels and taps; kr, kc are the rows and columns that
+    every group of the layer keeps (balanced). Indices are relative to their group and increase.
+    """
+
+    values: Array
+    """[P, Q, T, kr, G_N, kc] codes."""
+    rows: Array
+    """[P, Q, kr] uint8."""
+    cols: Array
+    """[P, Q, T, kc] uint8."""
+    enabled: Array
+    """[P, Q] bool: a group that is off is neither loaded nor computed."""
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """kr, kc."""
+        return int(self.values.shape[3]), int(self.values.shape[5])
+
+    def mode(self, gm: int, gk: int) -> str:
+        """dense, KGR, KGC or KGRC: which axes carry an index."""
+        kr, kc = self.kept
+        return {(0, 0): "dense", (1, 0): "KGR", (0, 1): "KGC", (1, 1): "KGRC"}[kr < gm, kc < gk]
+
+    def expand(self, shape: ConvShape, gm: int, gk: int) -> Array:
+        """The dense weight [M, N, K] that these stand for."""
+        p, q, t, kr, gn, kc = self.values.shape
+        groups = np.zeros((p, q, t, gm, gn, gk), self.values.dtype)
+        values = np.where(self.enabled[:, :, None, None, None, None], self.values, 0)
+        if (kr, kc) == (gm, gk):
+            groups[...] = values
+        else:
+            at_p, at_q, at_t, _, at_n, _ = np.ogrid[:p, :q, :t, :1, :gn, :1]
+            rows = self.rows[:, :, None, :, None, None]
+            cols = self.cols[:, :, :, None, None, :]
+            groups[at_p, at_q, at_t, rows, at_n, cols] = values
+        return join(groups, shape.filters, shape.channels, shape.taps)
+
+
+class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a tensor lies: a buffer and the channel it starts at, so that concat is placement."""
+
+    buffer: int
+    channel: int
+
+
+class Buffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A place in the arena of activations; buffers that are never alive together may overlap."""
+
+    channels: int
+    size: Size
+    bits: int
+    offset: int
+    """Bytes from the start of the arena, a multiple of 64."""
+
+    def nbytes(self, tn: int) -> int:
+        """Bytes, with the channels filled up to whole tiles of T_N."""
+        channels = -(-self.channels // tn) * tn
+        return packed_bytes(channels * math.prod(self.size), self.bits)
+
+
+class Shortcut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor r that is added before the clamp: ``rshift((r - zero_point) * mult, shift)``."""
+
+    source: Slot
+    zero_point: int
+    mult: int
+    shift: int
+
+
+class ConvTask(msgspec.Struct, frozen=True, eq=False, tag="conv", forbid_unknown_fields=True):
+    """One convolution with all that rides on it: bias, scaling, shortcut, clamp, max pool."""
+
+    name: str
+    shape: ConvShape
+    source: Slot
+    target: Slot
+    in_zero: int
+    """Zero point of the input: the value of its padding."""
+    out: QuantParams
+    lo: int
+    hi: int
+    """Clamp of the output codes."""
+    weights: KgrcWeights
+    bias: Array
+    """[M] int64."""
+    mult: Array
+    """[M] int32, in [2^14, 2^15) or 0."""
+    shift: Array
+    """[M] uint8, 0..62."""
+    shortcut: Shortcut | None = None
+    pool: WindowShape | None = None
+    """A max pool whose windows do not overlap, done on the clamped output."""
+
+    @property
+    def out_size(self) -> Size:
+        return self.shape.out_size if self.pool is None else self.pool.out_size
+
+
+class PoolTask(msgspec.Struct, frozen=True, eq=False, tag="pool", forbid_unknown_fields=True):
+    """A pool of its own (overlapping or padded windows), max or average."""
+
+    name: str
+    shape: WindowShape
+    average: bool
+    source: Slot
+    target: Slot
+    in_zero: int
+    out: QuantParams
+    lo: int
+    hi: int
+    mult: int
+    shift: int
+
+    @property
+    def out_size(self) -> Size:
+        return self.shape.out_size
+
+
+Task = ConvTask | PoolTask
+
+
+class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True, dict=True):
+    """A network compiled for one accelerator."""
+
+    name: str
+    config: AcceleratorConfig
+    clip: ClipSpec
+    labels: tuple[str, ...]
+    input: QuantParams
+    source: Slot
+    """Where the clip is written."""
+    target: Slot
+    """Where the result is read."""
+    output: QuantParams
+    buffers: tuple[Buffer, ...]
+    arena_bytes: int
+    tasks: tuple[Task, ...]
+    format: str = DOCUMENT_KEY
+    version: int = VERSION
+
+    @cached_property
+    def input_codes(self) -> Array:
+        """[3, 256]: the input code of each pixel level, so that no float clip is ever made."""
+        return self.input.quantize(self.clip.pixel_values())
+
+    def encode_clip(self, frames: Array) -> Array:
+        """[D, H, W, 3] uint8 RGB frames to input codes [3, D, H, W].
+
+        Raises:
+            ProgramError: frames of another shape or type than the program's clip.
+        """
+        wanted = (self.clip.frames, self.clip.height, self.clip.width, 3)
+        if frames.shape != wanted or frames.dtype != np.uint8:
+            raise ProgramError(
+                f"{self.name} looks at uint8 frames of shape {wanted}, "
+                f"not {frames.dtype} of {frames.shape}"
+            )
+        return np.stack([self.input_codes[c][frames[..., c]] for c in range(3)])
+
+    def group_columns(self, task: ConvTask) -> int:
+        """G_K of a task."""
+        return self.config.group_size.columns(task.shape.taps)
+
+    def save(self, path: str | Path) -> None:
+        """Write the container beside `path`, then rename it into place."""
+        tensors = self._tensors()
+        names = {id(array): name for name, array in tensors.items()}
+        document = msgspec.json.encode(self, enc_hook=lambda array: names[id(array)])
+        stored = {name: self._store(array) for name, array in tensors.items()}
+        metadata = {
+            DOCUMENT_KEY: document.decode(),
+            DIGEST_KEY: _digest(document, stored),
+        }
+        payload = to_safetensors(stored, metadata)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+            os.chmod(beside, 0o644)
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+
+    def _tensors(self) -> dict[str, Array]:
+        tensors: dict[str, Array] = {}
+        for task in self.tasks:
+            if isinstance(task, ConvTask):
+                for part in ("values", "rows", "cols", "enabled"):
+                    tensors[f"{task.name}/{part}"] = getattr(task.weights, part)
+                for part in ("bias", "mult", "shift"):
+                    tensors[f"{task.name}/{part}"] = getattr(task, part)
+        return tensors
+
+    def _store(self, array: Array) -> Array:
+        """An array as it is stored: 4-bit codes packed, two a byte."""
+        if self.config.bits == 4 and array.dtype == np.int8:
+            return pack_int4(array)
+        return np.ascontiguousarray(array)
+
+
+def load(path: str | Path) -> Program:
+    """Read and check a container.
+
+    Raises:
+        ProgramError: no such file, not a container, damaged, of another version, or inconsistent.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ProgramError(f"{path}: there is no such program file")
+    try:
+        with safe_open(path, framework="numpy") as container:
+            metadata = container.metadata() or {}
+            document = metadata.get(DOCUMENT_KEY, "").encode()
+            if not document:
+                raise ProgramError(
+                    f"{path}: a safetensors file, but no program (no {DOCUMENT_KEY!r} metadata)"
+                )
+            _check_version(path, document)
+            stored = {name: container.get_tensor(name) for name in container.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise ProgramError(f"{path}: not a whole program file ({error})") from error
+    if _digest(document, stored) != metadata.get(DIGEST_KEY):
+        raise ProgramError(
+            f"{path}: damaged, its contents do not match its SHA-256; compile or copy it again"
+        )
+    try:
+        program = _decode(document, stored)
+        check(program)
+    except (msgspec.MsgspecError, ConfigError, KeyError) as error:
+        raise ProgramError(f"{path}: {error}") from error
+    except ProgramError as error:
+        raise ProgramError(f"{path}: {error}") from None
+    return program
+
+
+class _Header(msgspec.Struct):
+    format: str
+    version: int
+
+
+def _check_version(path: Path, document: bytes) -> None:
+    try:
+        header = msgspec.json.decode(document, type=_Header)
+    except msgspec.MsgspecError as error:
+        raise ProgramError(f"{path}: its document cannot be read ({error})") from error
+    if header.format != DOCUMENT_KEY or header.version != VERSION:
+        raise ProgramError(
+            f"{path}: format {header.format!r} version {header.version}; "
+            f"this release reads {DOCUMENT_KEY!r} version {VERSION}: compile it again"
+        )
+
+
+def _digest(document: bytes, tensors: dict[str, Array]) -> str:
+    """SHA-256 over the document and, in order of their names, every array with type and shape."""
+    state = hashlib.sha256(document)
+    for name in sorted(tensors):
+        array = tensors[name]
+        state.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        state.update(np.ascontiguousarray(array).data if array.size else b"")
+    return state.hexdigest()
+
+
+def _decode(document: bytes, stored: dict[str, Array]) -> Program:
+    def tensor(kind: type, name: Any) -> Array:
+        if not isinstance(name, str) or name not in stored:
+            raise ProgramError(f"its document names an array {name!r} that is not in the file")
+        return stored[name]
+
+    program = msgspec.json.decode(document, type=Program, dec_hook=tensor)
+    if program.config.bits != 4:
+        return program
+    tasks = tuple(
+        _unpacked(program, task) if isinstance(task, ConvTask) else task for task in program.tasks
+    )
+    return msgspec.structs.replace(program, tasks=tasks)
+
+
+def _unpacked(program: Program, task: ConvTask) -> ConvTask:
+    """The task with its 4-bit values unpacked to one a byte."""
+    weights = task.weights
+    p, q, t = program.config.group_size.counts(
+        task.shape.filters, task.shape.channels, task.shape.taps
+    )
+    kr, kc = weights.rows.shape[-1], weights.cols.shape[-1]
+    wanted = (p, q, t, kr, program.config.tn, kc)
+    count = math.prod(wanted)
+    if weights.values.dtype != np.uint8 or weights.values.shape != (packed_bytes(count, 4),):
+        raise ProgramError(f"{task.name}: values are not {count} packed 4-bit codes")
+    values = unpack_int4(weights.values, count).reshape(wanted)
+    return msgspec.structs.replace(task, weights=msgspec.structs.replace(weights, values=values))
+
+
+T = TypeVar("T")
+
+
+def _expect(found: T, wanted: T, what: str) -> None:
+    if found != wanted:
+        raise ProgramError(f"{what} is {found}, expected {wanted}")
+
+
+def _within(found: int, low: int, high: int, what: str) -> None:
+    if not low <= found <= high:
+        raise ProgramError(f"{what} is {found}, accepted are {low} to {high}")
+
+
+def check(program: Program) -> None:
+    """Refuse a program that could read or write outside its buffers or overflow.
+
+    Raises:
+        ProgramError: names the task and field, the value, and what is accepted.
+    """
+    if not program.tasks:
+        raise ProgramError("the program has no task")
+    for i, buffer in enumerate(program.buffers):
+        _check_buffer(program, i, buffer)
+    seen: set[str] = set()
+    for task in program.tasks:
+        if task.name in seen:
+            raise ProgramError(f"two tasks are named {task.name!r}")
+        seen.add(task.name)
+        _check_window(task.shape, task.name)
+        _check_slot(program, task.source, task.shape.channels, task.shape.in_size, task.name)
+        channels = task.shape.out_channels
+        target = _check_slot(program, task.target, channels, task.out_size, task.name)
+        _check_quant(task.out, f"{task.name}: output")
+        _expect(target.bits, task.out.bits, f"{task.name}: bits of its target buffer")
+        _within(task.lo, task.out.min, task.out.max, f"{task.name}: lo")
+        _within(task.hi, task.lo, task.out.max, f"{task.name}: hi")
+        source_bits = program.buffers[task.source.buffer].bits
+        _expect(source_bits, program.config.bits, f"{task.name}: bits of its source buffer")
+        limit = 1 << (source_bits - 1)
+        _within(task.in_zero, -limit, limit - 1, f"{task.name}: in_zero")
+        if isinstance(task, ConvTask):
+            _check_conv(program, task)
+        else:
+            _check_scale(task.mult, task.shift, task.name)
+    _check_quant(program.input, "input")
+    _check_quant(program.output, "output")
+    clip = program.clip
+    if not 1 <= clip.frames <= 4096 or min(clip.height, clip.width, clip.step) < 1:
+        raise ProgramError(f"clip of {clip.frames} frames, {clip.height} x {clip.width} is no clip")
+    if any(not math.isfinite(v) for v in (*clip.mean, *clip.std)) or min(clip.std) <= 0:
+        raise ProgramError(f"clip mean {clip.mean} and std {clip.std} do not normalise")
+    size = (clip.frames, clip.height, clip.width)
+    source = _check_slot(program, program.source, 3, size, "input")
+    _expect(source.bits, program.input.bits, "bits of the input buffer")
+    last = program.tasks[-1]
+    _expect(program.target, last.target, "target of the program")
+    _expect(program.output, last.out, "format of the output")
+    if program.labels and len(program.labels) != math.prod(last.out_size) * last.shape.out_channels:
+        raise ProgramError(f"{len(program.labels)} labels for {last.shape.out_channels} outputs")
+
+
+def _check_quant(quant: QuantParams, what: str) -> None:
+    if quant.bits not in BITS or not (math.isfinite(quant.scale) and quant.scale > 0):
+        raise ProgramError(f"{what}: {quant} is not a format of codes")
+    _within(quant.zero_point, quant.min, quant.max, f"{what}: zero point")
+
+
+def _check_buffer(program: Program, i: int, buffer: Buffer) -> None:
+    if buffer.bits not in BITS or buffer.channels < 1 or min(buffer.size) < 1:
+        raise ProgramError(f"buffer {i}: {buffer} holds nothing")
+    if buffer.offset % ALIGNMENT or buffer.offset < 0:
+        raise ProgramError(f"buffer {i}: offset {buffer.offset} is not a multiple of {ALIGNMENT}")
+    end = buffer.offset + buffer.nbytes(program.config.tn)
+    _within(end, 0, program.arena_bytes, f"buffer {i}: its end")
+    _within(program.arena_bytes, 0, 1 << 33, "arena_bytes")
+
+
+def _check_window(shape: WindowShape, name: str) -> None:
+    if shape.channels < 1 or shape.out_channels < 1 or min(shape.in_size) < 1:
+        raise ProgramError(f"{name}: {shape} has an empty axis")
+    if min(shape.kernel) < 1 or min(shape.stride) < 1:
+        raise ProgramError(f"{name}: kernel {shape.kernel}, stride {shape.stride} must be positive")
+    pads = zip(shape.pad_before, shape.pad_after, shape.kernel, strict=True)
+    if any(not (0 <= before < k and 0 <= after < k) for before, after, k in pads):
+        raise ProgramError(f"{name}: padding {shape.pad_before}, {shape.pad_after} exceeds kernel")
+    if min(shape.out_size) < 1:
+        raise ProgramError(f"{name}: kernel {shape.kernel} is larger than its padded input")
+
+
+def _check_slot(program: Program, slot: Slot, channels: int, size: Size, what: str) -> Buffer:
+    _within(slot.buffer, 0, len(program.buffers) - 1, f"{what}: buffer")
+    buffer = program.buffers[slot.buffer]
+    _within(slot.channel, 0, buffer.channels - channels, f"{what}: channel offset")
+    _expect(size, buffer.size, f"{what}: size of the map in buffer {slot.buffer}")
+    return buffer
+
+
+def _check_scale(mult: int, shift: int, what: str) -> None:
+    if mult != 0:
+        _within(mult, 1 << (MULT_BITS - 1), (1 << MULT_BITS) - 1, f"{what}: mult")
+    _within(shift, 0, MAX_SHIFT, f"{what}: shift")
+
+
+def _check_conv(program: Program, task: ConvTask) -> None:
+    config, shape, weights = program.config, task.shape, task.weights
+    p, q, t = config.group_size.counts(shape.filters, shape.channels, shape.taps)
+    gk = program.group_columns(task)
+    if weights.values.ndim != 6:
+        raise ProgramError(f"{task.name}: values have {weights.values.ndim} axes, expected 6")
+    kr, kc = weights.kept
+    wanted: dict[str, tuple[Array, tuple[int, ...], Any]] = {
+        "values": (weights.values, (p, q, t, kr, config.tn, kc), code_dtype(config.bits)),
+        "rows": (weights.rows, (p, q, kr), np.uint8),
+        "cols": (weights.cols, (p, q, t, kc), np.uint8),
+        "enabled": (weights.enabled, (p, q), np.bool_),
+        "bias": (task.bias, (shape.filters,), np.int64),
+        "mult": (task.mult, (shape.filters,), np.int32),
+        "shift": (task.shift, (shape.filters,), np.uint8),
+    }
+    for part, (array, array_shape, dtype) in wanted.items():
+        _expect(array.shape, array_shape, f"{task.name}: shape of {part}")
+        _expect(array.dtype, np.dtype(dtype), f"{task.name}: type of {part}")
+    _within(kr, 1, config.gm, f"{task.name}: kept rows")
+    _within(kc, 1, gk, f"{task.name}: kept columns")
+    if not config.sparse and ((kr, kc) != (config.gm, gk)):
+        raise ProgramError(f"{task.name}: sparse weights for the dense design {config.name}")
+    for part, index, end in (("rows", weights.rows, config.gm), ("cols", weights.cols, gk)):
+        increasing = np.all(index[..., 1:] > index[..., :-1])
+        if not increasing or int(index.max(initial=0)) >= end:
+            raise ProgramError(f"{task.name}: {part} do not increase within 0 to {end - 1}")
+    if int(np.abs(weights.values.astype(np.int32)).max()) > weight_limit(config.bits):
+        raise ProgramError(f"{task.name}: a weight exceeds {weight_limit(config.bits)}")
+    for mult, shift in {*zip(task.mult.tolist(), task.shift.tolist(), strict=True)}:
+        _check_scale(mult, shift, task.name)
+    check_accumulator(task, config)
+    if task.shortcut is not None:
+        r = task.shortcut
+        buffer = _check_slot(program, r.source, shape.filters, shape.out_size, task.name)
+        _expect(buffer.bits, config.bits, f"{task.name}: bits of its shortcut")
+        _check_scale(r.mult, r.shift, f"{task.name}: shortcut")
+        _within(r.zero_point, -(1 << 15), (1 << 15) - 1, f"{task.name}: shortcut zero point")
+    if task.pool is not None:
+        _check_window(task.pool, f"{task.name}: pool")
+        _expect(task.pool.in_size, shape.out_size, f"{task.name}: input of its pool")
+        _expect(task.pool.channels, shape.filters, f"{task.name}: channels of its pool")
+        _expect(task.pool.kernel, task.pool.stride, f"{task.name}: stride of its fused pool")
+        _expect(task.pool.pad_before + task.pool.pad_after, (0,) * 6, f"{task.name}: pool padding")
+
+
+def check_accumulator(task: ConvTask, config: AcceleratorConfig) -> None:
+    """Prove that no partial sum of the task can leave the accumulator.
+
+    The bound is the sum over kept weights of |w| times the largest |code|, plus |bias|.
+
+    Raises:
+        ProgramError: a filter could overflow; names it, its bound and the limit.
+    """
+    weights, gm = task.weights, config.gm
+    p, q, t, kr, gn, kc = weights.values.shape
+    sums = np.abs(weights.values.astype(np.int64)).sum(axis=(2, 4, 5))
+    sums = np.where(weights.enabled[:, :, None], sums, 0)
+    at = (np.arange(p)[:, None, None], weights.rows.astype(np.intp))
+    per_filter = np.zeros((p, gm), np.int64)
+    np.add.at(per_filter, at, sums)
+    bound = per_filter.reshape(-1)[: task.shape.filters] << (config.bits - 1)
+    bound = bound + np.abs(task.bias)
+    limit = 1 << (ACCUMULATOR_BITS[config.bits] - 1)
+    worst = int(bound.argmax())
+    if int(bound[worst]) >= limit:
+        raise ProgramError(
+            f"{task.name}: filter {worst} could reach {int(bound[worst])} in the "
+            f"{ACCUMULATOR_BITS[config.bits]}-bit accumulator; it holds less than {limit}"
+        )
