@@ -21,6 +21,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import tile_size
 from pynq_kgrc.backends.base import Counters
 from pynq_kgrc.backends.exact import (
+    WIDE,
     ExactConvolution,
     Region,
     WinogradConvolution,
@@ -32,8 +33,6 @@ from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import Size, WindowShape
 from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot
 from pynq_kgrc.quant import Array, packed_bytes, rshift
-
-Wide = np.dtype(np.float64)
 
 
 class Emulation:
@@ -158,6 +157,9 @@ class Workspace:
         return self._bytes[:wanted].view(dtype).reshape(shape)
 
 
+LIFT = 1 << 29
+
+
 class Scaling:
     """Sums to codes: ``clamp(rshift((acc + bias) * mult, shift) + shortcut + Z_y, lo, hi)``.
 
@@ -166,19 +168,21 @@ class Scaling:
     added. Where a shift is so large that bits would be lost, and at 16 bits, in int64.
     """
 
-    def __init__(self, task: ConvTask, bits: int, weight_sums: Array) -> None:
+    def __init__(self, task: ConvTask, bits: int, weight: Array) -> None:
         self.task = task
         # the sums here are of x - Z_x, the task's bias is for sums of x
-        self.bias = task.bias + task.in_zero * weight_sums
+        self.bias = task.bias + task.in_zero * weight.sum(axis=(1, 2), dtype=np.int64)
         self.codes = np.dtype(np.int16 if task.out.bits == 16 else np.int8)
         self.unsigned = np.dtype(np.uint16 if task.out.bits == 16 else np.uint8)
-        self.in_float = bits != 16 and int(task.shift.max(initial=0)) <= 40
         scale = task.mult.astype(np.float64) * np.exp2(-task.shift.astype(np.float64))
         half = np.where(task.shift > 0, 0.5, 0.0)
         self.scale = scale
-        # codes count from lo, so that they are positive and truncation is the floor
-        self.offset = self.bias * scale + half + (task.out.zero_point - task.lo)
-        self.highest = task.hi - task.lo + 0.5
+        sums = np.abs(weight).sum(axis=(1, 2), dtype=np.int64) << bits
+        reach = float(((sums + np.abs(self.bias)) * scale).max())
+        small = int(task.shift.max()) <= 40 and reach < LIFT / 2
+        self.in_float = bits != 16 and small
+        # LIFT makes values positive, so that truncation is the floor, and is 0 modulo a code
+        self.offset = self.bias * scale + half + (task.out.zero_point + LIFT)
         self.shortcut_table: Array | None = None
         if task.shortcut is not None and bits != 16:
             r = task.shortcut
@@ -191,18 +195,18 @@ class Scaling:
         if not self.in_float:
             target[...] = self._in_integers(sums, filters, shortcut)
             return
-        values = scratch("scaled", sums.shape, Wide)
+        values = scratch("scaled", sums.shape, WIDE)
         np.multiply(sums, self.scale[filters], out=values)
         values += self.offset[filters]
         if shortcut is not None:
             assert self.shortcut_table is not None
             # whole numbers: adding them before or after the floor is the same
             values += self.shortcut_table[shortcut.view(np.uint8)]
-        np.clip(values, 0, self.highest, out=values)
-        codes = scratch("codes", sums.shape, self.unsigned)
+        codes = scratch("codes", sums.shape, np.dtype(np.int32))
         np.copyto(codes, values, casting="unsafe")
-        lowest = np.array(self.task.lo).astype(self.unsigned)
-        np.add(codes, lowest, out=target.view(self.unsigned))
+        np.maximum(codes, self.task.lo + LIFT, out=codes)
+        np.minimum(codes, self.task.hi + LIFT, out=codes)
+        np.copyto(target.view(self.unsigned), codes, casting="unsafe")
 
     def _in_integers(self, sums: Array, filters: slice, shortcut: Array | None) -> Array:
         task = self.task
@@ -238,8 +242,7 @@ class ConvStep:
         interval = (-limit - task.in_zero, limit - 1 - task.in_zero)
         dtype = np.dtype(np.float64 if config.bits == 16 else np.float32)
         weight = task.weights.expand(shape, config.gm, program.group_columns(task))
-        weight_sums = weight.sum(axis=(1, 2), dtype=np.int64)
-        self.scaling = Scaling(task, config.bits, weight_sums)
+        self.scaling = Scaling(task, config.bits, weight)
         weight = weight.reshape(shape.filters, shape.channels, *shape.kernel)
         self.exact: ExactConvolution = choose_convolution(weight, shape, interval, dtype, threads)
         self.pool_size: Size = (1, 1, 1) if task.pool is None else task.pool.kernel
@@ -253,7 +256,7 @@ class ConvStep:
         if isinstance(exact, WinogradConvolution) and self._pool_fits_tiles(exact):
             each(lambda job: exact.run(padded, job, self._store_pooled, pool), exact.jobs)
         elif isinstance(exact, WinogradConvolution):
-            sums = np.empty((*self.task.shape.out_size, self.task.shape.filters), self._held(exact))
+            sums = np.empty((*self.task.shape.out_size, self.task.shape.filters), WIDE)
 
             def hold(part: Array, region: Region, filters: slice) -> None:
                 held = sums[(*region, filters)]
@@ -267,9 +270,6 @@ class ConvStep:
             each(lambda r: self._store(sums[r], r, slice(0, sums.shape[3])), depths)
         else:
             each(lambda job: exact.run(padded, job, self._store), exact.jobs)
-
-    def _held(self, exact: WinogradConvolution) -> np.dtype[np.generic]:
-        return Wide if exact.wide else exact.dtype
 
     def _pool_fits_tiles(self, exact: WinogradConvolution) -> bool:
         """Whether every pool window lies within one tile of the transformed convolution."""

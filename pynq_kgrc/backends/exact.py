@@ -19,6 +19,7 @@ import math
 import threading
 from collections.abc import Callable
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -33,14 +34,16 @@ Region = tuple[slice, slice, slice]
 Finish = Callable[[Array, Region, slice], None]
 """Takes exact sums [d, h, w, M] for a strided region of outputs and a slice of the filters."""
 
+WIDE = np.dtype(np.float64)
+
 BLOCK_BYTES = 512 << 10
 """Scratch of one block of the unfolded input: half of a 1 MiB second-level cache."""
 
-WINOGRAD_TILES = 160
-"""Output tiles to a block: V and Y of a block stay in the caches (measured, docs/architecture)."""
+WINOGRAD_SUMS = 24 << 10
+"""Sums of one phase of a block, tiles times filters: what is alive stays near the core."""
 
-_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
-"""F(2,3): transform of the weights along one axis."""
+FEW_TILES = 160
+"""With so few tiles the threads share out the filters instead."""
 
 _scratch = threading.local()
 
@@ -146,7 +149,7 @@ class GemmConvolution:
         if len(self.chunks) == 1:
             np.matmul(unfolded, matrix, out=sums)
         else:
-            total = scratch("wide", sums.shape, np.dtype(np.float64))
+            total = scratch("wide", sums.shape, WIDE)
             total[...] = 0
             for chunk in self.chunks:
                 np.matmul(unfolded[:, chunk], matrix[chunk], out=sums)
@@ -188,10 +191,15 @@ def _fewest_chunks(matrix: Array, interval: Interval, dtype: np.dtype[np.generic
 class WinogradConvolution:
     """F(2,3) along every axis whose kernel is 3, for stride 1; the other axes have kernel 1.
 
+    Works through the positions depth first, so that what is alive fits the caches: at each axis a
+    position's input is one sum or difference of two slabs, and its result is added to or taken
+    from the two outputs of that axis. Where exactness is not proved for every input, it is
+    measured on the values at hand, and a block that fails is done again in float64.
+
     Takes the arguments of `GemmConvolution`.
 
     Raises:
-        Inexact: no chunking of the channels proves exactness; use the GEMM.
+        Inexact: not even float64 is exact for every input; use the GEMM.
     """
 
     def __init__(
@@ -204,22 +212,25 @@ class WinogradConvolution:
     ) -> None:
         self.shape, self.dtype = shape, dtype
         self.axes = [axis for axis in range(3) if shape.kernel[axis] == 3]
-        self.positions = 4 ** len(self.axes)
         taps = weight.transpose(2, 3, 4, 1, 0).astype(dtype)  # [kd, kh, kw, N, M]
-        self.chunks = _prove_winograd(taps, self.axes, interval, dtype)
         transformed = transform_weights(taps, self.axes)
-        flat = transformed.reshape(self.positions, shape.channels, shape.filters)
-        direct = float(largest_sum(taps.reshape(-1, shape.filters), interval, 0).max())
-        self.wide = len(self.chunks) > 1 and direct >= largest_integer(dtype)
+        bounds = winograd_bounds(taps, transformed, self.axes, interval)
+        if max(bounds.partial.max(), bounds.later) >= largest_integer(WIDE):
+            raise Inexact
+        limit = largest_integer(dtype)
+        suspects = np.flatnonzero(bounds.partial >= limit)
+        self.proved = suspects.size == 0 and bounds.later < limit
         d, h, w = self.tiles
-        few = d * h * w <= WINOGRAD_TILES and threads > 1 and shape.filters >= 32 * threads
+        few = d * h * w <= FEW_TILES and threads > 1 and shape.filters >= 32 * threads
         self.filters = split_evenly(shape.filters, threads if few else 1)
-        self.weights = [
-            [np.ascontiguousarray(flat[:, chunk, part]) for chunk in self.chunks]
-            for part in self.filters
+        self.weights = [np.ascontiguousarray(transformed[..., part]) for part in self.filters]
+        flat = [part.reshape(-1, *part.shape[3:]) for part in self.weights]
+        self.norms = [
+            {int(i): _longest_columns(part[i], shape.channels) for i in suspects} for part in flat
         ]
-        nh = min(h, max(1, WINOGRAD_TILES // w))
-        nd = max(1, min(d, WINOGRAD_TILES // (h * w))) if nh == h else 1
+        wanted = min(256, max(64, WINOGRAD_SUMS // shape.filters))
+        nh = min(h, max(1, round(wanted / w)))
+        nd = max(1, min(d, wanted // (h * w))) if nh == h else 1
         if not few and nd == d and nh == h and d >= threads:
             nd = -(-d // threads)
         self.block = (nd, nh)
@@ -255,119 +266,180 @@ class WinogradConvolution:
         """
         d0, h0, part = job
         nd, nh = (min(b, t - f) for b, t, f in zip(self.block, self.tiles, (d0, h0), strict=False))
-        nw = self.tiles[2]
-        values = self._transform_input(padded, d0, h0, nd, nh)
+        tiles, first = (nd, nh, self.tiles[2]), (d0, h0, 0)
+        slab = padded[
+            tuple(
+                slice(2 * f, 2 * (f + n) + 2) if axis in self.axes else slice(f, f + n)
+                for axis, (f, n) in enumerate(zip(first, tiles, strict=True))
+            )
+        ]
         filters = self.filters[part]
-        count = filters.stop - filters.start
-        products = scratch("products", (self.positions, nd * nh * nw, count), self.dtype)
-        total: list[Array] | None = None
-        for chunk, weights in zip(self.chunks, self.weights[part], strict=True):
-            np.matmul(values[:, :, chunk], weights, out=products)
-            phases = self._transform_output(products)
-            if len(self.chunks) == 1:
-                total = phases
-            elif total is None:
-                kind = np.dtype(np.float64) if self.wide else self.dtype
-                held = scratch("chunked", (len(phases), *phases[0].shape), kind)
-                for i, phase in enumerate(phases):
-                    held[i] = phase
-                total = list(held)
-            else:
-                for kept, phase in zip(total, phases, strict=True):
-                    kept += phase
-        assert total is not None
-        self._finish(total, (d0, h0), (nd, nh, nw), filters, finish, pool)
+        phases = _WinogradSums(self, tiles, part, self.dtype).compute(slab)
+        if phases is None:
+            phases = _WinogradSums(self, tiles, part, WIDE).compute(slab)
+            assert phases is not None
+        self._finish(phases, first, tiles, filters, finish, pool)
 
     def _finish(
         self,
-        phases: list[Array],
-        first: tuple[int, int],
+        phases: Array,
+        first: Size,
         tiles: Size,
         filters: slice,
         finish: Finish,
         pool: Size,
     ) -> None:
         """Pool over the phases of the tiles, and hand each remaining phase on with its place."""
-        shape = tuple(2 if axis in self.axes else 1 for axis in range(3))
+        shape = [2 if axis in self.axes else 1 for axis in range(3)]
         merged: dict[tuple[int, ...], Array] = {}
-        for phase, sums in zip(np.ndindex(*shape), phases, strict=True):
-            place = tuple(p // q for p, q in zip(phase, pool, strict=True))
+        # phases vary slowest along the last axis, which is the outermost of the recursion
+        for phase, sums in zip(np.ndindex(*reversed(shape)), phases, strict=True):
+            place = tuple(p // size for p, size in zip(reversed(phase), pool, strict=True))
             if place in merged:
                 np.maximum(merged[place], sums, out=merged[place])
             else:
                 merged[place] = sums
-        begin = (first[0], first[1], 0)
         for place, sums in merged.items():
+            step = [shape[axis] // pool[axis] for axis in range(3)]
             d, h, w = (
-                slice(
-                    begin[axis] * (shape[axis] // pool[axis]) + place[axis],
-                    (begin[axis] + tiles[axis]) * (shape[axis] // pool[axis]),
-                    shape[axis] // pool[axis],
-                )
-                for axis in range(3)
+                slice(first[i] * step[i] + place[i], (first[i] + tiles[i]) * step[i], step[i])
+                for i in range(3)
             )
             finish(sums.reshape(*tiles, -1), (d, h, w), filters)
 
-    def _transform_input(self, padded: Array, d0: int, h0: int, nd: int, nh: int) -> Array:
-        """[positions, tiles, N]; depth first, then width, then height, where runs are longest."""
-        in_depth, in_height, in_width = (axis in self.axes for axis in range(3))
-        rows = slice(2 * h0, 2 * (h0 + nh) + 2) if in_height else slice(h0, h0 + nh)
-        slabs = slice(2 * d0, 2 * (d0 + nd) + 2) if in_depth else slice(d0, d0 + nd)
-        block = padded[slabs, rows]
-        n, nw, wide = self.shape.channels, self.tiles[2], block.shape[2]
-        height = block.shape[1]
-        counts = [4 if axis in self.axes else 1 for axis in range(3)]
-        out = scratch("values", (*counts, nd, nh, nw, n), self.dtype)
-        by_depth = block[None]
-        if in_depth:
-            by_depth = scratch("by_depth", (4, nd, height, wide, n), self.dtype)
-            _transform([block[i : i + 2 * nd - 1 : 2] for i in range(4)], list(by_depth))
-        for i in range(counts[0]):
-            slab = by_depth[i]
-            by_width = slab[None]
-            if in_width:
-                # the last stage writes straight into `out` where height is not transformed
-                target = scratch("by_width", (4, nd, height, nw, n), self.dtype)
-                by_width = target if in_height else out[i, 0]
-                views = [slab[:, :, e : e + 2 * nw - 1 : 2] for e in range(4)]
-                _transform(views, list(by_width))
-            for e in range(counts[2]):
-                if in_height:
-                    views = [by_width[e][:, k : k + 2 * nh - 1 : 2] for k in range(4)]
-                    _transform(views, [out[i, k, e] for k in range(4)])
-                elif not in_width:
-                    out[i, 0, e] = by_width[e]
-        return out.reshape(self.positions, nd * nh * nw, n)
 
-    def _transform_output(self, products: Array) -> list[Array]:
-        """The phases of the tiles, [tiles, M] each, in place; order of axes as in the proof."""
-        blocks = [products]
-        for _ in self.axes:
-            blocks = [half for block in blocks for half in _untransform(block)]
-        return [block[0] for block in blocks]
+class _WinogradSums:
+    """The sums of one block of tiles: the recursion over the axes, its scratch and its proof.
 
-
-def _transform(rows: list[Array], out: list[Array]) -> None:
-    """B^T of F(2,3): four values in, four out."""
-    np.subtract(rows[0], rows[2], out=out[0])
-    np.add(rows[1], rows[2], out=out[1])
-    np.subtract(rows[2], rows[1], out=out[2])
-    np.subtract(rows[1], rows[3], out=out[3])
-
-
-def _untransform(block: Array) -> tuple[Array, Array]:
-    """A^T of F(2,3) over the leading axis of 4 equal parts, in place.
-
-    m1 + m2 and m1 - m2 come first: they are multiples of a unit twice as coarse, so that they are
-    exact whenever m1 and m2 are; the proof counts on this order.
+    The proof on values, where the one for every input fails: a partial sum of ``u . v`` is at most
+    |u| |v| (Cauchy-Schwarz; channels are halved until that suffices), and the sums of the output
+    transform are at most the sums of the largest products that were seen.
     """
-    m0, m1, m2, m3 = block.reshape(4, block.shape[0] // 4, *block.shape[1:])
-    difference = scratch(f"difference{m0.shape[0]}", m0.shape, block.dtype)
-    np.subtract(m1, m2, out=difference)
-    np.add(m1, m2, out=m1)
-    np.add(m0, m1, out=m0)
-    np.subtract(difference, m3, out=m1)
-    return m0, m1
+
+    def __init__(
+        self,
+        convolution: WinogradConvolution,
+        tiles: Size,
+        part: int,
+        dtype: np.dtype[np.generic],
+    ) -> None:
+        self.axes, self.dtype = convolution.axes, dtype
+        weights = convolution.weights[part]
+        self.weights = weights.reshape(-1, *weights.shape[3:])
+        filters = weights.shape[4]
+        self.limit = largest_integer(dtype)
+        proved = convolution.proved or dtype == WIDE
+        self.norms = {} if proved else convolution.norms[part]
+        self.largest = None if proved else np.zeros(4 ** len(self.axes))
+        self.exact = True
+        channels, count = convolution.shape.channels, math.prod(tiles)
+        size = [2 * n + 2 if axis in self.axes else n for axis, n in enumerate(tiles)]
+        self.components, self.others = {}, {}
+        for inner, axis in reversed(list(enumerate(self.axes))):
+            size[axis] = tiles[axis]
+            self.components[axis] = scratch(f"component{axis}", (*size, channels), dtype)
+            self.others[axis] = scratch(f"other{axis}", (2**inner, count, filters), dtype)
+        self.phases = scratch("phases", (2 ** len(self.axes), count, filters), dtype)
+
+    def compute(self, slab: Array) -> Array | None:
+        """The phases [2^a, tiles, M], the last axis slowest; none if they may not be exact."""
+        self._sum(slab, self.axes, self.phases, 0)
+        if self.largest is not None and self.exact:
+            self.exact = self._later_sums() < self.limit
+        return self.phases if self.exact else None
+
+    def _sum(self, slab: Array, axes: list[int], out: Array, position: int) -> None:
+        """Phases of the sums over `axes`, the last one outermost.
+
+        m1 + m2 and m1 - m2 come first: they are multiples of a unit twice as coarse, so that they
+        are exact whenever m1 and m2 are; the proof counts on this order.
+        """
+        if not axes:
+            self._multiply(slab.reshape(-1, slab.shape[3]), out[0], position)
+            return
+        *inner, axis = axes
+        lead = (slice(None),) * axis
+        span = slab.shape[axis] - 3
+        row0, row1, row2, row3 = (slab[(*lead, slice(i, i + span, 2))] for i in range(4))
+        component, other = self.components[axis], self.others[axis]
+        half = len(other)
+        near, far = out[:half], out[half:]
+        # positions count in the order of the weights, [d, h, w]: the last axis varies fastest
+        step = 4 ** (len(self.axes) - len(axes))
+        np.add(row1, row2, out=component)
+        self._sum(component, inner, near, position + step)
+        np.subtract(row2, row1, out=component)
+        self._sum(component, inner, other, position + 2 * step)
+        np.subtract(near, other, out=far)
+        np.add(near, other, out=near)
+        np.subtract(row0, row2, out=component)
+        self._sum(component, inner, other, position)
+        np.add(near, other, out=near)
+        np.subtract(row1, row3, out=component)
+        self._sum(component, inner, other, position + 3 * step)
+        np.subtract(far, other, out=far)
+
+    def _multiply(self, values: Array, out: Array, position: int) -> None:
+        """One product of the block, and what the proof has to know of it."""
+        weight = self.weights[position].astype(self.dtype, copy=False)
+        parts = self._parts(values, position) if position in self.norms else 1
+        if parts == 1:
+            np.matmul(values, weight, out=out)
+        else:
+            out[...] = 0
+            for part in split_evenly(values.shape[1], parts):
+                out += values[:, part] @ weight[part]
+        if self.largest is not None:
+            self.largest[position] = max(float(out.max()), -float(out.min()))
+
+    def _parts(self, values: Array, position: int) -> int:
+        """In how many parts of the channels every partial sum is exact; notes it if in none."""
+        unit = 2.0 ** middle_positions(position)
+        for parts, norms in self.norms[position].items():
+            slices = split_evenly(values.shape[1], parts)
+            lengths = [_longest(values[:, part], "tn,tn->t") for part in slices]
+            if max(a * b for a, b in zip(lengths, norms, strict=True)) * unit < self.limit:
+                return parts
+        self.exact = False
+        return 1
+
+    def _later_sums(self) -> float:
+        """Bound of the output transform's sums, in units; each step undoes the first axis left."""
+        assert self.largest is not None
+        units = 2.0 ** np.array([middle_positions(i) for i in range(self.largest.size)])
+        worst = float((self.largest * units).max())
+        largest = self.largest.reshape(4, -1)
+        while True:
+            summed = np.concatenate([largest[:3].sum(axis=0), largest[1:].sum(axis=0)])
+            count = largest.shape[1]
+            worst = max(worst, float((summed.reshape(2, count) * units[:count]).max()))
+            if count == 1:
+                return worst
+            # outputs of one axis are bounded alike, whichever of its two they are
+            largest = summed.reshape(2, count).max(axis=0).reshape(4, -1)
+
+
+def _longest(vectors: Array, sums: str) -> float:
+    """The largest length; the factor covers the rounding of the squares and their sums."""
+    return math.sqrt(float(np.einsum(sums, vectors, vectors).max())) * 1.001
+
+
+def _longest_columns(weight: Array, channels: int) -> dict[int, list[float]]:
+    """For a cut into 1, 2, 4, 8 parts of the channels, the longest column [N, M] of each."""
+    return {
+        parts: [_longest(weight[part], "nm,nm->m") for part in split_evenly(channels, parts)]
+        for parts in (1, 2, 4, 8)
+        if parts <= channels
+    }
+
+
+def middle_positions(position: int) -> int:
+    """How many axes of a position are in one of the two middle places, whose unit is a half."""
+    count = 0
+    while position:
+        position, place = divmod(position, 4)
+        count += place in (1, 2)
+    return count
 
 
 def transform_weights(taps: Array, axes: list[int]) -> Array:
@@ -381,57 +453,39 @@ def transform_weights(taps: Array, axes: list[int]) -> Array:
 
 
 class Inexact(Exception):
-    """No chunking was found for which the arithmetic is exact."""
+    """The arithmetic is not exact for every input."""
 
 
-def _prove_winograd(
-    taps: Array, axes: list[int], interval: Interval, dtype: np.dtype[np.generic]
-) -> list[slice]:
-    """Channel chunks for which every number in the transformed convolution is exact.
+class Bounds(NamedTuple):
+    """Largest possible numbers in a transformed convolution, in units of 2^-(middle places)."""
 
-    Bounds the sums at each stage: after the GEMM, and after the output transform of each axis in
-    turn, where the axis' three taps are summed over directly. In units of 2^-(middle positions).
+    partial: Array
+    """Of the partial sums of each position's GEMM."""
+    later: float
+    """Of the output transform, over all its stages."""
 
-    Raises:
-        Inexact: chunks of 8 channels would still not do.
+
+def winograd_bounds(taps: Array, transformed: Array, axes: list[int], interval: Interval) -> Bounds:
+    """Bound every number that F(2,3) forms, for any input in the interval.
+
+    After the output transform of some axes, the result is the sum over their taps directly and
+    over the positions of the axes left: each stage has its own bound.
     """
-    channels = taps.shape[3]
-    step = 8 if channels > 8 else channels
-    edges = list(range(0, channels, step))
-    totals: list[tuple[Array, Array, float, float]] = []
+    worst = []
     for stage in range(len(axes) + 1):
         left = axes[stage:]
-        transformed = transform_weights(taps, left)
-        # sums over the channels of a step, and over the taps that are not transformed any more
-        summed = tuple(axis for axis in range(3) if axis not in left)
-        absolute = np.add.reduceat(np.abs(transformed), edges, axis=3).sum(axis=summed)
-        signed = np.add.reduceat(transformed, edges, axis=3).sum(axis=summed)
-        steps, filters = len(edges), taps.shape[4]
-        absolute = absolute.reshape(-1, steps, filters)
-        signed = signed.reshape(-1, steps, filters)
+        sums = transformed if stage == 0 else transform_weights(taps, left)
+        # [positions, taps not transformed any more and channels, M]
+        order = [*left, *(axis for axis in range(3) if axis not in left), 3, 4]
+        sums = sums.transpose(order).reshape(4 ** len(left), -1, taps.shape[4])
+        bound = np.zeros(len(sums))
         for i, position in enumerate(product(range(4), repeat=len(left))):
             low, high = interval
-            for p in position:
-                low, high = (2 * low, 2 * high) if p == 1 else (low - high, high - low)
-            unit = 2.0 ** sum(p in (1, 2) for p in position)
-            half, centre = unit * (high - low) / 2, unit * abs(high + low) / 2
-            totals.append((absolute[i], signed[i], half, centre))
-    limit = largest_integer(dtype)
-    for parts in range(1, len(edges) + 1):
-        slices = split_evenly(len(edges), parts)
-        if all(_worst(*total, slices) < limit for total in totals):
-            return [slice(s.start * step, min(s.stop * step, channels)) for s in slices]
-    raise Inexact
-
-
-def _worst(
-    absolute: Array, signed: Array, half: float, centre: float, slices: list[slice]
-) -> float:
-    starts = [s.start for s in slices]
-    bound = np.add.reduceat(absolute, starts, axis=0).astype(np.float64) * half
-    if centre:
-        bound += np.abs(np.add.reduceat(signed, starts, axis=0)) * centre
-    return float(bound.max())
+            for place in position:
+                low, high = (2 * low, 2 * high) if place == 1 else (low - high, high - low)
+            bound[i] = largest_sum(sums[i], (low, high), 0).max() * 2.0 ** middle_positions(i)
+        worst.append(bound)
+    return Bounds(worst[0], max(float(bound.max()) for bound in worst[1:]))
 
 
 ExactConvolution = GemmConvolution | WinogradConvolution
@@ -458,7 +512,7 @@ def choose_convolution(
             pass
         else:
             a, n, m = len(axes), shape.channels, shape.filters
-            work = 2**a * (n * m + ELEMENT_COST * (3 * n + 4 * m * len(fast.chunks)))
+            work = 2**a * (n * m + ELEMENT_COST * (3 * n + 4 * m))
             if work < 3**a * (n * m + ELEMENT_COST * n):
                 return fast
     return GemmConvolution(weight, shape, interval, dtype, threads)
