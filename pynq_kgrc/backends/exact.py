@@ -39,7 +39,10 @@ WIDE = np.dtype(np.float64)
 BLOCK_BYTES = 512 << 10
 """Scratch of one block of the unfolded input: half of a 1 MiB second-level cache."""
 
-WINOGRAD_SUMS = 24 << 10
+FEWEST_ROWS = 128
+"""Rows of a GEMM below which reading its weights costs more than the products."""
+
+WINOGRAD_SUMS = 64 << 10
 """Sums of one phase of a block, tiles times filters: what is alive stays near the core."""
 
 FEW_TILES = 160
@@ -109,7 +112,7 @@ class GemmConvolution:
         parts = threads if d * h * w < 64 * threads and shape.filters >= 64 * threads else 1
         self.filters = split_evenly(shape.filters, parts)
         self.matrices = [np.ascontiguousarray(matrix[:, part]) for part in self.filters]
-        rows = max(1, BLOCK_BYTES // (matrix.shape[0] * dtype.itemsize))
+        rows = max(FEWEST_ROWS, BLOCK_BYTES // (matrix.shape[0] * dtype.itemsize))
         self.block = (1, max(1, min(h, rows // w)), w)
         if self.block[1] == h:
             self.block = (max(1, min(-(-d // threads), rows // (h * w))), h, w)
@@ -493,6 +496,9 @@ ExactConvolution = GemmConvolution | WinogradConvolution
 ELEMENT_COST = 25
 """An element-wise operation on one value takes about as long as this many MACs of a GEMM."""
 
+WEIGHT_COST = 60
+"""So does this many the reading of a weight from memory, once for all outputs of a small map."""
+
 
 def choose_convolution(
     weight: Array,
@@ -512,7 +518,8 @@ def choose_convolution(
             pass
         else:
             a, n, m = len(axes), shape.channels, shape.filters
-            work = 2**a * (n * m + ELEMENT_COST * (3 * n + 4 * m))
-            if work < 3**a * (n * m + ELEMENT_COST * n):
+            reading = WEIGHT_COST * n * m / math.prod(shape.out_size)
+            work = 2**a * (n * m + ELEMENT_COST * (3 * n + 4 * m)) + 4**a * reading
+            if work < 3**a * (n * m + ELEMENT_COST * n + reading):
                 return fast
     return GemmConvolution(weight, shape, interval, dtype, threads)
