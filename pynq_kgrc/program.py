@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.cost import weight_bytes
 from pynq_kgrc.errors import ConfigError, ProgramError
 from pynq_kgrc.graph import ClipSpec, ConvShape, Size, WindowShape
 from pynq_kgrc.groups import join
@@ -145,6 +146,11 @@ class ConvTask(msgspec.Struct, frozen=True, eq=False, tag="conv", forbid_unknown
     def out_size(self) -> Size:
         return self.shape.out_size if self.pool is None else self.pool.out_size
 
+    @property
+    def kept_macs(self) -> int:
+        """Multiply-accumulates whose weight is not zero, for one clip."""
+        return int(np.count_nonzero(self.weights.values)) * math.prod(self.shape.out_size)
+
 
 class PoolTask(msgspec.Struct, frozen=True, eq=False, tag="pool", forbid_unknown_fields=True):
     """A pool of its own (overlapping or padded windows), max or average."""
@@ -210,6 +216,12 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
     def group_columns(self, task: ConvTask) -> int:
         """G_K of a task."""
         return self.config.group_size.columns(task.shape.taps)
+
+    def weight_bytes(self, task: ConvTask) -> int:
+        """Bytes of a task's compact weights in memory, indices and enable bits included."""
+        kr, kc = task.weights.kept
+        enabled = int(np.count_nonzero(task.weights.enabled))
+        return weight_bytes(self.config, task.shape, kr, kc, enabled)
 
     def save(self, path: str | Path) -> None:
         """Write the container beside `path`, then rename it into place."""

@@ -246,58 +246,57 @@ class ConvStep:
         weight = weight.reshape(shape.filters, shape.channels, *shape.kernel)
         self.exact: ExactConvolution = choose_convolution(weight, shape, interval, dtype, threads)
         self.pool_size: Size = (1, 1, 1) if task.pool is None else task.pool.kernel
-        if not isinstance(self.exact, WinogradConvolution):
+        # scaling is monotone, so the largest sum gives the largest code; a shortcut breaks that,
+        # and a window that does not lie within a tile cannot be pooled there
+        self.pools_sums = task.pool is None or task.shortcut is None
+        if isinstance(self.exact, WinogradConvolution):
+            axes = self.exact.axes
+            fits = (p == 1 or (p == 2 and axis in axes) for axis, p in enumerate(self.pool_size))
+            self.pools_sums = self.pools_sums and all(fits)
+        elif self.pools_sums:
             self.exact.align(self.pool_size[0], self.pool_size[1])
+        self.codes = self.target
+        if not self.pools_sums:
+            self.codes = np.empty((*shape.out_size, shape.filters), self.target.dtype)
 
     def run(self, each: Each) -> None:
         """Read the source, write the target."""
         padded = self._pad(each)
         exact, pool = self.exact, self.pool_size
-        if isinstance(exact, WinogradConvolution) and self._pool_fits_tiles(exact):
-            each(lambda job: exact.run(padded, job, self._store_pooled, pool), exact.jobs)
-        elif isinstance(exact, WinogradConvolution):
-            sums = np.empty((*self.task.shape.out_size, self.task.shape.filters), WIDE)
-
-            def hold(part: Array, region: Region, filters: slice) -> None:
-                held = sums[(*region, filters)]
-                held[...] = part[: held.shape[0], : held.shape[1], : held.shape[2]]
-
-            each(lambda job: exact.run(padded, job, hold, (1, 1, 1)), exact.jobs)
-            depths = [
-                (slice(s.start * pool[0], s.stop * pool[0]), slice(None), slice(None))
-                for s in split_evenly(self.target.shape[0], 4 * self.threads)
-            ]
-            each(lambda r: self._store(sums[r], r, slice(0, sums.shape[3])), depths)
+        if isinstance(exact, WinogradConvolution):
+            within = pool if self.pools_sums else (1, 1, 1)
+            each(lambda job: exact.run(padded, job, self._store, within), exact.jobs)
         else:
-            each(lambda job: exact.run(padded, job, self._store), exact.jobs)
+            each(lambda job: exact.run(padded, job, self._store_windows), exact.jobs)
+        if not self.pools_sums:
+            depths = split_evenly(self.target.shape[0], self.target.shape[0])
+            each(self._pool_codes, depths)
 
-    def _pool_fits_tiles(self, exact: WinogradConvolution) -> bool:
-        """Whether every pool window lies within one tile of the transformed convolution."""
-        return all(
-            size == 1 or (size == 2 and axis in exact.axes)
-            for axis, size in enumerate(self.pool_size)
-        )
+    def _store_windows(self, sums: Array, region: Region, filters: slice) -> None:
+        """Pool the sums of whole windows, then store them."""
+        if self.pools_sums and self.task.pool is not None:
+            sums = _max_windows(sums, self.pool_size)
+            d, h, w = (
+                slice(s.start // p, s.start // p + n)
+                for s, p, n in zip(region, self.pool_size, sums.shape, strict=False)
+            )
+            region = (d, h, w)
+        self._store(sums, region, filters)
 
     def _store(self, sums: Array, region: Region, filters: slice) -> None:
-        """Scale the sums of a block of outputs, after its max pool, to codes in the target."""
-        if self.task.pool is not None:
-            sums = _max_windows(sums, self.pool_size)
-            region = tuple(  # type: ignore[assignment]
-                slice((s.start or 0) // p, None)
-                for s, p in zip(region, self.pool_size, strict=True)
-            )
-        self._store_pooled(sums, region, filters)
-
-    def _store_pooled(self, sums: Array, region: Region, filters: slice) -> None:
-        target = self.target[(*region, filters)][: sums.shape[0], : sums.shape[1], : sums.shape[2]]
+        """Scale sums to codes; what lies past the end of the map is left out."""
+        target = self.codes[(*region, filters)]
         depth, height, width = target.shape[:3]
         shortcut = None
         if self.shortcut is not None:
-            # with a shortcut there is no pool between the sums and the target (lower.fuse)
-            shortcut = np.ascontiguousarray(
-                self.shortcut[(*region, filters)][:depth, :height, :width]
-            )
+            shortcut = np.ascontiguousarray(self.shortcut[(*region, filters)])
         self.scaling.store(sums[:depth, :height, :width], target, filters, shortcut)
+
+    def _pool_codes(self, depths: slice) -> None:
+        """Pool some slices of finished codes."""
+        step = self.pool_size[0]
+        codes = self.codes[depths.start * step : depths.stop * step]
+        self.target[depths] = _max_windows(codes, self.pool_size)
 
     def _pad(self, each: Each) -> Array:
         """The input as floats without its zero point, in zeros as wide as the exact form wants."""
@@ -371,16 +370,16 @@ class PoolStep:
     def _reduce(self, depths: slice) -> None:
         """Some slices of the output along depth."""
         task, shape = self.task, self.task.shape
-        dtype = np.dtype(np.int64) if task.average else self.source.dtype
-        fill = task.in_zero if task.average else np.iinfo(dtype).min
-        values = self.source
-        combine = np.add if task.average else np.maximum
+        combine: Any = np.maximum
+        values, fill = self.source, int(np.iinfo(self.source.dtype).min)
+        if task.average:
+            values, fill, combine = values.astype(np.int64) - task.in_zero, 0, np.add
         for axis in range(3):
             # depth first: it is cut to the slices that are wanted here
             outs = range(*depths.indices(shape.out_size[0])) if axis == 0 else None
-            values = _reduce_axis(values, shape, axis, outs, combine, fill, dtype)
+            values = _reduce_axis(values, shape, axis, outs, combine, fill)
         if task.average:
-            values = values - task.in_zero * shape.taps
+            pass
         elif (task.mult, task.shift) == (1 << 14, 14) and task.in_zero == task.out.zero_point:
             np.clip(values, task.lo, task.hi, out=self.target[depths])
             return
@@ -397,7 +396,6 @@ def _reduce_axis(
     outs: range | None,
     combine: Any,
     fill: int,
-    dtype: np.dtype[Any],
 ) -> Array:
     """Windows along one axis of [D, H, W, C] combined; `outs` are the outputs wanted."""
     kernel, stride, before = shape.kernel[axis], shape.stride[axis], shape.pad_before[axis]
@@ -413,7 +411,7 @@ def _reduce_axis(
         widths[axis] = (max(-first, 0), max(last - size, 0))
         inside = np.pad(inside, widths, constant_values=fill)
     span = (len(outs) - 1) * stride + 1
-    result: Array = inside[(*lead, slice(0, span, stride))].astype(dtype)
+    result: Array = inside[(*lead, slice(0, span, stride))].copy()
     for tap in range(1, kernel):
         combine(result, inside[(*lead, slice(tap, tap + span, stride))], out=result)
     return result

@@ -1,0 +1,252 @@
+"""One battery of checks that every backend passes: its codes are those of the plain loops."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from networks import Net, compiled, random_codes, small_config, stretched
+from reference import run_program
+
+from pynq_kgrc.backends.base import BACKENDS, open_backend
+from pynq_kgrc.errors import ConfigError, DeviceError, ProgramError
+from pynq_kgrc.program import ConvTask
+
+DESIGNS = [(bits, sparse) for bits in (16, 8, 4) for sparse in (True, False)]
+
+
+@pytest.fixture(params=sorted(BACKENDS))
+def run(request):
+    """Run codes through a program on this backend; the output codes of every task by name."""
+
+    def outputs(program, codes):
+        backend = open_backend(request.param, program.config)
+        try:
+            backend.load(program)
+            backend.write(program.source, codes)
+            found = {}
+            for i, task in enumerate(program.tasks):
+                backend.run(i, i + 1)
+                channels = task.shape.out_channels
+                found[task.name] = backend.read(task.target, channels, task.out_size)
+            # a second call, in one go, must give the same
+            backend.write(program.source, codes)
+            backend.run()
+            last = program.tasks[-1]
+            again = backend.read(last.target, last.shape.out_channels, last.out_size)
+            np.testing.assert_array_equal(again, found[last.name])
+            return found
+        finally:
+            backend.close()
+
+    return outputs
+
+
+def assert_as_reference(run, program, seed=0):
+    codes = random_codes(program, seed)
+    wanted = run_program(program, codes)
+    found = run(program, codes)
+    for task in program.tasks:
+        assert found[task.name].dtype == task.out.dtype
+        np.testing.assert_array_equal(found[task.name], wanted[task.name], err_msg=task.name)
+    return wanted
+
+
+@pytest.mark.parametrize(("bits", "sparse"), DESIGNS)
+@pytest.mark.parametrize("kept", [1.0, 0.5, 1 / 9, 0.0])
+def test_kept_fractions_at_twice_the_tile_and_one(run, bits, sparse, kept):
+    net = Net(size=(5, 7, 7))
+    net.conv(net.conv("clip", 9), 17, kept=kept)
+    program, _ = compiled(net, small_config(bits, sparse))
+    assert_as_reference(run, program)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(kernel=1, pad=0),
+        dict(kernel=(3, 1, 1), pad=(1, 0, 0)),
+        dict(kernel=(1, 3, 3), pad=(0, 1, 1)),
+        dict(kernel=(1, 3, 3), pad=(0, 1, 1), stride=(1, 2, 2)),
+        dict(kernel=(1, 7, 7), pad=(0, 3, 3), stride=(1, 2, 2)),
+        dict(kernel=3, stride=2, pad=1),
+        dict(kernel=3, stride=(2, 1, 1), pad=1),
+        dict(kernel=3, pad=0, pad_after=1),
+        dict(kernel=(3, 3, 3), pad=(0, 1, 2), pad_after=(2, 0, 1)),
+        dict(kernel=(7, 7, 7), pad=2, pad_after=3, stride=2),
+        dict(kernel=(2, 4, 3), pad=0),
+        dict(kernel=1, pad=0, stride=2),
+    ],
+)
+def test_kernels_strides_and_padding(run, shape):
+    net = Net(size=(5, 9, 8))
+    source = net.conv("clip", 5, 1, pad=0, act="none")  # a zero point inside the range
+    net.conv(source, 7, **shape)
+    program, _ = compiled(net, small_config(td=3))
+    assert_as_reference(run, program)
+
+
+@pytest.mark.parametrize("channels", [16, 24])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1)])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_transformed_convolutions(run, kernel, channels, bits):
+    """Wide enough for the Winograd form, at odd and even sizes."""
+    net = Net(size=(5, 6, 7))
+    source = net.conv("clip", channels, 1, pad=0)
+    pad = tuple(k // 2 for k in kernel)
+    net.conv(source, 18, kernel, pad=pad, kept=0.5)
+    program, _ = compiled(net, small_config(bits))
+    assert_as_reference(run, program)
+
+
+@pytest.mark.parametrize("window", [(1, 2, 2), (2, 2, 2), (2, 3, 3), (1, 1, 3)])
+@pytest.mark.parametrize("channels", [5, 16])
+def test_pools_that_ride_on_a_convolution(run, window, channels):
+    net = Net(size=(5, 7, 6))
+    pooled = net.pool(net.conv(net.conv("clip", channels), 6, act="none"), window, act="relu")
+    net.conv(pooled, 3, 1, pad=0)
+    program, _ = compiled(net)
+    assert [task.pool is not None for task in program.tasks] == [False, True, False]
+    assert_as_reference(run, program)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        dict(kernel=3, stride=1, pad=1),
+        dict(kernel=3, stride=2, pad=0, pad_after=1),
+        dict(kernel=(1, 3, 3), stride=(1, 2, 2), pad=(0, 1, 0), pad_after=(0, 0, 1)),
+        dict(kernel=2, stride=2, pad=1),
+        dict(kernel=(2, 3, 3), stride=1, op="average_pool"),
+        dict(kernel=3, stride=2, pad=1, op="average_pool"),
+        dict(kernel=(4, 7, 7), stride=1, op="average_pool"),
+    ],
+)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_pools_of_their_own(run, pool, bits):
+    net = Net()
+    source = net.conv("clip", 6, act="none")
+    net.conv(net.pool(source, **pool), 3, 1, pad=0)
+    program, _ = compiled(net, small_config(bits))
+    assert len(program.tasks) == 3
+    assert_as_reference(run, program)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_shortcut_and_pool_on_one_convolution(run, bits):
+    net = Net(size=(4, 6, 6))
+    first = net.conv("clip", 8)
+    pooled = net.pool(net.add(net.conv(first, 8, act="none"), first), 2)
+    net.conv(pooled, 3, 1, pad=0)
+    program, _ = compiled(net, small_config(bits))
+    assert program.tasks[1].shortcut is not None
+    assert program.tasks[1].pool is not None
+    assert_as_reference(run, program)
+
+
+def test_concat_add_and_copies(run):
+    """What cannot ride or be placed becomes a copy: same codes, more tasks."""
+    net = Net(size=(3, 5, 5))
+    a, b = net.conv("clip", 4), net.conv("clip", 3, act="none")
+    c = net.concat(a, b, "clip")
+    d = net.concat(c, a)
+    e = net.conv(d, 14, act="none")
+    net.add(net.add(e, d, act="none"), e, act="relu6")
+    program, _ = compiled(net)
+    assert_as_reference(run, program)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_saturation_at_both_ends(run, bits):
+    net = Net(size=(3, 5, 5))
+    net.conv(net.conv(net.conv("clip", 8, act="none"), 16, act="none"), 8, act="none")
+    program, _ = compiled(net, small_config(bits))
+    wanted = assert_as_reference(run, stretched(program, 4))
+    middle = wanted[program.tasks[1].name]
+    assert {program.tasks[1].lo, program.tasks[1].hi} <= set(np.unique(middle).tolist())
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_fully_connected_and_relu6(run, bits):
+    net = Net(size=(2, 3, 3))
+    net.dense(net.dense(net.conv("clip", 5, act="relu6"), 33, act="relu"), 7)
+    program, _ = compiled(net, small_config(bits))
+    assert program.output.bits == 16
+    assert_as_reference(run, program)
+
+
+def test_depth_one_and_a_dead_filter(run):
+    net = Net(size=(1, 6, 6))
+    name = net.conv("clip", 6, (1, 3, 3), pad=(0, 1, 1))
+    net.layers[name].weight[2] = 0
+    net.layers[name].bias[2] = 0.5
+    net.conv(name, 4, (1, 3, 3), pad=(0, 1, 1))
+    program, _ = compiled(net)
+    assert_as_reference(run, program)
+
+
+def test_pruned_for_another_tiling_is_right_with_more_kept(run):
+    from pynq_kgrc.compress.patterns import Rates, project
+    from pynq_kgrc.groups import GroupSize
+
+    net = Net(size=(3, 5, 5))
+    name = net.conv(net.conv("clip", 12), 16)
+    rates = Rates(rows=Fraction(1, 2))
+    net.layers[name].weight[...] = project(net.layers[name].weight, rates, GroupSize(8, 4, 9))
+    kept = []
+    for gm in (8, 4):
+        program, _ = compiled(net, small_config(gm=gm))
+        assert_as_reference(run, program)
+        kept.append(program.tasks[1].weights.kept[0] / gm)
+    assert kept[0] == 0.5 < kept[1]
+
+
+def test_a_group_that_is_off_is_not_computed(run):
+    net = Net(size=(3, 5, 5))
+    name = net.conv(net.conv("clip", 8), 8)
+    net.layers[name].weight[:4, 4:] = 0
+    program, _ = compiled(net)
+    weights = program.tasks[1].weights
+    assert weights.enabled.tolist() == [[True, False], [True, True]]
+    weights.values[0, 1] = 9  # whatever lies there must not matter
+    assert_as_reference(run, program)
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_refusals(name):
+    net = Net()
+    net.conv("clip", 4)
+    program, _ = compiled(net)
+    other = open_backend(name, small_config(bits=4))
+    with pytest.raises(ProgramError, match=r"made for small-8 .* this is small-4"):
+        other.load(program)
+    other.close()
+    other.close()
+    backend = open_backend(name, program.config)
+    with pytest.raises(ProgramError, match="no program is loaded"):
+        backend.run()
+    backend.load(program)
+    codes = random_codes(program)
+    with pytest.raises(ProgramError, match=r"takes int8 codes .*, not int16"):
+        backend.write(program.source, codes.astype(np.int16))
+    with pytest.raises(ProgramError, match=r"not int8 of \(3, 4, 7, 6\)"):
+        backend.write(program.source, codes[..., :6])
+    with pytest.raises(ProgramError, match=r"holds maps of \(4, 7, 7\), not \(1, 1, 1\)"):
+        backend.read(program.source, 3, (1, 1, 1))
+    backend.close()
+
+
+def test_unknown_backend():
+    with pytest.raises(DeviceError, match="no backend named 'gpu'; there are emulate"):
+        open_backend("gpu", small_config())
+
+
+def test_config_refuses_by_name():
+    with pytest.raises(ConfigError, match=r"tm=12 is not a multiple of gm=8; use 8, 16, 24"):
+        small_config(tm=12, gm=8)
+
+
+def test_every_task_kind_is_covered():
+    net = Net()
+    net.pool(net.conv("clip", 4), 3, stride=1)
+    program, _ = compiled(net)
+    assert [isinstance(task, ConvTask) for task in program.tasks] == [True, False]

@@ -1,0 +1,586 @@
+"""A traced network computes what torch does, and what cannot be traced is refused by name."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+from pynq_kgrc.errors import CompileError
+from pynq_kgrc.graph import ClipSpec, Graph, run_float
+from pynq_kgrc.models import c3d, i3d, r2plus1d
+from pynq_kgrc.models.trace import trace
+
+CLIP = ClipSpec(frames=4, height=7, width=6, short_side=8)
+FLAT = replace(CLIP, frames=1)
+
+
+class Net(nn.Module):
+    """`forward(self, clip)` as a function, with `parts` as its submodules."""
+
+    def __init__(self, function, **parts: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, clip):
+        return self.function(self, clip)
+
+
+def chain(*parts: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*parts)
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Give batch norm statistics that it would be wrong to leave out."""
+    torch.manual_seed(7)
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is not None:
+            part.running_mean.uniform_(-0.5, 0.5)
+            part.running_var.uniform_(0.5, 2)
+            if part.affine:
+                nn.init.uniform_(part.weight, 0.5, 1.5)
+                nn.init.uniform_(part.bias, -0.3, 0.3)
+    return module
+
+
+def same_as_torch(module: nn.Module, clip: ClipSpec = CLIP, rank: int = 5) -> Graph:
+    """The graph, once its output is torch's within 1e-4 of the largest value."""
+    randomise(module)
+    graph = trace(module, clip)
+    values = torch.randn(1, 3, clip.frames, clip.height, clip.width)
+    with torch.no_grad():
+        wanted = module.eval()(values if rank == 5 else values[:, :, 0]).numpy().reshape(-1)
+    found = run_float(graph, values[0].numpy()).reshape(-1)
+    assert found.shape == wanted.shape
+    assert np.abs(wanted).max() > 1e-3
+    assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert_well_formed(graph)
+    return graph
+
+
+def assert_well_formed(graph: Graph) -> None:
+    first = graph.layers[0]
+    size = (graph.clip.frames, graph.clip.height, graph.clip.width)
+    assert (first.name, first.op, first.inputs, first.channels, first.size) == (
+        "clip", "input", (), 3, size
+    )  # fmt: skip
+    seen: dict[str, tuple[int, tuple[int, int, int]]] = {}
+    for layer in graph.layers:
+        assert layer.name not in seen
+        assert all(name in seen for name in layer.inputs)
+        seen[layer.name] = (layer.channels, layer.size)
+        if layer.shape is not None:
+            assert seen[layer.inputs[0]] == (layer.shape.channels, layer.shape.in_size)
+            assert (layer.channels, layer.size) == (layer.shape.out_channels, layer.shape.out_size)
+        if layer.op == "conv":
+            assert layer.weight.dtype == np.float32
+            assert layer.weight.shape == (layer.channels, layer.shape.channels, *layer.shape.kernel)
+            assert layer.bias.dtype == np.float64
+            assert layer.bias.shape == (layer.channels,)
+    used = {name for layer in graph.layers for name in layer.inputs} | {graph.output}
+    assert used >= {layer.name for layer in graph.layers if layer.op != "input"}
+
+
+def ops(graph: Graph) -> list[str]:
+    """`name: op` of each layer after the input, with its activation if there is one."""
+    return [
+        f"{layer.name}: {layer.op}" + f" {layer.activation}" * (layer.activation != "none")
+        for layer in graph.layers[1:]
+    ]
+
+
+def conv(channels=3, filters=4, kernel=3, **options) -> nn.Conv3d:
+    return nn.Conv3d(channels, filters, kernel, **options)
+
+
+def residual(self, x):
+    x = self.stem(x)
+    return self.relu(self.norm(self.conv(x)) + x)
+
+
+def branches(self, x):
+    x = F.relu(self.a(x))
+    return torch.cat([self.b(x), self.pool(x), x], 1)
+
+
+CASES = {
+    "plain": (chain(conv()), ["0: conv"]),
+    "no bias": (chain(conv(bias=False)), ["0: conv"]),
+    "stride, padding": (chain(conv(stride=(1, 2, 3), padding=(0, 1, 2))), ["0: conv"]),
+    "same": (chain(conv(kernel=(2, 4, 3), padding="same")), ["0: conv"]),
+    "valid": (chain(conv(padding="valid")), ["0: conv"]),
+    "grouped": (chain(conv(3, 6, groups=3)), ["0: conv"]),
+    "depthwise": (chain(conv(3, 4, 1), conv(4, 4, groups=4, padding=1)), ["0: conv", "1: conv"]),
+    "dilated": (chain(conv(kernel=(2, 3, 2), dilation=(3, 2, 1))), ["0: conv"]),
+    "dilated, same": (chain(conv(kernel=2, dilation=2, padding="same")), ["0: conv"]),
+    "norm, relu": (chain(conv(bias=False), nn.BatchNorm3d(4), nn.ReLU()), ["0: conv relu"]),
+    "norm without affine": (chain(conv(), nn.BatchNorm3d(4, affine=False)), ["0: conv"]),
+    "two norms": (chain(conv(), nn.BatchNorm3d(4), nn.BatchNorm3d(4)), ["0: conv"]),
+    "norm first": (chain(nn.BatchNorm3d(3), conv()), ["0: conv", "1: conv"]),
+    "norm, relu first": (chain(nn.BatchNorm3d(3), nn.ReLU(), conv()), ["0: conv relu", "2: conv"]),
+    "relu first": (chain(nn.ReLU(), conv()), ["0: conv relu", "1: conv"]),
+    "norm after relu": (chain(conv(), nn.ReLU(), nn.BatchNorm3d(4)), ["0: conv relu", "2: conv"]),
+    "norm after pool": (
+        chain(conv(), nn.MaxPool3d(2), nn.BatchNorm3d(4)),
+        ["0: conv", "1: max_pool", "2: conv"],
+    ),
+    "relu twice": (chain(conv(), nn.ReLU(), nn.ReLU(inplace=True)), ["0: conv relu"]),
+    "relu6": (chain(conv(), nn.ReLU6()), ["0: conv relu6"]),
+    "relu after relu6": (chain(conv(), nn.ReLU6(), nn.ReLU()), ["0: conv relu6"]),
+    "relu6 after relu": (chain(conv(), nn.ReLU(), nn.ReLU6()), ["0: conv relu", "2: conv relu6"]),
+    "hardtanh": (chain(conv(), nn.Hardtanh(0, 6)), ["0: conv relu6"]),
+    "clamp": (Net(lambda s, x: s.a(x).clamp(0, 6), a=conv()), ["a: conv relu6"]),
+    "clamp from below": (Net(lambda s, x: s.a(x).clamp(min=0), a=conv()), ["a: conv relu"]),
+    "clamp_min": (Net(lambda s, x: s.a(x).clamp_min(0), a=conv()), ["a: conv relu"]),
+    "relu in place": (Net(lambda s, x: s.a(x).relu_(), a=conv()), ["a: conv relu"]),
+    "relu after pool": (
+        chain(conv(), nn.MaxPool3d(2), nn.ReLU()),
+        ["0: conv", "1: max_pool relu"],
+    ),
+    "relu after pool after relu": (
+        chain(conv(), nn.ReLU(), nn.MaxPool3d(2), nn.ReLU()),
+        ["0: conv relu", "2: max_pool"],
+    ),
+    "overlapping max pool": (chain(conv(), nn.MaxPool3d(3, 2, 1)), ["0: conv", "1: max_pool"]),
+    "max pool in ceil_mode": (
+        chain(conv(padding=1), nn.MaxPool3d((3, 2, 2), 2, (1, 0, 0), ceil_mode=True)),
+        ["0: conv", "1: max_pool"],
+    ),
+    "max pool with its indices": (
+        Net(lambda s, x: F.max_pool3d(s.a(x), 2, return_indices=True)[0], a=conv()),
+        ["a: conv", "max_pool3d: max_pool"],
+    ),
+    "average pool": (
+        chain(conv(), nn.AvgPool3d((1, 3, 2), (1, 2, 1))),
+        ["0: conv", "1: average_pool"],
+    ),
+    "padded average pool": (chain(conv(), nn.AvgPool3d(2, 2, 1)), ["0: conv", "1: average_pool"]),
+    "average pool in ceil_mode that fits": (
+        chain(nn.AvgPool3d((2, 7, 2), ceil_mode=True)),
+        ["0: average_pool"],
+    ),
+    "global average pool": (chain(nn.AdaptiveAvgPool3d(1)), ["0: average_pool"]),
+    "adaptive average pool": (chain(nn.AdaptiveAvgPool3d((2, None, 3))), ["0: average_pool"]),
+    "adaptive max pool": (chain(conv(), nn.AdaptiveMaxPool3d(1)), ["0: conv", "1: max_pool"]),
+    "mean over all": (
+        Net(lambda s, x: s.a(x).mean((-1, -2, -3)), a=conv()),
+        ["a: conv", "mean: average_pool"],
+    ),
+    "mean over time": (
+        Net(lambda s, x: s.a(x).mean(2, keepdim=True), a=conv()),
+        ["a: conv", "mean: average_pool"],
+    ),
+    "mean after mean": (
+        Net(lambda s, x: s.a(x).mean((3, 4)).mean(2), a=conv()),
+        ["a: conv", "mean: average_pool", "mean_2: average_pool"],
+    ),
+    "mean over pixels in a row": (
+        Net(lambda s, x: s.a(x).flatten(2).mean(-1), a=conv()),
+        ["a: conv", "mean: average_pool"],
+    ),
+    "mean over nothing": (
+        Net(lambda s, x: s.a(x.mean((2, 3, 4), keepdim=True)).mean((2, 3, 4)), a=conv(kernel=1)),
+        ["mean: average_pool", "a: conv"],
+    ),
+    "explicit padding": (
+        chain(nn.ConstantPad3d((1, 0, 2, 1, 0, 3), 0.0), conv(padding=1)),
+        ["1: conv"],
+    ),
+    "padding twice": (
+        Net(lambda s, x: s.a(F.pad(F.pad(x, (1, 2)), (0, 1, 3, 0))), a=conv()),
+        ["a: conv"],
+    ),
+    "padding for two": (
+        Net(lambda s, x: s.a(p := F.pad(x, (1, 2))) + s.b(p), a=conv(), b=conv()),
+        ["a: conv", "b: conv", "add: add"],
+    ),
+    "padding before a max pool after relu": (
+        chain(conv(), nn.ReLU(), nn.ConstantPad3d((0, 1, 1, 0, 0, 0), 0.0), nn.MaxPool3d(2)),
+        ["0: conv relu", "3: max_pool"],
+    ),
+    "padding with -inf before a max pool": (
+        chain(conv(), nn.ConstantPad3d((0, 1) * 3, -torch.inf), nn.MaxPool3d(2)),
+        ["0: conv", "2: max_pool"],
+    ),
+    "padding before an average pool": (
+        chain(nn.ConstantPad3d((0, 1) * 3, 0.0), nn.AvgPool3d(2, count_include_pad=False)),
+        ["1: average_pool"],
+    ),
+    "residual": (
+        Net(residual, stem=conv(), conv=conv(4, 4, padding=1), norm=nn.BatchNorm3d(4),
+            relu=nn.ReLU(inplace=True)),
+        ["stem: conv", "conv: conv", "add: add relu"],
+    ),
+    "added in place": (
+        Net(lambda s, x: (y := s.a(x)).add_(s.b(x)) + y, a=conv(), b=conv()),
+        ["a: conv", "b: conv", "add: add", "add_2: add"],
+    ),
+    "relu in place for all readers": (
+        Net(lambda s, x: F.relu(y := s.a(x), inplace=True) + y, a=conv()),
+        ["a: conv relu", "add: add"],
+    ),
+    "relu for one of two readers": (
+        Net(lambda s, x: F.relu(y := s.a(x)) + y, a=conv()),
+        ["a: conv", "relu: conv relu", "add: add"],
+    ),
+    "norm for one of two readers": (
+        Net(lambda s, x: s.n(y := s.a(x)) + y, a=conv(), n=nn.BatchNorm3d(4)),
+        ["a: conv", "n: conv", "add: add"],
+    ),
+    "twice the same": (Net(lambda s, x: (y := s.a(x)) + y, a=conv()), ["a: conv", "add: add"]),
+    "concat": (
+        Net(branches, a=conv(), b=conv(4, 2, padding=1), pool=nn.MaxPool3d(3, 1, 1)),
+        ["a: conv relu", "b: conv", "pool: max_pool", "concat: concat"],
+    ),
+    "concat of one channel each": (
+        Net(lambda s, x: torch.cat([s.a(x), s.b(x)], -4), a=conv(3, 1), b=conv(3, 1)),
+        ["a: conv", "b: conv", "concat: concat"],
+    ),
+    "norm, relu after concat": (
+        Net(lambda s, x: F.relu(s.n(torch.cat([x, x], 1))), n=nn.BatchNorm3d(6)),
+        ["concat: concat", "n: conv relu"],
+    ),
+    "linear over the map": (
+        chain(conv(), nn.Flatten(), nn.Linear(4 * 2 * 5 * 4, 5)),
+        ["0: conv", "2: conv"],
+    ),
+    "linear, norm, relu, linear": (
+        chain(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(3, 5, bias=False),
+              nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 2)),
+        ["0: average_pool", "2: conv relu", "6: conv"],
+    ),
+    "linear, channels last on one pixel": (
+        Net(lambda s, x: s.a(s.p(x).permute(0, 2, 3, 4, 1)).flatten(1), a=nn.Linear(3, 2),
+            p=nn.AdaptiveAvgPool3d(1)),
+        ["p: average_pool", "a: conv"],
+    ),
+    "views": (
+        Net(lambda s, x: s.b(s.a(x).squeeze(0).unsqueeze(0).view(1, 4, -1).reshape(1, 4, 2, 5, 4)
+                             .contiguous()), a=conv(), b=conv(4, 2, 2)),
+        ["a: conv", "b: conv"],
+    ),
+    "dropouts": (
+        chain(nn.Dropout3d(), conv(), nn.AlphaDropout(), nn.Identity(), conv(4, 2, 1)),
+        ["1: conv", "4: conv"],
+    ),
+    "dead code": (
+        Net(lambda s, x: (s.a(x), F.gelu(s.b(x)))[0], a=conv(), b=conv()),
+        ["a: conv"],
+    ),
+    "one module twice": (
+        Net(lambda s, x: s.a(s.a(x)), a=conv(3, 3, 2)),
+        ["a: conv", "a_2: conv"],
+    ),
+    "a module named clip": (Net(lambda s, x: s.clip(x), clip=conv()), ["clip_2: conv"]),
+    "without gradients": (
+        Net(lambda s, x: torch.no_grad()(s.a)(x), a=conv()),
+        ["a: conv"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", CASES)
+def test_the_graph_computes_what_torch_does(name):
+    module, wanted = CASES[name]
+    assert ops(same_as_torch(module)) == wanted
+
+
+FLAT_CASES = {
+    "conv, norm, pools": chain(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    ),
+    "padding, groups": chain(
+        nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(3, 6, 3, groups=3, dilation=2, stride=2)
+    ),
+    "max": chain(nn.Conv2d(3, 4, 3, padding="same"), nn.AdaptiveMaxPool2d(1), nn.Flatten(0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAT_CASES)
+def test_a_network_of_2d_layers_sees_one_frame(name):
+    graph = same_as_torch(FLAT_CASES[name], FLAT, rank=4)
+    assert all(layer.size[0] == 1 for layer in graph.layers)
+
+
+def test_a_network_of_2d_layers_may_squeeze_the_clip_itself():
+    network = Net(lambda s, x: s.a(x.squeeze(2)), a=nn.Conv2d(3, 4, 3))
+    assert same_as_torch(network, FLAT)["a"].shape.kernel == (1, 3, 3)
+
+
+def test_a_grouped_convolution_is_dense_with_zeros_between_groups():
+    weight = trace(chain(conv(4 - 1, 6, groups=3)), CLIP)["0"].weight
+    kept = np.abs(weight).sum((2, 3, 4)) > 0
+    assert kept.tolist() == [[m // 2 == n for n in range(3)] for m in range(6)]
+
+
+def test_a_dilated_kernel_is_larger_with_zeros_between_taps():
+    layer = trace(chain(conv(kernel=(1, 2, 1), dilation=(1, 3, 1))), CLIP)["0"]
+    assert layer.shape.kernel == (1, 4, 1)
+    assert (np.abs(layer.weight[0, 0, 0, :, 0]) > 0).tolist() == [True, False, False, True]
+
+
+def test_padding_of_a_graph_is_uneven_where_the_modules_is():
+    shape = trace(chain(nn.ConstantPad3d((1, 0, 2, 1, 0, 3), 0.0), conv(padding=1)), CLIP)[
+        "1"
+    ].shape
+    assert (shape.pad_before, shape.pad_after) == ((1, 3, 2), (4, 2, 1))
+
+
+def test_batch_norm_is_folded_in_float64():
+    module = randomise(chain(conv(bias=False), nn.BatchNorm3d(4))).eval()
+    layer = trace(module, CLIP)["0"]
+    norm = module[1]
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    exact = (module[0].weight.double() * gain[:, None, None, None, None]).detach()
+    assert np.array_equal(layer.weight, exact.numpy().astype(np.float32))
+    bias = norm.bias.double() - norm.running_mean.double() * gain
+    assert np.allclose(layer.bias, bias.detach().numpy(), rtol=1e-14)
+
+
+def test_a_lone_relu_is_an_identity_convolution():
+    layer = trace(chain(nn.ReLU(), conv()), CLIP)["0"]
+    assert np.array_equal(layer.weight[:, :, 0, 0, 0], np.eye(3))
+    assert layer.bias.tolist() == [0, 0, 0]
+
+
+def test_a_pruned_module_brings_its_zeros():
+    module = chain(conv())
+    prune.random_unstructured(module[0], "weight", 0.5)
+    weight = same_as_torch(module)["0"].weight
+    assert (weight == 0).mean() == 0.5
+
+
+def test_the_weights_are_copies():
+    module = chain(conv())
+    graph = trace(module, CLIP)
+    before = graph["0"].weight.copy()
+    nn.init.zeros_(module[0].weight)
+    assert np.array_equal(graph["0"].weight, before)
+
+
+def test_training_flags_stay_as_they_were():
+    module = chain(conv(), nn.BatchNorm3d(4), nn.Dropout())
+    module[1].eval()
+    mean = module[1].running_mean.clone()
+    trace(module, CLIP)
+    assert [m.training for m in (module, *module)] == [True, True, False, True]
+    assert torch.equal(module[1].running_mean, mean)
+    with pytest.raises(CompileError):
+        trace(chain(module, nn.GELU()), CLIP)
+    assert [m.training for m in (module, *module)] == [True, True, False, True]
+
+
+def test_name_and_labels():
+    module = chain(conv(3, 2), nn.AdaptiveAvgPool3d(1))
+    graph = trace(module, CLIP, ["walk", "run"], name="gait")
+    assert (graph.name, graph.labels, graph.output, graph.clip) == (
+        "gait",
+        ("walk", "run"),
+        "1",
+        CLIP,
+    )
+    assert trace(module, CLIP).name == "Sequential"
+    with pytest.raises(CompileError, match="gait has 2 outputs, but 3 labels were given"):
+        trace(module, CLIP, ["walk", "run", "hop"], name="gait")
+
+
+class Gate(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+def data_dependent(self, x):
+    return self.a(x) if x.sum() > 0 else x
+
+
+REFUSALS = {
+    "operator, place, advice": (
+        Net(lambda s, x: s.blocks(x), blocks=chain(conv(), Gate())),
+        r"Net: the accelerator has no sigmoid at blocks\.1 \(Net > Sequential > Gate\); "
+        r"use ReLU or ReLU6",
+    ),
+    "silu": (chain(conv(), nn.SiLU()), r"no silu at 1 \(Sequential > SiLU\); use ReLU or"),
+    "gelu": (chain(conv(), nn.GELU()), "no gelu at 1 .*use ReLU or ReLU6"),
+    "leaky relu": (chain(nn.LeakyReLU()), "no leaky_relu at 0 .*use ReLU or ReLU6"),
+    "unknown": (Net(lambda s, x: torch.erf(x)), r"no erf at top level \(Net\)$"),
+    "softmax": (chain(nn.Softmax(1)), "no softmax at 0 .*the runtime applies soft-max"),
+    "layer norm": (chain(nn.LayerNorm(6)), "no layer_norm at 0 .*use BatchNorm"),
+    "group norm": (chain(nn.GroupNorm(1, 3)), "no group_norm at 0 .*use BatchNorm"),
+    "instance norm": (chain(nn.InstanceNorm3d(3)), "no instance_norm at 0 .*use BatchNorm"),
+    "batch norm of the batch": (
+        chain(nn.BatchNorm3d(3, track_running_stats=False)),
+        "no _native_batch_norm_legit at 0 .*use BatchNorm with running statistics",
+    ),
+    "transposed": (chain(nn.ConvTranspose3d(3, 2, 2)), "no conv_transpose3d .*maps cannot grow"),
+    "resized": (Net(lambda s, x: F.interpolate(x, scale_factor=2)), "no upsample_nearest3d .*grow"),
+    "multiplied": (Net(lambda s, x: x * 2), "no mul at top level .*weights that hold the factor"),
+    "subtracted": (Net(lambda s, x: x - s.a(x), a=conv(3, 3, 1)), "no sub .*an addition"),
+    "dropout left on": (
+        Net(lambda s, x: F.dropout(s.a(x)), a=conv()),
+        "no native_dropout .*training=self.training",
+    ),
+    "permuted": (
+        Net(lambda s, x: s.a(x.permute(0, 1, 3, 2, 4)), a=conv()),
+        r"permute\(\[0, 1, 3, 2, 4\]\) .*channels first",
+    ),
+    "transposed axes": (Net(lambda s, x: x.transpose(1, 2)), "no transpose .*channels first"),
+    "sliced": (Net(lambda s, x: x[:, :, ::2]), "no slice .*ClipSpec chooses"),
+    "chunked": (Net(lambda s, x: x.chunk(3, 1)[1]), "no split .*one convolution for each part"),
+    "multiplied by itself": (Net(lambda s, x: x @ x.mT), "no (matmul|transpose) "),
+    "clamped elsewhere": (
+        Net(lambda s, x: x.clamp(-1, 1)),
+        r"a clamp to -1..1 at top level .*use ReLU or ReLU6",
+    ),
+    "reflected": (
+        chain(conv(padding=1, padding_mode="reflect")),
+        r"reflect padding at 0 .*use zeros",
+    ),
+    "padded with ones": (
+        chain(nn.ConstantPad3d(1, 1.0), conv()),
+        "a convolution over padding with 1 at 1 .*use zeros",
+    ),
+    "padded with ones, averaged": (
+        chain(nn.ConstantPad3d(1, 1.0), nn.AvgPool3d(2)),
+        "an average pool over padding with 1 at 1 .*use zeros",
+    ),
+    "padded with two values": (
+        chain(nn.ConstantPad3d(1, 1.0), nn.ConstantPad3d(1, 0.0), conv()),
+        r"padding with 1.* and then with 0",
+    ),
+    "padded channels": (
+        Net(lambda s, x: F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1))),
+        "on depth, height and width only",
+    ),
+    "cropped by padding": (
+        chain(nn.ConstantPad3d(-1, 0.0), conv(kernel=1)),
+        "use widths of 0 or more",
+    ),
+    "padded before max pool": (
+        chain(conv(), nn.ConstantPad3d(1, 0.0), nn.MaxPool3d(2)),
+        "padding with 0 before a max pool of values that may be negative at 2 .*a ReLU before it",
+    ),
+    "windows of padding": (
+        chain(nn.ReLU(), nn.ConstantPad3d(2, 0.0), nn.MaxPool3d(2)),
+        "a max pool with windows that see padding only at 2",
+    ),
+    "padded before relu": (
+        chain(nn.ConstantPad3d(1, 0.0), nn.ReLU()),
+        "padding goes into relu at 1 .*right before a convolution or pool",
+    ),
+    "padded output": (
+        chain(conv(), nn.ConstantPad3d(1, 0.0)),
+        "padding goes into pad at 1 .*right before a convolution or pool",
+    ),
+    "dilated max pool": (chain(nn.MaxPool3d(2, dilation=2)), "a dilated max pool at 0"),
+    "average without padding": (
+        chain(nn.AvgPool3d(3, padding=1, count_include_pad=False)),
+        "leaves padding out of its mean at 0 .*use count_include_pad=True",
+    ),
+    "average in ceil_mode": (
+        chain(nn.AvgPool3d(2, ceil_mode=True)),
+        "an average pool in ceil_mode, whose last window is not full, at 0",
+    ),
+    "average over another count": (
+        chain(nn.AvgPool3d(2, divisor_override=3)),
+        "an average pool with a divisor of its own at 0",
+    ),
+    "uneven adaptive pool": (
+        chain(nn.AdaptiveAvgPool3d(3)),
+        r"adaptive_avg_pool3d from \(4, 7, 6\) to \(3, 3, 3\) .*divides the input size",
+    ),
+    "mean over channels": (
+        Net(lambda s, x: x.mean(1)),
+        r"a mean over axes \[1\] of \[1, 3, 4, 7, 6\]",
+    ),
+    "mean over everything": (Net(lambda s, x: x.mean()), r"a mean over axes \[0, 1, 2, 3, 4\]"),
+    "mean over part of a view": (
+        Net(lambda s, x: x.reshape(1, 3, 8, 21).mean(2)),
+        r"a mean over a part of .* seen as \[1, 3, 8, 21\]",
+    ),
+    "linear over width": (
+        chain(nn.Linear(6, 2)),
+        r"linear reads \[1, 3, 4, 7, 6\] as \[1, 3, 4, 7, 6\] .*use flatten\(1\)",
+    ),
+    "frames as a batch": (
+        Net(lambda s, x: s.a(x.view(3, 4, 7, 6)), a=nn.Conv2d(4, 2, 3)),
+        r"conv2d reads \[1, 3, 4, 7, 6\] as \[3, 4, 7, 6\] .*one clip, channels first",
+    ),
+    "norm over another view": (
+        Net(lambda s, x: s.n(x.flatten(1)), n=nn.BatchNorm1d(3 * 4 * 7 * 6)),
+        r"batch norm reads \[1, 3, \*\(4, 7, 6\)\] as \[1, 504\]",
+    ),
+    "broadcast": (
+        Net(lambda s, x: x + x.mean((2, 3, 4), keepdim=True)),
+        r"an addition of \[1, 3, 4, 7, 6\] and \[1, 3, 1, 1, 1\]",
+    ),
+    "added number": (Net(lambda s, x: s.a(x) + 1, a=conv()), "add takes a constant at top level"),
+    "added multiple": (Net(lambda s, x: torch.add(x, x, alpha=2)), "an addition with alpha=2"),
+    "concat over time": (
+        Net(lambda s, x: torch.cat([x, x], 2)),
+        r"a concatenation of .* on axis 2 .*the channels \(axis 1\)",
+    ),
+    "weights from the clip": (
+        Net(lambda s, x: F.conv3d(x, s.a(x)), a=conv(3, 3, (4, 5, 4))),
+        "conv3d has weights that depend on the clip at top level",
+    ),
+    "two outputs": (Net(lambda s, x: (s.a(x), x), a=conv()), "the output has to be one tensor"),
+    "a dict": (Net(lambda s, x: {"logits": s.a(x)}, a=conv()), "the output has to be one tensor"),
+    "a constant": (
+        Net(lambda s, x: s.a.weight * 2, a=conv()),
+        "the output has to be one tensor that depends on the clip",
+    ),
+    "nothing": (nn.Identity(), "Identity: the output is the clip itself"),
+    "data-dependent": (
+        Net(data_dependent, a=conv()),
+        r"Net: torch.export fails for an input of \[1, 3, 4, 7, 6\]: ",
+    ),
+    "channels that do not fit": (
+        chain(conv(5, 2)),
+        r"torch.export fails for an input of \[1, 3, 4, 7, 6\]: .*expected input",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_traced_is_refused(name):
+    module, message = REFUSALS[name]
+    with pytest.raises(CompileError, match=message):
+        trace(module, CLIP)
+
+
+def test_a_2d_network_that_fails_says_so_for_both_inputs():
+    with pytest.raises(
+        CompileError, match=r"\[1, 3, 1, 7, 6\]: .*; for an input of \[1, 3, 7, 6\]"
+    ):
+        trace(nn.Conv2d(5, 2, 3), FLAT)
+
+
+@pytest.mark.parametrize(
+    ("module", "clip", "gigamacs", "layers"),
+    [
+        (c3d, c3d.CLIP, 38.547, 11),
+        (r2plus1d, r2plus1d.CLIP, 40.519, 38),
+        (i3d, i3d.clip(16), 27.788, 58),
+    ],
+    ids=["c3d", "r2plus1d_18", "i3d"],
+)
+def test_the_networks_at_full_size(module, clip, gigamacs, layers):
+    build = {c3d: "c3d", r2plus1d: "r2plus1d_18", i3d: "i3d"}[module]
+    graph = same_as_torch(getattr(module, build)(400 if module is i3d else 101), clip)
+    convolutions = graph.convolutions()
+    assert len(convolutions) == layers
+    assert round(sum(layer.shape.macs for layer in convolutions) / 1e9, 3) == gigamacs
+
+
+@pytest.mark.slow
+def test_i3d_on_its_64_frames():
+    graph = same_as_torch(i3d.i3d(), i3d.CLIP)
+    assert round(sum(layer.shape.macs for layer in graph.convolutions()) / 1e9, 3) == 111.153
+    assert graph.layers[-1].op == "average_pool"

@@ -1,0 +1,130 @@
+"""I3D: Inception-v1 inflated to three dimensions, RGB stream (Carreira and Zisserman, CVPR 2017).
+
+Padding follows TensorFlow's SAME, as in the authors' release: where it is odd, the larger half
+comes after. Batch norm has no scale and an epsilon of 1e-3.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from pynq_kgrc.graph import ClipSpec
+
+
+def clip(frames: int = 64) -> ClipSpec:
+    """What I3D looks at: any multiple of 8 frames from 16 on; it was trained with 64."""
+    return ClipSpec(frames=frames, height=224, width=224, short_side=256)
+
+
+CLIP = clip()
+
+WIDTHS = {
+    "Mixed_3b": (64, 96, 128, 16, 32, 32),
+    "Mixed_3c": (128, 128, 192, 32, 96, 64),
+    "Mixed_4b": (192, 96, 208, 16, 48, 64),
+    "Mixed_4c": (160, 112, 224, 24, 64, 64),
+    "Mixed_4d": (128, 128, 256, 24, 64, 64),
+    "Mixed_4e": (112, 144, 288, 32, 64, 64),
+    "Mixed_4f": (256, 160, 320, 32, 128, 128),
+    "Mixed_5b": (256, 160, 320, 32, 128, 128),
+    "Mixed_5c": (384, 192, 384, 48, 128, 128),
+}
+"""Filters of each Inception block: 1x1x1; 1x1x1 then 3x3x3; the same, smaller; after the pool."""
+
+
+def i3d(classes: int = 400) -> I3D:
+    """I3D at full size, with fresh weights; 400 classes are those of Kinetics-400."""
+    return I3D(classes)
+
+
+class I3D(nn.Module):
+    """[N, 3, D, 224, 224] to logits [N, classes], the mean over time."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.Conv3d_1a_7x7 = Unit(3, 64, 7, stride=2)
+        self.MaxPool3d_2a_3x3 = _max_pool((1, 3, 3), (1, 2, 2))
+        self.Conv3d_2b_1x1 = Unit(64, 64, 1)
+        self.Conv3d_2c_3x3 = Unit(64, 192, 3)
+        self.MaxPool3d_3a_3x3 = _max_pool((1, 3, 3), (1, 2, 2))
+        self.Mixed_3b = Mixed(192, WIDTHS["Mixed_3b"])
+        self.Mixed_3c = Mixed(256, WIDTHS["Mixed_3c"])
+        self.MaxPool3d_4a_3x3 = _max_pool((3, 3, 3), (2, 2, 2))
+        self.Mixed_4b = Mixed(480, WIDTHS["Mixed_4b"])
+        self.Mixed_4c = Mixed(512, WIDTHS["Mixed_4c"])
+        self.Mixed_4d = Mixed(512, WIDTHS["Mixed_4d"])
+        self.Mixed_4e = Mixed(512, WIDTHS["Mixed_4e"])
+        self.Mixed_4f = Mixed(528, WIDTHS["Mixed_4f"])
+        self.MaxPool3d_5a_2x2 = _max_pool((2, 2, 2), (2, 2, 2))
+        self.Mixed_5b = Mixed(832, WIDTHS["Mixed_5b"])
+        self.Mixed_5c = Mixed(832, WIDTHS["Mixed_5c"])
+        self.AvgPool3d = nn.AvgPool3d((2, 7, 7), stride=1)
+        self.dropout = nn.Dropout(0.5)
+        self.Logits = nn.Conv3d(1024, classes, 1)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        x = self.MaxPool3d_2a_3x3(self.Conv3d_1a_7x7(clip))
+        x = self.MaxPool3d_3a_3x3(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)))
+        x = self.MaxPool3d_4a_3x3(self.Mixed_3c(self.Mixed_3b(x)))
+        x = self.Mixed_4f(self.Mixed_4e(self.Mixed_4d(self.Mixed_4c(self.Mixed_4b(x)))))
+        x = self.Mixed_5c(self.Mixed_5b(self.MaxPool3d_5a_2x2(x)))
+        logits: Tensor = self.Logits(self.dropout(self.AvgPool3d(x)))
+        return logits.mean((2, 3, 4))
+
+
+class Unit(nn.Module):
+    """Convolution with SAME padding, batch norm without a scale, ReLU."""
+
+    def __init__(self, channels: int, filters: int, kernel: int, stride: int = 1) -> None:
+        super().__init__()
+        # SAME for a size that `stride` divides, which all of I3D's are
+        before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
+        self.pad = nn.ConstantPad3d((before, after) * 3, 0.0)
+        self.conv = nn.Conv3d(channels, filters, kernel, stride=stride, bias=False)
+        self.norm = nn.BatchNorm3d(filters, eps=1e-3, momentum=1e-3)
+        self.norm.weight.requires_grad_(False)  # stays 1
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.relu(self.norm(self.conv(self.pad(x))))
+        return out
+
+
+class Mixed(nn.Module):
+    """An Inception block: four branches over one input, joined on the channels."""
+
+    def __init__(self, channels: int, widths: tuple[int, int, int, int, int, int]) -> None:
+        super().__init__()
+        self.Branch_0 = nn.Sequential(OrderedDict({"Conv3d_0a_1x1": Unit(channels, widths[0], 1)}))
+        self.Branch_1 = _reduced(channels, widths[1], widths[2])
+        self.Branch_2 = _reduced(channels, widths[3], widths[4])
+        self.Branch_3 = nn.Sequential(
+            OrderedDict(
+                {
+                    "MaxPool3d_0a_3x3": nn.MaxPool3d(3, stride=1, padding=1),
+                    "Conv3d_0b_1x1": Unit(channels, widths[5], 1),
+                }
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(
+            [self.Branch_0(x), self.Branch_1(x), self.Branch_2(x), self.Branch_3(x)], 1
+        )
+
+
+def _reduced(channels: int, middle: int, filters: int) -> nn.Sequential:
+    """1x1x1 to fewer channels, then 3x3x3."""
+    return nn.Sequential(
+        OrderedDict(
+            {"Conv3d_0a_1x1": Unit(channels, middle, 1), "Conv3d_0b_3x3": Unit(middle, filters, 3)}
+        )
+    )
+
+
+def _max_pool(kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> nn.MaxPool3d:
+    """SAME for even sizes: the one missing element comes after, which is what `ceil_mode` adds."""
+    return nn.MaxPool3d(kernel, stride, ceil_mode=True)

@@ -1,0 +1,95 @@
+"""R(2+1)D-18: each 3-D convolution is a spatial one, then a temporal one (Tran et al., CVPR 2018).
+
+Layers are named and sized as in torchvision's `r2plus1d_18`, so its state dicts load as they are.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pynq_kgrc.graph import ClipSpec
+
+CLIP = ClipSpec(
+    frames=16,
+    height=112,
+    width=112,
+    short_side=128,
+    mean=(0.43216, 0.394666, 0.37645),
+    std=(0.22803, 0.22145, 0.216989),
+)
+
+
+def r2plus1d_18(classes: int = 400) -> R2Plus1D:
+    """R(2+1)D-18 at full size, with fresh weights; 400 classes are those of Kinetics-400."""
+    return R2Plus1D(classes)
+
+
+class R2Plus1D(nn.Module):
+    """[N, 3, D, H, W] to logits [N, classes]."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv3d(3, 45, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+            nn.BatchNorm3d(45),
+            nn.ReLU(inplace=True),
+            nn.Conv3d(45, 64, (3, 1, 1), padding=(1, 0, 0), bias=False),
+            nn.BatchNorm3d(64),
+            nn.ReLU(inplace=True),
+        )
+        self.layer1 = _stage(64, 64, stride=1)
+        self.layer2 = _stage(64, 128, stride=2)
+        self.layer3 = _stage(128, 256, stride=2)
+        self.layer4 = _stage(256, 512, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool3d(1)
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        x = self.stem(clip)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return logits
+
+
+class Block(nn.Module):
+    """Two factorised convolutions and a shortcut."""
+
+    def __init__(self, channels: int, filters: int, stride: int) -> None:
+        super().__init__()
+        # as many weights as a full 3x3x3 convolution has; both halves of the block use this width
+        middle = (channels * filters * 27) // (channels * 9 + 3 * filters)
+        self.conv1 = nn.Sequential(
+            _factorised(channels, middle, filters, stride),
+            nn.BatchNorm3d(filters),
+            nn.ReLU(inplace=True),
+        )
+        self.conv2 = nn.Sequential(
+            _factorised(filters, middle, filters, stride=1), nn.BatchNorm3d(filters)
+        )
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Sequential | None = None
+        if stride != 1 or channels != filters:
+            self.downsample = nn.Sequential(
+                nn.Conv3d(channels, filters, 1, stride=stride, bias=False), nn.BatchNorm3d(filters)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.relu(self.conv2(self.conv1(x)) + shortcut)
+        return out
+
+
+def _factorised(channels: int, middle: int, filters: int, stride: int) -> nn.Sequential:
+    """1x3x3, batch norm, ReLU, 3x1x1."""
+    return nn.Sequential(
+        nn.Conv3d(
+            channels, middle, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1), bias=False
+        ),
+        nn.BatchNorm3d(middle),
+        nn.ReLU(inplace=True),
+        nn.Conv3d(middle, filters, (3, 1, 1), stride=(stride, 1, 1), padding=(1, 0, 0), bias=False),
+    )
+
+
+def _stage(channels: int, filters: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(Block(channels, filters, stride), Block(filters, filters, stride=1))

@@ -1,0 +1,155 @@
+"""From a torch module to a Graph: export, read the operators, fold batch norm and activations."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from pynq_kgrc.errors import CompileError
+from pynq_kgrc.graph import CONCAT, CONV, INPUT, ClipSpec, ConvShape, Graph, Layer
+from pynq_kgrc.models.operators import SCALE, Step, read_operators
+
+
+def trace(module: nn.Module, clip: ClipSpec, labels: Sequence[str] = (), name: str = "") -> Graph:
+    """The network as plain data: `run_float(trace(m, clip), x)` holds the values of `m(x[None])`.
+
+    The module sees one clip [1, 3, D, H, W]; a network of 2-D layers, with a clip of one frame, may
+    take [1, 3, H, W]. It is traced as in evaluation, and its training flags stay as they were. The
+    weights are copied. `name` is the module's class unless given.
+
+    Raises:
+        CompileError: an operator the accelerator lacks, with its place in the module and what to
+            use instead; a module that torch cannot export, or with more than one output tensor;
+            labels that are not one for each output.
+    """
+    name = name or type(module).__name__
+    steps, output = read_operators(_export(module, clip, name), module, clip, name)
+    steps, output = _fold(_reached(steps, output), output)
+    outputs = output.channels * math.prod(output.size)
+    if labels and len(labels) != outputs:
+        raise CompileError(f"{name} has {outputs} outputs, but {len(labels)} labels were given")
+    return Graph(name, tuple(_layer(step) for step in steps), output.name, clip, tuple(labels))
+
+
+def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
+    parameter = next(module.parameters(), None)
+    device = None if parameter is None else parameter.device
+    example = torch.zeros((1, 3, clip.frames, clip.height, clip.width), device=device)
+    examples = [example, example[:, :, 0]] if clip.frames == 1 else [example]
+    with _evaluation(module), torch.no_grad(), warnings.catch_warnings():
+        # a pruned module sets its masked weight anew in each forward, which is harmless here
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
+        # a copy that torch makes for padding="same" with an even kernel; nothing is computed here
+        warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
+        # torch's own use of what torch deprecates
+        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+        reasons = []
+        for attempt in examples:
+            try:
+                exported = torch.export.export(module, (attempt,))
+                # no decompositions, but in-place operators become plain ones
+                functional: ExportedProgram = exported.run_decompositions({})
+                return functional
+            except Exception as error:  # torch passes on whatever the module's forward raised
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reasons.append(f"for an input of {list(attempt.shape)}: {first}")
+    raise CompileError(f"{name}: torch.export fails {'; '.join(reasons)}")
+
+
+@contextmanager
+def _evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and every submodule's own flag again after."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+def _reached(steps: list[Step], output: Step) -> list[Step]:
+    """The steps that the output depends on, and the input."""
+    needed = {output}
+    for step in reversed(steps):
+        if step in needed:
+            needed.update(step.inputs)
+    return [step for step in steps if step in needed or step.op == INPUT]
+
+
+def _fold(steps: list[Step], output: Step) -> tuple[list[Step], Step]:
+    """Merge each scale into the step before it where that has no other reader."""
+    readers = Counter(source for step in steps for source in step.inputs)
+    readers[output] += 1
+    merged: dict[Step, Step] = {}
+    kept = []
+    for step in steps:
+        step.inputs = [merged.get(source, source) for source in step.inputs]
+        if step.op == SCALE and _absorbs(step.inputs[0], step, readers[step.inputs[0]] == 1):
+            merged[step] = step.inputs[0]
+            readers[step.inputs[0]] += readers[step] - 1
+        else:
+            kept.append(step)
+    return kept, merged.get(output, output)
+
+
+def _absorbs(before: Step, scale: Step, alone: bool) -> bool:
+    """Let `before` do the work of `scale` if it can; `alone`: nothing else reads it."""
+    plain = scale.gain is None
+    if plain and scale.activation == "relu" and before.positive:
+        return True
+    if plain and scale.activation == before.activation:
+        return True
+    if not alone or before.activation != "none" or before.op in (INPUT, CONCAT):
+        return False
+    if not plain:
+        if before.op not in (CONV, SCALE):
+            return False
+        _rescale(before, scale)
+    before.activation = scale.activation
+    before.positive = scale.positive
+    return True
+
+
+def _rescale(before: Step, scale: Step) -> None:
+    """Fold gain and offset into the convolution or scale before, in float64."""
+    assert scale.gain is not None and scale.bias is not None
+    gain = scale.gain
+    if before.weight is not None:
+        wide = before.weight.astype(np.float64) * gain[:, None, None, None, None]
+        before.weight = wide.astype(np.float32)
+    else:
+        before.gain = gain * (1.0 if before.gain is None else before.gain)
+    before.bias = scale.bias + gain * (0.0 if before.bias is None else before.bias)
+
+
+def _layer(step: Step) -> Layer:
+    """The finished layer; a scale on its own is a diagonal 1x1x1 convolution."""
+    if step.op == SCALE:
+        channels = step.channels
+        gain = np.ones(channels) if step.gain is None else step.gain
+        step.weight = np.diag(gain).astype(np.float32).reshape(channels, channels, 1, 1, 1)
+        step.shape = ConvShape(channels, step.size, (1, 1, 1), filters=channels)
+        step.op = CONV
+    bias = step.bias
+    if step.op == CONV:
+        bias = np.zeros(step.channels) if bias is None else bias.astype(np.float64)
+    return Layer(
+        name=step.name,
+        op=step.op,
+        inputs=tuple(source.name for source in step.inputs),
+        channels=step.channels,
+        size=step.size,
+        shape=step.shape,
+        weight=step.weight,
+        bias=bias,
+        activation=step.activation,
+    )
