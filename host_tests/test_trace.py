@@ -232,6 +232,14 @@ CASES = {
         Net(lambda s, x: s.n(y := s.a(x)) + y, a=conv(), n=nn.BatchNorm3d(4)),
         ["a: conv", "n: conv", "add: add"],
     ),
+    "norm, then relu for one of two readers": (
+        Net(lambda s, x: F.relu(y := s.n(s.a(x))) + y, a=conv(), n=nn.BatchNorm3d(4)),
+        ["a: conv", "relu: conv relu", "add: add"],
+    ),
+    "relu, then norm for one of two readers": (
+        Net(lambda s, x: s.n(y := F.relu(s.a(x))) + y, a=conv(), n=nn.BatchNorm3d(4)),
+        ["a: conv relu", "n: conv", "add: add"],
+    ),
     "twice the same": (Net(lambda s, x: (y := s.a(x)) + y, a=conv()), ["a: conv", "add: add"]),
     "concat": (
         Net(branches, a=conv(), b=conv(4, 2, padding=1), pool=nn.MaxPool3d(3, 1, 1)),
@@ -269,7 +277,7 @@ CASES = {
         ["1: conv", "4: conv"],
     ),
     "dead code": (
-        Net(lambda s, x: (s.a(x), F.gelu(s.b(x)))[0], a=conv(), b=conv()),
+        Net(lambda s, x: (s.a(x), F.gelu(s.b(F.relu(x))))[0], a=conv(), b=conv()),
         ["a: conv"],
     ),
     "one module twice": (

@@ -23,6 +23,9 @@ METHODS = ("minmax", "percentile", "mse")
 DEFAULT_METHOD = "mse"
 """What kept I3D's labels best on real clips (docs/accuracy.md)."""
 
+HEADROOM = 4.0
+"""The result may exceed what calibration saw this many times; at 16 bits that costs nothing."""
+
 SAMPLES_PER_CLIP = 1 << 15
 PERCENTILE = 99.99
 SHRINKS = np.linspace(1.0, 0.3, 29)
@@ -162,7 +165,7 @@ def choose_quant(
     for layer in graph.layers:
         quant = formats[ties[layer.name]]
         if layer.name == graph.output:
-            quant = choose_params(last.low * 1.25, last.high * 1.25, 16)
+            quant = choose_params(last.low * HEADROOM, last.high * HEADROOM, 16)
         elif layer.op == INPUT:
             table = graph.clip.pixel_values()  # known exactly, whatever the clips held
             quant = choose_params(float(table.min()), float(table.max()), bits)

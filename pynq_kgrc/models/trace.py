@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from pynq_kgrc.errors import CompileError
-from pynq_kgrc.graph import CONCAT, CONV, INPUT, ClipSpec, ConvShape, Graph, Layer
+from pynq_kgrc.graph import AVERAGE_POOL, CONCAT, CONV, INPUT, ClipSpec, ConvShape, Graph, Layer
 from pynq_kgrc.models.operators import SCALE, Step, read_operators
 
 
@@ -32,11 +33,52 @@ def trace(module: nn.Module, clip: ClipSpec, labels: Sequence[str] = (), name: s
     """
     name = name or type(module).__name__
     steps, output = read_operators(_export(module, clip, name), module, clip, name)
-    steps, output = _fold(_reached(steps, output), output)
+    steps, output = _fold(steps, output)
     outputs = output.channels * math.prod(output.size)
     if labels and len(labels) != outputs:
         raise CompileError(f"{name} has {outputs} outputs, but {len(labels)} labels were given")
-    return Graph(name, tuple(_layer(step) for step in steps), output.name, clip, tuple(labels))
+    layers = tuple(_layer(step) for step in steps)
+    return average_first(Graph(name, layers, output.name, clip, tuple(labels)))
+
+
+def average_first(graph: Graph) -> Graph:
+    """Average before a 1x1x1 convolution rather than after it: the same values for less work.
+
+    Both are linear. It lets a classifier's logits be the last thing computed, which is the one
+    tensor that is kept at 16 bits.
+    """
+    layers = list(graph.layers)
+    output = graph.output
+    for i, pool in enumerate(layers):
+        if pool.op != AVERAGE_POOL or pool.activation != "none" or pool.shape is None:
+            continue
+        at, conv = next((j, x) for j, x in enumerate(layers) if x.name == pool.inputs[0])
+        alone = sum(conv.name in layer.inputs for layer in layers) == 1
+        padded = any(pool.shape.pad_before + pool.shape.pad_after)
+        if not alone or padded or conv.activation != "none" or not _is_pointwise(conv):
+            continue
+        assert isinstance(conv.shape, ConvShape)
+        source = replace(pool.shape, channels=conv.shape.channels)
+        layers[at] = replace(
+            pool, inputs=conv.inputs, channels=source.channels, shape=source, size=pool.size
+        )
+        layers[i] = replace(
+            conv,
+            inputs=(pool.name,),
+            size=pool.size,
+            shape=replace(conv.shape, in_size=pool.size),
+        )
+        for j, layer in enumerate(layers):
+            if j > i:
+                inputs = tuple(conv.name if x == pool.name else x for x in layer.inputs)
+                layers[j] = replace(layer, inputs=inputs)
+        output = conv.name if output == pool.name else output
+    return replace(graph, layers=tuple(layers), output=output)
+
+
+def _is_pointwise(layer: Layer) -> bool:
+    shape = layer.shape
+    return layer.op == CONV and shape is not None and shape.taps == 1 and max(shape.stride) == 1
 
 
 def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
@@ -55,7 +97,7 @@ def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
         for attempt in examples:
             try:
                 exported = torch.export.export(module, (attempt,))
-                # no decompositions, but in-place operators become plain ones
+                # no decompositions, but in-place operators become plain ones and dead ones go
                 functional: ExportedProgram = exported.run_decompositions({})
                 return functional
             except Exception as error:  # torch passes on whatever the module's forward raised
@@ -76,19 +118,9 @@ def _evaluation(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _reached(steps: list[Step], output: Step) -> list[Step]:
-    """The steps that the output depends on, and the input."""
-    needed = {output}
-    for step in reversed(steps):
-        if step in needed:
-            needed.update(step.inputs)
-    return [step for step in steps if step in needed or step.op == INPUT]
-
-
 def _fold(steps: list[Step], output: Step) -> tuple[list[Step], Step]:
     """Merge each scale into the step before it where that has no other reader."""
     readers = Counter(source for step in steps for source in step.inputs)
-    readers[output] += 1
     merged: dict[Step, Step] = {}
     kept = []
     for step in steps:
@@ -120,12 +152,11 @@ def _absorbs(before: Step, scale: Step, alone: bool) -> bool:
 
 
 def _rescale(before: Step, scale: Step) -> None:
-    """Fold gain and offset into the convolution or scale before, in float64."""
+    """Fold gain and offset, which are float64, into the convolution or scale before."""
     assert scale.gain is not None and scale.bias is not None
     gain = scale.gain
     if before.weight is not None:
-        wide = before.weight.astype(np.float64) * gain[:, None, None, None, None]
-        before.weight = wide.astype(np.float32)
+        before.weight = (before.weight * gain[:, None, None, None, None]).astype(np.float32)
     else:
         before.gain = gain * (1.0 if before.gain is None else before.gain)
     before.bias = scale.bias + gain * (0.0 if before.bias is None else before.bias)
