@@ -1,0 +1,34 @@
+"""3-D CNN action recognition on an FPGA with balanced kernel group sparsity (KGRC).
+
+>>> import pynq_kgrc
+>>> sorted(pynq_kgrc.__all__)
+['Program', 'Session', 'compile_network', 'load_clip', 'load_program']
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pynq_kgrc.compiler.network import compile_network
+    from pynq_kgrc.program import Program
+    from pynq_kgrc.program import load as load_program
+    from pynq_kgrc.runtime import Session
+    from pynq_kgrc.video import load_clip
+
+_PLACES = {
+    "Program": ("pynq_kgrc.program", "Program"),
+    "Session": ("pynq_kgrc.runtime", "Session"),
+    "compile_network": ("pynq_kgrc.compiler.network", "compile_network"),
+    "load_clip": ("pynq_kgrc.video", "load_clip"),
+    "load_program": ("pynq_kgrc.program", "load"),
+}
+"""Where the public names live; each is imported on first use, so that a board needs no torch."""
+
+__all__ = ["Program", "Session", "compile_network", "load_clip", "load_program"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'pynq_kgrc' has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(import_module(module), attribute)

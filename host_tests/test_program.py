@@ -1,0 +1,261 @@
+"""The container: what is saved is loaded, and nothing damaged is ever run."""
+
+import json
+import os
+import struct
+
+import msgspec
+import numpy as np
+import pytest
+from networks import Net, compiled, random_codes, small_config
+
+from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.errors import CompileError, ProgramError
+from pynq_kgrc.program import ConvTask, Program, check, load
+
+
+def small_net():
+    net = Net(size=(3, 5, 5))
+    first = net.conv("clip", 8)
+    second = net.conv(first, 8, act="none", kept=0.5)
+    joined = net.concat(net.add(second, first), net.conv(first, 4, 1, pad=0))
+    net.dense(net.pool(joined, 3, stride=2), 5)
+    return net
+
+
+def outputs(program: Program) -> np.ndarray:
+    backend = Emulation(program.config, threads=1)
+    backend.load(program)
+    backend.write(program.source, random_codes(program))
+    backend.run()
+    last = program.tasks[-1]
+    codes = backend.read(last.target, last.shape.out_channels, last.out_size)
+    backend.close()
+    return codes
+
+
+@pytest.fixture(scope="module", params=[16, 8, 4])
+def program(request):
+    return compiled(small_net(), small_config(request.param))[0]
+
+
+def assert_same(a, b):
+    """Equal in every field and array."""
+    assert type(a) is type(b)
+    if isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    elif isinstance(a, msgspec.Struct):
+        for name in a.__struct_fields__:
+            assert_same(getattr(a, name), getattr(b, name))
+    elif isinstance(a, tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_load_gives_what_was_saved(program, tmp_path):
+    path = tmp_path / "new" / "net.kgrc"
+    program.save(path)
+    loaded = load(path)
+    assert_same(loaded, program)
+    np.testing.assert_array_equal(outputs(loaded), outputs(program))
+    assert os.listdir(path.parent) == ["net.kgrc"]
+    program.save(path)  # over an old one
+    assert_same(load(path), program)
+
+
+def test_four_bit_weights_are_packed(tmp_path):
+    for bits in (8, 4):
+        compiled(Net(size=(1, 3, 3)) and small_net(), small_config(bits))[0].save(
+            tmp_path / f"{bits}"
+        )
+    sizes = []
+    for bits in (8, 4):
+        raw = (tmp_path / f"{bits}").read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + length])
+        start, end = header["conv2/values"]["data_offsets"]
+        sizes.append(end - start)
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_a_failed_save_leaves_the_old_file(program, tmp_path, monkeypatch):
+    path = tmp_path / "net.kgrc"
+    program.save(path)
+    before = path.read_bytes()
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        program.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["net.kgrc"]
+
+
+def mutated(rng, raw):
+    """One random damage: a flipped bit, a changed or removed run, a cut, something inserted."""
+    data = bytearray(raw)
+    at = int(rng.integers(len(data)))
+    if rng.random() < 0.5:  # the header is where the interesting bytes are
+        at = int(rng.integers(min(len(data), 6000)))
+    kind = int(rng.integers(5))
+    if kind == 0:
+        data[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        data[at : at + int(rng.integers(1, 9))] = rng.bytes(int(rng.integers(1, 9)))
+    elif kind == 2:
+        del data[at:]
+    elif kind == 3:
+        del data[at : at + int(rng.integers(1, 99))]
+    else:
+        data[at:at] = rng.bytes(int(rng.integers(1, 9)))
+    return bytes(data)
+
+
+def test_ten_thousand_mutations(tmp_path):
+    """Always a ProgramError or the program as it was: no crash, no hang, no other answer."""
+    original = compiled(small_net())[0]
+    path = tmp_path / "net.kgrc"
+    original.save(path)
+    raw = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(10_000):
+        path.write_bytes(mutated(rng, raw))
+        try:
+            survived = load(path)
+        except ProgramError:
+            refused += 1
+        else:
+            assert_same(survived, original)
+    assert refused > 9_900
+
+
+def with_document(path, change):
+    """Rewrite the JSON document of a container, with a digest that fits."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    from pynq_kgrc.program import DIGEST_KEY, DOCUMENT_KEY, _digest
+
+    with safe_open(path, framework="numpy") as container:
+        document = json.loads(container.metadata()[DOCUMENT_KEY])
+        tensors = {name: container.get_tensor(name) for name in container.keys()}  # noqa: SIM118
+    change(document, tensors)
+    text = json.dumps(document)
+    metadata = {DOCUMENT_KEY: text, DIGEST_KEY: _digest(text.encode(), tensors)}
+    save_file(tensors, path, metadata)
+
+
+def set_in(*keys, value):
+    def change(document, _):
+        for key in keys[:-1]:
+            document = document[key]
+        document[keys[-1]] = value
+
+    return change
+
+
+def set_array(name, change_array):
+    def change(_, tensors):
+        tensors[name] = change_array(tensors[name].copy())
+
+    return change
+
+
+def first_element(value):
+    def change(array):
+        array.reshape(-1)[0] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (set_in("version", value=2), r"version 2; this release reads 'pynq_kgrc' version 1"),
+        (set_in("format", value="onnx"), r"format 'onnx' version 1; this release reads"),
+        (set_in("tasks", value=[]), "the program has no task"),
+        (set_in("tasks", 0, "target", "buffer", value=99), r"conv1: buffer is 99, accepted are 0"),
+        (set_in("tasks", 0, "source", "channel", value=-1), r"conv1: channel offset is -1"),
+        (set_in("tasks", 0, "lo", value=-200), r"conv1: lo is -200, accepted are -128 to 127"),
+        (set_in("tasks", 0, "in_zero", value=300), r"conv1: in_zero is 300, accepted are -128"),
+        (set_in("tasks", 0, "out", "scale", value=-1.0), r"conv1: output: .* is not a format"),
+        (set_in("tasks", 0, "out", "bits", value=16), r"bits of its target buffer is 8, expected"),
+        (set_in("tasks", 0, "shape", "stride", 0, value=0), r"conv1: kernel .*must be positive"),
+        (set_in("tasks", 0, "shape", "kernel", value=[9, 9, 9]), r"conv1: kernel .* is larger"),
+        (set_in("tasks", 0, "shape", "pad_before", 1, value=7), r"conv1: padding .* exceeds"),
+        (set_in("tasks", 0, "shape", "filters", value=9), r"conv1: channel offset is 0, accepted"),
+        (set_in("tasks", 0, "name", value="conv2"), "two tasks are named 'conv2'"),
+        (set_in("tasks", 0, "kind", value="gpu"), r"unknown field `kind`"),
+        (set_in("tasks", 0, "type", value="gpu"), r"Invalid value 'gpu' - at `\$.tasks"),
+        (set_in("config", "bits", value=5), r"bits=5 is not a width"),
+        (set_in("config", "tm", value=6), r"tm=6 is not a multiple of gm=4"),
+        (set_in("buffers", 0, "offset", value=1), r"buffer 0: offset 1 is not a multiple of 64"),
+        (set_in("buffers", 0, "offset", value=64 << 20), r"buffer 0: its end is .* accepted are"),
+        (set_in("arena_bytes", value=1 << 60), r"arena_bytes is \d+, accepted"),
+        (set_in("clip", "frames", value=0), r"clip of 0 frames"),
+        (set_in("clip", "std", value=[0, 1, 1]), r"std .* do not normalise"),
+        (set_in("labels", value=["a"]), r"1 labels for 5 outputs"),
+        (set_in("target", "buffer", value=0), r"target of the program is"),
+        (set_in("tasks", 0, "weights", "rows", value="nowhere"), r"an array 'nowhere' that is not"),
+        (set_in("tasks", 1, "shortcut", "shift", value=63), r"conv2: shortcut: shift is 63"),
+        (set_array("conv1/shift", first_element(63)), r"conv1: shift is 63, accepted are 0 to 62"),
+        (set_array("conv1/mult", first_element(77)), r"conv1: mult is 77, accepted are 16384"),
+        (set_array("conv2/values", first_element(-128)), r"conv2: a weight exceeds 127"),
+        (set_array("conv1/rows", first_element(9)), r"conv1: rows do not increase within 0 to 3"),
+        (set_array("conv1/bias", first_element(1 << 31)), r"conv1: filter 0 could reach \d+ in"),
+        (set_array("conv1/bias", lambda a: a[1:]), r"conv1: shape of bias is \(7,\), expected"),
+        (set_array("conv1/bias", lambda a: a.astype("f8")), r"conv1: type of bias is float64"),
+        (set_array("conv1/values", lambda a: a[0]), r"conv1: values have 5 axes, expected 6"),
+    ],
+)
+def test_inconsistent_documents_are_refused_by_name(change, text, tmp_path):
+    path = tmp_path / "net.kgrc"
+    compiled(small_net())[0].save(path)
+    with_document(path, change)
+    with pytest.raises(ProgramError, match=text):
+        load(path)
+
+
+def test_files_that_are_no_program(tmp_path):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "x.kgrc"
+    with pytest.raises(ProgramError, match="there is no such program file"):
+        load(path)
+    for content in (b"", b"GIF89a", b"\xff" * 100, struct.pack("<Q", 1 << 62) + b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(ProgramError, match="not a whole program file"):
+            load(path)
+    save_file({"a": np.zeros(3)}, path)
+    with pytest.raises(ProgramError, match="a safetensors file, but no program"):
+        load(path)
+
+
+def test_overflow_of_the_accumulator_is_refused_when_compiling():
+    net = Net(size=(1, 4, 4))
+    name = net.conv("clip", 4, (1, 3, 3), pad=(0, 1, 1))
+    program, graph = compiled(net)
+    huge = msgspec.structs.replace(program.tasks[0], bias=np.full(4, 1 << 31))
+    with pytest.raises(ProgramError, match=rf"{name}: filter \d could reach \d+ in the 32-bit"):
+        check(msgspec.structs.replace(program, tasks=(huge,)))
+    # and through the compiler, with more weights than a 32-bit accumulator can add up
+    wide = Net(size=(1, 1, 1), channels=3)
+    first = wide.conv("clip", 140_000, 1, pad=0)
+    wide.conv(first, 4, 1, pad=0)
+    wide.layers["conv2"].weight[...] = 1
+    with pytest.raises(CompileError, match=r"conv2: filter 0 could reach \d+ in the 32-bit"):
+        compiled(wide)
+
+
+def test_every_conv_field_is_checked_against_its_shape(program):
+    for task in program.tasks:
+        if isinstance(task, ConvTask):
+            assert task.kept_macs <= task.shape.macs

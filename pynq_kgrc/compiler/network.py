@@ -1,0 +1,56 @@
+"""The build road in one call: a torch network and a few clips in, a program out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.patterns import Rates, prune
+from pynq_kgrc.compress.quantize import DEFAULT_METHOD, choose_quant
+from pynq_kgrc.graph import ClipSpec, Graph
+from pynq_kgrc.models.trace import trace
+from pynq_kgrc.program import Program
+from pynq_kgrc.quant import Array
+
+
+def compile_network(
+    network: Any,
+    clip: ClipSpec,
+    clips: Iterable[Array],
+    config: AcceleratorConfig,
+    rates: Mapping[str, Rates] | None = None,
+    labels: Sequence[str] = (),
+    method: str = DEFAULT_METHOD,
+) -> Program:
+    """Trace, prune, quantize on the clips and lower a torch network.
+
+    Args:
+        network: a torch module that takes [1, 3, D, H, W].
+        clip: the clip it looks at.
+        clips: a handful of real clips to calibrate on, uint8 frames [D, H, W, 3].
+        config: the accelerator to compile for.
+        rates: what to prune of which layer; nothing if none.
+        labels: names of the outputs.
+        method: how ranges are chosen: "minmax", "percentile" or "mse".
+
+    Raises:
+        CompileError: an operator or layer that the accelerator cannot run.
+        ConfigError: rates that do not give whole rows and columns.
+    """
+    graph = trace(network, clip, labels)
+    return compile_graph(graph, clips, config, rates, method)
+
+
+def compile_graph(
+    graph: Graph,
+    clips: Iterable[Array],
+    config: AcceleratorConfig,
+    rates: Mapping[str, Rates] | None = None,
+    method: str = DEFAULT_METHOD,
+) -> Program:
+    """As `compile_network`, from a graph that is traced already."""
+    graph = prune(graph, dict(rates or {}), config.group_size)
+    normalised = (graph.clip.normalise(frames) for frames in clips)
+    return lower(choose_quant(graph, normalised, config.bits, method), config)
