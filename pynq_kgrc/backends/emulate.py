@@ -23,6 +23,7 @@ from pynq_kgrc.backends.base import Counters
 from pynq_kgrc.backends.exact import (
     WIDE,
     ExactConvolution,
+    PlanarConvolution,
     Region,
     WinogradConvolution,
     choose_convolution,
@@ -204,8 +205,7 @@ class Scaling:
             values += self.shortcut_table[shortcut.view(np.uint8)]
         codes = scratch("codes", sums.shape, np.dtype(np.int32))
         np.copyto(codes, values, casting="unsafe")
-        np.maximum(codes, self.task.lo + LIFT, out=codes)
-        np.minimum(codes, self.task.hi + LIFT, out=codes)
+        np.clip(codes, self.task.lo + LIFT, self.task.hi + LIFT, out=codes)
         np.copyto(target.view(self.unsigned), codes, casting="unsafe")
 
     def _in_integers(self, sums: Array, filters: slice, shortcut: Array | None) -> Array:
@@ -303,39 +303,56 @@ class ConvStep:
         exact, shape = self.exact, self.task.shape
         size = exact.in_size
         padded = self.workspace.take((*size, shape.channels), exact.dtype)
-        inside = tuple(
-            slice(before, min(before + n, total))
-            for before, n, total in zip(shape.pad_before, shape.in_size, size, strict=True)
+        if isinstance(exact, PlanarConvolution):
+            # [D / sd, sd, H / sh, sh, W / sw, sw, N]: axes can only be merged in a copy
+            split = exact.map_view(padded)
+            each(lambda d: _fill_split(split, d, self.source, self.task), range(split.shape[0]))
+            return padded
+        each(
+            lambda depths: _fill(padded[depths], depths.start, self.source, self.task),
+            split_evenly(size[0], 4 * self.threads),
         )
-        zero = exact.dtype.type(self.task.in_zero)
-
-        def convert(depths: slice) -> None:
-            slab = padded[depths]
-            first = max(depths.start, inside[0].start)
-            stop = min(depths.stop, inside[0].stop)
-            if first >= stop:
-                slab[...] = 0
-                return
-            slab[: first - depths.start] = 0
-            slab[stop - depths.start :] = 0
-            body = padded[first:stop]
-            body[:, : inside[1].start] = 0
-            body[:, inside[1].stop :] = 0
-            body[:, :, : inside[2].start] = 0
-            body[:, :, inside[2].stop :] = 0
-            offset = inside[0].start
-            source = self.source[first - offset : stop - offset]
-            rows, columns = inside[1].stop - inside[1].start, inside[2].stop - inside[2].start
-            np.subtract(
-                source[:, :rows, :columns],
-                zero,
-                out=body[:, inside[1], inside[2]],
-                casting="unsafe",
-                dtype=exact.dtype,
-            )
-
-        each(convert, split_evenly(size[0], 4 * self.threads))
         return padded
+
+
+def _fill(slab: Array, first: int, source: Array, task: ConvTask) -> None:
+    """Depths of the padded map from `first` on: the source less its zero point, zeros around it.
+
+    A map that is narrower than the padded input (its last rows are never looked at) is cut off.
+    """
+    before, depth = task.shape.pad_before, slab.shape[0]
+    begin = max(0, before[0] - first)
+    end = max(begin, min(depth, before[0] + source.shape[0] - first))
+    slab[:begin] = 0
+    slab[end:] = 0
+    if begin == end:
+        return
+    body = slab[begin:end]
+    rows, columns = (
+        slice(b, min(b + n, total))
+        for b, n, total in zip(before[1:], source.shape[1:], body.shape[1:], strict=False)
+    )
+    body[:, : rows.start] = 0
+    body[:, rows.stop :] = 0
+    body[:, :, : columns.start] = 0
+    body[:, :, columns.stop :] = 0
+    offset = first + begin - before[0]
+    seen = source[offset : offset + end - begin]
+    np.subtract(
+        seen[:, : rows.stop - rows.start, : columns.stop - columns.start],
+        slab.dtype.type(task.in_zero),
+        out=body[:, rows, columns],
+        casting="unsafe",
+        dtype=slab.dtype,
+    )
+
+
+def _fill_split(split: Array, block: int, source: Array, task: ConvTask) -> None:
+    """One step of depths of a planar map [D / sd, sd, H / sh, sh, W / sw, sw, N]."""
+    _, sd, h, sh, w, sw, n = split.shape
+    plain = scratch("split", (sd, h * sh, w * sw, n), split.dtype)
+    _fill(plain, block * sd, source, task)
+    split[block] = plain.reshape(sd, h, sh, w, sw, n)
 
 
 def _max_windows(sums: Array, size: Size) -> Array:

@@ -5,12 +5,12 @@ its weights and the range of its input, every partial sum that can be formed in 
 the bound is too large the input channels are cut into chunks for which it holds, and the chunk
 sums are added in float64. So BLAS may add as it likes and the result is the integer result.
 
-Two forms: `GemmConvolution` unfolds the input (any kernel and stride); `WinogradConvolution` does
-F(2,3) along each axis whose kernel is 3 at stride 1 (Winograd 1980, Lavin and Gray 2016), with
-2^a instead of 3^a multiplications a output for `a` such axes. Its values are multiples of 2^-a, so
-the same bound counts in these units.
+Three forms: `GemmConvolution` unfolds the input (any kernel and stride), `PlanarConvolution` does
+so for a first layer of three channels, and `WinogradConvolution` does F(2,3) along each axis whose
+kernel is 3 at stride 1 (Winograd 1980, Lavin and Gray 2016): 2^a instead of 3^a multiplications an
+output for `a` such axes. Its values are multiples of 2^-a, and the same bound counts in that unit.
 
-Maps are channel-last [D, H, W, C] here: a tap's channels are contiguous.
+Maps are channel-last [D, H, W, C]: a tap's channels are contiguous. Only the planar form differs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ WIDE = np.dtype(np.float64)
 
 BLOCK_BYTES = 512 << 10
 """Scratch of one block of the unfolded input: half of a 1 MiB second-level cache."""
+
+PLANAR_BYTES = 2 << 20
+"""The same for the planar form, whose rows are long."""
+
+FEW_CHANNELS = 4
+"""Up to so many channels a pixel's run is too short to copy, and the planar form is faster."""
 
 FEWEST_ROWS = 128
 """Rows of a GEMM below which reading its weights costs more than the products."""
@@ -108,6 +114,10 @@ class GemmConvolution:
         # rows in the order (kd, kh, kw, n): a run of kw * n is contiguous in a channel-last map
         matrix = weight.transpose(2, 3, 4, 1, 0).reshape(-1, shape.filters).astype(dtype)
         self.chunks = _fewest_chunks(matrix, interval, dtype)
+        # nothing to unfold where a tap sees whole rows of the map
+        self.along_depth = (
+            shape.kernel[1:] == (1, 1) and shape.stride == (1, 1, 1) and len(self.chunks) == 1
+        )
         d, h, w = shape.out_size
         parts = threads if d * h * w < 64 * threads and shape.filters >= 64 * threads else 1
         self.filters = split_evenly(shape.filters, parts)
@@ -145,21 +155,31 @@ class GemmConvolution:
         d0, h0, part = job
         d, h, w = self.shape.out_size
         nd, nh = min(self.block[0], d - d0), min(self.block[1], h - h0)
-        unfolded = self._unfold(padded, d0, h0, nd, nh)
         matrix = self.matrices[part]
         filters = matrix.shape[1]
-        sums = scratch("sums", (nd * nh * w, filters), self.dtype)
-        if len(self.chunks) == 1:
-            np.matmul(unfolded, matrix, out=sums)
+        if self.along_depth:
+            sums = self._add_depths(padded[d0:, h0 : h0 + nh], nd, matrix)
         else:
-            total = scratch("wide", sums.shape, WIDE)
-            total[...] = 0
-            for chunk in self.chunks:
-                np.matmul(unfolded[:, chunk], matrix[chunk], out=sums)
-                total += sums
-            sums = total
+            sums = _exact_product(self._unfold(padded, d0, h0, nd, nh), matrix, self.chunks)
         region = (slice(d0, d0 + nd), slice(h0, h0 + nh), slice(0, w))
         finish(sums.reshape(nd, nh, w, filters), region, self.filters[part])
+
+    def _add_depths(self, rows: Array, nd: int, matrix: Array) -> Array:
+        """One product for each tap along depth, straight from the map, added up."""
+        taps, channels = self.shape.kernel[0], self.shape.channels
+        total, product_ = None, None
+        for a in range(taps):
+            values = rows[a : a + nd].reshape(-1, channels)
+            weights = matrix[a * channels : (a + 1) * channels]
+            if total is None:
+                total = scratch("sums", (len(values), matrix.shape[1]), self.dtype)
+                np.matmul(values, weights, out=total)
+            else:
+                product_ = scratch("product", total.shape, self.dtype)
+                np.matmul(values, weights, out=product_)
+                total += product_
+        assert total is not None
+        return total
 
     def _unfold(self, padded: Array, d0: int, h0: int, nd: int, nh: int) -> Array:
         """[nd * nh * w, kd * kh * kw * n]: what each output of the block sees."""
@@ -180,6 +200,19 @@ class GemmConvolution:
         return unfolded.reshape(nd * nh * w, kd * kh * kw * n)
 
 
+def _exact_product(values: Array, matrix: Array, chunks: list[slice]) -> Array:
+    """``values @ matrix`` in this thread's scratch; the sums of several chunks add in float64."""
+    sums = scratch("sums", (values.shape[0], matrix.shape[1]), matrix.dtype)
+    if len(chunks) == 1:
+        return np.matmul(values, matrix, out=sums)
+    total = scratch("wide", sums.shape, WIDE)
+    total[...] = 0
+    for chunk in chunks:
+        np.matmul(values[:, chunk], matrix[chunk], out=sums)
+        total += sums
+    return total
+
+
 def _fewest_chunks(matrix: Array, interval: Interval, dtype: np.dtype[np.generic]) -> list[slice]:
     """The fewest equal runs of rows for which every partial sum is exact."""
     rows = matrix.shape[0]
@@ -189,6 +222,102 @@ def _fewest_chunks(matrix: Array, interval: Interval, dtype: np.dtype[np.generic
         if worst < largest_integer(dtype):
             return slices
     raise AssertionError("one product is always exact")  # 16-bit products are below 2^33
+
+
+class PlanarConvolution:
+    """The GEMM form for the few channels of a first layer, on a planar map cut by stride phases.
+
+    A tap's values then lie side by side along the width, so that unfolding copies long runs; the
+    runs of a channel-last map would be a few pixels. The map is
+    [N, sd, sh, sw, D / sd, H / sh, W / sw]; the taps of one phase are a regular lattice.
+
+    Takes the arguments of `GemmConvolution`.
+    """
+
+    def __init__(
+        self,
+        weight: Array,
+        shape: ConvShape,
+        interval: Interval,
+        dtype: np.dtype[np.generic],
+        threads: int,
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.lattices = _lattices(shape)
+        rows = weight.reshape(shape.filters, shape.channels, *shape.kernel)
+        parts = [rows[(slice(None), slice(None), *lattice)] for lattice in self.lattices]
+        matrix = np.concatenate([p.reshape(shape.filters, -1) for p in parts], axis=1)
+        self.matrix = np.ascontiguousarray(matrix.T).astype(dtype)
+        self.chunks = _fewest_chunks(self.matrix, interval, dtype)
+        _, h, w = shape.out_size
+        wanted = max(1, PLANAR_BYTES // (self.matrix.shape[0] * dtype.itemsize * w))
+        self.block = (1, min(h, wanted), w)
+
+    @property
+    def in_size(self) -> Size:
+        """Size of the padded map, whole strides along each axis."""
+        shape = self.shape
+        d, h, w = (
+            (shape.out_size[i] - 1 + -(-shape.kernel[i] // shape.stride[i])) * shape.stride[i]
+            for i in range(3)
+        )
+        return d, h, w
+
+    @property
+    def jobs(self) -> list[tuple[int, int, int]]:
+        """First depth and height of each block; all filters."""
+        d, h, _ = self.shape.out_size
+        return [(a, b, 0) for a in range(0, d, self.block[0]) for b in range(0, h, self.block[1])]
+
+    def align(self, depth: int, height: int) -> None:
+        """Let blocks begin at multiples of a pool's window."""
+        _, h, w = self.block
+        self.block = (depth, max(1, h // (depth * height)) * height, w)
+
+    def map_view(self, flat: Array) -> Array:
+        """[D, H, W, N] view of the memory that `run` takes, for whoever fills it."""
+        d, h, w = self.in_size
+        sd, sh, sw = self.shape.stride
+        planar = flat.reshape(self.shape.channels, sd, sh, sw, d // sd, h // sh, w // sw)
+        return planar.transpose(4, 1, 5, 2, 6, 3, 0)
+
+    def run(self, padded: Array, job: tuple[int, int, int], finish: Finish) -> None:
+        """The sums of one block of outputs; `padded` is the flat memory of the map."""
+        d0, h0, _ = job
+        d, h, w = self.shape.out_size
+        nd, nh = min(self.block[0], d - d0), min(self.block[1], h - h0)
+        count = nd * nh * w
+        unfolded = scratch("planar", (self.matrix.shape[0], count), self.dtype)
+        size = [n // s for n, s in zip(self.in_size, self.shape.stride, strict=True)]
+        planar = padded.reshape(self.shape.channels, *self.shape.stride, *size)
+        row = 0
+        for lattice in self.lattices:
+            first = tuple(part.start for part in lattice)
+            taps = [
+                len(range(p.start, k, p.step))
+                for p, k in zip(lattice, self.shape.kernel, strict=True)
+            ]
+            phase = planar[(slice(None), *first)][:, d0:, h0:]
+            n, pd, ph, pw = phase.strides
+            seen = as_strided(
+                phase, (phase.shape[0], *taps, nd, nh, w), (n, pd, ph, pw, pd, ph, pw)
+            )
+            rows = phase.shape[0] * math.prod(taps)
+            unfolded[row : row + rows].reshape(seen.shape)[...] = seen
+            row += rows
+        sums = _exact_product(unfolded.T, self.matrix, self.chunks)
+        region = (slice(d0, d0 + nd), slice(h0, h0 + nh), slice(0, w))
+        finish(sums.reshape(nd, nh, w, -1), region, slice(0, self.shape.filters))
+
+
+def _lattices(shape: ConvShape) -> list[tuple[slice, slice, slice]]:
+    """The taps of each phase of the strides."""
+    sd, sh, sw = shape.stride
+    return [
+        (slice(d, None, sd), slice(h, None, sh), slice(w, None, sw))
+        for d, h, w in np.ndindex(sd, sh, sw)
+        if all(p < k for p, k in zip((d, h, w), shape.kernel, strict=True))
+    ]
 
 
 class WinogradConvolution:
@@ -491,12 +620,12 @@ def winograd_bounds(taps: Array, transformed: Array, axes: list[int], interval: 
     return Bounds(worst[0], max(float(bound.max()) for bound in worst[1:]))
 
 
-ExactConvolution = GemmConvolution | WinogradConvolution
+ExactConvolution = GemmConvolution | PlanarConvolution | WinogradConvolution
 
-ELEMENT_COST = 25
+ELEMENT_COST = 16
 """An element-wise operation on one value takes about as long as this many MACs of a GEMM."""
 
-WEIGHT_COST = 60
+WEIGHT_COST = 120
 """So does this many the reading of a weight from memory, once for all outputs of a small map."""
 
 
@@ -508,6 +637,8 @@ def choose_convolution(
     threads: int,
 ) -> ExactConvolution:
     """The faster exact form of a convolution, by an estimate of its work."""
+    if shape.channels <= FEW_CHANNELS and shape.taps > 1 and shape.out_size[2] >= 16:
+        return PlanarConvolution(weight, shape, interval, dtype, threads)
     axes = [axis for axis in range(3) if shape.kernel[axis] == 3]
     others = [axis for axis in range(3) if shape.kernel[axis] != 3]
     plain = all(shape.kernel[axis] == 1 for axis in others) and shape.stride == (1, 1, 1)

@@ -78,7 +78,9 @@ def average_first(graph: Graph) -> Graph:
 
 def _is_pointwise(layer: Layer) -> bool:
     shape = layer.shape
-    return layer.op == CONV and shape is not None and shape.taps == 1 and max(shape.stride) == 1
+    if layer.op != CONV or shape is None or any(shape.pad_before + shape.pad_after):
+        return False
+    return shape.taps == 1 and max(shape.stride) == 1
 
 
 def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
