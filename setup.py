@@ -1,4 +1,4 @@
-"""Package metadata. Versions are pinned in constraints.txt, settings of tools are in pyproject.toml."""
+"""Package metadata. Versions are pinned in constraints.txt, tools set in pyproject.toml."""
 
 from pathlib import Path
 

@@ -233,7 +233,10 @@ def _compile(options: argparse.Namespace) -> int:
             "snr_db": {task.task: round(task.snr_db, 1) for task in report.tasks},
         }
     document["path"] = str(options.out)
-    _print_description(document, options.json)
+    if options.json or options.report:
+        _print_description(document, options.json)
+    else:
+        print(f"{summary(document)}\nwritten to {options.out}; pynq-kgrc info shows its layers")
     return 0
 
 
@@ -335,8 +338,20 @@ def _print_description(document: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
         return
+    print(f"{summary(document)}\n")
+    wide = max(len(row["name"]) for row in document["tasks"])
+    snr = document.get("fidelity", {}).get("snr_db", {})
+    for row in document["tasks"]:
+        print(_task_line(row, wide, snr))
+    if "fidelity" in document:
+        report = document["fidelity"]
+        print(f"\nfirst label as in float on {report['agreeing']} of {report['clips']} clips")
+
+
+def summary(document: dict[str, Any]) -> str:
+    """A description in four lines."""
     clip = document["clip"]
-    print(
+    return (
         f"{document['name']} for {document['accelerator']} ({document['bits']} bits, "
         f"digest {document['accelerator_digest']})\n"
         f"clip {clip['frames']} x {clip['height']} x {clip['width']}, "
@@ -345,24 +360,21 @@ def _print_description(document: dict[str, Any], as_json: bool) -> None:
         f"{document['activation_peak_bytes'] / 1e6:.1f} MB\n"
         f"operations {document['macs_dense'] / 1e9:.2f} GMAC dense, "
         f"{document['macs_kept'] / 1e9:.2f} kept: "
-        f"{document['macs_dense'] / max(1, document['macs_kept']):.2f}x fewer\n"
+        f"{document['macs_dense'] / max(1, document['macs_kept']):.2f}x fewer"
     )
-    wide = max(len(row["name"]) for row in document["tasks"])
-    snr = document.get("fidelity", {}).get("snr_db", {})
-    for row in document["tasks"]:
-        shape = " x ".join(map(str, row["in"])) + " -> " + " x ".join(map(str, row["out"]))
-        kernel = "x".join(map(str, row["kernel"]))
-        line = f"{row['name']:{wide}}  {row['mode']:12} {kernel:7} {shape}"
-        if "macs_kept" in row:
-            line += f"  {row['macs_kept'] / 1e6:.0f} of {row['macs_dense'] / 1e6:.0f} MMAC"
-            line += f"  {row['weight_bytes'] / 1e3:.0f} kB"
-            line += "".join(f"  +{rider}" for rider in row["rides"])
-        if row["name"] in snr:
-            line += f"  {snr[row['name']]:.1f} dB"
-        print(line)
-    if "fidelity" in document:
-        report = document["fidelity"]
-        print(f"\nfirst label as in float on {report['agreeing']} of {report['clips']} clips")
+
+
+def _task_line(row: dict[str, Any], wide: int, snr: dict[str, float]) -> str:
+    shape = " x ".join(map(str, row["in"])) + " -> " + " x ".join(map(str, row["out"]))
+    kernel = "x".join(map(str, row["kernel"]))
+    line = f"{row['name']:{wide}}  {row['mode']:12} {kernel:7} {shape}"
+    if "macs_kept" in row:
+        line += f"  {row['macs_kept'] / 1e6:.0f} of {row['macs_dense'] / 1e6:.0f} MMAC"
+        line += f"  {row['weight_bytes'] / 1e3:.0f} kB"
+        line += "".join(f"  +{rider}" for rider in row["rides"])
+    if row["name"] in snr:
+        line += f"  {snr[row['name']]:.1f} dB"
+    return line
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ HEADROOM = 4.0
 
 SAMPLES_PER_CLIP = 1 << 15
 PERCENTILE = 99.99
-SHRINKS = np.linspace(1.0, 0.3, 29)
+SHRINKS = np.linspace(1.0, 0.1, 37)
 """Fractions of the full range that the MSE search tries."""
 
 

@@ -1,0 +1,124 @@
+"""Formats chosen from clips: what is tied, what covers what, and how close the program comes."""
+
+import numpy as np
+import pytest
+from networks import Net, compiled, small_config
+
+from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.quantize import (
+    HEADROOM,
+    METHODS,
+    choose_quant,
+    choose_range,
+    choose_weight_scale,
+    observe,
+    tie,
+)
+from pynq_kgrc.errors import CompileError
+from pynq_kgrc.fidelity import measure_fidelity
+from pynq_kgrc.graph import run_float
+from pynq_kgrc.quant import choose_params
+
+
+def branching_net():
+    net = Net(size=(4, 8, 8))
+    first = net.conv("clip", 8)
+    left = net.conv(first, 8)
+    right = net.pool(net.conv(first, 8, act="none"), 3, stride=1, pad=1)
+    joined = net.concat(left, right)
+    net.dense(net.pool(joined, 2), 6)
+    return net
+
+
+def test_concat_parts_and_pools_share_one_format():
+    graph = branching_net().graph()
+    ties = tie(graph)
+    assert ties["conv2"] == ties["concat5"] == ties["pool4"] == ties["conv3"] == ties["pool6"]
+    assert ties["conv1"] != ties["conv2"]
+    quantized = choose_quant(graph, branching_net().clips(), 8)
+    assert quantized["conv2"].out_quant == quantized["conv3"].out_quant
+    assert quantized["conv1"].out_quant.zero_point == -128  # after a ReLU all codes are used
+    assert quantized["conv3"].out_quant.zero_point > -128
+
+
+def test_the_result_is_kept_at_sixteen_bits_with_headroom():
+    net = branching_net()
+    graph = choose_quant(net.graph(), net.clips(), 8)
+    quant = graph[graph.output].out_quant
+    seen = observe(net.graph(), net.clips())[graph.output]
+    assert quant.bits == 16
+    assert quant.scale * quant.max >= max(-seen.low, seen.high) * (HEADROOM - 1)
+
+
+def test_the_input_format_comes_from_the_pixels_not_the_clips():
+    net = branching_net()
+    dark = [np.full((3, 4, 8, 8), -0.9, np.float32)]
+    quant = choose_quant(net.graph(), dark, 8)["clip"].out_quant
+    assert quant == choose_params(-1.0, 1.0, 8)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_mse_ranges_have_the_least_error(bits):
+    rng = np.random.default_rng(0)
+    samples = np.append(rng.exponential(1.0, 20000), [40.0]).astype(np.float32)
+    net = Net()
+    seen = observe(net.graph(), net.clips(1))["clip"]
+    seen.low, seen.high, seen.samples = 0.0, 40.0, [samples]
+    errors = {}
+    for method in METHODS:
+        params = choose_params(*choose_range([seen], bits, method), bits)
+        errors[method] = np.mean((params.dequantize(params.quantize(samples)) - samples) ** 2)
+    assert errors["mse"] < errors["minmax"]
+    assert errors["mse"] <= errors["percentile"] * 1.05
+
+
+def test_weight_scales_cover_each_filter():
+    weight = (
+        np.random.default_rng(0).normal(size=(5, 3, 3, 3, 3))
+        * np.arange(1, 6)[:, None, None, None, None]
+    )
+    weight[2] = 0
+    scale = choose_weight_scale(weight, 8, "mse")
+    np.testing.assert_allclose(scale * 127, np.abs(weight).max(axis=(1, 2, 3, 4)))
+    assert (choose_weight_scale(weight, 4, "mse") <= choose_weight_scale(weight, 4, "minmax")).all()
+
+
+def test_quantization_never_moves_a_zero():
+    net = Net()
+    net.conv(net.conv("clip", 8), 8, kept=0.3)
+    zero = net.layers["conv2"].weight.reshape(8, 8, 27) == 0
+    program, _ = compiled(net)
+    task = program.tasks[1]
+    codes = task.weights.expand(task.shape, program.config.gm, program.group_columns(task))
+    assert (codes[zero] == 0).all()
+
+
+@pytest.mark.parametrize(("bits", "least_db"), [(16, 65), (8, 25), (4, 3)])
+def test_the_program_stays_close_to_float(bits, least_db):
+    net = branching_net()
+    graph = net.graph()
+    rng = np.random.default_rng(5)
+    frames = [rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8) for _ in range(3)]
+    quantized = choose_quant(graph, [graph.clip.normalise(f) for f in frames], bits)
+    report = measure_fidelity(graph, lower(quantized, small_config(bits)), frames)
+    assert report.clips == 3
+    assert {task.task for task in report.tasks} >= {"conv1", "conv2", "pool4"}
+    assert min(task.snr_db for task in report.tasks) > least_db
+    if bits == 16:
+        assert report.agreeing == 3
+
+
+def test_mistakes_are_named():
+    net = branching_net()
+    graph = net.graph()
+    with pytest.raises(CompileError, match="calibration needs at least one clip"):
+        choose_quant(graph, [], 8)
+    with pytest.raises(CompileError, match=r"bits=7, method='mse'; accepted are \(16, 8, 4\)"):
+        choose_quant(graph, net.clips(), 7)
+    with pytest.raises(CompileError, match=r"accepted are .*minmax"):
+        choose_quant(graph, net.clips(), 8, "best")
+    with pytest.raises(CompileError, match=r"net takes a clip of shape \(3, 4, 8, 8\), not"):
+        run_float(graph, np.zeros((3, 4, 8, 7), np.float32))
+    net.layers["conv2"].weight[0, 0] = np.nan
+    with pytest.raises(CompileError, match="conv2: its output is not finite; check the weights"):
+        choose_quant(net.graph(), net.clips(), 8)
