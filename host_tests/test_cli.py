@@ -1,0 +1,175 @@
+"""The command line as a person uses it: every command, its JSON, and its mistakes."""
+
+import json
+import sys
+
+import pytest
+
+from pynq_kgrc.cli import main
+
+NETWORK = '''
+"""A small network of someone's own."""
+import torch
+from torch import nn
+
+from pynq_kgrc.graph import ClipSpec
+
+CLIP = ClipSpec(frames=8, height=16, width=16, short_side=16)
+
+
+class Small(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.conv1 = nn.Conv3d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv3d(8, 16, 3, padding=1)
+        self.pool = nn.MaxPool3d(2)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.conv1(x)))
+        return self.fc(torch.relu(self.conv2(x)).mean((2, 3, 4)))
+
+
+def small(classes=3):
+    return Small(classes)
+
+
+def silu():
+    return nn.Sequential(nn.Conv3d(3, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 6 * 14 * 14, 2))
+'''
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A folder on the import path with the module `own_network`."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_network.py").write_text(NETWORK)
+    sys.path.insert(0, str(folder))
+    yield "own_network:small"
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def clips(example_clips):
+    return [str(path) for path in sorted((example_clips / "calibration").glob("*.avi"))]
+
+
+@pytest.fixture(scope="module")
+def program(network, clips, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    labels = folder / "labels.txt"
+    labels.write_text("run\njump\nwave\n")
+    path = folder / "small.kgrc"
+    arguments = ["compile", network, "--clips", *clips, "--labels", str(labels), "-o", str(path)]
+    assert main(arguments) == 0
+    return str(path)
+
+
+def run_json(capsys, *arguments):
+    assert main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out)
+
+
+def test_classify_prints_bars_and_labels(program, clips, capsys):
+    assert main(["classify", *clips, "-p", program, "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("emulate") == 2
+    assert sum(out.count(f" {label}\n") for label in ("run", "jump", "wave")) == 4
+    assert "█" in out
+
+
+def test_classify_json_and_windows(program, clips, capsys):
+    document = run_json(capsys, "classify", clips[0], "-p", program)
+    (clip,) = document["videos"][0]["clips"]
+    assert [label["name"] for label in clip["labels"]] != []
+    assert sum(label["score"] for label in clip["labels"]) == pytest.approx(1)
+    document = run_json(capsys, "classify", clips[0], "-p", program, "--stride", "16")
+    windows = document["videos"][0]["clips"]
+    starts = [window["start_ms"] for window in windows]
+    assert len(windows) > 3
+    assert starts == sorted(starts)
+    document = run_json(capsys, "classify", clips[0], "-p", program, "--sampling", "uniform")
+    (spread,) = document["videos"][0]["clips"]
+    assert spread["end_ms"] - spread["start_ms"] > clip["end_ms"] - clip["start_ms"]
+
+
+def test_info(program, capsys):
+    document = run_json(capsys, "info", program)
+    assert document["accelerator"] == "8-sparse"
+    assert document["classes"] == 3
+    assert [task["name"] for task in document["tasks"]] == ["conv1", "conv2", "mean", "fc"]
+    assert document["tasks"][0]["rides"] == ["pool"]
+    assert document["macs_dense"] == sum(t.get("macs_dense", 0) for t in document["tasks"])
+    assert main(["info", program]) == 0
+    out = capsys.readouterr().out
+    assert "clip 8 x 16 x 16, 3 classes" in out
+    assert "average pool" in out
+
+
+@pytest.mark.parametrize("config", ["16-sparse", "4-dense"])
+def test_compile_with_a_report(network, clips, config, tmp_path, capsys):
+    path = tmp_path / "x.kgrc"
+    arguments = ["compile", network, "--clips", *clips, "--config", config, "-o", str(path)]
+    document = run_json(capsys, *arguments, "--report")
+    assert document["fidelity"]["clips"] == 2
+    assert min(document["fidelity"]["snr_db"].values()) > (60 if config == "16-sparse" else 0)
+    assert path.is_file()
+
+
+def test_compare(program, clips, capsys):
+    assert main(["compare", clips[0], "-p", program]) == 0
+    assert "agree on all 4 tasks" in capsys.readouterr().out
+    assert run_json(capsys, "compare", clips[0], "-p", program) is None
+
+
+def mistakes(tmp_path, network, program, clip):
+    broken = tmp_path / "broken.kgrc"
+    broken.write_bytes(b"nothing")
+    out = str(tmp_path / "out.kgrc")
+    build = ["compile", "--clips", clip, "-o", out]
+    return {
+        "broken.kgrc: not a whole program file": ["classify", clip, "-p", str(broken)],
+        "nowhere.mp4: there is no such file": ["classify", "nowhere.mp4", "-p", program],
+        "no backend named 'gpu'; there are": ["classify", clip, "-p", program, "--backend", "gpu"],
+        "'vgg' is no network": [*build, "vgg"],
+        "No module named 'nope'": [*build, "nope:net"],
+        "no accelerator named '9-bit'": [*build, network, "--config", "9-bit"],
+        "no recipe 'kgr' for": [*build, network, "--recipe", "kgr"],
+        "method='best'; accepted are": [*build, network, "--method", "best"],
+        "gone.pt": [*build, network, "--weights", "gone.pt"],
+        "gone.txt: no list of labels": [*build, network, "--labels", "gone.txt"],
+        "silu": [*build, "own_network:silu"],
+        "no pretrained weights 'vgg'": ["pull", "vgg"],
+        "there is no such program file": ["info", "gone.kgrc"],
+    }
+
+
+def test_every_mistake_is_one_line_and_leaves_nothing(network, program, clips, tmp_path, capsys):
+    for text, arguments in mistakes(tmp_path, network, program, clips[0]).items():
+        assert main(arguments) == 2, text
+        out, err = capsys.readouterr()
+        assert text in err
+        assert err.startswith("pynq-kgrc: ")
+        assert "Traceback" not in err
+        assert out == ""
+        assert not (tmp_path / "out.kgrc").exists()
+
+
+def test_help_teaches(capsys):
+    for arguments in (["--help"], ["classify", "--help"], ["compile", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for text in ("pynq-kgrc pull i3d-kinetics400", "Exit status", "--stride", "MODULE:FUNCTION"):
+        assert text in out
+
+
+def test_wrong_options_exit_with_2(program, capsys):
+    for arguments in ([], ["classify", "x.mp4"], ["classify", "x", "-p", program, "--top", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert "0 is not 1 or more" in capsys.readouterr().err
