@@ -381,7 +381,7 @@ class Worker:
     """An engine in a process of its own."""
 
     def __init__(self, job: dict[str, Any], seconds: float) -> None:
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the worker
         command = [sys.executable, __file__, "--worker", json.dumps(job)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -824,14 +824,15 @@ def markdown(doc: dict[str, Any], tasks: bool) -> str:
     scaling = doc["what"] != "engines"
     lines = ["# Emulation: " + ("time by frames" if scaling else "speed next to its peers"), ""]
     lines += [
-        f"Every figure is measured, on {doc['when']}, by `{doc['command']}`: {doc['rounds']} rounds, "
-        f"one run of each engine a round in turn, {doc['threads']} threads each. "
+        f"Every figure is measured, on {doc['when']}, by `{doc['command']}`: "
+        f"{doc['rounds']} rounds, one run of each engine a round in turn, "
+        f"{doc['threads']} threads each. "
         + (
             "1.00 means: time grows in proportion to frames."
             if scaling
-            else "A ratio is torch's time divided by the engine's in the same round; shown is the "
-            "median. The emulation is timed from uint8 frames to labels, its peers from a tensor to "
-            "logits. Peak memory counts loading too."
+            else "A ratio is torch's time divided by the engine's in the same round; shown is "
+            "the median. The emulation is timed from uint8 frames to labels, its peers from a "
+            "tensor to logits. Peak memory counts loading too."
         ),
     ]
     for found in doc["networks"]:
