@@ -485,7 +485,8 @@ def _check_conv(program: Program, task: ConvTask) -> None:
         increasing = np.all(index[..., 1:] > index[..., :-1])
         if not increasing or int(index.max(initial=0)) >= end:
             raise ProgramError(f"{task.name}: {part} do not increase within 0 to {end - 1}")
-    if int(np.abs(weights.values.astype(np.int32)).max()) > weight_limit(config.bits):
+    largest = max(int(weights.values.max()), -int(weights.values.min()))
+    if largest > weight_limit(config.bits):
         raise ProgramError(f"{task.name}: a weight exceeds {weight_limit(config.bits)}")
     for mult, shift in {*zip(task.mult.tolist(), task.shift.tolist(), strict=True)}:
         _check_scale(mult, shift, task.name)
@@ -514,7 +515,7 @@ def check_accumulator(task: ConvTask, config: AcceleratorConfig) -> None:
     """
     weights, gm = task.weights, config.gm
     p, q, t, kr, gn, kc = weights.values.shape
-    sums = np.abs(weights.values.astype(np.int64)).sum(axis=(2, 4, 5))
+    sums = np.abs(weights.values).sum(axis=(2, 4, 5), dtype=np.int64)
     sums = np.where(weights.enabled[:, :, None], sums, 0)
     at = (np.arange(p)[:, None, None], weights.rows.astype(np.intp))
     per_filter = np.zeros((p, gm), np.int64)

@@ -32,7 +32,7 @@ from pynq_kgrc.backends.exact import (
 )
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import Size, WindowShape
-from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot
+from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot, Task
 from pynq_kgrc.quant import Array, packed_bytes, rshift
 
 
@@ -75,12 +75,15 @@ class Emulation:
             raw = arena[start : start + count * dtype.itemsize].view(dtype)
             self._maps.append(raw.reshape(*buffer.size, buffer.channels))
         workspace = Workspace()
-        self._steps = [
-            ConvStep(task, program, self._maps, workspace, self.threads)
-            if isinstance(task, ConvTask)
-            else PoolStep(task, program, self._maps)
-            for task in program.tasks
-        ]
+
+        def ready(task: Task) -> ConvStep | PoolStep:
+            if isinstance(task, ConvTask):
+                return ConvStep(task, program, self._maps, workspace, self.threads)
+            return PoolStep(task, program, self._maps)
+
+        with self._blas.limit(limits=1):
+            made = map if self._pool is None else self._pool.map
+            self._steps = list(made(ready, program.tasks))
 
     def write(self, slot: Slot, codes: Array) -> None:
         """Codes [C, D, H, W] into a slot.

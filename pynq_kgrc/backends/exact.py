@@ -78,9 +78,13 @@ def largest_sum(weights: Array, interval: Interval, axis: int) -> Array:
     With p and n the sums of positive and of negative parts, that is the larger of p*hi - n*lo
     and n*hi - p*lo, for lo <= 0 <= hi.
     """
-    low, high = interval
     total = np.abs(weights).sum(axis=axis, dtype=np.float64)
-    signed = np.abs(weights.sum(axis=axis, dtype=np.float64))
+    return _largest(total, np.abs(weights.sum(axis=axis, dtype=np.float64)), interval)
+
+
+def _largest(total: Array, signed: Array, interval: Interval) -> Array:
+    """The bound of `largest_sum` from the sum of magnitudes and the magnitude of the sum."""
+    low, high = interval
     bound: Array = total * (high - low) / 2 + signed * abs(high + low) / 2
     return bound
 
@@ -214,14 +218,18 @@ def _exact_product(values: Array, matrix: Array, chunks: list[slice]) -> Array:
 
 
 def _fewest_chunks(matrix: Array, interval: Interval, dtype: np.dtype[np.generic]) -> list[slice]:
-    """The fewest equal runs of rows for which every partial sum is exact."""
-    rows = matrix.shape[0]
-    for parts in range(1, rows + 1):
-        slices = split_evenly(rows, parts)
-        worst = max(float(largest_sum(matrix[s], interval, 0).max()) for s in slices)
-        if worst < largest_integer(dtype):
-            return slices
-    raise AssertionError("one product is always exact")  # 16-bit products are below 2^33
+    """The fewest runs of rows, 1 or 2 or 4 and so on, for which every partial sum is exact."""
+    blocks = split_evenly(matrix.shape[0], 64)
+    totals = np.stack([np.abs(matrix[b]).sum(axis=0, dtype=np.float64) for b in blocks])
+    signed = np.stack([matrix[b].sum(axis=0, dtype=np.float64) for b in blocks])
+    for parts in (1, 2, 4, 8, 16, 32, 64):
+        runs = split_evenly(len(blocks), parts)
+        bounds = [
+            _largest(totals[r].sum(axis=0), np.abs(signed[r].sum(axis=0)), interval) for r in runs
+        ]
+        if float(np.max(bounds)) < largest_integer(dtype):
+            return [slice(blocks[r.start].start, blocks[r.stop - 1].stop) for r in runs]
+    return [slice(i, i + 1) for i in range(matrix.shape[0])]  # one product is always exact
 
 
 class PlanarConvolution:
@@ -607,15 +615,16 @@ def winograd_bounds(taps: Array, transformed: Array, axes: list[int], interval: 
     for stage in range(len(axes) + 1):
         left = axes[stage:]
         sums = transformed if stage == 0 else transform_weights(taps, left)
-        # [positions, taps not transformed any more and channels, M]
-        order = [*left, *(axis for axis in range(3) if axis not in left), 3, 4]
-        sums = sums.transpose(order).reshape(4 ** len(left), -1, taps.shape[4])
-        bound = np.zeros(len(sums))
+        summed = tuple(axis for axis in range(4) if axis not in left)
+        total = np.abs(sums).sum(axis=summed, dtype=np.float64).reshape(-1, taps.shape[4])
+        signed = np.abs(sums.sum(axis=summed, dtype=np.float64)).reshape(total.shape)
+        bound = np.zeros(len(total))
         for i, position in enumerate(product(range(4), repeat=len(left))):
             low, high = interval
             for place in position:
                 low, high = (2 * low, 2 * high) if place == 1 else (low - high, high - low)
-            bound[i] = largest_sum(sums[i], (low, high), 0).max() * 2.0 ** middle_positions(i)
+            reach = _largest(total[i], signed[i], (low, high))
+            bound[i] = reach.max() * 2.0 ** middle_positions(i)
         worst.append(bound)
     return Bounds(worst[0], max(float(bound.max()) for bound in worst[1:]))
 
