@@ -40,7 +40,7 @@ def run(convolution, values):
         target = found[(*region, filters)]
         target[...] = sums[: target.shape[0], : target.shape[1], : target.shape[2]]
 
-    padded = np.zeros((*convolution.in_size, shape.channels), convolution.dtype)
+    padded = np.zeros((*convolution.in_size, shape.channels), convolution.map_dtype)
     d, h, w = (min(a, b) for a, b in zip(values.shape, padded.shape[:3], strict=False))
     padded[:d, :h, :w] = values[:d, :h, :w]
     if isinstance(convolution, PlanarConvolution):

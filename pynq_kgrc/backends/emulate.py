@@ -305,7 +305,7 @@ class ConvStep:
         """The input as floats without its zero point, in zeros as wide as the exact form wants."""
         exact, shape = self.exact, self.task.shape
         size = exact.in_size
-        padded = self.workspace.take((*size, shape.channels), exact.dtype)
+        padded = self.workspace.take((*size, shape.channels), exact.map_dtype)
         if isinstance(exact, PlanarConvolution):
             # [D / sd, sd, H / sh, sh, W / sw, sw, N]: axes can only be merged in a copy
             split = exact.map_view(padded)

@@ -114,7 +114,7 @@ class GemmConvolution:
         dtype: np.dtype[np.generic],
         threads: int,
     ) -> None:
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.map_dtype = shape, dtype, dtype
         # rows in the order (kd, kh, kw, n): a run of kw * n is contiguous in a channel-last map
         matrix = weight.transpose(2, 3, 4, 1, 0).reshape(-1, shape.filters).astype(dtype)
         self.chunks = _fewest_chunks(matrix, interval, dtype)
@@ -125,7 +125,7 @@ class GemmConvolution:
         d, h, w = shape.out_size
         parts = threads if d * h * w < 64 * threads and shape.filters >= 64 * threads else 1
         self.filters = split_evenly(shape.filters, parts)
-        self.matrices = [np.ascontiguousarray(matrix[:, part]) for part in self.filters]
+        self.matrices = [np.asfortranarray(matrix[:, part]) for part in self.filters]
         rows = max(FEWEST_ROWS, BLOCK_BYTES // (matrix.shape[0] * dtype.itemsize))
         self.block = (1, max(1, min(h, rows // w)), w)
         if self.block[1] == h:
@@ -250,12 +250,12 @@ class PlanarConvolution:
         dtype: np.dtype[np.generic],
         threads: int,
     ) -> None:
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.map_dtype = shape, dtype, dtype
         self.lattices = _lattices(shape)
         rows = weight.reshape(shape.filters, shape.channels, *shape.kernel)
         parts = [rows[(slice(None), slice(None), *lattice)] for lattice in self.lattices]
         matrix = np.concatenate([p.reshape(shape.filters, -1) for p in parts], axis=1)
-        self.matrix = np.ascontiguousarray(matrix.T).astype(dtype)
+        self.matrix = matrix.T.astype(dtype)
         self.chunks = _fewest_chunks(self.matrix, interval, dtype)
         _, h, w = shape.out_size
         wanted = max(1, PLANAR_BYTES // (self.matrix.shape[0] * dtype.itemsize * w))
@@ -352,7 +352,10 @@ class WinogradConvolution:
     ) -> None:
         self.shape, self.dtype = shape, dtype
         self.axes = [axis for axis in range(3) if shape.kernel[axis] == 3]
-        taps = weight.transpose(2, 3, 4, 1, 0).astype(dtype)  # [kd, kh, kw, N, M]
+        widest = max(-interval[0], interval[1]) << len(self.axes)
+        # the transform of the input moves memory more than it computes: the narrower the better
+        self.map_dtype = np.dtype(np.int16) if widest < 1 << 15 else dtype
+        taps = weight.transpose(2, 3, 4, 0, 1).astype(dtype)  # [kd, kh, kw, M, N]
         transformed = transform_weights(taps, self.axes)
         bounds = winograd_bounds(taps, transformed, self.axes, interval)
         if max(bounds.partial.max(), bounds.later) >= largest_integer(WIDE):
@@ -363,13 +366,13 @@ class WinogradConvolution:
         d, h, w = self.tiles
         few = d * h * w <= FEW_TILES and threads > 1 and shape.filters >= 32 * threads
         self.filters = split_evenly(shape.filters, threads if few else 1)
-        self.weights = [np.ascontiguousarray(transformed[..., part]) for part in self.filters]
-        flat = [part.reshape(-1, *part.shape[3:]) for part in self.weights]
+        flat = transformed.reshape(-1, *transformed.shape[3:])
+        self.weights = [np.ascontiguousarray(flat[:, part]) for part in self.filters]
         self.norms = [
-            {int(i): _longest_columns(part[i], shape.channels) for i in suspects} for part in flat
+            {int(i): _longest_filters(part[i]) for i in suspects} for part in self.weights
         ]
         wanted = min(256, max(64, WINOGRAD_SUMS // shape.filters))
-        nh = min(h, max(1, round(wanted / w)))
+        nh = -(-h // max(1, round(h * w / wanted)))  # blocks of equal height
         nd = max(1, min(d, wanted // (h * w))) if nh == h else 1
         if not few and nd == d and nh == h and d >= threads:
             nd = -(-d // threads)
@@ -464,20 +467,21 @@ class _WinogradSums:
         dtype: np.dtype[np.generic],
     ) -> None:
         self.axes, self.dtype = convolution.axes, dtype
-        weights = convolution.weights[part]
-        self.weights = weights.reshape(-1, *weights.shape[3:])
-        filters = weights.shape[4]
+        self.weights = convolution.weights[part]
+        filters = self.weights.shape[1]
         self.limit = largest_integer(dtype)
         proved = convolution.proved or dtype == WIDE
         self.norms = {} if proved else convolution.norms[part]
         self.largest = None if proved else np.zeros(4 ** len(self.axes))
         self.exact = True
         channels, count = convolution.shape.channels, math.prod(tiles)
+        values = convolution.map_dtype
+        self.values = scratch("values", (count, channels), dtype)
         size = [2 * n + 2 if axis in self.axes else n for axis, n in enumerate(tiles)]
         self.components, self.others = {}, {}
         for inner, axis in reversed(list(enumerate(self.axes))):
             size[axis] = tiles[axis]
-            self.components[axis] = scratch(f"component{axis}", (*size, channels), dtype)
+            self.components[axis] = scratch(f"component{axis}", (*size, channels), values)
             self.others[axis] = scratch(f"other{axis}", (2**inner, count, filters), dtype)
         self.phases = scratch("phases", (2 ** len(self.axes), count, filters), dtype)
 
@@ -495,7 +499,8 @@ class _WinogradSums:
         are exact whenever m1 and m2 are; the proof counts on this order.
         """
         if not axes:
-            self._multiply(slab.reshape(-1, slab.shape[3]), out[0], position)
+            np.copyto(self.values, slab.reshape(self.values.shape))
+            self._multiply(self.values, out[0], position)
             return
         *inner, axis = axes
         lead = (slice(None),) * axis
@@ -521,7 +526,7 @@ class _WinogradSums:
 
     def _multiply(self, values: Array, out: Array, position: int) -> None:
         """One product of the block, and what the proof has to know of it."""
-        weight = self.weights[position].astype(self.dtype, copy=False)
+        weight = self.weights[position].astype(self.dtype, copy=False).T
         parts = self._parts(values, position) if position in self.norms else 1
         if parts == 1:
             np.matmul(values, weight, out=out)
@@ -537,7 +542,7 @@ class _WinogradSums:
         unit = 2.0 ** middle_positions(position)
         for parts, norms in self.norms[position].items():
             slices = split_evenly(values.shape[1], parts)
-            lengths = [_longest(values[:, part], "tn,tn->t") for part in slices]
+            lengths = [_longest(values[:, part]) for part in slices]
             if max(a * b for a, b in zip(lengths, norms, strict=True)) * unit < self.limit:
                 return parts
         self.exact = False
@@ -559,15 +564,16 @@ class _WinogradSums:
             largest = summed.reshape(2, count).max(axis=0).reshape(4, -1)
 
 
-def _longest(vectors: Array, sums: str) -> float:
-    """The largest length; the factor covers the rounding of the squares and their sums."""
-    return math.sqrt(float(np.einsum(sums, vectors, vectors).max())) * 1.001
+def _longest(rows: Array) -> float:
+    """The largest length of a row; the factor covers the rounding of squares and their sums."""
+    return math.sqrt(float(np.einsum("ij,ij->i", rows, rows).max())) * 1.001
 
 
-def _longest_columns(weight: Array, channels: int) -> dict[int, list[float]]:
-    """For a cut into 1, 2, 4, 8 parts of the channels, the longest column [N, M] of each."""
+def _longest_filters(weight: Array) -> dict[int, list[float]]:
+    """For a cut into 1, 2, 4, 8 parts of the channels, the longest row of [M, N] in each."""
+    channels = weight.shape[1]
     return {
-        parts: [_longest(weight[part], "nm,nm->m") for part in split_evenly(channels, parts)]
+        parts: [_longest(weight[:, part]) for part in split_evenly(channels, parts)]
         for parts in (1, 2, 4, 8)
         if parts <= channels
     }
@@ -583,7 +589,7 @@ def middle_positions(position: int) -> int:
 
 
 def transform_weights(taps: Array, axes: list[int]) -> Array:
-    """[kd, kh, kw, N, M] with each axis of 3 taps in `axes` turned into 4 positions."""
+    """[kd, kh, kw, M, N] with each axis of 3 taps in `axes` turned into 4 positions."""
     for axis in axes:
         first, middle, last = np.moveaxis(taps, axis, 0)
         half = (first + last) / 2
@@ -615,8 +621,8 @@ def winograd_bounds(taps: Array, transformed: Array, axes: list[int], interval: 
     for stage in range(len(axes) + 1):
         left = axes[stage:]
         sums = transformed if stage == 0 else transform_weights(taps, left)
-        summed = tuple(axis for axis in range(4) if axis not in left)
-        total = np.abs(sums).sum(axis=summed, dtype=np.float64).reshape(-1, taps.shape[4])
+        summed = tuple(axis for axis in (0, 1, 2, 4) if axis not in left)
+        total = np.abs(sums).sum(axis=summed, dtype=np.float64).reshape(-1, taps.shape[3])
         signed = np.abs(sums.sum(axis=summed, dtype=np.float64)).reshape(total.shape)
         bound = np.zeros(len(total))
         for i, position in enumerate(product(range(4), repeat=len(left))):
