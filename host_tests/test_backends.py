@@ -2,12 +2,14 @@
 
 from fractions import Fraction
 
+import msgspec
 import numpy as np
 import pytest
 from networks import Net, compiled, random_codes, small_config, stretched
 from reference import run_program
 
 from pynq_kgrc.backends.base import BACKENDS, open_backend
+from pynq_kgrc.backends.emulate import Scaling
 from pynq_kgrc.errors import ConfigError, DeviceError, ProgramError
 from pynq_kgrc.program import ConvTask
 
@@ -250,3 +252,28 @@ def test_every_task_kind_is_covered():
     net.pool(net.conv("clip", 4), 3, stride=1)
     program, _ = compiled(net)
     assert [isinstance(task, ConvTask) for task in program.tasks] == [True, False]
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8, 20, 25, 40, 62])
+def test_scaling_rounds_every_sum_as_the_integers_do(shift):
+    one = 1 << shift
+    # multipliers that bring some sum as close below the next code as can be
+    close = (((one >> 1) - 1) * pow(s, -1, one) % one for s in range(1, 97_000, 2))
+    mult = [16384, 32767, *[m for m in close if 1 << 14 <= m < 1 << 15]][:9]
+    net = Net(size=(1, 4, 4))
+    net.conv("clip", len(mult), 1, pad=0)
+    program, _ = compiled(net)
+    task = msgspec.structs.replace(
+        program.tasks[0],
+        mult=np.array(mult, np.int32),
+        shift=np.full(len(mult), shift, np.uint8),
+        bias=np.zeros(len(mult), np.int64),
+        in_zero=0,
+    )
+    scaling = Scaling(task, 8, np.full((len(mult), 3, 1), 127))
+    sums = np.arange(-97_000, 97_000.0, dtype=np.float32).reshape(50, -1, 1)
+    sums = np.repeat(sums, len(mult), axis=2)
+    codes = np.empty(sums.shape, task.out.dtype)
+    every = slice(0, len(mult))
+    scaling.store(sums, codes, every, None)
+    np.testing.assert_array_equal(codes, scaling._in_integers(sums, every, None))

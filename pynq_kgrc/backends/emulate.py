@@ -161,15 +161,17 @@ class Workspace:
         return self._bytes[:wanted].view(dtype).reshape(shape)
 
 
-LIFT = 1 << 29
+INT32 = np.dtype(np.int32)
+REPEAT = 8
 
 
 class Scaling:
     """Sums to codes: ``clamp(rshift((acc + bias) * mult, shift) + shortcut + Z_y, lo, hi)``.
 
-    In float64, where it is exact: the product has at most 31 + 15 bits (proved when the program
-    was checked), a shift is a scaling by a power of two, and a floor rounds half up once 0.5 is
-    added. Where a shift is so large that bits would be lost, and at 16 bits, in int64.
+    In float64, where it is exact: a shift is a scaling by a power of two, a floor rounds half up
+    once 0.5 is added, and a power of two above all values makes them positive, so that truncation
+    is the floor. From that power down to 2^-shift there must be no more than 52 bits; where there
+    are, and at 16 bits, in int64.
     """
 
     def __init__(self, task: ConvTask, bits: int, weight: Array) -> None:
@@ -180,19 +182,14 @@ class Scaling:
         self.unsigned = np.dtype(np.uint16 if task.out.bits == 16 else np.uint8)
         scale = task.mult.astype(np.float64) * np.exp2(-task.shift.astype(np.float64))
         half = np.where(task.shift > 0, 0.5, 0.0)
-        self.scale = scale
         sums = np.abs(weight).sum(axis=(1, 2), dtype=np.int64) << bits
         reach = float(((sums + np.abs(self.bias)) * scale).max())
-        small = int(task.shift.max()) <= 40 and reach < LIFT / 2
-        self.in_float = bits != 16 and small
-        # LIFT makes values positive, so that truncation is the floor, and is 0 modulo a code
-        self.offset = self.bias * scale + half + (task.out.zero_point + LIFT)
-        self.shortcut_table: Array | None = None
-        if task.shortcut is not None and bits != 16:
-            r = task.shortcut
-            codes = np.arange(-128, 128) - r.zero_point
-            table = rshift(codes * np.int64(r.mult), r.shift)
-            self.shortcut_table = np.roll(table, 128).astype(np.float64)  # by unsigned byte
+        self.lift = 1 << max(18, math.ceil(math.log2(2 * reach + 1)))
+        fits = self.lift < 1 << 30 and int(task.shift.max()) + self.lift.bit_length() <= 52
+        self.in_float = bits != 16 and fits and (task.shortcut is None or task.shortcut.shift < 30)
+        # as often as REPEAT in a row: numpy is slow to go round a short row again
+        offset = self.bias * scale + half + (task.out.zero_point + self.lift)
+        self.scale, self.offset = np.tile(scale, (REPEAT, 1)), np.tile(offset, (REPEAT, 1))
 
     def store(self, sums: Array, target: Array, filters: slice, shortcut: Array | None) -> None:
         """Write the codes of exact sums [..., M] of some filters to `target` of that shape."""
@@ -200,16 +197,29 @@ class Scaling:
             target[...] = self._in_integers(sums, filters, shortcut)
             return
         values = scratch("scaled", sums.shape, WIDE)
-        np.multiply(sums, self.scale[filters], out=values)
-        values += self.offset[filters]
-        if shortcut is not None:
-            assert self.shortcut_table is not None
-            # whole numbers: adding them before or after the floor is the same
-            values += self.shortcut_table[shortcut.view(np.uint8)]
-        codes = scratch("codes", sums.shape, np.dtype(np.int32))
+        np.copyto(values, sums)
+        repeat = math.gcd(REPEAT, math.prod(sums.shape[:-1]))
+        rows = values.reshape(-1, repeat * sums.shape[-1])
+        rows *= self.scale[:repeat, filters].reshape(-1)
+        rows += self.offset[:repeat, filters].reshape(-1)
+        codes = scratch("codes", sums.shape, INT32)
         np.copyto(codes, values, casting="unsafe")
-        np.clip(codes, self.task.lo + LIFT, self.task.hi + LIFT, out=codes)
+        if shortcut is not None:
+            codes += self._scaled_shortcut(shortcut)
+        # the lift is 0 modulo a code
+        np.clip(codes, self.task.lo + self.lift, self.task.hi + self.lift, out=codes)
         np.copyto(target.view(self.unsigned), codes, casting="unsafe")
+
+    def _scaled_shortcut(self, codes: Array) -> Array:
+        """``rshift((r - Z_r) * mult, shift)`` of 8-bit codes: 9 + 15 bits and a half fit int32."""
+        r = self.task.shortcut
+        assert r is not None
+        scaled = scratch("shortcut", codes.shape, INT32)
+        np.copyto(scaled, codes)
+        scaled *= r.mult
+        scaled += (1 << r.shift >> 1) - r.zero_point * r.mult
+        scaled >>= r.shift
+        return scaled
 
     def _in_integers(self, sums: Array, filters: slice, shortcut: Array | None) -> Array:
         task = self.task

@@ -36,22 +36,23 @@ Finish = Callable[[Array, Region, slice], None]
 
 WIDE = np.dtype(np.float64)
 
-BLOCK_BYTES = 512 << 10
-"""Scratch of one block of the unfolded input: half of a 1 MiB second-level cache."""
-
-PLANAR_BYTES = 2 << 20
-"""The same for the planar form, whose rows are long."""
+BLOCK_BYTES = 2 << 20
+"""Scratch of one block of the unfolded input. Smaller ones fit the second-level cache, but each
+call of numpy ends in a struggle of the threads for the interpreter: fewer calls are faster."""
 
 FEW_CHANNELS = 4
 """Up to so many channels a pixel's run is too short to copy, and the planar form is faster."""
 
+FEW_ROWS = 128
+"""With fewer rows of a GEMM for each thread, the threads share out the filters instead."""
+
 FEWEST_ROWS = 128
 """Rows of a GEMM below which reading its weights costs more than the products."""
 
-WINOGRAD_SUMS = 64 << 10
-"""Sums of one phase of a block, tiles times filters: what is alive stays near the core."""
+BLOCK_TILES = 800
+"""Winograd tiles of a block; a compromise as that of BLOCK_BYTES."""
 
-FEW_TILES = 160
+FEW_TILES = 400
 """With so few tiles the threads share out the filters instead."""
 
 _scratch = threading.local()
@@ -123,13 +124,14 @@ class GemmConvolution:
             shape.kernel[1:] == (1, 1) and shape.stride == (1, 1, 1) and len(self.chunks) == 1
         )
         d, h, w = shape.out_size
-        parts = threads if d * h * w < 64 * threads and shape.filters >= 64 * threads else 1
+        few = d * h * w < FEW_ROWS * threads and shape.filters >= 64 * threads
+        parts = threads if few else 1
         self.filters = split_evenly(shape.filters, parts)
         self.matrices = [np.asfortranarray(matrix[:, part]) for part in self.filters]
         rows = max(FEWEST_ROWS, BLOCK_BYTES // (matrix.shape[0] * dtype.itemsize))
         self.block = (1, max(1, min(h, rows // w)), w)
         if self.block[1] == h:
-            self.block = (max(1, min(-(-d // threads), rows // (h * w))), h, w)
+            self.block = (max(1, min(d if few else -(-d // threads), rows // (h * w))), h, w)
 
     @property
     def in_size(self) -> Size:
@@ -258,7 +260,7 @@ class PlanarConvolution:
         self.matrix = matrix.T.astype(dtype)
         self.chunks = _fewest_chunks(self.matrix, interval, dtype)
         _, h, w = shape.out_size
-        wanted = max(1, PLANAR_BYTES // (self.matrix.shape[0] * dtype.itemsize * w))
+        wanted = max(1, BLOCK_BYTES // (self.matrix.shape[0] * dtype.itemsize * w))
         self.block = (1, min(h, wanted), w)
 
     @property
@@ -371,11 +373,11 @@ class WinogradConvolution:
         self.norms = [
             {int(i): _longest_filters(part[i]) for i in suspects} for part in self.weights
         ]
-        wanted = min(256, max(64, WINOGRAD_SUMS // shape.filters))
-        nh = -(-h // max(1, round(h * w / wanted)))  # blocks of equal height
-        nd = max(1, min(d, wanted // (h * w))) if nh == h else 1
-        if not few and nd == d and nh == h and d >= threads:
-            nd = -(-d // threads)
+        nh = -(-h // max(1, round(h * w / BLOCK_TILES)))  # blocks of equal height
+        nd = max(1, BLOCK_TILES // (h * w)) if nh == h else 1
+        if not few:  # a block for every thread
+            nd = min(nd, -(-d // threads))
+            nh = min(nh, -(-h // threads)) if d == 1 else nh
         self.block = (nd, nh)
 
     @property
