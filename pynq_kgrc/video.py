@@ -23,7 +23,13 @@ from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.quant import Array
 
 OPTIONS = "protocol_whitelist;file|format_whitelist;mov,matroska,avi,mpegts,gif"
-"""FFmpeg opens local files of these containers only: no playlists, images or addresses."""
+"""FFmpeg opens local files of these containers only: no playlists, images or addresses.
+
+OpenCV 4.11 for Linux ignores this (opencv/opencv#27091): `_is_container` asks for the same.
+"""
+
+MAX_ELONGATION = 100
+"""How often the short side of a frame may go into the long one: `fit` scales both alike."""
 
 SAMPLINGS = ("centre", "uniform")
 
@@ -151,15 +157,22 @@ class _Video:
         """Nothing is held between passes."""
 
     def _check_file(self) -> None:
-        if not self.path.is_file():
-            raise VideoError(f"{self.name}: there is no such file")
-        size = self.path.stat().st_size
+        try:
+            if not self.path.is_file():
+                raise VideoError(f"{self.name}: there is no such file")
+            size = self.path.stat().st_size
+            with self.path.open("rb") as file:
+                head = file.read(256)
+        except OSError as error:
+            raise VideoError(f"{self.name}: cannot be read: {error.strerror}") from error
         if size == 0:
             raise VideoError(f"{self.name}: the file is empty (0 bytes)")
         if size > self.limits.max_bytes:
             raise VideoError(
                 f"{self.name}: {size} bytes are more than the {self.limits.max_bytes} accepted"
             )
+        if not _is_container(head):
+            raise VideoError(f"{self.name}: {_why_not(self.path)}")
 
     @contextmanager
     def _opened(self) -> Iterator[cv2.VideoCapture]:
@@ -181,6 +194,8 @@ class _Video:
                 capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT)
             )
             yield capture
+        except cv2.error as error:  # such as a frame of another size than the one before
+            raise VideoError(f"{self.name}: OpenCV cannot read a frame; it is damaged") from error
         finally:
             capture.release()
 
@@ -189,6 +204,11 @@ class _Video:
             raise VideoError(
                 f"{self.name}: frames of {int(width)} x {int(height)} pixels are larger than the "
                 f"{self.limits.max_pixels} accepted"
+            )
+        if max(width, height) > MAX_ELONGATION * max(1, min(width, height)):
+            raise VideoError(
+                f"{self.name}: frames of {int(width)} x {int(height)} pixels are too elongated; "
+                f"accepted is up to {MAX_ELONGATION} to 1"
             )
 
     def _measure(self) -> tuple[list[float], int, float]:
@@ -210,9 +230,9 @@ class _Video:
                 f"{self.name}: not one frame could be decoded; the file is cut off or damaged"
             )
         steps = np.diff(times)
-        if not np.isfinite(times).all() or (steps.size and steps.min() <= 0):
+        if not np.isfinite(times).all() or times[0] < 0 or (steps.size and steps.min() <= 0):
             times = [i * 1000 / fps for i in range(len(times))]
-        sane = math.isfinite(declared) and 0 < declared <= 10_000_000
+        sane = 0 < declared <= 10_000_000
         return times, int(declared) if sane else 0, fps
 
     def clips(self, wanted: Sequence[list[int]], spec: ClipSpec) -> Iterator[Clip]:
@@ -237,13 +257,14 @@ class _Video:
                     for old in [n for n in kept if n < oldest]:
                         del kept[old]
         if waiting:  # the first pass decoded more than the second
-            raise VideoError(f"{self.name}: frame {len(kept)} decoded once, but not again")
+            raise VideoError(f"{self.name}: frame {number} decoded once, but not again")
 
     def _clip(self, numbers: list[int], kept: dict[int, Array], spec: ClipSpec) -> Clip:
         notes = list(self.notes)
-        if self.count < spec.frames:
+        if numbers != sorted(set(numbers)):
+            span = (spec.frames - 1) * spec.step + 1
             notes.append(
-                f"the video has {self.count} frames, the network looks at {spec.frames}: "
+                f"the video has {self.count} frames, the network looks at {span}: "
                 f"it starts over to fill the clip"
             )
         frames = np.stack([kept[number] for number in numbers])
@@ -266,6 +287,18 @@ def fit(frame: Array, spec: ClipSpec) -> Array:
     top, left = (size[1] - spec.height) // 2, (size[0] - spec.width) // 2
     cut = frame[top : top + spec.height, left : left + spec.width, ::-1]
     return np.ascontiguousarray(cut)
+
+
+def _is_container(head: bytes) -> bool:
+    """Whether a file begins as MP4, AVI, Matroska, GIF or MPEG-TS do; a playlist does not."""
+    return (
+        head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+        or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
+        or head[:4] == b"\x1aE\xdf\xa3"
+        or head[:4] == b"GIF8"
+        or (head[:1] == b"G" and head[188:189] == b"G")
+        or (head[4:5] == b"G" and head[196:197] == b"G")  # M2TS: a time before every packet
+    )
 
 
 def _why_not(path: Path) -> str:

@@ -1,0 +1,633 @@
+"""From video files to clips: which frames, how large, and what is refused.
+
+Every frame of the videos made here carries its own number, as eight stripes that are its bits.
+"""
+
+import contextlib
+import itertools
+import os
+import struct
+import tempfile
+import wave
+
+import cv2
+import numpy as np
+import pytest
+
+from pynq_kgrc import video as video_module
+from pynq_kgrc.errors import VideoError
+from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.video import Limits, fit, load_clip, load_windows
+
+WIDTH, HEIGHT, FPS = 64, 48, 25
+FRAME_MS = 1000 / FPS
+ENVIRONMENT = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+
+
+def numbered(number):
+    stripes = np.unpackbits(np.uint8(number)) * np.uint8(255)
+    return np.tile(np.repeat(stripes, WIDTH // 8)[None, :, None], (HEIGHT, 1, 3))
+
+
+def numbers(clip):
+    """The numbers that the frames carry."""
+    columns = clip.frames.mean(axis=(1, 3))
+    stripes = columns.reshape(len(columns), 8, -1).mean(axis=2)
+    return np.packbits(stripes > 128, axis=1)[:, 0].tolist()
+
+
+def spec(frames=4, step=1, height=24, width=32):
+    return ClipSpec(frames=frames, height=height, width=width, short_side=24, step=step)
+
+
+def write(path, images, codec="MJPG"):
+    images = list(images)
+    size = images[0].shape[1::-1] if images else (WIDTH, HEIGHT)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), FPS, size)
+    assert writer.isOpened()
+    for image in images:
+        writer.write(image)
+    writer.release()
+    return path
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A file of as many numbered frames as asked for."""
+
+    def made(count, name="video.avi", codec="MJPG"):
+        return write(tmp_path / name, (numbered(i) for i in range(count)), codec)
+
+    return made
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder where the bytes of a video are put for a while."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_clip_is_contiguous_bytes_of_the_right_shape(make):
+    frames = load_clip(make(10), spec(frames=5, height=20, width=28)).frames
+    assert frames.shape == (5, 20, 28, 3)
+    assert frames.dtype == np.uint8
+    assert frames.flags.c_contiguous
+
+
+@pytest.mark.parametrize("channel", range(3))
+def test_channels_are_red_green_blue(tmp_path, channel):
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    image[..., 2 - channel] = 255  # OpenCV writes blue first
+    means = load_clip(write(tmp_path / "v.avi", [image] * 4), spec()).frames.mean(axis=(0, 1, 2))
+    assert means[channel] > 240
+    assert np.delete(means, channel).max() < 15
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("v.avi", "MJPG"),
+        ("v.avi", "XVID"),
+        ("v.mp4", "mp4v"),
+        ("v.mkv", "FFV1"),
+        ("v.webm", "VP80"),
+        ("v.ts", "MPG2"),
+    ],
+)
+def test_every_container_gives_its_frames_in_order(make, name, codec):
+    clip = load_clip(make(30, name, codec), spec(frames=30))
+    assert numbers(clip) == list(range(30))
+    assert clip.notes == ()
+
+
+@pytest.mark.parametrize("first", [b"free", b"skip", b"wide", b"mdat"])
+def test_an_old_quicktime_file_begins_with_another_box(make, first):
+    content = make(30, "v.mp4", "mp4v").read_bytes()
+    clip = load_clip(content.replace(b"ftyp", first, 1), spec(frames=30))
+    assert numbers(clip) == list(range(30))
+
+
+def test_a_transport_stream_may_have_a_time_before_every_packet(make):
+    content = make(30, "v.ts", "MPG2").read_bytes()
+    packets = [content[at : at + 188] for at in range(0, len(content), 188)]
+    timed = b"".join(bytes(4) + packet for packet in packets)
+    assert numbers(load_clip(timed, spec(frames=30))) == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("count", "frames", "step", "sampling", "wanted"),
+    [
+        (20, 4, 1, "centre", [8, 9, 10, 11]),
+        (21, 4, 1, "centre", [8, 9, 10, 11]),
+        (20, 4, 3, "centre", [4, 7, 10, 13]),
+        (7, 4, 2, "centre", [0, 2, 4, 6]),
+        (4, 4, 1, "centre", [0, 1, 2, 3]),
+        (20, 4, 1, "uniform", [2, 7, 12, 17]),
+        (20, 4, 3, "uniform", [2, 7, 12, 17]),
+        (7, 3, 1, "uniform", [1, 3, 5]),
+        (4, 4, 1, "uniform", [0, 1, 2, 3]),
+        (200, 2, 1, "uniform", [50, 150]),
+    ],
+)
+def test_sampling_chooses_these_frames(make, count, frames, step, sampling, wanted):
+    clip = load_clip(make(count), spec(frames, step), sampling)
+    assert numbers(clip) == wanted
+    assert clip.start_ms == pytest.approx(wanted[0] * FRAME_MS)
+    assert clip.end_ms == pytest.approx((wanted[-1] + 1) * FRAME_MS)
+    assert clip.notes == ()
+
+
+@pytest.mark.parametrize("sampling", ["centre", "uniform"])
+@pytest.mark.parametrize(
+    ("count", "frames", "step", "wanted"),
+    [
+        (3, 7, 1, [0, 1, 2, 0, 1, 2, 0]),
+        (1, 3, 1, [0, 0, 0]),
+        (4, 5, 3, [0, 3, 2, 1, 0]),
+        (2, 4, 2, [0, 0, 0, 0]),
+    ],
+)
+def test_a_short_video_starts_over_and_says_so(make, count, frames, step, wanted, sampling):
+    clip = load_clip(make(count), spec(frames, step), sampling)
+    assert numbers(clip) == wanted
+    assert (clip.start_ms, clip.end_ms) == (0, pytest.approx((max(wanted) + 1) * FRAME_MS))
+    (note,) = clip.notes
+    span = (frames - 1) * step + 1
+    assert note.startswith(f"the video has {count} frames, the network looks at {span}: it starts")
+
+
+def test_steps_past_the_end_start_over_and_say_so_too(make):
+    clip = load_clip(make(6), spec(frames=4, step=2))
+    assert numbers(clip) == [0, 2, 4, 0]
+    assert "the video has 6 frames, the network looks at 7" in clip.notes[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["arm_wrestling_k400.mp4", "v_CricketShot_g04_c01_rgb.gif", "v_SoccerJuggling_g23_c01.avi"],
+)
+def test_real_clips_have_no_notes(example_clips, name):
+    clip = load_clip(example_clips / name, ClipSpec(16, 112, 112, 128), "uniform")
+    assert clip.frames.shape == (16, 112, 112, 3)
+    assert clip.frames.std() > 20
+    assert 0 <= clip.start_ms < clip.end_ms
+    assert clip.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("v.avi", "MJPG"), ("v.mp4", "mp4v"), ("v.mkv", "FFV1")]
+)
+def test_bytes_give_the_clip_of_their_file(make, temporary, name, codec):
+    path = make(12, name, codec)
+    of_file = load_clip(path, spec())
+    for source in (path.read_bytes(), str(path)):
+        other = load_clip(source, spec())
+        np.testing.assert_array_equal(other.frames, of_file.frames)
+        assert (other.start_ms, other.end_ms) == (of_file.start_ms, of_file.end_ms)
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing to see", b"GIF89a" + bytes(300)])
+@pytest.mark.parametrize("load", [load_clip, lambda *args: list(load_windows(*args))])
+def test_refused_bytes_leave_no_file(temporary, load, content):
+    with pytest.raises(VideoError, match=r"^the video: "):
+        load(content, spec())
+    assert list(temporary.iterdir()) == []
+
+
+def test_windows_that_nobody_asks_for_leave_no_file(make, temporary):
+    windows = load_windows(make(20).read_bytes(), spec())
+    assert numbers(next(windows)) == [0, 1, 2, 3]
+    assert len(list(temporary.iterdir())) == 1
+    windows.close()
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [None, "rtsp_transport;udp"])
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_environment_is_as_before(make, monkeypatch, value, refused):
+    if value is None:
+        monkeypatch.delenv(ENVIRONMENT, raising=False)
+    else:
+        monkeypatch.setenv(ENVIRONMENT, value)
+    seen = []
+    opened = cv2.VideoCapture
+
+    def capture(*args):
+        seen.append(os.environ[ENVIRONMENT])
+        if refused:
+            raise RuntimeError("no memory")
+        return opened(*args)
+
+    monkeypatch.setattr(cv2, "VideoCapture", capture)
+    with pytest.raises(RuntimeError) if refused else contextlib.nullcontext():
+        load_clip(make(8), spec())
+    assert set(seen) == {video_module.OPTIONS}
+    assert os.environ.get(ENVIRONMENT) == value
+
+
+@pytest.mark.parametrize(
+    ("count", "step", "stride", "starts"),
+    [
+        (12, 1, None, [0, 4, 8]),
+        (14, 1, None, [0, 4, 8, 10]),
+        (8, 1, 1, [0, 1, 2, 3, 4]),
+        (11, 1, 3, [0, 3, 6, 7]),
+        (20, 1, 7, [0, 7, 14, 16]),
+        (20, 1, 1000, [0, 16]),
+        (5, 1, None, [0, 1]),
+        (4, 1, 1, [0]),
+        (20, 2, None, [0, 7, 13]),
+        (20, 3, 5, [0, 5, 10]),
+    ],
+)
+def test_windows_begin_every_stride_and_the_last_ends_with_the_video(
+    make, count, step, stride, starts
+):
+    clips = list(load_windows(make(count), spec(step=step), stride))
+    assert [numbers(clip) for clip in clips] == [
+        [start + i * step for i in range(4)] for start in starts
+    ]
+    assert [clip.start_ms for clip in clips] == pytest.approx([s * FRAME_MS for s in starts])
+    ends = [(start + 3 * step + 1) * FRAME_MS for start in starts]
+    assert [clip.end_ms for clip in clips] == pytest.approx(ends)
+    assert ends[-1] == count * FRAME_MS
+    assert all(clip.notes == () for clip in clips)
+
+
+@pytest.mark.parametrize("stride", [None, 1, 9])
+def test_a_short_video_has_one_window(make, stride):
+    (clip,) = load_windows(make(3), spec(), stride)
+    assert numbers(clip) == [0, 1, 2, 0]
+    assert "it starts over" in clip.notes[0]
+
+
+@pytest.mark.parametrize("stride", [None, 1, 3, 50])
+def test_windows_keep_no_more_frames_than_two_of_them_hold(make, monkeypatch, stride):
+    kept_at_once = []
+    clip_of = video_module._Video._clip
+
+    def clip(self, wanted, kept, spec):
+        kept_at_once.append(len(kept))
+        return clip_of(self, wanted, kept, spec)
+
+    monkeypatch.setattr(video_module._Video, "_clip", clip)
+    assert len(list(load_windows(make(100), spec(), stride))) == len(kept_at_once)
+    assert max(kept_at_once) <= 8
+
+
+@pytest.mark.parametrize("stride", [0, -1])
+def test_a_stride_below_one_is_refused(make, stride):
+    with pytest.raises(VideoError, match=f"a stride of {stride} frames goes nowhere; use 1 or"):
+        list(load_windows(make(8), spec(), stride))
+
+
+@pytest.mark.parametrize("sampling", ["center", "", "CENTRE"])
+def test_an_unknown_sampling_is_refused(make, sampling):
+    with pytest.raises(VideoError, match=f"sampling='{sampling}'; accepted are centre, uniform"):
+        load_clip(make(4), spec(), sampling)
+
+
+def wav(path):
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(8000))
+    return path.read_bytes()
+
+
+def sound_only_avi():
+    def chunk(name, content):
+        return name + struct.pack("<I", len(content)) + content
+
+    main = struct.pack("<14I", 0, 0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0)
+    header = b"auds" + struct.pack("<I4H7I4H", 0, 0, 0, 0, 0, 1, 8000, 0, 800, 800, 0, 1, *[0] * 4)
+    pcm = struct.pack("<HHIIHH", 1, 1, 8000, 8000, 1, 8)
+    stream = chunk(b"LIST", b"strl" + chunk(b"strh", header) + chunk(b"strf", pcm))
+    lists = chunk(b"LIST", b"hdrl" + chunk(b"avih", main) + stream)
+    return chunk(b"RIFF", b"AVI " + lists + chunk(b"LIST", b"movi" + chunk(b"00wb", bytes(800))))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", r"the file is empty \(0 bytes\)"),
+        (b"\0", "not a video; accepted are MP4, MKV, WebM, AVI, MPEG-TS and GIF"),
+        (bytes(5000), "not a video"),
+        (np.random.default_rng(1).bytes(5000), "not a video"),
+        (cv2.imencode(".png", numbered(1))[1].tobytes(), "not a video"),
+        (cv2.imencode(".jpg", numbered(1))[1].tobytes(), "not a video"),
+        (wav, "sound only, a WAV file; accepted are MP4"),
+        (sound_only_avi(), "an AVI file with sound only, no video"),
+        (b"GIF89a", "not a video"),
+        (b"\x1aE\xdf\xa3", "a Matroska file without video that can be read"),
+        (b"RIFF\xff\0\0\0AVI ", "an AVI file without video that can be read; it is cut off"),
+    ],
+)
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_what_is_no_video_is_refused(tmp_path, content, why, as_bytes):
+    path = tmp_path / "wrong"
+    content = content(path) if callable(content) else content
+    path.write_bytes(content)
+    source, name = (content, "the video") if as_bytes else (path, str(path))
+    with pytest.raises(VideoError, match=f"^{name}: {why}"):
+        load_clip(source, spec())
+
+
+FILLED = struct.pack(">I4s4xI", 16, b"ftyp", 0) + struct.pack(">I4s3000000x", 3_000_008, b"free")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "change", "why"),
+    [
+        ("v.mp4", "mp4v", lambda d: d[: d.index(b"moov")], r"without its index \(moov\);"),
+        ("v.mp4", "mp4v", lambda d: d.replace(b"trak", b"free"), "an MP4 file .*; it is damaged"),
+        ("v.mp4", "mp4v", lambda d: d.replace(b"vide", b"soun"), "an MP4 file with sound only"),
+        ("v.mp4", "mp4v", lambda d: FILLED + d.replace(b"vide", b"soun"), "an MP4 file with sound"),
+        ("v.avi", "MJPG", lambda d: d.replace(b"vids", b"auds"), "an AVI file with sound only"),
+        ("v.avi", "MJPG", lambda d: d[:200], "an AVI file without video that can be read"),
+        ("v.mkv", "FFV1", lambda d: d[:300], "a Matroska file without video"),
+    ],
+)
+def test_videos_that_lost_their_video_are_refused(make, name, codec, change, why):
+    content = change(make(12, name, codec).read_bytes())
+    with pytest.raises(VideoError, match=f"^the video: .*{why}"):
+        load_clip(content, spec())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("", "there is no such"), ("gone.mp4", "there is no such"), ("x" * 300, "cannot be read")],
+)
+def test_a_path_without_a_file_is_refused(tmp_path, name, why):
+    with pytest.raises(VideoError, match=f"^{tmp_path / name}: {why}"):
+        load_clip(tmp_path / name, spec())
+
+
+def test_an_avi_of_no_frames_is_refused(make):
+    with pytest.raises(VideoError, match=r"video.avi: not one frame could be decoded; the file is"):
+        load_clip(make(0), spec())
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://example.org/v.mp4", "rtsp://example.org/v", "file:///tmp/v.mp4", "concat://a|b"],
+)
+def test_addresses_are_refused(address):
+    with pytest.raises(VideoError, match="an address; only local files and bytes are read"):
+        load_clip(address, spec())
+
+
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("list.ffconcat", "ffconcat version 1.0\nfile video.ts\n"),
+        ("list.avi", "ffconcat version 1.0\nfile video.ts\n"),
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1,\nvideo.ts\n#EXT-X-ENDLIST\n"),
+    ],
+)
+def test_playlists_do_not_open_the_videos_that_they_name(make, tmp_path, monkeypatch, name, script):
+    make(25, "video.ts", "MPG2")
+    path = tmp_path / name
+    path.write_text(script)
+    assert cv2.VideoCapture(str(path), cv2.CAP_FFMPEG).isOpened()  # OpenCV itself would
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for source in (path, script.encode()):
+        with pytest.raises(VideoError, match="not a video; accepted are MP4"):
+            load_clip(source, spec())
+
+
+SIZE = 50_000
+
+
+@pytest.mark.parametrize(
+    ("within", "beyond", "why"),
+    [
+        (dict(max_pixels=64 * 48), dict(max_pixels=64 * 48 - 1), "64 x 48 pixels are larger than"),
+        (dict(max_seconds=1.6), dict(max_seconds=1.5), r"longer than the 1\.5 s accepted"),
+        (
+            dict(max_bytes=SIZE),
+            dict(max_bytes=SIZE - 1),
+            f"{SIZE} bytes are more than the {SIZE - 1}",
+        ),
+    ],
+)
+def test_limits(make, within, beyond, why):
+    path = make(40)
+    path.write_bytes(path.read_bytes().ljust(SIZE, b"\0"))
+    assert load_clip(path, spec(), limits=Limits(**within)).notes == ()
+    with pytest.raises(VideoError, match=f"{path}: .*{why}"):
+        load_clip(path, spec(), limits=Limits(**beyond))
+    with pytest.raises(VideoError, match=why):
+        list(load_windows(path, spec(), limits=Limits(**beyond)))
+
+
+def gif(width, height):
+    """Six frames of one dot each; decoders leave the rest as it is."""
+    size = struct.pack("<HH", width, height)
+    screen = b"GIF89a" + size + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
+    delay = b"!\xf9\x04\0\x0a\0\0\0"
+    image = b",\0\0\0\0" + size + b"\0" + b"\x02\x02\x4c\x01\0"
+    return screen + 6 * (delay + image) + b";"
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_frames_that_are_nearly_a_line_are_refused(turn):
+    assert load_clip(gif(*(100, 1)[::turn]), spec()).frames.shape == (4, 24, 32, 3)
+    for long in (101, 65535):
+        width, height = (long, 1)[::turn]
+        why = f"{width} x {height} pixels are too elongated; accepted is up to 100 to 1"
+        with pytest.raises(VideoError, match=why):
+            load_clip(gif(width, height), spec())
+
+
+@pytest.mark.parametrize("part", [0.6, 0.9])
+def test_an_avi_that_is_cut_off_gives_the_frames_before_the_cut(make, part):
+    content = make(40).read_bytes()
+    clips = list(load_windows(content[: int(len(content) * part)], spec()))
+    seen = [number for clip in clips[:-1] for number in numbers(clip)]
+    assert 8 <= len(seen) < 40
+    assert seen == list(range(len(seen)))
+    count = round(clips[-1].end_ms / FRAME_MS)
+    note = f"decoding stopped at frame {count} of 40 declared: the file is cut off or damaged"
+    assert {clip.notes for clip in clips} == {(note,)}
+
+
+class Capture:
+    """What OpenCV might say of a video, pass after pass: times in the first, frames in all."""
+
+    def __init__(self, times, fps=FPS, again=None):
+        self.times, self.fps, self.passes = times, fps, iter([len(times), again or len(times)])
+
+    def __call__(self, *_):
+        self.at, self.count = -1, next(self.passes)
+        return self
+
+    def isOpened(self):
+        return True
+
+    def set(self, *_):
+        return True
+
+    def release(self):
+        pass
+
+    def get(self, what):
+        values = {cv2.CAP_PROP_FPS: self.fps, cv2.CAP_PROP_FRAME_COUNT: float("nan")}
+        return self.times[self.at] if what == cv2.CAP_PROP_POS_MSEC else values.get(what, 0.0)
+
+    def grab(self):
+        self.at += 1
+        return self.at < self.count
+
+    def retrieve(self):
+        return True, numbered(self.at)
+
+
+@pytest.mark.parametrize(
+    ("times", "fps", "start", "end"),
+    [
+        ([0, 50, 60, 100], 20, 50, 110),
+        ([7, 57, 67, 107], 20, 57, 117),
+        ([0, 0, 0, 0], 20, 50, 150),
+        ([0, 60, 50, 100], 20, 50, 150),
+        ([-1e15, -9e14, 0, 100], 20, 50, 150),
+        ([0, float("nan"), 50, 100], 20, 50, 150),
+        ([0, 0, 0, 0], float("nan"), 40, 120),
+        ([0, 0, 0, 0], 90_000, 40, 120),
+        ([0, 0, 0, 0], 0, 40, 120),
+    ],
+)
+def test_times_that_cannot_be_are_replaced(make, monkeypatch, times, fps, start, end):
+    path = make(4)
+    monkeypatch.setattr(cv2, "VideoCapture", Capture(times, fps))
+    clip = load_clip(path, spec(frames=2))
+    assert numbers(clip) == [1, 2]
+    assert (clip.start_ms, clip.end_ms) == (start, end)
+
+
+@pytest.mark.parametrize("times", [[0] * 27, [0, 1001]])
+def test_neither_count_nor_times_may_exceed_the_limit(make, monkeypatch, times):
+    path = make(4)
+    limits = Limits(max_seconds=1)
+    monkeypatch.setattr(cv2, "VideoCapture", Capture(times))
+    with pytest.raises(VideoError, match="longer than the 1 s accepted"):
+        load_clip(path, spec(), limits=limits)
+    monkeypatch.setattr(cv2, "VideoCapture", Capture([min(t, 1000) for t in times[:26]]))
+    assert load_clip(path, spec(frames=2), limits=limits).notes == ()
+
+
+def test_an_error_of_opencv_is_a_video_error(make, monkeypatch):
+    class Failing(Capture):
+        def retrieve(self):
+            raise cv2.error("an assertion about a matrix")
+
+    path = make(4)
+    monkeypatch.setattr(cv2, "VideoCapture", Failing([0, 40, 80, 120]))
+    with pytest.raises(VideoError, match="OpenCV cannot read a frame; it is damaged"):
+        load_clip(path, spec())
+
+
+def test_a_video_that_is_shorter_the_second_time_is_refused(make, monkeypatch):
+    path = make(4)
+    monkeypatch.setattr(cv2, "VideoCapture", Capture(list(range(20)), again=12))
+    with pytest.raises(VideoError, match="frame 12 decoded once, but not again"):
+        load_clip(path, spec(), "uniform")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "corner"),
+    [
+        ((1, 0, 0, 1), (0, 0)),
+        ((0, 1, -1, 0), (0, 1)),
+        ((-1, 0, 0, -1), (1, 1)),
+        ((0, -1, 1, 0), (1, 0)),
+    ],
+)
+def test_turned_videos_come_upright(tmp_path, matrix, corner):
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    image[: HEIGHT // 2, : WIDTH // 2] = 255  # white where the camera has its upper left
+    content = bytearray(write(tmp_path / "v.mp4", [image] * 4, "mp4v").read_bytes())
+    at = content.index(b"tkhd") + 44
+    before = struct.unpack(">9i", content[at : at + 36])
+    assert before == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    a, b, c, d = (value << 16 for value in matrix)
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    upright = (24, 32) if corner in [(0, 0), (1, 1)] else (32, 24)
+    frames = load_clip(bytes(content), spec(height=upright[0], width=upright[1])).frames
+    assert frames.shape == (4, *upright, 3)
+    middle = tuple(side // 2 for side in upright)
+    quarters = frames[0, ..., 0].reshape(2, middle[0], 2, middle[1]).mean(axis=(1, 3))
+    wanted = np.zeros((2, 2))
+    wanted[corner] = 255
+    np.testing.assert_allclose(quarters, wanted, atol=40)
+
+
+def test_fit_cuts_the_centre_out():
+    image = np.random.default_rng(2).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    cut = fit(image, ClipSpec(1, height=16, width=32, short_side=48))
+    np.testing.assert_array_equal(cut, image[16:32, 16:48, ::-1])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fit_brings_the_short_side_to_size(turned):
+    image = np.random.default_rng(2).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    halves = image.reshape(48, 2, 80, 2, 3).mean(axis=(1, 3))[:, 16:64, ::-1]
+    if turned:
+        image, halves = image.transpose(1, 0, 2), halves.transpose(1, 0, 2)
+    cut = fit(np.ascontiguousarray(image), ClipSpec(1, height=48, width=48, short_side=48))
+    np.testing.assert_allclose(cut, halves, atol=1)
+
+
+SIDES = (1, 2, 3, 17, 111, 112, 113, 127, 128, 240, 333)
+
+
+@pytest.mark.parametrize("crop", [(112, 112, 112), (112, 112, 128), (7, 20, 7), (33, 32, 31)])
+@pytest.mark.parametrize("width", [*SIDES, 1080])
+def test_fit_is_never_smaller_than_the_crop(crop, width):
+    height, cut_width, short_side = crop
+    wanted = ClipSpec(1, height=height, width=cut_width, short_side=short_side)
+    for size in itertools.product([*SIDES, 1080], [width]):
+        cut = fit(np.full((*size, 3), (1, 2, 3), np.uint8), wanted)
+        assert cut.shape == (height, cut_width, 3)
+        assert cut.flags.c_contiguous
+        assert (cut == (3, 2, 1)).all()
+
+
+def mutated(content, rng):
+    """The bytes with a few bits flipped, a piece cut out, the end cut off, or zeros inside."""
+    changed = bytearray(content)
+    at = int(rng.integers(len(changed)))
+    end = at + int(rng.integers(1, 200))
+    match rng.integers(4):
+        case 0:
+            for spot in rng.integers(0, len(changed), rng.integers(1, 20)):
+                changed[spot] ^= 1 << rng.integers(8)
+        case 1:
+            del changed[at:end]
+        case 2:
+            del changed[at:]
+        case 3:
+            changed[at:end] = bytes(len(changed[at:end]))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("v.mp4", "mp4v"), ("v.avi", "MJPG")])
+def test_damaged_bytes_give_a_clip_or_a_video_error(make, temporary, name, codec):
+    content = make(12, name, codec).read_bytes()
+    rng = np.random.default_rng(20)
+    refused = 0
+    for _ in range(150):
+        damaged = mutated(content, rng)
+        try:
+            clip = load_clip(damaged, spec())
+        except VideoError:
+            refused += 1
+        else:
+            assert clip.frames.shape == (4, 24, 32, 3)
+            assert clip.frames.dtype == np.uint8
+            assert 0 <= clip.start_ms < clip.end_ms
+        assert list(temporary.iterdir()) == []
+    assert 15 < refused < 135
