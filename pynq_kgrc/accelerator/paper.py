@@ -30,9 +30,8 @@ from dataclasses import dataclass
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import filter_tiles, region_extent, tile_count, tile_size
 from pynq_kgrc.errors import ConfigError
-from pynq_kgrc.graph import ConvShape
+from pynq_kgrc.graph import ConvShape, Size
 
 PUBLISHED_CLOCK_MHZ = 150.0
 
@@ -174,6 +173,12 @@ def fits(config: AcceleratorConfig, board: Board, rho: float = 0.8) -> bool:
     )
 
 
+def clipped_tile(config: AcceleratorConfig, shape: ConvShape) -> Size:
+    """Repair 3: T_D, T_H, T_W of a layer, no more than its map."""
+    d, h, w = (min(t, o) for t, o in zip(config.tile, shape.out_size, strict=True))
+    return d, h, w
+
+
 def input_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports = STATED_PORTS) -> int:
     """Eq. (15): L_in = T_N / A_b ceil(T_F^in / B_in), for one channel tile.
 
@@ -181,8 +186,13 @@ def input_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports = STA
     """
     if ports.b_in is None:
         return 0
-    region = region_extent(shape, tile_size(config, shape))
-    positions = math.prod(min(r, i) for r, i in zip(region, shape.in_size, strict=True))
+    tile = clipped_tile(config, shape)
+    positions = math.prod(
+        min((t - 1) * stride + kernel, size)
+        for t, stride, kernel, size in zip(
+            tile, shape.stride, shape.kernel, shape.in_size, strict=True
+        )
+    )
     return -(-config.tn // packing(config)) * -(-positions // ports.b_in)
 
 
@@ -207,7 +217,7 @@ def compute_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int
     With repairs 2 and 3, and the fill and drain of repair 4 added.
     """
     _check(config, shape, kr, kc)
-    positions = math.prod(tile_size(config, shape))
+    positions = math.prod(clipped_tile(config, shape))
     steps = -(-positions // config.pf) * -(-kc // config.pk) * -(-kr // config.rows_per_cycle)
     return steps + fill_cycles(config, kr)
 
@@ -230,7 +240,7 @@ def fill_cycles(config: AcceleratorConfig, kr: int) -> int:
 
 def output_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports = STATED_PORTS) -> int:
     """Eq. (16): L_out = T_M / A_b ceil(T_F / B_out), for one output tile of T_M filters."""
-    positions = math.prod(tile_size(config, shape))
+    positions = math.prod(clipped_tile(config, shape))
     return -(-config.tm // packing(config)) * -(-positions // ports.b_out)
 
 
@@ -261,7 +271,9 @@ def layer_cycles(
     config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports = STATED_PORTS
 ) -> int:
     """Eq. (19): L_l = ceil(D/T_D) ceil(H/T_H) ceil(W/T_W) ceil(M/T_M) L_store + L_out."""
-    tiles = tile_count(shape, tile_size(config, shape)) * filter_tiles(config, shape)
+    tile = clipped_tile(config, shape)
+    tiles = math.prod(-(-o // t) for o, t in zip(shape.out_size, tile, strict=True))
+    tiles *= -(-shape.filters // config.tm)
     stored = store_cycles(config, shape, kr, kc, ports)
     return tiles * stored + output_cycles(config, shape, ports)
 
