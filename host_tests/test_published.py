@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,9 @@ def test_the_published_designs_fit_their_board_and_no_small_one():
         assert paper.fits(preset(design_id(row)), board("zcu102"))
         assert not paper.fits(preset(design_id(row)), board("kv260"))
     assert not paper.fits(preset("8-sparse"), board("zcu102"), rho=0.6)
+    zcu102 = board("zcu102")
+    for scarce in (dict(dsp=2000), dict(bram36=350), dict(lut=160_000)):
+        assert not paper.fits(preset("8-sparse"), replace(zcu102, **scarce)), scarce
     small = AcceleratorConfig("small", 8, True, tm=8, tn=8, pm=4, pk=3, pf=2)
     assert all(paper.fits(small, entry) for entry in BOARDS.values())
 
