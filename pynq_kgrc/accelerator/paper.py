@@ -18,8 +18,9 @@ As printed, the equations do not give the published latencies. Four repairs do:
 4. *Fill and drain.* Every pass over a tap tile costs a few cycles more, see `fill_cycles`.
 
 Repairs 1 and 2 follow from the paper's algorithm 2, repair 3 is what the layers with small maps
-show. Repair 4 is a fit of seven constants to 24 totals and 48 bars, not an independent finding. The published figures are convolutions only, and
-agree with loads that are always hidden (`PUBLISHED_PORTS`).
+show. Repair 4 is a fit of seven constants to 24 totals and 48 bars, not an independent finding.
+The published figures are convolutions only, and agree with loads that are always hidden
+(`PUBLISHED_PORTS`).
 """
 
 from __future__ import annotations
