@@ -15,6 +15,7 @@ $(VENV)/base: setup.py constraints.txt
 
 $(VENV)/dev: $(VENV)/base
 	$(PIP) -e '.[train,dev]'
+	$(PIP) --no-deps hls4ml # only its ap_int headers, for the C-simulation's second set of types
 	@touch $@
 
 $(VENV)/bench: $(VENV)/base
