@@ -108,7 +108,7 @@ class Net:
 
 def small_config(bits=8, sparse=True, **numbers):
     """Small hardware: T_M = 8, G_M = T_N = 4, tiles of 2 x 3 x 3 (house rule)."""
-    chosen = dict(tm=8, tn=4, gm=4, pm=4, pk=3, pf=3, td=2, th=3, tw=3)
+    chosen = dict(tm=8, tn=4, gm=4, pm=4, pk=3, pf=5, td=2, th=3, tw=8, filter_tiles=2)
     if not sparse:
         chosen["pm"] = 8
     return AcceleratorConfig(f"small-{bits}", bits, sparse, **{**chosen, **numbers})

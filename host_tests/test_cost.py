@@ -1,4 +1,4 @@
-"""The closed forms of the cost model are what the emulation counts, task by task."""
+"""The cost model: tiles, what is skipped, what binds; test_csim.py holds its counts to the C++."""
 
 import math
 
@@ -8,59 +8,81 @@ from networks import Net, compiled, small_config
 
 from pynq_kgrc.accelerator import cost
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
-from pynq_kgrc.backends.emulate import count_conv, count_pool
+from pynq_kgrc.accelerator.plan import plan_convolution
 from pynq_kgrc.errors import CompileError, ConfigError
 from pynq_kgrc.graph import ConvShape
-from pynq_kgrc.program import ConvTask
-from pynq_kgrc.quant import packed_bytes
 
 
-def assert_counts_agree(program):
-    config = program.config
-    for task in program.tasks:
-        tile = cost.tile_size(config, task.shape, task.name)
-        read = cost.input_bytes(config, task.shape, tile)
-        written = packed_bytes(task.shape.out_channels * math.prod(task.out_size), task.out.bits)
-        if not isinstance(task, ConvTask):
-            counted = count_pool(task, config)
-            assert (counted.macs, counted.bytes_weight) == (0, 0)
-        else:
-            counted = count_conv(task, config)
-            kept = (*task.weights.kept, int(np.count_nonzero(task.weights.enabled)))
-            assert counted.macs == cost.conv_macs(config, task.shape, *kept)
-            tiles = cost.tile_count(task.shape, tile)
-            weights = cost.weight_bytes(config, task.shape, *kept)
-            assert counted.bytes_weight == weights * tiles
-            read *= cost.filter_tiles(config, task.shape)
-            if task.shortcut is not None:
-                read += packed_bytes(
-                    task.shape.filters * math.prod(task.shape.out_size), config.bits
-                )
-        assert counted.bytes_in == read
-        assert counted.bytes_out == written
+def window(size, kernel, stride=1, pad=0, filters=8):
+    triple = [(v,) * 3 if isinstance(v, int) else v for v in (kernel, stride, pad, pad)]
+    return ConvShape(3, size, *triple, filters=filters)
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("sparse", [True, False])
-def test_counters_agree_with_the_cost_terms(bits, sparse):
-    net = Net(size=(5, 9, 8))
-    a = net.conv("clip", 17, (3, 3, 3), pad=(0, 1, 1), pad_after=(2, 1, 0), kept=1 / 9)
-    b = net.conv(a, 17, act="none", kept=0.5)
-    c = net.conv(net.add(b, a), 9, (1, 3, 3), stride=(1, 2, 2), pad=(0, 1, 1), kept=0.0)
-    net.dense(net.pool(c, 3, stride=2, pad=1), 7)
-    assert_counts_agree(compiled(net, small_config(bits, sparse))[0])
+SHAPES = [
+    window((16, 56, 56), 3, 1, 1),
+    window((16, 112, 112), (1, 7, 7), (1, 2, 2), (0, 3, 3)),
+    window((64, 224, 224), 7, 2, 3),
+    window((5, 9, 13), (3, 1, 1), (2, 1, 1), (1, 0, 0)),
+    window((8, 15, 15), 1, 2),
+    window((7, 20, 31), 2, 3),
+]
 
 
-def test_tile_shrinks_until_its_region_fits():
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.kernel))
+@pytest.mark.parametrize("pool", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_tile_fits_the_buffers_and_fills_the_ports(name, shape, pool):
+    config = preset(name)
+    tile = cost.tile_size(config, shape, pool, 9)
+    out = cost.pooled_size(shape, pool)
+    assert math.prod(tile) <= config.features
+    assert cost.region_footprint(config, shape, tile) <= config.input_positions
+    for length, size, window in zip(tile, out, pool, strict=True):
+        assert length == size or length % window == 0
+    assert tile[2] == out[2] or tile[2] // pool[2] % config.port_positions == 0
+
+
+def test_a_tile_that_fits_nowhere_is_refused():
+    with pytest.raises(CompileError, match=r"fc: its smallest tile \(1, 1, 1\) with kernel \(99, "):
+        cost.tile_size(preset("8-sparse"), ConvShape(1, (99, 99, 99), (99, 99, 99)), what="fc")
+
+
+def test_skipped_groups_cost_nothing():
+    """Half of the channel tiles switched off: half of the trips, weights and input."""
+    config = small_config()
+    net = Net(size=(2, 6, 8), channels=16)
+    net.conv("clip", 16)
+    weight = net.layers["conv1"].weight
+    costs = []
+    for _ in range(2):
+        program, _ = compiled(net, config)
+        costs.append(cost.task_cost(config, program.work(program.tasks[0])))
+        weight[:, 8:] = 0
+    full, half = costs
+    assert half.weight_beats * 2 == full.weight_beats
+    assert half.input_beats * 2 == full.input_beats
+    assert half.macs * 2 == full.macs
+    assert half.array < 0.6 * full.array
+    assert half.output_beats == full.output_beats
+
+
+def test_a_layer_says_what_binds_it():
     config = preset("8-sparse")
-    stem = ConvShape(3, (64, 224, 224), (7, 7, 7), (2, 2, 2), (2, 2, 2), (3, 3, 3), filters=64)
-    tile = cost.tile_size(config, stem)
-    assert math.prod(cost.region_extent(stem, tile)) <= config.input_positions
-    assert math.prod(tile) < 4 * 14 * 14
-    plain = ConvShape(64, (16, 56, 56), (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), filters=128)
-    assert cost.tile_size(config, plain) == (4, 14, 14)
-    with pytest.raises(CompileError, match=r"fc: its kernel \(99, 99, 99\) alone needs 970299"):
-        cost.tile_size(config, ConvShape(1, (99, 99, 99), (99, 99, 99)), "fc")
+    plan = tuple(plan_convolution(config, np.ones((512, 512), bool), 4096))
+    dense = cost.Work(
+        ConvShape(4096, (1, 1, 1), (1, 1, 1), filters=4096),
+        (1, 1, 1),
+        (1, 1, 1),
+        (1, 1, 1),
+        cost.conv_words(config, ConvShape(4096, (1, 1, 1), (1, 1, 1), filters=4096), 8, 1),
+        plan,
+        True,
+    )
+    assert cost.task_cost(config, dense).bound == "weights"
+    net = Net(size=(4, 14, 16), channels=64)
+    net.conv("clip", 64)
+    program, _ = compiled(net, config)
+    assert cost.task_cost(config, program.work(program.tasks[0])).bound == "array"
 
 
 def test_presets_are_those_of_table_v():
@@ -84,6 +106,11 @@ def test_presets_are_those_of_table_v():
         (dict(pk=10), r"pk=10 is more than the tk=9 columns"),
         (dict(tw=0), r"tw=0 has to be 1 or more"),
         (dict(tk=300), r"tk=300: row and column indices are one byte"),
+        (dict(tn=3), r"tm=8 is not a multiple of tn=3"),
+        (dict(tm=12, tn=6, pm=12, gm=6), r"tn=6 channels of 8 bits do not fill 64-bit words"),
+        (dict(tm=128, pm=32), r"tm=128 makes 32 groups of gm=4; use 64 at most"),
+        (dict(pf=1), r"pf=1 is less than the 2 positions"),
+        (dict(filter_tiles=0), r"filter_tiles=0 has to be 1 or more"),
     ],
 )
 def test_bad_tilings_are_refused_in_a_sentence(numbers, text):

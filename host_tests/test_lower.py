@@ -75,7 +75,7 @@ def test_buffers_that_live_together_do_not_overlap_and_others_share():
         name = net.conv(name, 8)
     net.dense(name, 4)
     program, _ = compiled(net)
-    sizes = [buffer.nbytes(program.config.tn) for buffer in program.buffers]
+    sizes = [buffer.nbytes(program.config) for buffer in program.buffers]
     assert program.arena_bytes < sum(sizes)
     assert program.arena_bytes == max(a + b for a, b in itertools.pairwise(sizes))
 
@@ -112,10 +112,9 @@ def test_no_task_overwrites_what_is_still_needed(seed):
     for a, b in itertools.combinations(written_at, 2):
         together = written_at[a] <= last_use[b] and written_at[b] <= last_use[a]
         first, second = program.buffers[a], program.buffers[b]
-        tn = program.config.tn
         apart = (
-            first.offset + first.nbytes(tn) <= second.offset
-            or second.offset + second.nbytes(tn) <= first.offset
+            first.offset + first.nbytes(program.config) <= second.offset
+            or second.offset + second.nbytes(program.config) <= first.offset
         )
         assert apart or not together, (a, b)
 

@@ -5,7 +5,6 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from test_cost import assert_counts_agree
 
 from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.backends import emulate
@@ -59,7 +58,6 @@ def test_compile_save_load_run(network, pattern, bits, example_clips, tmp_path, 
     path = tmp_path / "net.kgrc"
     program.save(path)
     program = load(path)
-    assert_counts_agree(program)
     modes = {
         task.weights.mode(config.gm, program.group_columns(task))
         for task in program.tasks
@@ -108,12 +106,6 @@ def i3d(tmp_path_factory, example_clips):
     calibration = sorted((example_clips / "calibration").glob("*.avi"))
     clips = [load_clip(path, CLIP).frames for path in calibration]
     return graph, compile_graph(graph, clips, preset("8-sparse"))
-
-
-@pytest.mark.slow
-@pytest.mark.network
-def test_i3d_counts_agree_on_every_task(i3d):
-    assert_counts_agree(i3d[1])
 
 
 @pytest.mark.slow

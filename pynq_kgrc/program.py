@@ -20,8 +20,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import weight_bytes
-from pynq_kgrc.errors import ConfigError, ProgramError
+from pynq_kgrc.accelerator.cost import (
+    NO_POOL,
+    Work,
+    conv_words,
+    map_beats,
+    pooled_size,
+    tile_size,
+    weight_bytes,
+)
+from pynq_kgrc.accelerator.plan import plan_convolution, plan_pool
+from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
 from pynq_kgrc.graph import ClipSpec, ConvShape, Size, WindowShape
 from pynq_kgrc.groups import join
 from pynq_kgrc.quant import (
@@ -103,10 +112,10 @@ class Buffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offset: int
     """Bytes from the start of the arena, a multiple of 64."""
 
-    def nbytes(self, tn: int) -> int:
-        """Bytes, with the channels filled up to whole tiles of T_N."""
-        channels = -(-self.channels // tn) * tn
-        return packed_bytes(channels * math.prod(self.size), self.bits)
+    def nbytes(self, config: AcceleratorConfig) -> int:
+        """Bytes of the map in memory: channels in whole tiles of T_N, rows in whole beats."""
+        wide = self.bits // config.bits
+        return map_beats(config, self.channels, self.size) * config.beat_bytes * wide
 
 
 class Shortcut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -222,6 +231,33 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         kr, kc = task.weights.kept
         enabled = int(np.count_nonzero(task.weights.enabled))
         return weight_bytes(self.config, task.shape, kr, kc, enabled)
+
+    def work(self, task: Task) -> Work:
+        """The task as the accelerator works on it: its tile, and its plan.
+
+        Raises:
+            CompileError: the buffers do not hold the smallest tile.
+        """
+        shape, config = task.shape, self.config
+        if isinstance(task, ConvTask):
+            pool = NO_POOL if task.pool is None else task.pool.kernel
+            words = conv_words(config, task.shape, *task.weights.kept)
+            items = plan_convolution(config, task.weights.enabled, task.shape.filters)
+            share = min(config.filter_tiles, -(-task.shape.filters // config.tm))
+        else:
+            pool, words, items = NO_POOL, shape.taps, plan_pool(config, shape.channels)
+            share = 1
+        return Work(
+            shape=shape,
+            out_size=pooled_size(shape, pool),
+            pool=pool,
+            tile=tile_size(config, shape, pool, share * words, task.name),
+            words=words,
+            items=tuple(items),
+            convolves=isinstance(task, ConvTask),
+            shortcut=isinstance(task, ConvTask) and task.shortcut is not None,
+            wide=task.out.bits > config.bits,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the container beside `path`, then rename it into place."""
@@ -399,6 +435,10 @@ def check(program: Program) -> None:
             _check_conv(program, task)
         else:
             _check_scale(task.mult, task.shift, task.name)
+        try:
+            program.work(task)
+        except CompileError as error:
+            raise ProgramError(str(error)) from error
     _check_quant(program.input, "input")
     _check_quant(program.output, "output")
     clip = program.clip
@@ -427,7 +467,7 @@ def _check_buffer(program: Program, i: int, buffer: Buffer) -> None:
         raise ProgramError(f"buffer {i}: {buffer} holds nothing")
     if buffer.offset % ALIGNMENT or buffer.offset < 0:
         raise ProgramError(f"buffer {i}: offset {buffer.offset} is not a multiple of {ALIGNMENT}")
-    end = buffer.offset + buffer.nbytes(program.config.tn)
+    end = buffer.offset + buffer.nbytes(program.config)
     _within(end, 0, program.arena_bytes, f"buffer {i}: its end")
     _within(program.arena_bytes, 0, 1 << 33, "arena_bytes")
 
@@ -503,6 +543,8 @@ def _check_conv(program: Program, task: ConvTask) -> None:
         _expect(task.pool.channels, shape.filters, f"{task.name}: channels of its pool")
         _expect(task.pool.kernel, task.pool.stride, f"{task.name}: stride of its fused pool")
         _expect(task.pool.pad_before + task.pool.pad_after, (0,) * 6, f"{task.name}: pool padding")
+        along = config.port_positions % task.pool.kernel[2]
+        _expect(along, 0, f"{task.name}: {config.port_positions} modulo the width of its pool")
 
 
 def check_accumulator(task: ConvTask, config: AcceleratorConfig) -> None:

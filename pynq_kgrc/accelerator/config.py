@@ -46,12 +46,16 @@ class AcceleratorConfig:
     td: int = 4
     th: int = 14
     tw: int = 14
-    """T_D, T_H, T_W: the largest output tile."""
+    """T_D, T_H, T_W: their product is the largest output tile that the buffers hold."""
+    filter_tiles: int = 5
+    """Filter tiles whose sums are held at once, so that they share one loading of the input."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ConfigError(f"bits={self.bits} is not a width of this accelerator; use 16, 8, 4")
-        for symbol in ("tm", "tn", "pm", "pk", "pf", "gm", "tk", "td", "th", "tw"):
+        for symbol in (
+            *("tm", "tn", "pm", "pk", "pf", "gm", "tk", "td", "th", "tw", "filter_tiles"),
+        ):
             if getattr(self, symbol) < 1:
                 raise ConfigError(f"{symbol}={getattr(self, symbol)} has to be 1 or more")
         if self.gm > 256 or self.tk > 256:
@@ -70,6 +74,26 @@ class AcceleratorConfig:
             )
         if self.pk > self.tk:
             raise ConfigError(f"pk={self.pk} is more than the tk={self.tk} columns of a tile")
+        if self.tm % self.tn:
+            raise ConfigError(
+                f"tm={self.tm} is not a multiple of tn={self.tn}: outputs are stored "
+                f"in vectors of {self.tn} channels"
+            )
+        if self.groups_per_tile > 16:
+            raise ConfigError(
+                f"tm={self.tm} makes {self.groups_per_tile} groups of gm={self.gm}; "
+                f"use {16 * self.gm} at most"
+            )
+        if 64 % (self.tn * self.bits) and self.tn * self.bits % 64:
+            raise ConfigError(
+                f"tn={self.tn} channels of {self.bits} bits do not fill 64-bit words; "
+                f"use a power of two"
+            )
+        if self.port_positions > self.pf:
+            raise ConfigError(
+                f"pf={self.pf} is less than the {self.port_positions} positions that "
+                f"a memory port moves at once; use {self.port_positions} or more"
+            )
 
     @property
     def groups_per_tile(self) -> int:
@@ -90,9 +114,50 @@ class AcceleratorConfig:
         return self.td, self.th, self.tw
 
     @property
+    def features(self) -> int:
+        """T_F = T_D * T_H * T_W: outputs of the largest tile."""
+        return self.td * self.th * self.tw
+
+    @property
+    def feature_rows(self) -> int:
+        """Words of P_F sums that a filter of the largest tile takes."""
+        return -(-self.features // self.pf)
+
+    @property
+    def region_rows(self) -> int:
+        """Words of P_F positions in the input buffer."""
+        return 1024
+
+    @property
     def input_positions(self) -> int:
-        """Positions a channel of the input tile buffer holds: a full tile of 3x3x3 at stride 2."""
-        return (2 * self.td + 1) * (2 * self.th + 1) * (2 * self.tw + 1)
+        """Positions of a channel that the input buffer holds."""
+        return self.region_rows * self.pf
+
+    @property
+    def port_positions(self) -> int:
+        """B: positions of T_N channels that a memory port moves at once, 64 bits at least."""
+        few = 1 << (min(4, self.pf).bit_length() - 1)
+        return max(few, 64 // (self.tn * self.bits))
+
+    @property
+    def beat_bytes(self) -> int:
+        """Bytes that the port of a map moves at once."""
+        return self.port_positions * self.tn * self.bits // 8
+
+    @property
+    def chunk_words(self) -> int:
+        """64-bit words of the weights of one group for one trip: rows x P_K x T_N codes."""
+        return -(-self.rows_per_cycle * self.pk * self.tn * self.bits // 64)
+
+    @property
+    def weight_port_words(self) -> int:
+        """64-bit words that the weight port moves at once, 512 bits at most."""
+        return min(8, self.chunk_words & -self.chunk_words)
+
+    @property
+    def index_words(self) -> int:
+        """64-bit words of the indices of a chunk: P_K columns and the rows, a byte each."""
+        return -(-(self.pk + self.rows_per_cycle) // 8) if self.sparse else 0
 
     @property
     def digest(self) -> str:

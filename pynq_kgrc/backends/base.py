@@ -7,15 +7,16 @@ from importlib import import_module
 from typing import Protocol
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import Size
-from pynq_kgrc.program import Program, Slot
-from pynq_kgrc.quant import Array
+from pynq_kgrc.program import Program, Slot, Task
+from pynq_kgrc.quant import Array, code_dtype
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What one task did. Bytes are traffic to and from memory, weights counted at each reading."""
+    """What one task did. Bytes are traffic to and from memory, counted at each reading."""
 
     task: str
     macs: int
@@ -27,6 +28,59 @@ class Counters:
     """Time on this host."""
     cycles: int | None = None
     """Cycles that a device reported, or none."""
+
+
+def count_task(program: Program, task: Task) -> Counters:
+    """What a task does by the cost model; the C-simulation counts it while it runs."""
+    config = program.config
+    cost = task_cost(config, program.work(task))
+    return Counters(
+        task=task.name,
+        macs=cost.macs,
+        bytes_in=(cost.input_beats + cost.shortcut_beats) * config.beat_bytes,
+        bytes_weight=cost.weight_beats * config.weight_port_words * 8 + cost.table_words * 8,
+        bytes_out=cost.output_beats * config.beat_bytes,
+        seconds=0.0,
+    )
+
+
+def check_design(program: Program, config: AcceleratorConfig) -> None:
+    """Refuse a program for another accelerator.
+
+    Raises:
+        ProgramError: names both designs and their digests.
+    """
+    if program.config.digest != config.digest:
+        raise ProgramError(
+            f"{program.name} is made for {program.config.name} ({program.config.digest}), "
+            f"this is {config.name} ({config.digest}); compile it for this one"
+        )
+
+
+def check_codes(program: Program, slot: Slot, codes: Array) -> None:
+    """Refuse codes that are not what a slot's buffer takes.
+
+    Raises:
+        ProgramError: names the type and shape that it takes.
+    """
+    buffer = program.buffers[slot.buffer]
+    dtype, shape = code_dtype(buffer.bits), (codes.shape[0], *buffer.size)
+    if codes.shape != shape or codes.dtype != dtype:
+        raise ProgramError(
+            f"buffer {slot.buffer} takes {dtype} codes of shape {shape}, "
+            f"not {codes.dtype} of {codes.shape}"
+        )
+
+
+def check_size(program: Program, slot: Slot, size: Size) -> None:
+    """Refuse to read a map of another size than a slot's buffer holds.
+
+    Raises:
+        ProgramError: names both sizes.
+    """
+    held = program.buffers[slot.buffer].size
+    if held != size:
+        raise ProgramError(f"buffer {slot.buffer} holds maps of {held}, not {size}")
 
 
 class Backend(Protocol):
@@ -54,7 +108,10 @@ class Backend(Protocol):
         """Give everything back; closing twice is no error."""
 
 
-BACKENDS = {"emulate": "pynq_kgrc.backends.emulate:Emulation"}
+BACKENDS = {
+    "emulate": "pynq_kgrc.backends.emulate:Emulation",
+    "csim": "pynq_kgrc.backends.csim:CSimulation",
+}
 """Name of a backend -> where its class is. Adding one touches no other line."""
 
 

@@ -18,8 +18,13 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import tile_size
-from pynq_kgrc.backends.base import Counters
+from pynq_kgrc.backends.base import (
+    Counters,
+    check_codes,
+    check_design,
+    check_size,
+    count_task,
+)
 from pynq_kgrc.backends.exact import (
     WIDE,
     ExactConvolution,
@@ -33,7 +38,7 @@ from pynq_kgrc.backends.exact import (
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import Size, WindowShape
 from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot, Task
-from pynq_kgrc.quant import Array, packed_bytes, rshift
+from pynq_kgrc.quant import Array, rshift
 
 
 class Emulation:
@@ -59,11 +64,7 @@ class Emulation:
         Raises:
             ProgramError: the program is for another accelerator.
         """
-        if program.config.digest != self.config.digest:
-            raise ProgramError(
-                f"{program.name} is made for {program.config.name} ({program.config.digest}), "
-                f"this is {self.config.name} ({self.config.digest}); compile it for this one"
-            )
+        check_design(program, self.config)
         self._program = program
         # a 4-bit code takes a whole byte here, so the arena is twice as large
         stretch = 2 if self.config.bits == 4 else 1
@@ -85,34 +86,39 @@ class Emulation:
             made = map if self._pool is None else self._pool.map
             self._steps = list(made(ready, program.tasks))
 
+    @property
+    def program(self) -> Program:
+        """The loaded program.
+
+        Raises:
+            ProgramError: none is.
+        """
+        if self._program is None:
+            raise ProgramError("no program is loaded")
+        return self._program
+
     def write(self, slot: Slot, codes: Array) -> None:
         """Codes [C, D, H, W] into a slot.
 
         Raises:
             ProgramError: nothing is loaded, or the codes have another type or shape than the slot.
         """
+        check_codes(self.program, slot, codes)
         target = self._slot(slot, codes.shape[0]).transpose(3, 0, 1, 2)
-        if codes.shape != target.shape or codes.dtype != target.dtype:
-            raise ProgramError(
-                f"buffer {slot.buffer} takes {target.dtype} codes of shape {target.shape}, "
-                f"not {codes.dtype} of {codes.shape}"
-            )
         target[...] = codes
 
     def read(self, slot: Slot, channels: int, size: Size) -> Array:
         """A copy of the codes [C, D, H, W] in a slot."""
+        check_size(self.program, slot, size)
         view = self._slot(slot, channels)
-        if view.shape != (*size, channels):
-            raise ProgramError(f"buffer {slot.buffer} holds maps of {view.shape[:3]}, not {size}")
-        return np.ascontiguousarray(view.transpose(3, 0, 1, 2))
+        return view.transpose(3, 0, 1, 2).copy()
 
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
         """Run the tasks [first, last) in order."""
-        if self._program is None:
-            raise ProgramError("no program is loaded")
+        steps = self._steps[first : len(self.program.tasks) if last is None else last]
         counters = []
         with self._blas.limit(limits=1):  # threads are ours: one BLAS thread to each
-            for step in self._steps[first:last]:
+            for step in steps:
                 start = time.perf_counter()
                 step.run(self._each)
                 counters.append(replace(step.counters, seconds=time.perf_counter() - start))
@@ -126,8 +132,6 @@ class Emulation:
             self._pool = None
 
     def _slot(self, slot: Slot, channels: int) -> Array:
-        if self._program is None:
-            raise ProgramError("no program is loaded")
         return self._maps[slot.buffer][..., slot.channel : slot.channel + channels]
 
     def _each(self, work: Callable[[Any], None], jobs: Iterable[Any]) -> None:
@@ -250,7 +254,7 @@ class ConvStep:
         self.shortcut: Array | None = None
         if task.shortcut is not None:
             self.shortcut = _view(maps, task.shortcut.source, shape.filters)
-        self.counters = count_conv(task, config)
+        self.counters = count_task(program, task)
         limit = 1 << (config.bits - 1)
         interval = (-limit - task.in_zero, limit - 1 - task.in_zero)
         dtype = np.dtype(np.float64 if config.bits == 16 else np.float32)
@@ -390,7 +394,7 @@ class PoolStep:
         self.task = task
         self.source = _view(maps, task.source, task.shape.channels)
         self.target = _view(maps, task.target, task.shape.channels)
-        self.counters = count_pool(task, program.config)
+        self.counters = count_task(program, task)
 
     def run(self, each: Each) -> None:
         """Read the source, write the target."""
@@ -449,56 +453,3 @@ def _reduce_axis(
 
 def _view(maps: list[Array], slot: Slot, channels: int) -> Array:
     return maps[slot.buffer][..., slot.channel : slot.channel + channels]
-
-
-def count_conv(task: ConvTask, config: AcceleratorConfig) -> Counters:
-    """Count what the array does and moves, walking the tiles; the cost model has closed forms."""
-    shape, weights = task.shape, task.weights
-    tile = tile_size(config, shape, task.name)
-    tiles = list(_tiles(shape, tile))
-    outputs = sum(math.prod(extent) for extent, _ in tiles)
-    kr, kc = weights.kept
-    dense_rows, dense_cols = kr == config.gm, kc == config.group_size.columns(shape.taps)
-    macs = codes = indices = 0
-    for enabled, rows, cols, values in zip(
-        weights.enabled.ravel(),
-        weights.rows.reshape(-1, kr),
-        weights.cols.reshape(weights.enabled.size, -1),
-        weights.values.reshape(weights.enabled.size, -1),
-        strict=True,
-    ):
-        if enabled:
-            macs += values.size * outputs
-            codes += values.size
-            indices += (0 if dense_rows else rows.size) + (0 if dense_cols else cols.size)
-    one_reading = packed_bytes(codes, config.bits) + indices + -(-weights.enabled.size // 8)
-    positions = sum(math.prod(region) for _, region in tiles)
-    filter_tiles = len(range(0, shape.filters, config.tm))
-    read = packed_bytes(shape.channels * positions, config.bits) * filter_tiles
-    if task.shortcut is not None:
-        read += packed_bytes(shape.filters * outputs, config.bits)
-    written = packed_bytes(shape.filters * math.prod(task.out_size), task.out.bits)
-    return Counters(task.name, macs, read, one_reading * len(tiles), written, 0.0)
-
-
-def count_pool(task: PoolTask, config: AcceleratorConfig) -> Counters:
-    """Count what a pool moves; it multiplies nothing in the array."""
-    tiles = _tiles(task.shape, tile_size(config, task.shape, task.name))
-    positions = sum(math.prod(region) for _, region in tiles)
-    read = packed_bytes(task.shape.channels * positions, config.bits)
-    written = packed_bytes(task.shape.channels * math.prod(task.out_size), task.out.bits)
-    return Counters(task.name, 0, read, 0, written, 0.0)
-
-
-def _tiles(shape: WindowShape, tile: Size) -> Iterable[tuple[Size, Size]]:
-    """Outputs of each tile, and the input positions that it reads; padding is not read."""
-    for first in np.ndindex(*(-(-o // t) for o, t in zip(shape.out_size, tile, strict=True))):
-        extent, region = [], []
-        for axis in range(3):
-            start = first[axis] * tile[axis]
-            outs = range(start, min(start + tile[axis], shape.out_size[axis]))
-            low = outs[0] * shape.stride[axis] - shape.pad_before[axis]
-            high = outs[-1] * shape.stride[axis] - shape.pad_before[axis] + shape.kernel[axis]
-            extent.append(len(outs))
-            region.append(min(high, shape.in_size[axis]) - max(low, 0))
-        yield (extent[0], extent[1], extent[2]), (region[0], region[1], region[2])

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import tile_size
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.errors import CompileError, ProgramError
 from pynq_kgrc.graph import (
@@ -75,14 +74,15 @@ def lower(graph: Graph, config: AcceleratorConfig) -> Program:
         CompileError: a layer that cannot run there; names it and what would be accepted.
     """
     check_graph(graph, config)
-    steps, places = place_tensors(graph, fuse(graph))
+    steps, places = place_tensors(graph, fuse(graph, config), config.tn)
     buffers, index, arena_bytes = assign_buffers(graph, steps, places, config)
 
     def slot(tensor: str) -> Slot:
         place = places[tensor]
         return Slot(index[place.root], place.channel)
 
-    tasks = tuple(build_task(graph, step, config, slot) for step in steps)
+    tensors = {tensor.name: tensor for tensor in (*graph.layers, *(s.output for s in steps))}
+    tasks = tuple(build_task(tensors, step, config, slot) for step in steps)
     program = Program(
         name=graph.name,
         config=config,
@@ -116,17 +116,15 @@ def check_graph(graph: Graph, config: AcceleratorConfig) -> None:
             )
         if layer.op == CONCAT and layer.activation != "none":
             raise CompileError(f"{layer.name}: put the activation before the concat")
-        if layer.shape is not None:
-            tile_size(config, layer.shape, layer.name)
 
 
-def fuse(graph: Graph) -> list[Step]:
+def fuse(graph: Graph, config: AcceleratorConfig) -> list[Step]:
     """The tasks to be: an add rides on the convolution before it, and a max pool on that.
 
     A convolution takes a shortcut if nobody else reads it, it has no activation of its own and
-    the other operand is made earlier. It takes a max pool if nobody else reads what goes in and
-    the windows neither overlap nor are padded. An add that fits nowhere becomes an identity
-    convolution with a shortcut.
+    the other operand is made earlier. It takes a max pool if nobody else reads what goes in, the
+    windows neither overlap nor are padded, and a memory port moves whole windows at once. An add
+    that fits nowhere becomes an identity convolution with a shortcut.
     """
     order = {layer.name: i for i, layer in enumerate(graph.layers)}
     rides: dict[str, str] = {}
@@ -136,7 +134,7 @@ def fuse(graph: Graph) -> list[Step]:
             last = max(layer.inputs, key=order.__getitem__)
             if layer.inputs[0] != layer.inputs[1] and _can_carry(graph, graph[last]):
                 rides[layer.name] = last
-        elif layer.op == MAX_POOL and _fits_on_convolution(graph, layer):
+        elif layer.op == MAX_POOL and _fits_on_convolution(graph, layer, config):
             rides[layer.name] = layer.inputs[0]
 
     carried = {host: rider for rider, host in rides.items()}
@@ -182,25 +180,48 @@ def identity_step(output: Layer, source: str, activation: str = "none") -> Step:
     return Step(layer, output, source, activation)
 
 
+def embedding_steps(graph: Graph, concat: Layer) -> list[Step]:
+    """A concat as a sum: each part copied to its channels, on top of the parts before it."""
+    steps: list[Step] = []
+    channel = 0
+    for i, name in enumerate(concat.inputs):
+        last = i == len(concat.inputs) - 1
+        output = replace(concat, name=concat.name if last else f"{concat.name}.copy{i}")
+        step = identity_step(output, name)
+        weight = np.zeros((concat.channels, graph[name].channels, 1, 1, 1), np.float32)
+        at = np.arange(graph[name].channels)
+        weight[channel + at, at] = 1
+        assert step.layer.shape is not None
+        shape = replace(step.layer.shape, channels=graph[name].channels)
+        layer = replace(step.layer, weight=weight, shape=shape)
+        before = steps[-1].output.name if steps else None
+        steps.append(replace(step, layer=layer, shortcut=before))
+        channel += graph[name].channels
+    return steps
+
+
 def _can_carry(graph: Graph, layer: Layer) -> bool:
     alone = len(graph.consumers(layer.name)) == 1 and layer.name != graph.output
     return layer.op == CONV and layer.activation == "none" and alone
 
 
-def _fits_on_convolution(graph: Graph, pool: Layer) -> bool:
+def _fits_on_convolution(graph: Graph, pool: Layer, config: AcceleratorConfig) -> bool:
     source, shape = graph[pool.inputs[0]], pool.shape
     if source.op not in (CONV, ADD) or len(graph.consumers(source.name)) != 1 or shape is None:
         return False
-    if source.out_quant != pool.out_quant:
+    if source.out_quant != pool.out_quant or config.port_positions % shape.kernel[2]:
         return False
     return shape.kernel == shape.stride and not any(shape.pad_before + shape.pad_after)
 
 
-def place_tensors(graph: Graph, steps: list[Step]) -> tuple[list[Step], dict[str, Placement]]:
+def place_tensors(
+    graph: Graph, steps: list[Step], tn: int
+) -> tuple[list[Step], dict[str, Placement]]:
     """Where each tensor lies: parts of a concat lie in its buffer, at their channel offset.
 
     A part that cannot be written there (the clip itself, a part of two concats, or of another
-    format) is copied by an identity convolution. So is a concat that is the network's output.
+    format) is copied by an identity convolution. So is a concat that is the network's output. A
+    concat whose parts do not begin at whole vectors of T_N channels is added up instead.
     """
     made = {step.output.name for step in steps}
     places: dict[str, Placement] = {}
@@ -209,6 +230,10 @@ def place_tensors(graph: Graph, steps: list[Step]) -> tuple[list[Step], dict[str
     for concat in reversed(concats):  # the outer one first, so that inner ones nest in it
         place = places.setdefault(concat.name, Placement(concat.name, 0))
         channel = place.channel
+        counts = [graph[name].channels for name in concat.inputs]
+        if any((channel + sum(counts[:i])) % tn for i in range(len(counts))):
+            copies[concat.name] = embedding_steps(graph, concat)
+            continue
         for i, name in enumerate(concat.inputs):
             part = graph[name]
             movable = name in made or part.op == CONCAT
@@ -257,8 +282,8 @@ def assign_buffers(
     roots = list(born)
     wanted = {root: _buffer(tensors[root]) for root in roots}
     taken: dict[str, tuple[int, int]] = {}
-    for root in sorted(roots, key=lambda r: -wanted[r].nbytes(config.tn)):
-        nbytes = wanted[root].nbytes(config.tn)
+    for root in sorted(roots, key=lambda r: -wanted[r].nbytes(config)):
+        nbytes = wanted[root].nbytes(config)
         neighbours = sorted(
             span
             for other, span in taken.items()
@@ -295,10 +320,12 @@ def clamp_codes(out: QuantParams, activation: str) -> tuple[int, int]:
     return out.zero_point, min(out.max, out.zero_point + math.floor(6 / out.scale + 0.5))
 
 
-def build_task(graph: Graph, step: Step, config: AcceleratorConfig, slot: SlotOf) -> Task:
+def build_task(
+    tensors: Mapping[str, Layer], step: Step, config: AcceleratorConfig, slot: SlotOf
+) -> Task:
     """The task of a step: its weights quantized and packed, its scales as multiplier and shift."""
     layer, name = step.layer, step.layer.name
-    source, out = _quant(graph[step.source]), _quant(step.output)
+    source, out = _quant(tensors[step.source]), _quant(step.output)
     lo, hi = clamp_codes(out, step.activation)
     places = {"source": slot(step.source), "target": slot(step.output.name)}
     shape = layer.shape
@@ -327,7 +354,7 @@ def build_task(graph: Graph, step: Step, config: AcceleratorConfig, slot: SlotOf
     bias -= source.zero_point * codes.astype(np.int64).sum(axis=(1, 2))
     shortcut = None
     if step.shortcut is not None:
-        other = _quant(graph[step.shortcut])
+        other = _quant(tensors[step.shortcut])
         mult, shift = multiplier(other.scale / out.scale, f"{name}: shortcut")
         shortcut = Shortcut(slot(step.shortcut), other.zero_point, mult, shift)
     return ConvTask(
@@ -359,6 +386,7 @@ def quantize_weight(layer: Layer, bits: int) -> tuple[Array, Array]:
     if layer.weight_quant is not None:
         scale = layer.weight_quant.scale
     else:
-        scale = np.abs(weight).max(axis=(1, 2)) / limit
+        largest = np.abs(weight).max(axis=(1, 2))
+        scale = np.where(largest > 0, largest, 1) / limit  # a filter of zeros has any scale
     codes = np.floor(weight / scale[:, None, None] + 0.5)
     return np.clip(codes, -limit, limit).astype(np.int16 if bits == 16 else np.int8), scale

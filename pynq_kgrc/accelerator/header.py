@@ -1,0 +1,92 @@
+"""The one list of what passes between driver and hardware, and `config.h` made from a design."""
+
+from __future__ import annotations
+
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+
+FIELDS = (
+    "kind",
+    *("source", "target", "shortcut", "weights", "indices", "items", "scales"),
+    *("item_count", "regions", "filter_blocks"),
+    *("in_d", "in_h", "in_w", "out_d", "out_h", "out_w"),
+    *("kernel_d", "kernel_h", "kernel_w", "stride_d", "stride_h", "stride_w"),
+    *("pad_d", "pad_h", "pad_w", "fill"),
+    *("tile_d", "tile_h", "tile_w"),
+    *("tap_tiles", "col_steps", "row_steps"),
+    *("pool_d", "pool_h", "pool_w"),
+    *("has_shortcut", "shortcut_d", "shortcut_h", "shortcut_w"),
+    *("shortcut_zero", "shortcut_mult", "shortcut_shift"),
+    *("out_zero", "low", "high", "wide"),
+    "reserved",
+)
+"""Fields of a task's descriptor, 32 bits each, in memory order. Addresses count beats of their
+port from the start of its memory; `weights` and `indices` are where a pass over the plan begins."""
+
+KINDS = ("convolution", "max_pool", "sum_pool")
+
+STATUS = (
+    "done",
+    *("array", "input", "weights", "scale", "store", "plan"),
+    "macs",
+    *("input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words"),
+)
+"""What the kernel reports of a task, 64 bits each: trips of its pipelined loops, then counts."""
+
+MAX_TAPS = 512
+"""Taps of the largest kernel."""
+
+
+def config_header(config: AcceleratorConfig) -> str:
+    """The text of `config.h` for a design."""
+    numbers = {
+        "Bits": config.bits,
+        "Sparse": int(config.sparse),
+        "Tm": config.tm,
+        "Tn": config.tn,
+        "Pm": config.pm,
+        "Pk": config.pk,
+        "Pf": config.pf,
+        "Gm": config.gm,
+        "Tk": config.tk,
+        "Th": config.th,
+        "Tw": config.tw,
+        "FilterTiles": config.filter_tiles,
+        "FeatureRows": config.feature_rows,
+        "StoreRows": config.features,
+        "RegionRows": config.region_rows,
+        "PortPositions": config.port_positions,
+        "ChunkWords": config.chunk_words,
+        "WeightPortWords": config.weight_port_words,
+        "IndexWords": max(1, config.index_words),
+        "MaxTaps": MAX_TAPS,
+        "StatusWords": len(STATUS),
+    }
+    lines = [
+        f"// The design {config.name}. Made by pynq_kgrc.accelerator.header: change it there.",
+        "#pragma once",
+        "",
+        "namespace kgrc {",
+        "",
+        "enum Design {",
+        *(f"  k{name} = {value}," for name, value in numbers.items()),
+        "};",
+        "",
+        f"static const unsigned long long kDigest = 0x{config.digest}ULL;",
+        "",
+        "enum Kind { "
+        + ", ".join(f"k{_camel(kind)} = {i}" for i, kind in enumerate(KINDS))
+        + " };",
+        "",
+        "// The words of a task's descriptor, 32 bits each.",
+        "enum Field {",
+        *(f"  k{_camel(name)}," for name in FIELDS),
+        "  kFields,",
+        "};",
+        "",
+        "}  // namespace kgrc",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))

@@ -1,0 +1,199 @@
+"""The C-simulation: the very sources that Vitis HLS takes, built with g++ and run on this host.
+
+The sources come from `hls_src` beside the package, or from where KGRC_HLS_SRC points. Libraries
+are kept by a digest of sources, design and flags.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.header import STATUS, config_header
+from pynq_kgrc.backends.base import Counters, check_codes, check_design, check_size
+from pynq_kgrc.backends.image import (
+    Image,
+    build_image,
+    decode_map,
+    encode_map,
+    map_bytes,
+    slot_beat,
+)
+from pynq_kgrc.errors import DeviceError, ProgramError
+from pynq_kgrc.graph import Size
+from pynq_kgrc.program import Program, Slot
+from pynq_kgrc.quant import Array
+
+SOURCES = ("top.cpp", "plan.cpp", "memory.cpp", "compute.cpp", "post.cpp")
+
+FAST = ("-O3", "-march=native", "-DKGRC_PLAIN")
+"""Plain integer types, as fast as this host can."""
+
+BUILD_SECONDS = 600
+
+
+def source_folder() -> Path:
+    """Where the HLS sources lie.
+
+    Raises:
+        DeviceError: nowhere; says how to point at them.
+    """
+    named = os.environ.get("KGRC_HLS_SRC")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "hls_src"
+    if not (folder / "top.cpp").is_file():
+        raise DeviceError(
+            f"{folder}: no HLS sources there (top.cpp); set KGRC_HLS_SRC to the folder hls_src "
+            f"of the project"
+        )
+    return folder
+
+
+def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> Path:
+    """The shared library of a design; built if there is none of these sources and flags.
+
+    Raises:
+        DeviceError: no compiler, or it refuses; its first words are told.
+    """
+    folder = source_folder()
+    header = config_header(config)
+    state = hashlib.sha256(f"{header}\0{flags}\0{_processor()}".encode())
+    for path in sorted(folder.glob("*.[ch]*")):
+        if path.name != "config.h":
+            state.update(path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pynq_kgrc" / "csim"
+    library = cache / f"{config.name}-{state.hexdigest()[:16]}.so"
+    if library.is_file():
+        return library
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise DeviceError("no C++ compiler (g++): the C-simulation builds the HLS sources with it")
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        (Path(scratch) / "config.h").write_text(header)
+        beside = Path(scratch) / library.name
+        command = [compiler, "-std=c++14", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags]
+        command += ["-I", scratch, *(str(folder / name) for name in SOURCES), "-o", str(beside)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise DeviceError(f"{compiler} took more than {BUILD_SECONDS} s") from error
+        if done.returncode:
+            raise DeviceError(f"{compiler} refuses {config.name}:\n{done.stderr[:2000]}")
+        beside.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+class CSimulation:
+    """The accelerator `config` as its own C++ sources, compiled for this host."""
+
+    def __init__(self, config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> None:
+        self.config = config
+        self._library = ctypes.CDLL(str(build_library(config, flags)))
+        self._library.kgrc_run.restype = None
+        self._program: Program | None = None
+
+    def load(self, program: Program) -> None:
+        """Lay out the program's memory; a second call replaces the first.
+
+        Raises:
+            ProgramError: a program for another design, or one that the hardware cannot address.
+        """
+        check_design(program, self.config)
+        self._image: Image = build_image(program)
+        self._maps = np.zeros(-(-program.arena_bytes // 64) * 64 + 64, np.uint8)
+        self._status = np.zeros((len(program.tasks), len(STATUS)), np.uint64)
+        self._program = program
+
+    @property
+    def program(self) -> Program:
+        """The loaded program.
+
+        Raises:
+            ProgramError: none is.
+        """
+        if self._program is None:
+            raise ProgramError("no program is loaded")
+        return self._program
+
+    def write(self, slot: Slot, codes: Array) -> None:
+        """Codes [C, D, H, W] into a slot."""
+        check_codes(self.program, slot, codes)
+        buffer = self.program.buffers[slot.buffer]
+        raw = encode_map(self.config, codes, buffer.bits)
+        start = slot_beat(self.program, slot, "write") * self.config.beat_bytes
+        self._maps[start : start + raw.size] = raw
+
+    def read(self, slot: Slot, channels: int, size: Size) -> Array:
+        """The codes [C, D, H, W] of a slot."""
+        check_size(self.program, slot, size)
+        bits = self.program.buffers[slot.buffer].bits
+        start = slot_beat(self.program, slot, "read") * self.config.beat_bytes
+        raw = self._maps[start : start + map_bytes(self.config, channels, size, bits)]
+        return decode_map(self.config, raw, channels, size, bits)
+
+    def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
+        """Run the tasks [first, last) in order."""
+        program = self.program
+        last = len(program.tasks) if last is None else last
+        found = []
+        for number in range(first, last):
+            began = time.perf_counter()
+            self._call(number, 1)
+            seconds = time.perf_counter() - began
+            found.append(self._counters(number, seconds))
+        return found
+
+    def status(self, number: int) -> dict[str, int]:
+        """What the kernel reported of a task, by name (accelerator.header.STATUS)."""
+        return dict(zip(STATUS, map(int, self._status[number]), strict=True))
+
+    def _call(self, first: int, count: int) -> None:
+        digest = ctypes.c_uint64()
+
+        def at(array: Array) -> ctypes.c_void_p:
+            return ctypes.c_void_p(array.ctypes.data)
+
+        maps = at(self._maps)
+        tables = (at(self._image.weights), at(self._image.tables), at(self._status))
+        self._library.kgrc_run(maps, maps, maps, *tables, ctypes.byref(digest), first, count)
+        if f"{digest.value:016x}" != self.config.digest:
+            raise DeviceError(
+                f"the library is of design {digest.value:016x}, not {self.config.digest}"
+            )
+
+    def _counters(self, number: int, seconds: float) -> Counters:
+        config, status = self.config, self.status(number)
+        beats_in = status["input_beats"] + status["shortcut_beats"]
+        weight_bytes = status["weight_beats"] * config.weight_port_words * 8
+        return Counters(
+            task=self.program.tasks[number].name,
+            macs=status["macs"],
+            bytes_in=beats_in * config.beat_bytes,
+            bytes_weight=weight_bytes + status["table_words"] * 8,
+            bytes_out=status["output_beats"] * config.beat_bytes,
+            seconds=seconds,
+            cycles=status["array"],
+        )
+
+    def close(self) -> None:
+        """Let go of the program's memory."""
+        self._program = None

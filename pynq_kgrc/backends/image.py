@@ -1,0 +1,238 @@
+"""A program as the accelerator finds it in memory: descriptors, plans, weights, and its maps.
+
+The C-simulation and the board take the same bytes (docs/format.md, "In memory").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.cost import Work, beats_of_row, map_beats
+from pynq_kgrc.accelerator.header import FIELDS, KINDS, MAX_TAPS
+from pynq_kgrc.errors import ProgramError
+from pynq_kgrc.graph import Size
+from pynq_kgrc.program import ConvTask, KgrcWeights, PoolTask, Program, Slot, Task
+from pynq_kgrc.quant import Array, code_dtype, pack_int4, unpack_int4
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """What is written to memory once, before the program first runs."""
+
+    weights: Array
+    """uint64 words of compact weights, as the weight port reads them."""
+    tables: Array
+    """uint64 words: descriptors first, then plans, scales and indices."""
+
+
+def build_image(program: Program) -> Image:
+    """Lay out weights and tables of a program.
+
+    Raises:
+        ProgramError: what the hardware cannot address; names the task.
+    """
+    config = program.config
+    fields = np.zeros((len(program.tasks), len(FIELDS)), np.int64)
+    weights: list[Array] = []
+    tables: list[Array] = []
+    next_weight, next_table = 0, fields.size // 2
+    for number, task in enumerate(program.tasks):
+        work = program.work(task)
+        chunks, indices = _chunks(config, task, work)
+        items = np.array([item.word for item in work.items], np.uint64)
+        scales = _scales(config, task)
+        values = {
+            **_describe(program, task, work),
+            "weights": next_weight // config.weight_port_words,
+            "items": next_table,
+            "scales": next_table + items.size,
+            "indices": next_table + items.size + scales.size,
+        }
+        fields[number] = [values.get(name, 0) for name in FIELDS]
+        weights.append(chunks)
+        tables += [items, scales, indices]
+        next_weight += chunks.size
+        next_table += items.size + scales.size + indices.size
+    if np.abs(fields).max() >= 1 << 31:
+        raise ProgramError(f"{program.name}: a descriptor does not fit 32 bits")
+    words = fields.astype(np.int32).view(np.uint32).astype(np.uint64)
+    descriptors = (words[:, 0::2] | words[:, 1::2] << np.uint64(32)).ravel()
+    no_weights = np.zeros(config.weight_port_words, np.uint64)
+    return Image(np.concatenate([*weights, no_weights]), np.concatenate([descriptors, *tables]))
+
+
+def slot_beat(program: Program, slot: Slot, what: str) -> int:
+    """The first beat of a slot in the memory of maps, counted in beats of codes.
+
+    Raises:
+        ProgramError: it begins within a vector of T_N channels.
+    """
+    config, buffer = program.config, program.buffers[slot.buffer]
+    if slot.channel % config.tn:
+        raise ProgramError(
+            f"{what}: a slot at channel {slot.channel} of a concat; the accelerator writes "
+            f"vectors of {config.tn} channels, so that each part needs a multiple of {config.tn}"
+        )
+    wide = buffer.bits // config.bits
+    before = map_beats(config, slot.channel, buffer.size) * wide if slot.channel else 0
+    return buffer.offset // config.beat_bytes + before
+
+
+def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
+    """Codes [C, D, H, W] as the bytes of a map; what fills it up is zero."""
+    channels, depth, height, width = codes.shape
+    vectors, row = -(-channels // config.tn), beats_of_row(config, width) * config.port_positions
+    full = np.zeros((vectors * config.tn, depth, height, row), code_dtype(bits))
+    full[:channels, :, :, :width] = codes
+    split = full.reshape(vectors, config.tn, depth, height, row).transpose(0, 2, 3, 4, 1)
+    return _to_bytes(split, bits)
+
+
+def decode_map(
+    config: AcceleratorConfig, raw: Array, channels: int, size: Size, bits: int
+) -> Array:
+    """The codes [C, D, H, W] of the bytes of a map."""
+    vectors, row = -(-channels // config.tn), beats_of_row(config, size[2]) * config.port_positions
+    shape = (vectors, size[0], size[1], row, config.tn)
+    codes = unpack_int4(raw, int(np.prod(shape))) if bits == 4 else raw.view(code_dtype(bits))
+    split = codes.reshape(shape).transpose(0, 4, 1, 2, 3)
+    joined = split.reshape(vectors * config.tn, size[0], size[1], row)
+    return joined[:channels, :, :, : size[2]].copy()
+
+
+def map_bytes(config: AcceleratorConfig, channels: int, size: Size, bits: int) -> int:
+    """Bytes of a map of `channels` channels."""
+    return map_beats(config, channels, size) * config.beat_bytes * (bits // config.bits)
+
+
+def _to_bytes(codes: Array, bits: int) -> Array:
+    flat = np.ascontiguousarray(codes).ravel()
+    return pack_int4(flat) if bits == 4 else flat.view(np.uint8)
+
+
+def _describe(program: Program, task: Task, work: Work) -> dict[str, int]:
+    """The fields of a descriptor that say what and where, without its tables."""
+    shape, config = task.shape, program.config
+    if shape.taps > MAX_TAPS:
+        raise ProgramError(f"{task.name}: {shape.taps} taps; the accelerator has {MAX_TAPS}")
+    axes = {
+        "in": shape.in_size,
+        "out": work.out_size,
+        "kernel": shape.kernel,
+        "stride": shape.stride,
+        "pad": shape.pad_before,
+        "tile": work.tile,
+        "pool": work.pool,
+        "shortcut": shape.out_size,
+    }
+    values = {
+        f"{name}_{axis}": size
+        for name, sizes in axes.items()
+        for axis, size in zip("dhw", sizes, strict=True)
+    }
+    lowest = -(1 << (config.bits - 1))
+    kind, fill = "convolution", task.in_zero
+    if isinstance(task, PoolTask):
+        kind, fill = ("sum_pool", task.in_zero) if task.average else ("max_pool", lowest)
+    values |= {
+        "kind": KINDS.index(kind),
+        "source": slot_beat(program, task.source, task.name),
+        "target": slot_beat(program, task.target, task.name),
+        "item_count": len(work.items),
+        "regions": sum(item.new_region for item in work.items),
+        "filter_blocks": sum(item.blocks for item in work.items),
+        "fill": fill,
+        "out_zero": task.out.zero_point,
+        "low": task.lo,
+        "high": task.hi,
+        "wide": int(work.wide),
+        "tap_tiles": 1,
+        "col_steps": 1,
+        "row_steps": 1,
+    }
+    if isinstance(task, ConvTask):
+        kr, kc = task.weights.kept
+        values |= {
+            "tap_tiles": task.weights.values.shape[2],
+            "col_steps": -(-kc // config.pk),
+            "row_steps": -(-kr // config.rows_per_cycle),
+        }
+        if task.shortcut is not None:
+            values |= {
+                "has_shortcut": 1,
+                "shortcut": slot_beat(program, task.shortcut.source, task.name),
+                "shortcut_zero": task.shortcut.zero_point,
+                "shortcut_mult": task.shortcut.mult,
+                "shortcut_shift": task.shortcut.shift,
+            }
+    return values
+
+
+def _scales(config: AcceleratorConfig, task: Task) -> Array:
+    """Two words a filter: the bias; the multiplier and the shift."""
+    if isinstance(task, ConvTask):
+        bias, mult, shift = task.bias, task.mult, task.shift
+    else:
+        # the sum of codes less their zero points; a maximum has one of them
+        count = task.shape.taps if task.average else 1
+        channels = task.shape.channels
+        bias = np.full(channels, -count * task.in_zero, np.int64)
+        mult, shift = np.full(channels, task.mult), np.full(channels, task.shift)
+    words = np.zeros((-(-len(bias) // config.tn) * config.tn, 2), np.uint64)
+    words[: len(bias), 0] = bias.astype(np.int64).view(np.uint64)
+    words[: len(bias), 1] = mult.astype(np.uint64) | shift.astype(np.uint64) << np.uint64(16)
+    return words.ravel()
+
+
+def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[Array, Array]:
+    """Words of weights, and of indices, in the order in which the array takes them."""
+    if not isinstance(task, ConvTask):
+        return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+    codes, index = _chunk_parts(config, task.weights)
+    groups = config.groups_per_tile
+    chunks: list[Array] = []
+    indices: list[Array] = []
+    for item in work.items:
+        on = [g for g in range(groups) if item.mask >> g & 1]
+        if on:
+            p = [item.filter_tile * groups + g for g in on]
+            # [groups, words, ...] -> word by word, the groups of each side by side
+            chunks.append(codes[p, item.channel_tile].swapaxes(0, 1).ravel())
+            indices.append(index[p, item.channel_tile].swapaxes(0, 1).ravel())
+    none = np.zeros(0, np.uint64)
+    return np.concatenate([none, *chunks]), np.concatenate([none, *indices])
+
+
+def _chunk_parts(config: AcceleratorConfig, weights: KgrcWeights) -> tuple[Array, Array]:
+    """[P, Q, words, chunk words] of weights and [P, Q, words, index words] of indices."""
+    p, q, t, kr, gn, kc = weights.values.shape
+    rows, pk = config.rows_per_cycle, config.pk
+    row_steps, col_steps = -(-kr // rows), -(-kc // pk)
+    values = np.zeros((p, q, t, row_steps * rows, gn, col_steps * pk), weights.values.dtype)
+    values[:, :, :, :kr, :, :kc] = weights.values
+    split = values.reshape(p, q, t, row_steps, rows, gn, col_steps, pk)
+    ordered = split.transpose(0, 1, 2, 6, 3, 4, 7, 5).reshape(p, q, t * col_steps * row_steps, -1)
+    count = config.chunk_words * 64 // config.bits
+    full = np.zeros((*ordered.shape[:3], count), values.dtype)
+    full[..., : ordered.shape[3]] = ordered
+    words = _to_bytes(full, config.bits).view(np.uint64).reshape(*full.shape[:3], -1)
+    if not config.sparse:
+        return words, np.zeros((p, q, words.shape[2], 0), np.uint64)
+    places = np.zeros((p, q, t, col_steps, row_steps, config.index_words * 8), np.uint8)
+    cols = np.zeros((p, q, t, col_steps * pk), np.uint8)
+    cols[..., :kc] = weights.cols
+    places[..., :pk] = cols.reshape(p, q, t, col_steps, 1, pk)
+    all_rows = _filled_rows(weights.rows, row_steps * rows, config.gm)
+    places[..., pk : pk + rows] = all_rows.reshape(p, q, 1, 1, row_steps, rows)
+    return words, places.reshape(p, q, words.shape[2], -1).view(np.uint64)
+
+
+def _filled_rows(rows: Array, count: int, gm: int) -> Array:
+    """Kept rows [P, Q, kr] filled up to `count` with others: no two may meet in a bank."""
+    kept = np.zeros((*rows.shape[:2], gm), bool)
+    np.put_along_axis(kept, rows.astype(np.intp), True, axis=2)
+    others = np.argsort(kept, axis=2, kind="stable")[..., : count - rows.shape[2]]
+    return np.concatenate([rows, others.astype(np.uint8)], axis=2)
