@@ -1,0 +1,68 @@
+"""The command `pynq-kgrc`: thin, no logic of its own. Each command imports what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pynq_kgrc.cli import build as build_road
+from pynq_kgrc.cli import info
+from pynq_kgrc.cli import run as run_road
+from pynq_kgrc.cli.arguments import Run
+from pynq_kgrc.errors import KgrcError
+
+DESCRIPTION = """\
+Recognize actions in videos with 3-D CNNs compiled for an FPGA accelerator with balanced kernel
+group sparsity (KGRC), on the accelerator or on its bit-exact emulation on any computer.
+
+The road from a network to labels:
+
+  pynq-kgrc pull i3d-kinetics400            fetch pretrained weights (47 MB, once)
+  pynq-kgrc compile i3d --weights i3d-kinetics400 --clips clips/*.mp4 -o i3d.kgrc
+                                            quantize to 8 bits on those clips, and compile
+  pynq-kgrc info i3d.kgrc                   layers, modes, sizes, operations
+  pynq-kgrc classify video.mp4 -p i3d.kgrc  the five best labels
+"""
+
+EPILOG = """\
+Exit status: 0 done, 1 compare found a difference, 2 a mistake in the input; what was wrong goes to
+standard error. With --json every command prints one JSON document on standard output and nothing
+else there. Figures of operations and bytes are emulated counts; nothing here was measured on an
+FPGA. Files: programs (.kgrc) are safetensors containers; weights are cached in
+$XDG_CACHE_HOME/pynq_kgrc, or ~/.cache/pynq_kgrc.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except KgrcError as error:
+        print(f"pynq-kgrc: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "pynq-kgrc", description=DESCRIPTION, epilog=EPILOG, formatter_class=style
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Run, text: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=text, description=f"{text}\n\n{more}", formatter_class=style
+        )
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print JSON for a script to read")
+        return added
+
+    for family in (run_road, build_road, info):
+        family.declare(command)
+    return parser

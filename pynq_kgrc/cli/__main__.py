@@ -1,0 +1,7 @@
+"""python -m pynq_kgrc.cli"""
+
+import sys
+
+from pynq_kgrc.cli import main
+
+sys.exit(main())

@@ -1,0 +1,135 @@
+"""Commands of the build road: pull and compile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pynq_kgrc.cli.arguments import Declare, positive, progress
+from pynq_kgrc.cli.info import describe, print_description, summary
+from pynq_kgrc.errors import ModelError
+
+if TYPE_CHECKING:
+    from pynq_kgrc.graph import ClipSpec, Graph
+
+
+def declare(command: Declare) -> None:
+    """Add this file's commands."""
+    pull = command("pull", run_pull, "fetch pretrained weights into the cache")
+    pull.add_argument("name", help="i3d-kinetics400")
+
+    compile_ = command(
+        "compile",
+        run_compile,
+        "turn a PyTorch network into a program",
+        "The network is traced, pruned if a recipe is given, quantized on the clips and lowered.\n"
+        "NETWORK is c3d, r2plus1d_18 or i3d, or MODULE:FUNCTION for your own: the function\n"
+        "returns a torch module, and the module has a ClipSpec named CLIP.",
+    )
+    compile_.add_argument("network", metavar="NETWORK", help="the network; see above")
+    compile_.add_argument("-o", "--out", type=Path, required=True, help="program to write")
+    compile_.add_argument(
+        "--weights",
+        help="state dict (.safetensors, .pt) or a name that was pulled; seeded random without",
+    )
+    compile_.add_argument("--classes", type=positive, help="classes of the network")
+    compile_.add_argument("--labels", type=Path, help="text file, one class a line")
+    compile_.add_argument(
+        "--clips", nargs="+", required=True, metavar="VIDEO", help="a few real videos to calibrate"
+    )
+    compile_.add_argument("--config", default="8-sparse", help="accelerator (default: 8-sparse)")
+    compile_.add_argument("--recipe", help="prune as the paper does: kgr, kgc or kgrc")
+    compile_.add_argument("--method", default=None, help="ranges: minmax, percentile or mse")
+    compile_.add_argument(
+        "--report", action="store_true", help="measure the program against float on the clips"
+    )
+
+
+def run_pull(options: argparse.Namespace) -> int:
+    from pynq_kgrc.models.pretrained import pull
+
+    path = pull(options.name, progress=lambda text: print(text, file=sys.stderr))
+    print(json.dumps({"name": options.name, "path": str(path)}) if options.json else path)
+    return 0
+
+
+def run_compile(options: argparse.Namespace) -> int:
+    from pynq_kgrc.accelerator.config import preset
+    from pynq_kgrc.compiler.lower import lower
+    from pynq_kgrc.compress.patterns import prune, recipe
+    from pynq_kgrc.compress.quantize import DEFAULT_METHOD, choose_quant
+    from pynq_kgrc.video import load_clip
+
+    config = preset(options.config)
+    rates = recipe(options.network, options.recipe) if options.recipe else {}
+    graph = _trace(options)
+    frames = [load_clip(video, graph.clip).frames for video in options.clips]
+    graph = prune(graph, rates, config.group_size)
+    clips = (graph.clip.normalise(f) for f in progress(frames, "calibrate", len(frames)))
+    method = options.method or DEFAULT_METHOD
+    program = lower(choose_quant(graph, clips, config.bits, method), config)
+    program.save(options.out)
+    document = describe(program)
+    if options.report:
+        from pynq_kgrc.fidelity import measure_fidelity
+
+        report = measure_fidelity(graph, program, progress(frames, "measure", len(frames)))
+        document["fidelity"] = {
+            "clips": report.clips,
+            "agreeing": report.agreeing,
+            "snr_db": {task.task: round(task.snr_db, 1) for task in report.tasks},
+        }
+    document["path"] = str(options.out)
+    if options.json or options.report:
+        print_description(document, options.json)
+    else:
+        print(f"{summary(document)}\nwritten to {options.out}; pynq-kgrc info shows its layers")
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> Graph:
+    """The network of the command line, with its weights, as a graph."""
+    import torch
+
+    from pynq_kgrc.models import NETWORKS
+    from pynq_kgrc.models.checkpoint import load_state
+    from pynq_kgrc.models.pretrained import RELEASES, pull
+    from pynq_kgrc.models.trace import trace
+
+    place = NETWORKS.get(options.network) or tuple(options.network.split(":"))
+    try:
+        module = import_module(place[0])
+        build, clip = getattr(module, place[1]), _clip_spec(module)
+    except (ImportError, AttributeError, IndexError, ValueError) as error:
+        raise ModelError(
+            f"{options.network!r} is no network ({error}); use {', '.join(NETWORKS)}, "
+            f"or MODULE:FUNCTION of a module with a ClipSpec named CLIP"
+        ) from error
+    torch.manual_seed(0)
+    network = build(options.classes) if options.classes else build()
+    if options.weights:
+        pulled = options.weights in RELEASES
+        load_state(network, pull(options.weights) if pulled else Path(options.weights))
+    labels = _labels(options, options.weights == "i3d-kinetics400")
+    return trace(network, clip, labels, options.network)
+
+
+def _clip_spec(module: Any) -> ClipSpec:
+    spec: ClipSpec = module.CLIP
+    return spec
+
+
+def _labels(options: argparse.Namespace, kinetics: bool) -> tuple[str, ...]:
+    path = options.labels
+    if path is None and kinetics:
+        path = Path(__file__).parent.with_name("labels") / "kinetics400.txt"
+    if path is None:
+        return ()
+    try:
+        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: no list of labels, one a line ({error})") from error

@@ -1,0 +1,118 @@
+"""Commands of the run road: classify and compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pynq_kgrc.cli.arguments import Declare, positive, progress
+
+if TYPE_CHECKING:
+    from pynq_kgrc.runtime import Prediction
+    from pynq_kgrc.video import Clip
+
+
+def declare(command: Declare) -> None:
+    """Add this file's commands."""
+    classify = command(
+        "classify",
+        run_classify,
+        "name the action in videos",
+        "By default one clip from the middle of each video is looked at. With --stride the whole\n"
+        "video is, in overlapping or adjoining windows, and a timeline is printed.",
+    )
+    classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
+    classify.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
+    classify.add_argument("--backend", default="emulate", help="what runs it (default: emulate)")
+    classify.add_argument("--top", type=positive, default=5, help="labels to print (default: 5)")
+    classify.add_argument(
+        "--stride", type=positive, metavar="FRAMES", help="look every FRAMES frames of the video"
+    )
+    classify.add_argument(
+        "--sampling",
+        choices=("centre", "uniform"),
+        default="centre",
+        help="frames of the middle, or spread over the whole video (default: centre)",
+    )
+
+    compare = command(
+        "compare",
+        run_compare,
+        "run a video on two backends and name the first difference",
+        "Exit status 1 if they differ.",
+    )
+    compare.add_argument("video")
+    compare.add_argument("-p", "--program", type=Path, required=True)
+    compare.add_argument("--left", default="emulate")
+    compare.add_argument("--right", default="emulate")
+
+
+def run_classify(options: argparse.Namespace) -> int:
+    from pynq_kgrc.program import load
+    from pynq_kgrc.runtime import Session
+    from pynq_kgrc.video import load_clip, load_windows
+
+    program = load(options.program)
+    documents = []
+    with Session(program, options.backend) as session:
+        for video in options.videos:
+            if options.stride:
+                clips = list(load_windows(video, program.clip, stride=options.stride))
+            else:
+                clips = [load_clip(video, program.clip, sampling=options.sampling)]
+            found = [
+                (clip, session.classify(clip.frames, options.top))
+                for clip in progress(clips, Path(video).name)
+            ]
+            if options.json:
+                documents.append({"video": str(video), "clips": [_document(*f) for f in found]})
+            else:
+                _print_predictions(video, found)
+    if options.json:
+        print(json.dumps({"program": program.name, "videos": documents}, indent=2))
+    return 0
+
+
+def _document(clip: Clip, prediction: Prediction) -> dict[str, Any]:
+    return {
+        "start_ms": clip.start_ms,
+        "end_ms": clip.end_ms,
+        "notes": list(clip.notes),
+        "labels": [label._asdict() for label in prediction.labels],
+        "backend": prediction.backend,
+        "seconds": prediction.seconds,
+    }
+
+
+def _print_predictions(video: str, found: list[tuple[Clip, Prediction]]) -> None:
+    for clip, prediction in found:
+        span = f"{clip.start_ms / 1e3:.1f} to {clip.end_ms / 1e3:.1f} s"
+        print(f"{video}  {span}  ({prediction.backend}, {prediction.seconds:.2f} s)")
+        for note in clip.notes:
+            print(f"  note: {note}")
+        for label in prediction.labels:
+            print(f"  {label.score:6.1%} {'█' * round(20 * label.score):20} {label.name}")
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    from pynq_kgrc.program import load
+    from pynq_kgrc.runtime import Session, compare
+    from pynq_kgrc.video import load_clip
+
+    program = load(options.program)
+    frames = load_clip(options.video, program.clip).frames
+    with Session(program, options.left) as left, Session(program, options.right) as right:
+        difference = compare(left, right, frames)
+    if options.json:
+        print(json.dumps(None if difference is None else vars(difference)))
+    elif difference is None:
+        print(f"{options.left} and {options.right} agree on all {len(program.tasks)} tasks")
+    else:
+        print(
+            f"{difference.task}: {difference.count} elements differ, the first at "
+            f"{difference.index}: {difference.left} on {options.left}, "
+            f"{difference.right} on {options.right}"
+        )
+    return int(difference is not None)
