@@ -162,7 +162,9 @@ flattened:
             features:
               for (int lane = 0; lane < kPf; lane += Element::kFeatures) {
 #pragma HLS UNROLL
-                Sum total[Element::kWeights][Element::kFeatures] = {};
+                Sum total[Element::kWeights][Element::kFeatures];
+                for (int a = 0; a < Element::kWeights; ++a)
+                  for (int b = 0; b < Element::kFeatures; ++b) total[a][b] = 0;
               taps:
                 for (int k = 0; k < kPk; ++k) {
 #pragma HLS UNROLL
@@ -233,14 +235,17 @@ flattened:
     }
 
     if (draining) {
-      SumWord out = SumWord();
+      SumWord out;
       const int count = smaller(kPortPositions, drain_size[2] - j * kPortPositions);
       const int filter = block % kBlocks * kTn;
       const int row = block / kBlocks * kFeatureRows + sum_row;
     handed_on:
       for (int i = 0; i < kPortPositions; ++i) {
 #pragma HLS UNROLL
-        if (i >= count) continue;
+        if (i >= count) {
+          for (int n = 0; n < kTn; ++n) out.sum[i][n] = 0;
+          continue;
+        }
         // sums of B neighbours lie in B lanes; the lanes that come round belong to the next row
         const int turns = (sum_lane + i) / kPf, lane = (sum_lane + i) % kPf;
         for (int n = 0; n < kTn; ++n) {

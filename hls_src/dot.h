@@ -24,7 +24,7 @@ enum { kChannelsPerField = 8 };
 template <int kWidth>
 inline Int<kWidth> take_field(Int<64>& sum) {
 #pragma HLS INLINE
-  const Int<64> field = Int<64>(sum << (64 - kWidth)) >> (64 - kWidth);
+  const Int<64> field = Int<64>(UInt<64>(sum) << (64 - kWidth)) >> (64 - kWidth);
   sum = Int<64>(sum - field) >> kWidth;
   return Int<kWidth>(field);
 }

@@ -248,7 +248,7 @@ tiles_d:
                                    ceil_div(beats, pw) + position / kPortPositions);
               const bool starts = d % pd == 0 && h % ph == 0;
               const bool ends = d % pd == pd - 1 && h % ph == ph - 1;
-              CodeWord merged = CodeWord();
+              CodeWord merged;
             lanes:
               for (int lane = 0; lane < kPortPositions; ++lane)
                 for (int n = 0; n < kTn; ++n) {
@@ -271,7 +271,8 @@ tiles_d:
                              (tile.first[2] / pw + position) / kPortPositions;
             parts:
               for (int part = 0; part < wide; ++part) {
-                Beat beat = Beat();
+                Beat beat;
+                for (int i = 0; i < kBeatWords; ++i) beat.word[i] = 0;
                 const int bits = task[kWide] ? 16 : int(kBits);
                 for (int i = 0; i < kPortPositions * kTn / wide; ++i) {
                   const int source = part * (kPortPositions * kTn / wide) + i;

@@ -44,7 +44,8 @@ tiles_d:
 #pragma HLS PIPELINE II = 1
             KGRC_TRIP();
             const SumWord in = sums.read();
-            Beat beat = Beat();
+            Beat beat;
+            for (int i = 0; i < kBeatWords; ++i) beat.word[i] = 0;
             if (task[kHasShortcut]) {
               const int plane = (block * task[kShortcutD] + tile.first[0] + d) * task[kShortcutH];
               beat = maps[task[kShortcut] + (plane + tile.first[1] + h) * row_beats +

@@ -1,6 +1,7 @@
 // Two sets of number types behind one header: the arbitrary-precision ones of Vitis HLS, and with
 // KGRC_PLAIN the plain ones of <cstdint>, for a simulation that is some 60 times faster. Both must
-// give the same bits (host_tests/test_csim.py).
+// give the same bits (host_tests/test_csim.py). The constructor of ap_int leaves the value open, so
+// that `T x = T()` is no zero: whatever has to be zero is set to it.
 #pragma once
 
 #include <cstdint>

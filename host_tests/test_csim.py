@@ -1,0 +1,307 @@
+"""The C-simulation: whole programs bit for bit, its trips against the model, its memory ports."""
+
+import ctypes
+import shutil
+from dataclasses import asdict
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from networks import Net, compiled, random_codes, small_config
+from reference import run_program
+from test_dot import include_folders
+
+from pynq_kgrc.accelerator import cost
+from pynq_kgrc.accelerator.config import PRESETS, preset
+from pynq_kgrc.accelerator.header import STATUS, config_header
+from pynq_kgrc.backends import csim
+from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.program import ConvTask
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+DESIGNS = [(bits, sparse) for bits in (16, 8, 4) for sparse in (True, False)]
+PORTS = ("-O2", "-DKGRC_PLAIN", "-DKGRC_PORTS")
+
+
+def every_kind(size=(5, 9, 17)):
+    """A network with each thing that a task can be, at sizes of twice a tile and one."""
+    net = Net(size=size)
+    stem = net.conv("clip", 9, (1, 7, 7), (1, 2, 2), (0, 3, 3))
+    body = net.conv(stem, 17, kept=0.5)
+    thin = net.conv(body, 17, (3, 1, 1), (2, 1, 1), (1, 0, 0), kept=1 / 9)
+    wide = net.conv(body, 17, 3, (2, 1, 1), 1)
+    both = net.add(thin, wide)
+    pooled = net.pool(both, (1, 2, 2))
+    over = net.pool(pooled, 3, 1, 1)
+    mean = net.pool(over, (1, 3, 3), 1, (0, 1, 1), op="average_pool")
+    far = net.conv(net.concat(over, mean), 8, 3, 3, (1, 0, 2), pad_after=(0, 2, 1), act="relu6")
+    net.dense(far, 11)
+    return net
+
+
+@lru_cache
+def program_of(bits, sparse, **numbers):
+    return compiled(every_kind(), small_config(bits, sparse, **numbers))[0]
+
+
+def outputs(backend, program, codes):
+    backend.load(program)
+    backend.write(program.source, codes)
+    found = {}
+    for i, task in enumerate(program.tasks):
+        backend.run(i, i + 1)
+        found[task.name] = backend.read(task.target, task.shape.out_channels, task.out_size)
+    return found
+
+
+def assert_costs_agree(backend, program):
+    """Every count of the simulation is the model's."""
+    for number, task in enumerate(program.tasks):
+        reported = backend.status(number)
+        assert reported.pop("done") == 1
+        assert reported == asdict(cost.task_cost(program.config, program.work(task))), task.name
+
+
+@pytest.mark.parametrize(("bits", "sparse"), DESIGNS)
+def test_trips_macs_and_beats_are_those_of_the_cost_model(bits, sparse):
+    program = program_of(bits, sparse)
+    kinds = {type(task) for task in program.tasks}
+    assert len(kinds) == 2
+    assert any(isinstance(t, ConvTask) and t.shortcut is not None for t in program.tasks)
+    backend = csim.CSimulation(program.config)
+    outputs(backend, program, random_codes(program))
+    assert_costs_agree(backend, program)
+
+
+@pytest.mark.parametrize(("bits", "sparse"), DESIGNS)
+def test_no_bank_is_asked_for_more_than_two_accesses_a_trip(bits, sparse):
+    """What II = 1 rests on; the design has more groups, lanes and columns than the small one."""
+    program = program_of(bits, sparse, tm=16, pm=16, pk=3, pf=6)
+    backend = csim.CSimulation(program.config, PORTS)
+    codes = random_codes(program)
+    found = outputs(backend, program, codes)
+    assert backend._library.kgrc_port_conflicts() == 0
+    wanted = run_program(program, codes)
+    for name, codes_ in found.items():
+        np.testing.assert_array_equal(codes_, wanted[name], err_msg=name)
+
+
+def with_sources(monkeypatch, folder, changes):
+    """The HLS sources with some text changed, as what the backend builds."""
+    shutil.copytree(csim.source_folder(), folder, ignore=shutil.ignore_patterns("rtl", "scripts"))
+    for name, old, new in changes:
+        path = folder / name
+        text = path.read_text()
+        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
+        path.write_text(text.replace(old, new))
+    monkeypatch.setenv("KGRC_HLS_SRC", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        # one copy of the region for all columns: more than two reads of a bank
+        ("compute.cpp", "region_ram[in_use][read / 2]", "region_ram[in_use][0]"),
+        # a stride of 3 and more without cutting the beat in parts
+        ("memory.cpp", "stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1", "1"),
+    ],
+)
+def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
+    with_sources(monkeypatch, tmp_path / "hls", [(name, old, new)])
+    net = Net(size=(2, 4, 40))
+    net.conv("clip", 16, (1, 3, 4), (1, 1, 4), 0)
+    program, _ = compiled(net, small_config(4, tm=16, pm=16, pk=3, pf=4))
+    backend = csim.CSimulation(program.config, PORTS)
+    outputs(backend, program, random_codes(program))
+    assert backend._library.kgrc_port_conflicts() > 0
+
+
+def test_sums_are_left_alone_long_enough(monkeypatch, tmp_path):
+    """Fewer trips between two visits of a sum than the pipeline needs: the model would notice."""
+    changes = [("design.h", "kMinFeatureRows = 4", "kMinFeatureRows = 1")]
+    with_sources(monkeypatch, tmp_path / "hls", changes)
+    program = program_of(8, True)
+    backend = csim.CSimulation(program.config, PORTS)
+    outputs(backend, program, random_codes(program))
+    with pytest.raises(AssertionError):
+        assert_costs_agree(backend, program)
+
+
+@pytest.mark.parametrize(("bits", "sparse"), DESIGNS)
+def test_packed_multipliers_give_the_same_codes(bits, sparse):
+    program = program_of(bits, sparse)
+    codes = random_codes(program)
+    direct = outputs(csim.CSimulation(program.config), program, codes)
+    packed = csim.CSimulation(program.config, ("-O2", "-DKGRC_PLAIN", "-DKGRC_PACKED"))
+    for name, found in outputs(packed, program, codes).items():
+        np.testing.assert_array_equal(found, direct[name], err_msg=name)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_both_sets_of_types_give_the_same_codes(bits):
+    flags = include_folders().get("ap_int")
+    if flags is None:
+        pytest.skip("the headers of ap_int are not here: pip install --no-deps hls4ml")
+    program = program_of(bits, True)
+    codes = random_codes(program)
+    plain = outputs(csim.CSimulation(program.config), program, codes)
+    wide = csim.CSimulation(program.config, ("-O1", "-DKGRC_PACKED", *flags))
+    for name, found in outputs(wide, program, codes).items():
+        np.testing.assert_array_equal(found, plain[name], err_msg=name)
+
+
+SANITIZED = """
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+#include "design.h"
+using namespace kgrc;
+extern "C" void kgrc_run(const Beat*, const Beat*, Beat*, const WeightBeat*, const Word*, Word*,
+                         Word*, int, int);
+static std::vector<char> file(const char* name) {
+  std::FILE* in = std::fopen(name, "rb");
+  std::fseek(in, 0, SEEK_END);
+  std::vector<char> bytes(std::ftell(in));
+  std::rewind(in);
+  if (std::fread(bytes.data(), 1, bytes.size(), in) != bytes.size()) std::abort();
+  std::fclose(in);
+  return bytes;
+}
+int main(int, char** names) {
+  std::vector<char> maps = file(names[1]), weights = file(names[2]), tables = file(names[3]);
+  const int tasks = std::atoi(names[4]);
+  std::vector<Word> status(tasks * kStatusWords);
+  Word digest;
+  Beat* map = reinterpret_cast<Beat*>(maps.data());
+  kgrc_run(map, map, map, reinterpret_cast<WeightBeat*>(weights.data()),
+           reinterpret_cast<Word*>(tables.data()), status.data(), &digest, 0, tasks);
+  std::FILE* out = std::fopen(names[5], "wb");
+  std::fwrite(maps.data(), 1, maps.size(), out);
+  std::fclose(out);
+}
+"""
+
+
+@pytest.mark.parametrize(("bits", "sparse"), [(8, True), (4, False)])
+def test_sanitizers_find_nothing(bits, sparse, tmp_path):
+    """Buffers of exactly the size that the driver allocates; a read past their end would show."""
+    import subprocess
+
+    program = program_of(bits, sparse)
+    backend = csim.CSimulation(program.config)
+    codes = random_codes(program)
+    backend.load(program)
+    backend.write(program.source, codes)
+    arrays = (backend._maps, backend._image.weights, backend._image.tables)
+    for name, array in zip(("maps", "weights", "tables"), arrays, strict=True):
+        array.tofile(tmp_path / name)
+    (tmp_path / "config.h").write_text(config_header(program.config))
+    (tmp_path / "main.cpp").write_text(SANITIZED)
+    folder = csim.source_folder()
+    checks = "-fsanitize=address,undefined"
+    command = ["g++", "-std=c++14", "-O1", "-g", checks, "-fno-sanitize-recover=all"]
+    command += ["-DKGRC_PLAIN", "-DKGRC_PACKED", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", "-Wno-unused-label", "-I", str(tmp_path), "-I", str(folder)]
+    command += [str(folder / source) for source in csim.SOURCES]
+    command += [str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main")]
+    subprocess.run(command, check=True, timeout=300)
+    files = [str(tmp_path / name) for name in ("maps", "weights", "tables")]
+    done = subprocess.run(
+        [str(tmp_path / "main"), *files, str(len(program.tasks)), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    backend.run()
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "out", np.uint8), backend._maps)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_published_design_builds(name, tmp_path):
+    """A small program on the very designs of table V."""
+    config = preset(name)
+    net = Net(size=(3, 15, 17), channels=3)
+    first = net.conv("clip", 70, kept=1.0 if not config.sparse else 0.4)
+    net.dense(net.pool(first, (1, 2, 2)), 5)
+    program, _ = compiled(net, config)
+    codes = random_codes(program)
+    backend = csim.CSimulation(config)
+    found = outputs(backend, program, codes)
+    assert_costs_agree(backend, program)
+    from pynq_kgrc.backends.emulate import Emulation
+
+    emulation = Emulation(config)
+    for task_name, wanted in outputs(emulation, program, codes).items():
+        np.testing.assert_array_equal(found[task_name], wanted, err_msg=task_name)
+    emulation.close()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("kPm = 4", "kPm = 3", "P_M has to share out over the T_M / G_M groups of a tile"),
+        ("kTm = 8", "kTm = 10", "has to be made of whole kernel groups"),
+        ("kPk = 3", "kPk = 10", "P_K cannot exceed the taps of a tile"),
+        ("kBits = 8", "kBits = 5", "a code has 16, 8 or 4 bits"),
+    ],
+)
+def test_bad_tilings_do_not_compile(monkeypatch, tmp_path, old, new, text):
+    config = small_config(8)
+    header = config_header(config)
+    assert old in header
+    monkeypatch.setattr(csim, "config_header", lambda _: header.replace(old, new))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(DeviceError, match=text):
+        csim.build_library(config)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(DeviceError, match=r"no C\+\+ compiler"):
+        csim.build_library(small_config(8))
+    monkeypatch.setenv("KGRC_HLS_SRC", str(tmp_path))
+    with pytest.raises(DeviceError, match="no HLS sources there"):
+        csim.build_library(small_config(8))
+
+
+def test_a_library_of_another_design_is_refused(monkeypatch):
+    program = program_of(8, True)
+    backend = csim.CSimulation(program.config)
+    other = small_config(8, pf=6)
+    backend._library = ctypes.CDLL(str(csim.build_library(other)))
+    backend._library.kgrc_run.restype = None
+    backend.load(program)
+    backend._image.tables[:] = 0  # so that it has nothing to do
+    with pytest.raises(DeviceError, match="the library is of design"):
+        backend._call(0, 0)
+    assert len(STATUS) == 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["c3d", "r2plus1d_18"])
+@pytest.mark.parametrize("pattern", ["dense", "kgrc"])
+def test_whole_networks(network, pattern, example_clips):
+    """Every task of the real networks at 8 bits: the same codes and the model's very counts."""
+    from test_networks import seeded_graph
+
+    from pynq_kgrc.backends.emulate import Emulation
+    from pynq_kgrc.compiler.network import compile_graph
+    from pynq_kgrc.compress.patterns import recipe
+    from pynq_kgrc.video import load_clip
+
+    graph = seeded_graph(network)
+    clips = sorted((example_clips / "calibration").glob("*.avi"))
+    frames = [load_clip(path, graph.clip).frames for path in clips[:1]]
+    rates = {} if pattern == "dense" else recipe(network, pattern)
+    program = compile_graph(graph, frames, preset("8-sparse"), rates)
+    codes = program.encode_clip(frames[0])
+    backend, emulation = csim.CSimulation(program.config), Emulation(program.config)
+    wanted = outputs(emulation, program, codes)
+    for name, found in outputs(backend, program, codes).items():
+        np.testing.assert_array_equal(found, wanted[name], err_msg=name)
+    assert_costs_agree(backend, program)
