@@ -4,6 +4,7 @@
 
     KgrcError
       ConfigError     an accelerator that cannot be built or does not fit its board
+      DataError       labelled videos whose index, files or decoded copies are at fault
       ModelError      a checkpoint that does not fit its network, or weights that cannot be fetched
       CompileError    a layer that this accelerator or this compiler cannot run
       ProgramError    a container that is damaged, of another version, or made for other hardware
@@ -20,6 +21,10 @@ class KgrcError(Exception):
 
 class ConfigError(KgrcError):
     """An accelerator that cannot be built or does not fit its board."""
+
+
+class DataError(KgrcError):
+    """Labelled videos whose index, files or decoded copies are at fault."""
 
 
 class ModelError(KgrcError):
