@@ -48,8 +48,9 @@ lanes:
   }
 }
 
-void multiply(const Task& task, Stream<Item>& items, Stream<RegionWord>& region,
-              Stream<WeightWord>& words, Stream<SumWord>& sums, Trips& trips) {
+void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
+              Stream<RegionWord>& region, Stream<WeightWord>& words, Stream<SumWord>& sums,
+              long& trips, long& macs) {
 #pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 0
   const bool convolves = is_convolution(task);
@@ -59,7 +60,6 @@ void multiply(const Task& task, Stream<Item>& items, Stream<RegionWord>& region,
       convolves ? task[kTapTiles] * task[kColSteps] * task[kRowSteps] : taps;
   int items_left = task[kItemCount] * tile_count(task);
   int regions_left = task[kRegions] * tile_count(task);
-  int tile_at[3] = {0, 0, -1};
   Tile tile = Tile();
 
   // compute
@@ -84,7 +84,7 @@ flattened:
 #pragma HLS DEPENDENCE variable = sum_ram inter false
 #pragma HLS DEPENDENCE variable = region_ram inter false
     KGRC_TRIP();
-    ++trips.array;
+    ++trips;
 
     if (block_done && !draining) {
       draining = true;
@@ -104,13 +104,7 @@ flattened:
       have_next = false;
       --items_left;
       if (item.first) {
-        tile_at[2] += 1;
-        for (int axis = 2; axis > 0; --axis)
-          if (tile_at[axis] == tiles_along(task, axis)) {
-            tile_at[axis] = 0;
-            tile_at[axis - 1] += 1;
-          }
-        tile = make_tile(task, tile_at[0], tile_at[1], tile_at[2]);
+        tile = tiles.read();
         feature_rows = larger(tile.feature_rows, kMinFeatureRows);
       }
       if (item.new_region) {
@@ -154,7 +148,7 @@ flattened:
           for (int group = 0; group < kGroups; ++group) {
 #pragma HLS UNROLL
             if (!(item.mask >> group & 1)) continue;
-            trips.macs += long(kRows) * kPk * kTn * outputs;
+            macs += long(kRows) * kPk * kTn * outputs;
             const int first_read = kSparse ? group * kPk : 0;
           rows:
             for (int r = 0; r < kRows; r += Element::kWeights) {

@@ -95,15 +95,11 @@ struct WeightWord {
 struct SumWord { Sum sum[kPortPositions][kTn]; };
 struct CodeWord { Int<16> code[kPortPositions][kTn]; };
 
+struct Index { Word word[kIndexWords]; };
+
 struct Scale {
   Int<64> bias;
   int mult, shift;
-};
-
-// Trips of the pipelined loop of each process, and what the array did.
-struct Trips {
-  long plan, input, weights, array, scale, store, macs;
-  long input_beats, shortcut_beats, output_beats, weight_beats, table_words;
 };
 
 // ---- small things shared by the processes --------------------------------------------------
@@ -123,6 +119,16 @@ inline int tile_count(const Task& task) {
 inline bool is_convolution(const Task& task) { return task[kKind] == kConvolution; }
 inline int beats_of_row(int width) { return ceil_div(width, kPortPositions); }
 
+// Dividers are as wide as their operands: 16 by 10 bits will do for places within a tile.
+inline int quotient(int a, int b) { return int(UInt<16>(a) / UInt<10>(b)); }
+inline int remainder(int a, int b) { return int(UInt<16>(a) % UInt<10>(b)); }
+
+// Byte number i of an index: first the P_K columns, then the rows.
+inline Word index_byte(const Index& index, int i) {
+#pragma HLS INLINE
+  return index.word[i / 8] >> (i % 8 * 8) & 0xff;
+}
+
 // Takes code number i of a beat.
 inline Code code_of(const Beat& beat, int i) {
 #pragma HLS INLINE
@@ -134,17 +140,35 @@ Tile make_tile(const Task& task, int d, int h, int w);
 
 // ---- the processes -------------------------------------------------------------------------
 
-void read_plan(const Task& task, const Word* tables, Stream<Item>& for_input,
-               Stream<Item>& for_weights, Stream<Item>& for_array, Trips& trips);
-void fetch_input(const Task& task, const Beat* maps, Stream<Item>& items,
-                 Stream<RegionWord>& region, Trips& trips);
-void fetch_weights(const Task& task, const WeightBeat* weights, const Word* tables,
-                   Stream<Item>& items, Stream<WeightWord>& words, Trips& trips);
-void multiply(const Task& task, Stream<Item>& items, Stream<RegionWord>& region,
-              Stream<WeightWord>& words, Stream<SumWord>& sums, Trips& trips);
-void scale(const Task& task, const Word* tables, const Beat* maps, Stream<SumWord>& sums,
-           Stream<CodeWord>& codes, Trips& trips);
-void store(const Task& task, Beat* maps, Stream<CodeWord>& codes, Trips& trips);
+// `trips` are those of the pipelined loop of a process.
+
+void read_plan(const Task& task, const Word* words, Stream<Tile>& tiles_to_read,
+               Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_word,
+               Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
+               Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_store,
+               Stream<Item>& items_to_read,
+               Stream<Item>& items_to_place, Stream<Item>& items_to_word,
+               Stream<Item>& items_to_multiply, long& trips);
+void read_input(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Item>& items,
+                Stream<Beat>& beats, long& trips);
+void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats,
+                 Stream<RegionWord>& region_words, long& trips);
+void read_weights(const Task& task, const WeightBeat* weights, Stream<WeightBeat>& beats,
+                  long& trips);
+void read_indices(const Task& task, const Word* words, Stream<Index>& indices, long& trips);
+void make_words(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
+                Stream<WeightBeat>& beats, Stream<Index>& indices, Stream<WeightWord>& words,
+                long& trips);
+void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
+              Stream<RegionWord>& region, Stream<WeightWord>& words, Stream<SumWord>& sums,
+              long& trips, long& macs);
+void read_scales(const Task& task, const Word* words, Stream<Word>& scales, long& trips);
+void read_shortcut(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
+                   long& trips);
+void scale(const Task& task, Stream<Tile>& tiles, Stream<Word>& scales, Stream<Beat>& shortcut,
+           Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips);
+void store(const Task& task, Beat* maps, Stream<Tile>& tiles, Stream<CodeWord>& codes, long& trips,
+           long& output_beats);
 
 void clear_sums();
 

@@ -40,33 +40,49 @@ lanes:
   return tile;
 }
 
-// Every process that follows the plan gets its own copy of the items, once for each tile.
-void read_plan(const Task& task, const Word* tables, Stream<Item>& for_input,
-               Stream<Item>& for_weights, Stream<Item>& for_array, Trips& trips) {
-  const int tiles = tile_count(task);
-passes:
-  for (int pass = 0; pass < tiles; ++pass) {
-  items:
-    for (int i = 0; i < task[kItemCount]; ++i) {
-      // II = 1: nothing is carried from one item to the next
+// Every process that follows the plan gets its own copy of the tiles and of the items.
+void read_plan(const Task& task, const Word* words, Stream<Tile>& tiles_to_read,
+               Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_word,
+               Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
+               Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_store,
+               Stream<Item>& items_to_read,
+               Stream<Item>& items_to_place, Stream<Item>& items_to_word,
+               Stream<Item>& items_to_multiply, long& trips) {
+tiles_d:
+  for (int d = 0; d < tiles_along(task, 0); ++d)
+  tiles_h:
+    for (int h = 0; h < tiles_along(task, 1); ++h)
+    tiles_w:
+      for (int w = 0; w < tiles_along(task, 2); ++w) {
+        const Tile tile = make_tile(task, d, h, w);
+        tiles_to_read.write(tile);
+        tiles_to_place.write(tile);
+        tiles_to_word.write(tile);
+        tiles_to_multiply.write(tile);
+        tiles_to_scale.write(tile);
+        tiles_to_add.write(tile);
+        tiles_to_store.write(tile);
+      items:
+        for (int i = 0; i < task[kItemCount]; ++i) {
+          // II = 1: nothing is carried from one item to the next
 #pragma HLS PIPELINE II = 1
-      KGRC_TRIP();
-      const Word word = tables[task[kItems] + i];
-      Item item;
-      item.channel_tile = int(word & 0xffff);
-      item.slot = int(word >> 16 & 0xff);
-      item.mask = int(word >> 24 & 0xffff);
-      item.new_region = bool(word >> 40 & 1);
-      item.end_block = bool(word >> 41 & 1);
-      item.blocks = int(word >> 48 & 0xffff);
-      item.first = i == 0;
-      for_input.write(item);
-      for_weights.write(item);
-      for_array.write(item);
-      ++trips.plan;
-      ++trips.table_words;
-    }
-  }
+          KGRC_TRIP();
+          const Word word = words[task[kItems] + i];
+          Item item;
+          item.channel_tile = int(word & 0xffff);
+          item.slot = int(word >> 16 & 0xff);
+          item.mask = int(word >> 24 & 0xffff);
+          item.new_region = bool(word >> 40 & 1);
+          item.end_block = bool(word >> 41 & 1);
+          item.blocks = int(word >> 48 & 0xffff);
+          item.first = i == 0;
+          items_to_read.write(item);
+          items_to_place.write(item);
+          items_to_word.write(item);
+          items_to_multiply.write(item);
+          ++trips;
+        }
+      }
 }
 
 }  // namespace kgrc

@@ -68,17 +68,17 @@ def test_skipped_groups_cost_nothing():
 
 def test_a_layer_says_what_binds_it():
     config = preset("8-sparse")
-    plan = tuple(plan_convolution(config, np.ones((512, 512), bool), 4096))
-    dense = cost.Work(
-        ConvShape(4096, (1, 1, 1), (1, 1, 1), filters=4096),
-        (1, 1, 1),
-        (1, 1, 1),
-        (1, 1, 1),
-        cost.conv_words(config, ConvShape(4096, (1, 1, 1), (1, 1, 1), filters=4096), 8, 1),
-        plan,
-        True,
-    )
+    plan = tuple(plan_convolution(config, np.ones((64, 64), bool), 512))
+    shape = ConvShape(512, (1, 3, 3), (1, 3, 3), filters=512)
+    one = (1, 1, 1)
+    words = cost.conv_words(config, shape, 8, 9)
+    dense = cost.Work(shape, one, one, one, words, plan, columns=3)
     assert cost.task_cost(config, dense).bound == "weights"
+    # of one column in nine, only that one is fetched
+    words = cost.conv_words(config, shape, 8, 1)
+    single = cost.Work(shape, one, one, one, words, plan, columns=1)
+    beats = [cost.task_cost(config, work).weight_beats for work in (dense, single)]
+    assert beats[0] == 9 * beats[1]
     net = Net(size=(4, 14, 16), channels=64)
     net.conv("clip", 64)
     program, _ = compiled(net, config)

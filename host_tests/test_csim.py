@@ -105,7 +105,7 @@ def with_sources(monkeypatch, folder, changes):
         # one copy of the region for all columns: more than two reads of a bank
         ("compute.cpp", "region_ram[in_use][read / 2]", "region_ram[in_use][0]"),
         # a stride of 3 and more without cutting the beat in parts
-        ("memory.cpp", "stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1", "1"),
+        ("memory.cpp", "region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1", "1"),
     ],
 )
 def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
@@ -158,8 +158,8 @@ SANITIZED = """
 #include <vector>
 #include "design.h"
 using namespace kgrc;
-extern "C" void kgrc_run(const Beat*, const Beat*, Beat*, const WeightBeat*, const Word*, Word*,
-                         Word*, int, int);
+extern "C" void kgrc_run(const Beat*, const Beat*, Beat*, const WeightBeat*, const Word*,
+                         const Word*, const Word*, const Word*, Word*, Word*, int, int);
 static std::vector<char> file(const char* name) {
   std::FILE* in = std::fopen(name, "rb");
   std::fseek(in, 0, SEEK_END);
@@ -175,8 +175,9 @@ int main(int, char** names) {
   std::vector<Word> status(tasks * kStatusWords);
   Word digest;
   Beat* map = reinterpret_cast<Beat*>(maps.data());
-  kgrc_run(map, map, map, reinterpret_cast<WeightBeat*>(weights.data()),
-           reinterpret_cast<Word*>(tables.data()), status.data(), &digest, 0, tasks);
+  const Word* table = reinterpret_cast<const Word*>(tables.data());
+  kgrc_run(map, map, map, reinterpret_cast<WeightBeat*>(weights.data()), table, table, table,
+           table, status.data(), &digest, 0, tasks);
   std::FILE* out = std::fopen(names[5], "wb");
   std::fwrite(maps.data(), 1, maps.size(), out);
   std::fclose(out);

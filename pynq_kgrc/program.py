@@ -242,11 +242,12 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         if isinstance(task, ConvTask):
             pool = NO_POOL if task.pool is None else task.pool.kernel
             words = conv_words(config, task.shape, *task.weights.kept)
+            columns = min(config.pk, task.weights.kept[1])
             items = plan_convolution(config, task.weights.enabled, task.shape.filters)
             share = min(config.filter_tiles, -(-task.shape.filters // config.tm))
         else:
             pool, words, items = NO_POOL, shape.taps, plan_pool(config, shape.channels)
-            share = 1
+            share, columns = 1, 0
         return Work(
             shape=shape,
             out_size=pooled_size(shape, pool),
@@ -254,7 +255,7 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
             tile=tile_size(config, shape, pool, share * words, task.name),
             words=words,
             items=tuple(items),
-            convolves=isinstance(task, ConvTask),
+            columns=columns,
             shortcut=isinstance(task, ConvTask) and task.shortcut is not None,
             wide=task.out.bits > config.bits,
         )

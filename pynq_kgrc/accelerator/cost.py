@@ -37,10 +37,23 @@ class Work:
     words: int
     """Words of weights of an item: tap tiles x column blocks x row blocks; taps of a pool."""
     items: tuple[Item, ...]
-    convolves: bool
+    columns: int
+    """Columns of weights of a word, P_K at most; 0 of a pool."""
     shortcut: bool = False
     wide: bool = False
     """Whether the output has 16 bits in a design of fewer."""
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of weights of a pass: a word of one group each."""
+        if not self.columns:
+            return 0
+        return sum(item.mask.bit_count() for item in self.items) * self.words
+
+    def chunk_beats(self, config: AcceleratorConfig) -> int:
+        """Beats of a chunk: rows x columns x T_N codes."""
+        bits = config.rows_per_cycle * self.columns * config.tn * config.bits
+        return -(-bits // (64 * config.weight_port_words))
 
 
 @dataclass(frozen=True)
@@ -222,12 +235,14 @@ def _region_beats(config: AcceleratorConfig, shape: WindowShape, extent: Size, f
 def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
     """Everything a task costs, each number exactly as the C-simulation counts it."""
     shape, items = work.shape, work.items
-    busy = [item for item in items if item.mask]
-    groups = sum(item.mask.bit_count() for item in busy)
     regions = sum(item.new_region for item in items)
     vectors = sum(item.blocks for item in items)
-    chunk_beats = config.chunk_words // config.weight_port_words
-    chunks = groups * work.words if work.convolves else 0
+    chunks, chunk_beats = work.chunks, work.chunk_beats(config)
+    # a word of a pool takes a trip, an item of which nothing is enabled too
+    trips_of_words = chunks * chunk_beats + sum(not item.mask for item in items)
+    if not work.columns:
+        trips_of_words = len(items) * work.words
+    beats_out = 16 // config.bits if work.wide else 1
     totals = dict.fromkeys(("input", "weights", "scale", "store", "macs"), 0)
     read = shortcut = written = tiles = 0
     for first, extent in _tiles(work.out_size, work.tile):
@@ -235,9 +250,9 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
         load = _region_words(config, shape, extent, first)
         handed_on = vectors * extent[0] * extent[1] * beats_of_row(config, extent[2])
         totals["input"] += regions * load
-        totals["weights"] += shape.taps + chunks * chunk_beats
-        totals["scale"] += vectors * config.tn + handed_on
-        totals["store"] += handed_on
+        totals["weights"] += shape.taps + trips_of_words
+        totals["scale"] += vectors * 2 * config.tn + handed_on
+        totals["store"] += handed_on * beats_out
         totals["macs"] += chunks * config.rows_per_cycle * config.pk * config.tn * math.prod(extent)
         read += regions * _region_beats(config, shape, extent, first)
         shortcut += handed_on if work.shortcut else 0
@@ -250,7 +265,7 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
         plan=tiles * len(items),
         input_beats=read,
         shortcut_beats=shortcut,
-        output_beats=written * (16 // config.bits if work.wide else 1),
+        output_beats=written * beats_out,
         weight_beats=tiles * chunks * chunk_beats,
         table_words=tiles * tables,
     )

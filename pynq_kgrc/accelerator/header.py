@@ -12,7 +12,7 @@ FIELDS = (
     *("kernel_d", "kernel_h", "kernel_w", "stride_d", "stride_h", "stride_w"),
     *("pad_d", "pad_h", "pad_w", "fill"),
     *("tile_d", "tile_h", "tile_w"),
-    *("tap_tiles", "col_steps", "row_steps"),
+    *("tap_tiles", "col_steps", "row_steps", "chunks", "chunk_beats"),
     *("pool_d", "pool_h", "pool_w"),
     *("has_shortcut", "shortcut_d", "shortcut_h", "shortcut_w"),
     *("shortcut_zero", "shortcut_mult", "shortcut_shift"),
@@ -20,7 +20,8 @@ FIELDS = (
     "reserved",
 )
 """Fields of a task's descriptor, 32 bits each, in memory order. Addresses count beats of their
-port from the start of its memory; `weights` and `indices` are where a pass over the plan begins."""
+port from the start of its memory; `weights` and `indices` are where a pass over the plan begins, of
+which each has `chunks` chunks of `chunk_beats` beats."""
 
 KINDS = ("convolution", "max_pool", "sum_pool")
 
@@ -31,6 +32,15 @@ STATUS = (
     *("input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words"),
 )
 """What the kernel reports of a task, 64 bits each: trips of its pipelined loops, then counts."""
+
+MAP_PORTS = ("input", "shortcut", "output")
+"""Memory ports that all see the maps."""
+
+TABLE_PORTS = ("tables", "items", "indices", "scales")
+"""Memory ports that all see the tables; each has one reader."""
+
+PORTS = (*MAP_PORTS, "weights", *TABLE_PORTS, "status")
+"""The pointers that the kernel takes, in the order of its arguments."""
 
 MAX_TAPS = 512
 """Taps of the largest kernel."""

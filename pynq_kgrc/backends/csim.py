@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.header import STATUS, config_header
+from pynq_kgrc.accelerator.header import MAP_PORTS, PORTS, STATUS, TABLE_PORTS, config_header
 from pynq_kgrc.backends.base import Counters, check_codes, check_design, check_size
 from pynq_kgrc.backends.image import (
     Image,
@@ -172,9 +172,11 @@ class CSimulation:
         def at(array: Array) -> ctypes.c_void_p:
             return ctypes.c_void_p(array.ctypes.data)
 
-        maps = at(self._maps)
-        tables = (at(self._image.weights), at(self._image.tables), at(self._status))
-        self._library.kgrc_run(maps, maps, maps, *tables, ctypes.byref(digest), first, count)
+        memory = {name: at(self._image.tables) for name in TABLE_PORTS}
+        memory |= {name: at(self._maps) for name in MAP_PORTS}
+        memory |= {"weights": at(self._image.weights), "status": at(self._status)}
+        pointers = (*(memory[name] for name in PORTS), ctypes.byref(digest))
+        self._library.kgrc_run(*pointers, first, count)
         if f"{digest.value:016x}" != self.config.digest:
             raise DeviceError(
                 f"the library is of design {digest.value:016x}, not {self.config.digest}"

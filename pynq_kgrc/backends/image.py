@@ -159,6 +159,8 @@ def _describe(program: Program, task: Task, work: Work) -> dict[str, int]:
             "tap_tiles": task.weights.values.shape[2],
             "col_steps": -(-kc // config.pk),
             "row_steps": -(-kr // config.rows_per_cycle),
+            "chunks": work.chunks,
+            "chunk_beats": work.chunk_beats(config),
         }
         if task.shortcut is not None:
             values |= {
@@ -191,7 +193,7 @@ def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[Array, A
     """Words of weights, and of indices, in the order in which the array takes them."""
     if not isinstance(task, ConvTask):
         return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-    codes, index = _chunk_parts(config, task.weights)
+    codes, index = _chunk_parts(config, task.weights, work.chunk_beats(config))
     groups = config.groups_per_tile
     chunks: list[Array] = []
     indices: list[Array] = []
@@ -206,18 +208,23 @@ def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[Array, A
     return np.concatenate([none, *chunks]), np.concatenate([none, *indices])
 
 
-def _chunk_parts(config: AcceleratorConfig, weights: KgrcWeights) -> tuple[Array, Array]:
-    """[P, Q, words, chunk words] of weights and [P, Q, words, index words] of indices."""
+def _chunk_parts(
+    config: AcceleratorConfig, weights: KgrcWeights, beats: int
+) -> tuple[Array, Array]:
+    """[P, Q, words, chunk words] of weights and [P, Q, words, index words] of indices.
+
+    A chunk has its columns one after the other, so that few columns take few beats.
+    """
     p, q, t, kr, gn, kc = weights.values.shape
     rows, pk = config.rows_per_cycle, config.pk
     row_steps, col_steps = -(-kr // rows), -(-kc // pk)
     values = np.zeros((p, q, t, row_steps * rows, gn, col_steps * pk), weights.values.dtype)
     values[:, :, :, :kr, :, :kc] = weights.values
     split = values.reshape(p, q, t, row_steps, rows, gn, col_steps, pk)
-    ordered = split.transpose(0, 1, 2, 6, 3, 4, 7, 5).reshape(p, q, t * col_steps * row_steps, -1)
-    count = config.chunk_words * 64 // config.bits
+    ordered = split.transpose(0, 1, 2, 6, 3, 7, 4, 5).reshape(p, q, t * col_steps * row_steps, -1)
+    count = beats * config.weight_port_words * 64 // config.bits
     full = np.zeros((*ordered.shape[:3], count), values.dtype)
-    full[..., : ordered.shape[3]] = ordered
+    full[..., : ordered.shape[3]] = ordered[..., :count]
     words = _to_bytes(full, config.bits).view(np.uint64).reshape(*full.shape[:3], -1)
     if not config.sparse:
         return words, np.zeros((p, q, words.shape[2], 0), np.uint64)
