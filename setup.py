@@ -24,7 +24,7 @@ setup(
     ],
     extras_require={
         "board": ["pynq>=3.0.1", "pycparser<3", "setuptools<=80"],
-        "train": ["torch>=2.6"],
+        "train": ["torch>=2.6", "tomli-w>=1.0", "tomli>=2.0; python_version < '3.11'"],
         "serve": ["fastapi", "uvicorn"],
         "bench": ["onnx", "onnxruntime", "openvino", "psutil"],
         "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "onnx", "onnxruntime"],

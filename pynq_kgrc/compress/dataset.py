@@ -227,7 +227,7 @@ def _decode(
             raise DataError(f"{videos.folder / INDEX}: {error}") from error
 
     with written_beside(path) as beside, ThreadPoolExecutor(workers) as pool:
-        mapped = np.lib.format.open_memmap(beside, "w+", np.uint8, shape)
+        mapped = np.lib.format.open_memmap(beside, "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
         try:
             for i, frames in enumerate(pool.map(clip, videos.samples)):
                 mapped[i] = frames
@@ -235,7 +235,7 @@ def _decode(
             pool.shutdown(cancel_futures=True)
             raise
         mapped.flush()
-        digest = hashlib.sha256(mapped).hexdigest()
+        digest = hashlib.sha256(mapped.data).hexdigest()
         del mapped
     note = {"sha256": digest, "shape": shape, "clip": asdict(spec), "folder": str(videos.folder)}
     with written_beside(path.with_suffix(".json")) as beside:
@@ -251,6 +251,6 @@ def _fault(path: Path, shape: tuple[int, ...]) -> str:
         return str(error) or type(error).__name__
     if mapped.shape != shape or mapped.dtype != np.uint8:
         return f"{mapped.dtype} of {mapped.shape} instead of uint8 of {shape}"
-    if hashlib.sha256(np.ascontiguousarray(mapped)).hexdigest() != expected:
+    if hashlib.sha256(np.ascontiguousarray(mapped).data).hexdigest() != expected:
         return "its bytes do not match their SHA-256"
     return ""

@@ -1,20 +1,23 @@
 """Sparsity patterns as projections: set the least of a weight to zero, balanced over its groups.
 
 KGR prunes rows (filters) of each kernel group, KGC columns (taps), KGRC both (KGRC paper, section
-III). A projection returns a weight of the same shape whose zeros are the pattern; no mask is kept.
+III); the other patterns of the papers are here to compare. A projection returns a weight of the
+same shape whose zeros are the pattern; no mask is kept.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import Graph
-from pynq_kgrc.groups import GroupSize, join, split
+from pynq_kgrc.groups import GroupSize
 from pynq_kgrc.quant import Array
 
 DEFAULT_GROUP = GroupSize(gm=8, gn=8, tk=9)
@@ -52,45 +55,196 @@ class Rates:
         return kept[0], kept[1]
 
 
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Parts of a weight that are pruned as a whole, and how many of them stay.
+
+    Each pattern is one or two of these; projections, penalties and scores all read them.
+    """
+
+    ids: Array
+    """[M, N, K] int64: the unit that each weight belongs to. Those of one competition follow
+    each other: `per` of them, of which `keep` stay."""
+    per: int
+    keep: int
+    competitions: int
+    norm: int = 2
+    """1 or 2: whether sums of magnitudes or of squares decide."""
+
+    @property
+    def count(self) -> int:
+        return self.per * self.competitions
+
+    def strength(self, scores: Array) -> Array:
+        """[units]: the sum over each unit of `scores` [M, N, K]."""
+        return np.bincount(self.ids.ravel(), scores.ravel().astype(np.float64), self.count)
+
+    def kept(self, scores: Array) -> Array:
+        """Bool [M, N, K]: whether a weight is in a unit that stays; of equal units, the first."""
+        strength = self.strength(scores).reshape(self.competitions, self.per)
+        order = np.argsort(-strength, axis=1, kind="stable")
+        keep = np.zeros(strength.shape, bool)
+        np.put_along_axis(keep, order[:, : self.keep], True, axis=1)
+        kept: Array = keep.ravel()[self.ids]
+        return kept
+
+
+Shape = tuple[int, ...]
+"""[M, N, kernel...]: of a convolution's weight, or [M, N] of a fully connected layer's."""
+
+
+class Pattern(Protocol):
+    """Which parts of a weight may be pruned."""
+
+    def units(self, shape: Shape) -> tuple[Units, ...]:
+        """The units of a weight of this shape; a weight stays if it does so in all of them."""
+
+
+@dataclass(frozen=True)
+class KernelGroups:
+    """KGR, KGC and KGRC: the weakest rows and columns of each kernel group, balanced.
+
+    Strength is the L2 norm, of a row over its channels and taps and of a column over its kernels;
+    both are judged on the same weights (KGRC paper, section III-B).
+    """
+
+    rates: Rates
+    size: GroupSize = DEFAULT_GROUP
+    share_columns: bool = True
+    """All tap tiles of a kernel keep the same columns, as the paper's 3x3x3 kernels do; only
+    where the tiles divide the kernel evenly."""
+
+    def units(self, shape: Shape) -> tuple[Units, ...]:
+        m, n, k = _places(shape)
+        taps = math.prod(shape[2:])
+        p, q, t = self.size.counts(shape[0], shape[1], taps)
+        gm, gk = self.size.gm, self.size.columns(taps)
+        kr, kc = self.rates.kept(self.size, taps)
+        group = m // gm * q + n // self.size.gn
+        found = []
+        if kr < gm:
+            found.append(Units(group * gm + m % gm + 0 * k, gm, kr, p * q))
+        if kc < gk:
+            shared = self.share_columns and taps % gk == 0
+            tile = group if shared else group * t + k // gk
+            found.append(Units(tile * gk + k % gk, gk, kc, p * q * (1 if shared else t)))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Whole blocks of filters x channels, the weakest of the layer.
+
+    With the kernel group's size this is RT3D's vanilla sparsity, with T_m x T_n the blockwise
+    pruning of Sun et al. (ISCAS 2020), eq. (1): at most (1 - rate) of the blocks stay.
+    """
+
+    rate: Fraction
+    filters: int = 8
+    channels: int = 8
+
+    def units(self, shape: Shape) -> tuple[Units, ...]:
+        m, n, k = _places(shape)
+        across = -(-shape[1] // self.channels)
+        blocks = -(-shape[0] // self.filters) * across
+        ids = m // self.filters * across + n // self.channels + 0 * k
+        return (Units(ids, blocks, _kept(self.rate, blocks), 1),)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Whole filters, the weakest of the layer."""
+
+    rate: Fraction
+
+    def units(self, shape: Shape) -> tuple[Units, ...]:
+        m, n, k = _places(shape)
+        return (Units(m + 0 * n + 0 * k, shape[0], _kept(self.rate, shape[0]), 1),)
+
+
+@dataclass(frozen=True)
+class KernelRows:
+    """KRP: `keep` rows of each kernel stay, by their L1 norm (Sui et al. 2023, eq. (1)).
+
+    A row is one line of taps along the width; a 3-D kernel has depth x height of them.
+    """
+
+    keep: int = 1
+
+    def units(self, shape: Shape) -> tuple[Units, ...]:
+        m, n, k = _places(shape)
+        width = shape[-1] if len(shape) > 2 else 1
+        rows = math.prod(shape[2:]) // width
+        if not 1 <= self.keep <= rows:
+            raise ConfigError(f"keep={self.keep} rows of a kernel of {rows}; use 1 to {rows}")
+        ids = (m * shape[1] + n) * rows + k // width
+        return (Units(ids, rows, self.keep, shape[0] * shape[1], norm=1),)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Single weights, the smallest of the layer: unstructured, for fully connected layers."""
+
+    rate: Fraction
+
+    def units(self, shape: Shape) -> tuple[Units, ...]:
+        size = math.prod(shape)
+        ids = np.arange(size).reshape(shape[0], shape[1], -1)
+        return (Units(ids, size, _kept(self.rate, size), 1),)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several patterns on one weight, all judged on the same values; a weight has to pass all."""
+
+    patterns: tuple[Pattern, ...]
+
+    def units(self, shape: Shape) -> tuple[Units, ...]:
+        return tuple(unit for pattern in self.patterns for unit in pattern.units(shape))
+
+
+def _places(shape: Shape) -> tuple[Array, Array, Array]:
+    """Filter, channel and tap of every weight, open grids of [M, N, K]."""
+    m, n, k = np.ogrid[: shape[0], : shape[1], : math.prod(shape[2:])]
+    return m, n, k
+
+
+def _kept(rate: Fraction, count: int) -> int:
+    """Units that stay when `rate` of them go: at most (1 - rate) of them, but never none."""
+    if not 0 <= rate < 1:
+        raise ConfigError(f"a rate of {rate}; accepted is 0 to below 1")
+    return max(1, math.floor((1 - Fraction(rate)) * count))
+
+
+def keep_mask(weight: Array, pattern: Pattern, scores: Array | None = None) -> Array:
+    """Bool, as `weight`: what the pattern keeps.
+
+    `scores` says what each weight is worth, instead of its magnitude.
+    """
+    flat = weight.reshape(weight.shape[0], weight.shape[1], -1).astype(np.float64)
+    keep = np.ones(flat.shape, bool)
+    for units in pattern.units(weight.shape):
+        worth = np.abs(flat) ** units.norm if scores is None else scores.reshape(flat.shape)
+        keep &= units.kept(worth)
+    return keep.reshape(weight.shape)
+
+
 def project(
     weight: Array, rates: Rates, size: GroupSize = DEFAULT_GROUP, share_columns: bool = True
 ) -> Array:
     """The weight [M, N, kd, kh, kw] with the weakest rows and columns of each group at zero.
 
-    Strength is the L2 norm, of a row over its channels and taps and of a column over its kernels;
-    both are judged on the same weights, and both prunings apply (KGRC paper, section III-B).
-
-    Args:
-        weight: any float or integer type; not changed.
-        rates: R_R and R_C.
-        size: G_M, G_N, T_K.
-        share_columns: let all tap tiles of a kernel keep the same columns, as the paper's
-            3x3x3 kernels do; only where the tiles divide the kernel evenly.
+    Any float or integer type; the weight itself is not changed. See `KernelGroups`.
 
     Raises:
         ConfigError: rates that do not give whole rows and columns.
     """
-    filters, channels, *kernel = weight.shape
-    taps = math.prod(kernel)
-    kr, kc = rates.kept(size, taps)
-    groups = split(weight.reshape(filters, channels, taps), size)
-    squares = groups.astype(np.float64) ** 2
-    rows = _strongest(squares.sum(axis=(2, 4, 5)), kr)
-    by_column = squares.sum(axis=(3, 4))
-    if share_columns and taps % groups.shape[5] == 0:
-        by_column = np.broadcast_to(by_column.sum(axis=2, keepdims=True), by_column.shape)
-    cols = _strongest(by_column, kc)
-    keep = rows[:, :, None, :, None, None] & cols[:, :, :, None, None, :]
-    pruned = join(np.where(keep, groups, np.zeros((), groups.dtype)), filters, channels, taps)
-    return pruned.reshape(weight.shape)
+    return project_pattern(weight, KernelGroups(rates, size, share_columns))
 
 
-def _strongest(strength: Array, count: int) -> Array:
-    """Bool of the `count` largest along the last axis; of equals, the first."""
-    order = np.argsort(-strength, axis=-1, kind="stable")
-    keep = np.zeros(strength.shape, bool)
-    np.put_along_axis(keep, order[..., :count], True, axis=-1)
-    return keep
+def project_pattern(weight: Array, pattern: Pattern, scores: Array | None = None) -> Array:
+    """The nearest weight of the pattern: what `keep_mask` does not keep is zero."""
+    return np.where(keep_mask(weight, pattern, scores), weight, np.zeros((), weight.dtype))
 
 
 PATTERNS = ("kgr", "kgc", "kgrc")
@@ -147,8 +301,19 @@ def _r2plus1d_rates() -> dict[str, Rates]:
     return rates
 
 
-def prune(graph: Graph, rates: dict[str, Rates], size: GroupSize = DEFAULT_GROUP) -> Graph:
-    """The graph with every named layer projected: one-shot magnitude pruning.
+def prune(
+    graph: Graph,
+    rates: Mapping[str, Rates | Pattern],
+    size: GroupSize = DEFAULT_GROUP,
+    scores: Mapping[str, Array] | None = None,
+) -> Graph:
+    """The graph with every named layer projected: one-shot pruning.
+
+    Args:
+        graph: not changed.
+        rates: for each layer its rates in groups of `size`, or any pattern.
+        size: G_M, G_N, T_K.
+        scores: what each weight of a layer is worth; its magnitude unless given.
 
     Raises:
         ConfigError: a layer that is not a convolution of the graph, or rates that do not fit.
@@ -161,7 +326,8 @@ def prune(graph: Graph, rates: dict[str, Rates], size: GroupSize = DEFAULT_GROUP
             raise ConfigError(f"the recipe names {name!r}; {graph.name} has {known}, ...")
         weight = layers[name].weight
         assert weight is not None
-        weights[name] = project(weight, rate, size)
+        pattern = KernelGroups(rate, size) if isinstance(rate, Rates) else rate
+        weights[name] = project_pattern(weight, pattern, (scores or {}).get(name))
     return graph.with_weights(weights)
 
 
