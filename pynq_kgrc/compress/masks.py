@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from pynq_kgrc.errors import ConfigError
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
-
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
+def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weight of every convolution and fully connected layer, by the layer's name."""
-    return {
-        name: layer.weight for name, layer in module.named_modules() if isinstance(layer, LAYERS)
-    }
+    found = {}
+    for name, layer in module.named_modules():
+        weight = getattr(layer, "weight", None)
+        if (
+            isinstance(weight, nn.Parameter) and weight.ndim > 1
+        ):  # a gain of batch norm has one axis
+            found[name] = weight
+    return found
 
 
 def chosen_weights(module: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
@@ -28,7 +31,7 @@ def chosen_weights(module: nn.Module, names: list[str]) -> dict[str, nn.Paramete
     chosen = {}
     for name in names:
         weight = own.get(name)
-        if not isinstance(weight, nn.Parameter):
+        if weight is None:
             known = ", ".join(list(own)[:6])
             kind = type(module).__name__
             raise ConfigError(f"the recipe names {name!r}; {kind} has {known}, ...")

@@ -1,0 +1,179 @@
+"""ADMM: train towards the nearest weight that is allowed, pruned or quantized.
+
+Blockwise ADMM paper (Sun et al., ISCAS 2020), equations (2) to (13) and Algorithm 1, with several
+rho; the same iteration quantizes (KGRC paper, section IV-C) when the nearest weight is a code's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pynq_kgrc.compress.masks import chosen_weights
+from pynq_kgrc.compress.patterns import Pattern, project_pattern
+from pynq_kgrc.compress.quantize import choose_weight_scale
+from pynq_kgrc.compress.recipes import Recipe
+from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.quant import BITS, Array, weight_limit
+
+Projection = Callable[[Array], Array]
+"""The nearest allowed weight (eq. (13))."""
+
+
+class Admm:
+    """rho / 2 * sum of ||W - Z + V||^2 (eq. (11)); Z and V follow between epochs.
+
+    Args:
+        module: the network in training.
+        projections: for each layer, what is allowed.
+        rho: the penalty parameter of the first round.
+        rounds: how many times rho grows (multi-rho).
+        growth: by how much.
+        every: epochs between two updates of Z (eq. (13)) and V (eq. (9)).
+
+    Raises:
+        ConfigError: a layer that the network does not have.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        projections: Mapping[str, Projection],
+        rho: float = 1e-3,
+        rounds: int = 3,
+        growth: float = 10.0,
+        every: int = 1,
+    ) -> None:
+        if rho <= 0 or growth < 1 or rounds < 1 or every < 1:
+            raise ConfigError(
+                f"rho={rho}, growth={growth}, rounds={rounds}, every={every}; rho has to be above "
+                f"0, the others 1 or more"
+            )
+        self._weights = chosen_weights(module, list(projections))
+        self._projections = dict(projections)
+        self.rho, self.rounds, self.growth, self.every = rho, rounds, growth, every
+        self._now = rho
+        self._z = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._v = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+
+    def loss(self) -> Tensor:
+        """Eq. (11) of the weights as they are."""
+        parts = [((w - self._z[n] + self._v[n]) ** 2).sum() for n, w in self._weights.items()]
+        return self._now / 2 * torch.stack(parts).sum()
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Z <- nearest allowed (W + V), V <- V + W - Z; V starts over where rho grows."""
+        before = (epoch - 1) * self.rounds // epochs if epoch else -1
+        now = epoch * self.rounds // epochs
+        self._now = self.rho * self.growth**now
+        if now != before:
+            self._v = {name: torch.zeros_like(v) for name, v in self._v.items()}
+        if epoch % self.every and now == before:
+            return
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                self._z[name] = self._project(name, weight + self._v[name])
+                self._v[name] = self._v[name] + weight - self._z[name]
+
+    def distance(self) -> float:
+        """The largest ||W - nearest allowed|| / ||W|| over the layers: how far it converged."""
+        with torch.no_grad():
+            return max(
+                float(
+                    (weight - self._project(name, weight)).norm() / weight.norm().clamp_min(1e-12)
+                )
+                for name, weight in self._weights.items()
+            )
+
+    def settle(self) -> None:
+        """Put every weight on its nearest allowed one: the hard pruning of Algorithm 1."""
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(self._project(name, weight))
+
+    def _project(self, name: str, weight: Tensor) -> Tensor:
+        nearest = self._projections[name](weight.detach().cpu().numpy())
+        return torch.from_numpy(nearest).to(weight.device, weight.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"z": self._z, "v": self._v}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._z, self._v = state["z"], state["v"]
+
+
+def pruning_projections(recipe: Recipe) -> dict[str, Projection]:
+    """For each layer of a recipe, the nearest weight of its pattern."""
+    return {name: partial(_pruned, pattern) for name, pattern in recipe.items()}
+
+
+def _pruned(pattern: Pattern, weight: Array) -> Array:
+    return project_pattern(weight, pattern)
+
+
+def quantize_to(weight: Array, bits: int) -> Array:
+    """The nearest weight of integer codes, one scale a filter; zeros stay zeros.
+
+    Raises:
+        ConfigError: a width that accelerators do not have.
+    """
+    if bits not in BITS:
+        raise ConfigError(f"bits={bits}; accepted are {BITS}")
+    limit = weight_limit(bits)
+    scale = _column(choose_weight_scale(weight, bits, "mse"), weight)
+    codes: Array = np.clip(np.floor(weight / scale + 0.5), -limit, limit)
+    return np.asarray(codes * scale, weight.dtype)
+
+
+def quantize_to_powers(weight: Array, bits: int) -> Array:
+    """The nearest weight of 0 and powers of two, one scale a filter; zeros stay zeros.
+
+    At 3 bits the codes are 0, +-1, +-2, +-4, which a 4-bit accelerator runs; at 4 bits 0 and
+    +-1 to +-64, which an 8-bit one runs (GSNQ's values: Sui et al., Sensors 2022).
+
+    Raises:
+        ConfigError: another number of bits.
+    """
+    if bits not in (3, 4):
+        raise ConfigError(f"powers of two take 3 or 4 bits, not {bits}")
+    top = 2 ** (2 ** (bits - 1) - 2)
+    largest = np.abs(weight.reshape(weight.shape[0], -1)).max(axis=1)
+    scale = _column(largest / top, weight)
+    codes = np.abs(weight / scale)
+    # halfway between powers on the scale of reals: 1.5 is nearer to 2 than to 1 only from there on
+    exponent = np.clip(np.floor(np.log2(np.maximum(codes, 1e-12) / 0.75)), 0, np.log2(top))
+    powers = np.where(codes < 0.5, 0.0, 2.0**exponent)
+    return np.asarray(np.sign(weight) * powers * scale, weight.dtype)
+
+
+def _column(scale: Array, weight: Array) -> Array:
+    """[M] as [M, 1, ...]; a filter of zeros has any scale."""
+    safe = np.where(scale > 0, scale, 1.0)
+    return safe.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def quantizing_projections(
+    module: nn.Module, names: list[str], bits: int, powers: bool = False
+) -> dict[str, Projection]:
+    """For each layer, the nearest weight of codes; what is pruned stays pruned.
+
+    Raises:
+        ConfigError: a layer that the network does not have, or a width that is not there.
+    """
+    quantizer = quantize_to_powers if powers else quantize_to
+    quantizer(np.ones((1, 1)), bits)  # refuses the width before training starts
+    return {
+        name: partial(_on_kept, quantizer, bits, (w == 0).cpu().numpy())
+        for name, w in chosen_weights(module, names).items()
+    }
+
+
+def _on_kept(
+    quantizer: Callable[[Array, int], Array], bits: int, zeros: Array, weight: Array
+) -> Array:
+    return quantizer(np.where(zeros, np.zeros((), weight.dtype), weight), bits)

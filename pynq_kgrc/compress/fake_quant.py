@@ -1,0 +1,293 @@
+"""A quantized graph as a torch network that can be trained: codes forward, straight through back.
+
+The forward pass is docs/equations.md in floating point: with a float64 clip it gives the codes of
+the compiled program bit for bit, with float32 it may round a tie the other way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pynq_kgrc.compress.quantize import tie
+from pynq_kgrc.errors import CompileError
+from pynq_kgrc.graph import (
+    ADD,
+    CONCAT,
+    CONV,
+    INPUT,
+    MAX_POOL,
+    ConvShape,
+    Graph,
+    Layer,
+    WindowShape,
+)
+from pynq_kgrc.quant import MAX_SHIFT, MULT_BITS, QuantParams, WeightQuant, weight_limit
+
+
+class _Straight(torch.autograd.Function):
+    """Forward the second value, backward as if it were the first."""
+
+    @staticmethod
+    def forward(ctx: Any, real: Tensor, coded: Tensor) -> Tensor:
+        return coded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight(real: Tensor, coded: Tensor) -> Tensor:
+    """`coded`, with the gradient of `real`."""
+    found: Tensor = _Straight.apply(real, coded)  # type: ignore[no-untyped-call]
+    return found
+
+
+def round_half_up(value: Tensor) -> Tensor:
+    """floor(v + 1/2), with the gradient of v."""
+    return straight(value, torch.floor(value.detach() + 0.5))
+
+
+def as_multiplier(ratio: Tensor) -> Tensor:
+    """mult * 2^-shift of `quant.multiplier`, with the gradient of the ratio; float64."""
+    mantissa, exponent = torch.frexp(ratio.detach())
+    places = 1 << MULT_BITS
+    exact = torch.ldexp(torch.floor(mantissa * places + 0.5) / places, exponent)
+    # a mantissa that rounds up to 1 has one more place, and one less to shift
+    shift = MULT_BITS - exponent - (torch.floor(mantissa * places + 0.5) == places).int()
+    return straight(ratio, torch.where(shift > MAX_SHIFT, torch.zeros_like(exact), exact))
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A tensor of codes less their zero point, [N, C, D, H, W], and the name of its format."""
+
+    codes: Tensor
+    format: str
+
+
+class FakeQuantNetwork(nn.Module):
+    """[N, 3, D, H, W] input values to logits [N, classes], computed as the program computes.
+
+    Weights, biases and the scales of all formats but the clip's and the result's are parameters.
+    Zero points stay as calibration chose them.
+
+    Args:
+        graph: from `choose_quant`; its weights are where training starts.
+
+    Raises:
+        CompileError: a graph without formats.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self._rides = _riders(graph)
+        ties = tie(graph)
+        fixed = {graph.layers[0].name, graph.output}
+        self._formats = {
+            layer.name: layer.name if layer.name in fixed else ties[layer.name]
+            for layer in graph.layers
+        }
+        first = _format(graph.layers[0])
+        table = first.quantize(graph.clip.pixel_values()).astype(np.float64) - first.zero_point
+        self._pixel_codes = torch.from_numpy(table)
+        self.convolutions = nn.ModuleDict()
+        self.log_scales = nn.ParameterDict()
+        for layer in graph.layers:
+            key = _key(self._formats[layer.name])
+            if layer.name not in fixed and key not in self.log_scales:
+                scale = torch.tensor(math.log(_format(layer).scale), dtype=torch.float64)
+                self.log_scales[key] = nn.Parameter(scale)
+            if layer.op == CONV:
+                self.convolutions[_key(layer.name)] = _Convolution(layer)
+
+    def scale(self, name: str) -> Tensor:
+        """The scale of a tensor's format, float64; those of the clip and the result are fixed."""
+        key = _key(self._formats[name])
+        if key not in self.log_scales:
+            return torch.tensor(_format(self.graph[name]).scale, dtype=torch.float64)
+        return torch.exp(self.log_scales[key])
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """The logits; float64 in, float64 inside."""
+        last = self.codes(clip)[self.graph.output]
+        return (last * self.scale(self.graph.output).to(last.dtype)).flatten(1)
+
+    def codes(self, clip: Tensor) -> dict[str, Tensor]:
+        """By name, the codes less zero point of every tensor that the program writes."""
+        carried = set(self._rides.values())
+        values: dict[str, Tensor] = {}
+        for layer in self.graph.layers:
+            if layer.name in carried:
+                continue
+            if layer.op == INPUT:
+                values[layer.name] = self._encoded(clip)
+            elif layer.op == CONCAT:
+                parts = [self._copied(values[n], n, layer.name) for n in layer.inputs]
+                values[layer.name] = torch.cat(parts, 1)
+            else:
+                sums = self._sums(layer, values)
+                scale = float(self.scale(layer.name).detach())
+                values[layer.name] = _clamp(sums, _format(layer), layer.activation, scale)
+        return values
+
+    def _encoded(self, clip: Tensor) -> Tensor:
+        """Input values to codes by way of the pixels that they are, as `Program.encode_clip`."""
+        spec = self.graph.clip
+        codes = []
+        for channel, (mean, std) in enumerate(zip(spec.mean, spec.std, strict=True)):
+            pixels = ((clip[:, channel] * std + mean) * 255).round().clamp(0, 255).long()
+            codes.append(self._pixel_codes.to(clip)[channel][pixels])
+        return torch.stack(codes, 1)
+
+    def _sums(self, layer: Layer, values: dict[str, Tensor]) -> Tensor:
+        """What a task computes before its clamp."""
+        if layer.op == CONV:
+            return self._convolved(layer, values, layer.name)
+        if layer.op == ADD:
+            carrier = self._rides.get(layer.name)
+            source = layer.inputs[0] if carrier is None else carrier
+            other = next((n for n in layer.inputs if n != source), source)
+            ratio = as_multiplier(self.scale(other) / self.scale(layer.name))
+            shortcut = round_half_up(values[other] * ratio.to(values[other].dtype))
+            if carrier is None:
+                return self._copied(values[source], source, layer.name) + shortcut
+            return self._convolved(self.graph[carrier], values, layer.name) + shortcut
+        return self._pooled(layer, values)
+
+    def _convolved(self, layer: Layer, values: dict[str, Tensor], written: str) -> Tensor:
+        """rshift((acc + bias) * mult, shift) in the format of the tensor `written`."""
+        source = layer.inputs[0]
+        module = self.convolutions[_key(layer.name)]
+        found: Tensor = module(values[source], self.scale(source), self.scale(written))
+        return found
+
+    def _copied(self, codes: Tensor, source: str, written: str) -> Tensor:
+        """An identity convolution, as the compiler puts in where formats differ."""
+        limit = weight_limit(_format(self.graph[source]).bits)
+        same = self._formats[source] == self._formats[written]
+        if same:
+            return codes
+        ratio = self.scale(source) * (1 / limit) / self.scale(written)
+        return round_half_up(codes * limit * as_multiplier(ratio).to(codes.dtype))
+
+    def _pooled(self, layer: Layer, values: dict[str, Tensor]) -> Tensor:
+        source, shape = layer.inputs[0], layer.shape
+        assert shape is not None
+        average = layer.op != MAX_POOL
+        codes = _padded(values[source], shape, 0.0 if average else -math.inf)
+        same = self._formats[source] == self._formats[layer.name]
+        if not average:
+            pooled = F.max_pool3d(codes, shape.kernel, shape.stride)
+            if same:
+                return pooled
+            ratio = self.scale(source) / self.scale(layer.name)
+        else:
+            pooled = F.avg_pool3d(codes, shape.kernel, shape.stride, divisor_override=1)
+            ratio = self.scale(source) / self.scale(layer.name) / shape.taps
+        return round_half_up(pooled * as_multiplier(ratio).to(pooled.dtype))
+
+    def to_graph(self) -> Graph:
+        """The graph with the weights and formats as they are now, ready for `lower`."""
+        with torch.no_grad():
+            layers = []
+            for layer in self.graph.layers:
+                quant = replace(_format(layer), scale=float(self.scale(layer.name)))
+                changed = replace(layer, out_quant=quant)
+                if layer.op == CONV:
+                    changed = self.convolutions[_key(layer.name)].fill(changed)  # type: ignore[operator]
+                layers.append(changed)
+        return replace(self.graph, layers=tuple(layers))
+
+
+class _Convolution(nn.Module):
+    """A convolution of codes with its own weight, bias and scales of filters."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        weight, bias, quant = layer.weight, layer.bias, layer.weight_quant
+        if weight is None or bias is None or quant is None:
+            raise CompileError(f"{layer.name} has no format of codes; run choose_quant first")
+        assert isinstance(layer.shape, ConvShape)
+        self._shape, self._limit = layer.shape, weight_limit(quant.bits)
+        self.weight = nn.Parameter(torch.from_numpy(np.array(weight, np.float32)))
+        self.bias = nn.Parameter(torch.from_numpy(np.array(bias, np.float32)))
+        scale = np.maximum(np.asarray(quant.scale, np.float64), 1e-30)
+        self.log_scale = nn.Parameter(torch.from_numpy(np.log(scale)))
+        self._bits = quant.bits
+
+    def coded(self) -> Tensor:
+        """[M, N, kd, kh, kw] codes, float64; zeros stay zeros."""
+        real = self.weight.double() / torch.exp(self.log_scale).view(-1, 1, 1, 1, 1)
+        return round_half_up(real).clamp(-self._limit, self._limit)
+
+    def forward(self, codes: Tensor, source: Tensor, written: Tensor) -> Tensor:
+        """Codes before the shortcut and the clamp; the scales are float64."""
+        scale = torch.exp(self.log_scale)
+        bias = round_half_up(self.bias.double() / (source * scale))
+        sums = F.conv3d(
+            _padded(codes, self._shape, 0.0),
+            self.coded().to(codes.dtype),
+            bias.to(codes.dtype),
+            self._shape.stride,
+        )
+        ratio = as_multiplier(source * scale / written).to(codes.dtype)
+        return round_half_up(sums * ratio.view(1, -1, 1, 1, 1))
+
+    def fill(self, layer: Layer) -> Layer:
+        """The layer with this weight, bias and scale."""
+        scale = torch.exp(self.log_scale).numpy()
+        return replace(
+            layer,
+            weight=np.ascontiguousarray(self.weight.numpy(), np.float32),
+            bias=self.bias.double().numpy(),
+            weight_quant=WeightQuant(self._bits, scale),
+        )
+
+
+def _key(name: str) -> str:
+    """Torch's dictionaries allow no dots in their keys."""
+    return name.replace(".", "/")
+
+
+def _format(layer: Layer) -> QuantParams:
+    if layer.out_quant is None:
+        raise CompileError(f"{layer.name} has no format of codes; run choose_quant first")
+    return layer.out_quant
+
+
+def _clamp(sums: Tensor, quant: QuantParams, activation: str, scale: float) -> Tensor:
+    """Within the type and the activation, less the zero point (`lower.clamp_codes`)."""
+    low, high = quant.min - quant.zero_point, quant.max - quant.zero_point
+    if activation != "none":
+        low = 0
+    if activation == "relu6":
+        high = min(high, math.floor(6 / scale + 0.5))
+    return sums.clamp(low, high)
+
+
+def _padded(codes: Tensor, shape: WindowShape, fill: float) -> Tensor:
+    """The map with its padding; a code less its zero point is 0 there."""
+    widths = [w for axis in (2, 1, 0) for w in (shape.pad_before[axis], shape.pad_after[axis])]
+    return F.pad(codes, widths, value=fill) if any(widths) else codes
+
+
+def _riders(graph: Graph) -> dict[str, str]:
+    """For each add, the convolution that carries it in one task, as `lower.fuse` chooses."""
+    order = {layer.name: i for i, layer in enumerate(graph.layers)}
+    rides = {}
+    for layer in graph.layers:
+        if layer.op != ADD or layer.inputs[0] == layer.inputs[1]:
+            continue
+        last = graph[max(layer.inputs, key=order.__getitem__)]
+        alone = len(graph.consumers(last.name)) == 1 and last.name != graph.output
+        if last.op == CONV and last.activation == "none" and alone:
+            rides[layer.name] = last.name
+    return rides
