@@ -20,3 +20,9 @@ def shared_data() -> Path:
 def example_clips() -> Path:
     """The few clips that the project carries."""
     return ROOT / "examples" / "clips"
+
+
+@pytest.fixture(autouse=True)
+def simulated_board(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens the board gets the simulated one."""
+    monkeypatch.setenv("PYNQ_KGRC_SIMULATE", "1")

@@ -1,8 +1,16 @@
-"""The one list of what passes between driver and hardware, and `config.h` made from a design."""
+"""The one list of what passes between driver and hardware, and `config.h` made from a design.
+
+``python -m pynq_kgrc.accelerator.header --design 8-sparse -o hls_src/config.h``
+"""
 
 from __future__ import annotations
 
-from pynq_kgrc.accelerator.config import AcceleratorConfig
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
 
 FIELDS = (
     "kind",
@@ -39,8 +47,34 @@ MAP_PORTS = ("input", "shortcut", "output")
 TABLE_PORTS = ("tables", "items", "indices", "scales")
 """Memory ports that all see the tables; each has one reader."""
 
-PORTS = (*MAP_PORTS, "weights", *TABLE_PORTS, "status")
-"""The pointers that the kernel takes, in the order of its arguments."""
+ADDRESSES = (*MAP_PORTS, "weights", *TABLE_PORTS, "status")
+"""Arguments of the kernel that are addresses of 64 bits, in its order; `digest`, `first_task` and
+`task_count` follow them."""
+
+
+def register_of(port: str) -> str:
+    """The register of a port's address, less `_1` and `_2`: Verilog reserves some names."""
+    return f"{port}_r" if port in ("input", "output") else port
+
+
+def _registers() -> dict[str, int]:
+    """Offsets as Vitis HLS lays out arguments: 8 bytes to each, 12 to a 64-bit one.
+
+    What is only written by the kernel has a word of control, and takes twice its words.
+    """
+    offsets = {"CTRL": 0x00, "GIER": 0x04, "IP_IER": 0x08, "IP_ISR": 0x0C}
+    at = 0x10
+    for port in ADDRESSES:
+        name = register_of(port)
+        offsets |= {f"{name}_1": at, f"{name}_2": at + 4}
+        at += 12
+    offsets |= {"digest_1": at, "digest_2": at + 4, "digest_ctrl": at + 8}
+    at += 24
+    return {**offsets, "first_task": at, "task_count": at + 8}
+
+
+REGISTERS = _registers()
+"""Name of a register -> its offset in bytes; an address takes two, `_1` the low word."""
 
 MAX_TAPS = 512
 """Taps of the largest kernel."""
@@ -100,3 +134,25 @@ def config_header(config: AcceleratorConfig) -> str:
 
 def _camel(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print `config.h` of a published design, or write it; one that is the same is left alone."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pynq_kgrc.accelerator.header", description="Make config.h of a design."
+    )
+    parser.add_argument("--design", default="8-sparse", choices=PRESETS)
+    parser.add_argument("-o", "--output", type=Path, help="file to write instead of printing")
+    chosen = parser.parse_args(arguments)
+    text = config_header(preset(chosen.design))
+    path: Path | None = chosen.output
+    if path is None:
+        sys.stdout.write(text)
+    elif not path.is_file() or path.read_text("utf-8") != text:
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
+
+
+if __name__ == "__main__":
+    main()

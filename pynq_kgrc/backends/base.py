@@ -27,7 +27,7 @@ class Counters:
     seconds: float
     """Time on this host."""
     cycles: int | None = None
-    """Cycles that a device reported, or none."""
+    """Trips of the array that a device reported, one a cycle of its clock; or none."""
 
 
 def count_task(program: Program, task: Task) -> Counters:
@@ -41,6 +41,23 @@ def count_task(program: Program, task: Task) -> Counters:
         bytes_weight=cost.weight_beats * config.weight_port_words * 8 + cost.table_words * 8,
         bytes_out=cost.output_beats * config.beat_bytes,
         seconds=0.0,
+    )
+
+
+def reported_counters(
+    config: AcceleratorConfig, task: str, status: dict[str, int], seconds: float
+) -> Counters:
+    """What a task did by the kernel's own report (accelerator.header.STATUS)."""
+    beats_in = status["input_beats"] + status["shortcut_beats"]
+    return Counters(
+        task=task,
+        macs=status["macs"],
+        bytes_in=beats_in * config.beat_bytes,
+        bytes_weight=status["weight_beats"] * config.weight_port_words * 8
+        + status["table_words"] * 8,
+        bytes_out=status["output_beats"] * config.beat_bytes,
+        seconds=seconds,
+        cycles=status["array"],
     )
 
 
@@ -111,6 +128,7 @@ class Backend(Protocol):
 BACKENDS = {
     "emulate": "pynq_kgrc.backends.emulate:Emulation",
     "csim": "pynq_kgrc.backends.csim:CSimulation",
+    "board": "pynq_kgrc.backends.board:Board",
 }
 """Name of a backend -> where its class is. Adding one touches no other line."""
 
@@ -119,10 +137,17 @@ def open_backend(name: str, config: AcceleratorConfig) -> Backend:
     """The backend of that name, as the accelerator `config`.
 
     Raises:
-        DeviceError: there is no such backend.
+        DeviceError: there is no such backend, or what it needs is not installed.
     """
     if name not in BACKENDS:
         raise DeviceError(f"no backend named {name!r}; there are {', '.join(BACKENDS)}")
     module, _, kind = BACKENDS[name].partition(":")
-    backend: Backend = getattr(import_module(module), kind)(config)
+    try:
+        made = getattr(import_module(module), kind)
+    except (ImportError, OSError) as error:
+        raise DeviceError(
+            f"the backend {name} cannot be used here: {error}; on a PYNQ image run in its own "
+            f"environment, elsewhere install pynq_kgrc[board]"
+        ) from error
+    backend: Backend = made(config)
     return backend

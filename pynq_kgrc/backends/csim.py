@@ -19,8 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.header import MAP_PORTS, PORTS, STATUS, TABLE_PORTS, config_header
-from pynq_kgrc.backends.base import Counters, check_codes, check_design, check_size
+from pynq_kgrc.accelerator.header import ADDRESSES, MAP_PORTS, STATUS, TABLE_PORTS, config_header
+from pynq_kgrc.backends.base import (
+    Counters,
+    check_codes,
+    check_design,
+    check_size,
+    reported_counters,
+)
 from pynq_kgrc.backends.image import (
     Image,
     build_image,
@@ -175,7 +181,7 @@ class CSimulation:
         memory = {name: at(self._image.tables) for name in TABLE_PORTS}
         memory |= {name: at(self._maps) for name in MAP_PORTS}
         memory |= {"weights": at(self._image.weights), "status": at(self._status)}
-        pointers = (*(memory[name] for name in PORTS), ctypes.byref(digest))
+        pointers = (*(memory[name] for name in ADDRESSES), ctypes.byref(digest))
         self._library.kgrc_run(*pointers, first, count)
         if f"{digest.value:016x}" != self.config.digest:
             raise DeviceError(
@@ -183,18 +189,8 @@ class CSimulation:
             )
 
     def _counters(self, number: int, seconds: float) -> Counters:
-        config, status = self.config, self.status(number)
-        beats_in = status["input_beats"] + status["shortcut_beats"]
-        weight_bytes = status["weight_beats"] * config.weight_port_words * 8
-        return Counters(
-            task=self.program.tasks[number].name,
-            macs=status["macs"],
-            bytes_in=beats_in * config.beat_bytes,
-            bytes_weight=weight_bytes + status["table_words"] * 8,
-            bytes_out=status["output_beats"] * config.beat_bytes,
-            seconds=seconds,
-            cycles=status["array"],
-        )
+        name = self.program.tasks[number].name
+        return reported_counters(self.config, name, self.status(number), seconds)
 
     def close(self) -> None:
         """Let go of the program's memory."""
