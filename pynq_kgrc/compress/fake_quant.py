@@ -134,7 +134,7 @@ class FakeQuantNetwork(nn.Module):
                 values[layer.name] = torch.cat(parts, 1)
             else:
                 sums = self._sums(layer, values)
-                scale = float(self.scale(layer.name).detach())
+                scale = self.scale(layer.name).to(sums)
                 values[layer.name] = _clamp(sums, _format(layer), layer.activation, scale)
         return values
 
@@ -263,14 +263,12 @@ def _format(layer: Layer) -> QuantParams:
     return layer.out_quant
 
 
-def _clamp(sums: Tensor, quant: QuantParams, activation: str, scale: float) -> Tensor:
+def _clamp(sums: Tensor, quant: QuantParams, activation: str, scale: Tensor) -> Tensor:
     """Within the type and the activation, less the zero point (`lower.clamp_codes`)."""
-    low, high = quant.min - quant.zero_point, quant.max - quant.zero_point
-    if activation != "none":
-        low = 0
+    low = 0 if activation != "none" else quant.min - quant.zero_point
     if activation == "relu6":
-        high = min(high, math.floor(6 / scale + 0.5))
-    return sums.clamp(low, high)
+        sums = torch.minimum(sums, round_half_up(6 / scale))
+    return sums.clamp(low, quant.max - quant.zero_point)
 
 
 def _padded(codes: Tensor, shape: WindowShape, fill: float) -> Tensor:
