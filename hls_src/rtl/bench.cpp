@@ -1,0 +1,316 @@
+// The array of ../compute.cpp and its twin mac_array.v, on the same streams, convolution by
+// convolution of a program: equal sums, and as many trips.
+//
+//   bench MAPS WEIGHTS TABLES TASKS SEED STALL EXTREME
+//
+// The files are the memory of a program. The processes of ../memory.cpp fill the streams; EXTREME
+// puts weights and inputs at the ends of their range. STALL is how many in 8 clocks a stream is not
+// there, on average. Prints for each convolution: task, trips here, trips there, clocks, sums.
+#include <verilated.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "Vmac_array.h"
+#include "design.h"
+
+using namespace kgrc;
+
+namespace {
+
+std::mt19937 rng;
+int chance(int among) { return int(rng() % unsigned(among)); }
+
+template <class Value>
+std::vector<Value> file(const char* name) {
+  std::FILE* in = std::fopen(name, "rb");
+  if (!in) std::abort();
+  std::fseek(in, 0, SEEK_END);
+  std::vector<Value> values(std::ftell(in) / sizeof(Value));
+  std::rewind(in);
+  if (std::fread(values.data(), sizeof(Value), values.size(), in) != values.size()) std::abort();
+  std::fclose(in);
+  return values;
+}
+
+template <class Value>
+std::vector<Value> take_all(Stream<Value>& stream) {
+  std::vector<Value> values;
+  while (!stream.empty()) values.push_back(stream.read());
+  return values;
+}
+
+template <class Value>
+void give_all(const std::vector<Value>& values, Stream<Value>& stream) {
+  for (const Value& value : values) stream.write(value);
+}
+
+// ---- words as the twin takes them ----------------------------------------------------------
+
+int bits_for(int most) {
+  int bits = 1;
+  while (most >> bits) ++bits;
+  return bits;
+}
+
+const int kRow = bits_for(kRegionRows - 1), kBank = bits_for(kPf - 1);
+const int kFeature = bits_for(kFeatureRows + kMinFeatureRows);
+const int kSize = bits_for(kPf * (kFeatureRows + 8));
+const int kFilter = bits_for(kGm - 1), kSlot = bits_for(kFilterTiles - 1);
+const int kHanded = bits_for(kFilterTiles * kBlocks);
+
+class Bits {
+ public:
+  void put(long long value, int width) {
+    for (int i = 0; i < width; ++i, ++size) {
+      if (size % 32 == 0) words.push_back(0);
+      words.back() |= unsigned(value >> i & 1) << (size % 32);
+    }
+  }
+  void put(const Place& place) {
+    put(place.row, kRow);
+    put(place.bank, kBank);
+  }
+  template <size_t kWords>
+  void show(VlWide<kWords>& port) const {
+    if (words.size() != kWords) std::abort();
+    for (size_t i = 0; i < kWords; ++i) port[i] = words[i];
+  }
+  template <class Port>
+  void show(Port& port) const {
+    unsigned long long value = 0;
+    for (size_t i = 0; i < words.size(); ++i) value |= (unsigned long long)(words[i]) << (32 * i);
+    port = Port(value);
+  }
+
+ private:
+  std::vector<unsigned> words;
+  int size = 0;
+};
+
+template <size_t kWords>
+long long field(const VlWide<kWords>& port, int at, int width) {
+  unsigned long long value = 0;
+  for (int i = 0; i < width; ++i)
+    value |= (unsigned long long)(port[(at + i) / 32] >> ((at + i) % 32) & 1) << i;
+  return (long long)(value << (64 - width)) >> (64 - width);
+}
+
+Bits bits_of(const Tile& tile) {
+  Bits bits;
+  for (int axis = 0; axis < 3; ++axis) bits.put(tile.size[axis], kSize);
+  bits.put(tile.feature_rows, kFeature);
+  for (int axis = 0; axis < 3; ++axis) bits.put(tile.step[axis], kSize);
+  bits.put(tile.row_step, kRow);
+  bits.put(tile.row_wrap_w, kRow);
+  bits.put(tile.row_wrap_h, kRow);
+  for (int lane = 0; lane < kPf; ++lane)
+    for (int axis = 0; axis < 3; ++axis) bits.put(tile.lane_at[lane][axis], kSize);
+  for (int lane = 0; lane < kPf; ++lane) bits.put(tile.lane_row[lane], kRow);
+  return bits;
+}
+
+Bits bits_of(const Item& item) {
+  Bits bits;
+  bits.put(item.slot, kSlot);
+  bits.put(item.mask, kGroups);
+  bits.put(item.new_region, 1);
+  bits.put(item.end_block, 1);
+  bits.put(item.first, 1);
+  bits.put(item.blocks, kHanded);
+  return bits;
+}
+
+Bits bits_of(const RegionWord& word) {
+  Bits bits;
+  bits.put(word.last, 1);
+  for (int i = 0; i < kPortPositions; ++i) bits.put(word.valid[i], 1);
+  for (int i = 0; i < kPortPositions; ++i) bits.put(word.place[i]);
+  for (int i = 0; i < kPortPositions; ++i)
+    for (int n = 0; n < kTn; ++n) bits.put(word.vector[i].code[n], kBits);
+  return bits;
+}
+
+Bits bits_of(const WeightWord& word) {
+  Bits bits;
+  for (int g = 0; g < kGroups; ++g)
+    for (int r = 0; r < kRows; ++r)
+      for (int k = 0; k < kPk; ++k)
+        for (int n = 0; n < kTn; ++n) bits.put(word.code[g][r][k][n], kBits);
+  for (int g = 0; g < kGroups; ++g)
+    for (int k = 0; k < kPk; ++k) bits.put(word.offset[g][k]);
+  for (int g = 0; g < kGroups; ++g)
+    for (int r = 0; r < kRows; ++r) bits.put(word.row[g][r], kFilter);
+  return bits;
+}
+
+// ---- the streams, with pauses --------------------------------------------------------------
+
+// A word that was offered stays until it is taken.
+template <class Value>
+class Source {
+ public:
+  explicit Source(const std::vector<Value>& values) : values(values) {}
+  template <class Port>
+  bool offer(Port& port, int stall) {
+    if (!offered && at < values.size() && chance(8) >= stall) {
+      offered = true;
+      bits_of(values[at]).show(port);
+    }
+    return offered;
+  }
+  void taken() {
+    offered = false;
+    ++at;
+  }
+  bool empty() const { return at == values.size(); }
+
+ private:
+  const std::vector<Value>& values;
+  size_t at = 0;
+  bool offered = false;
+};
+
+Code extreme(bool weight) {
+  const int most = (1 << (kBits - 1)) - 1;
+  const int least = weight ? -most : -most - 1;
+  switch (chance(4)) {
+    case 0: return Code(most);
+    case 1: return Code(least + chance(most - least + 1));
+    default: return Code(least);
+  }
+}
+
+void clock(Vmac_array& top) {
+  top.clk = 0;
+  top.eval();
+  top.clk = 1;
+  top.eval();
+}
+
+}  // namespace
+
+int main(int, char** given) {
+  const std::vector<Beat> maps = file<Beat>(given[1]);
+  const std::vector<WeightBeat> weights = file<WeightBeat>(given[2]);
+  const std::vector<Word> tables = file<Word>(given[3]);
+  const int tasks = std::atoi(given[4]), stall = std::atoi(given[6]);
+  const bool at_extremes = std::atoi(given[7]) != 0;
+  rng.seed(unsigned(std::atoi(given[5])));
+
+  clear_sums();
+  Vmac_array top;
+  top.start = 0;
+  top.tile_valid = top.item_valid = top.region_valid = top.word_valid = top.sums_ready = 0;
+  top.rst = 1;
+  for (int i = 0; i < 40; ++i) clock(top);
+  top.rst = 0;
+  clock(top);
+  for (int i = 0; top.busy; ++i) {
+    if (i > kSumRows + 40) return std::printf("the sums are never cleared\n"), 1;
+    clock(top);
+  }
+
+  for (int number = 0; number < tasks; ++number) {
+    Task task;
+    for (int i = 0; i < kFields; i += 2) {
+      task.field[i] = int(tables[number * (kFields / 2) + i / 2] & 0xffffffff);
+      task.field[i + 1] = int(tables[number * (kFields / 2) + i / 2] >> 32);
+    }
+    if (!is_convolution(task)) continue;
+
+    long trips = 0, unused = 0;
+    Stream<Tile> to_read, to_place, to_word, to_multiply, to_scale, to_add, to_store;
+    Stream<Item> items_to_read, items_to_place, items_to_word, items_to_multiply;
+    Stream<Beat> beats;
+    Stream<WeightBeat> weight_beats;
+    Stream<Index> indices;
+    Stream<RegionWord> region;
+    Stream<WeightWord> words;
+    Stream<SumWord> sums;
+    read_plan(task, tables.data(), to_read, to_place, to_word, to_multiply, to_scale, to_add,
+              to_store, items_to_read, items_to_place, items_to_word, items_to_multiply, unused);
+    read_input(task, maps.data(), to_read, items_to_read, beats, unused);
+    place_input(task, to_place, items_to_place, beats, region, unused);
+    read_weights(task, weights.data(), weight_beats, unused);
+    read_indices(task, tables.data(), indices, unused);
+    make_words(task, to_word, items_to_word, weight_beats, indices, words, unused);
+    const std::vector<Tile> tiles = take_all(to_multiply);
+    const std::vector<Item> items = take_all(items_to_multiply);
+    std::vector<RegionWord> region_words = take_all(region);
+    std::vector<WeightWord> weight_words = take_all(words);
+    if (at_extremes) {
+      for (RegionWord& word : region_words)
+        for (Vector& vector : word.vector)
+          for (Code& code : vector.code) code = extreme(false);
+      for (WeightWord& word : weight_words)
+        for (auto& group : word.code)
+          for (auto& row : group)
+            for (auto& column : row)
+              for (Code& code : column) code = extreme(true);
+    }
+    give_all(tiles, to_multiply);
+    give_all(items, items_to_multiply);
+    give_all(region_words, region);
+    give_all(weight_words, words);
+    multiply(task, to_multiply, items_to_multiply, region, words, sums, trips, unused);
+    const std::vector<SumWord> wanted = take_all(sums);
+
+    Source<Tile> tile_source(tiles);
+    Source<Item> item_source(items);
+    Source<RegionWord> region_source(region_words);
+    Source<WeightWord> word_source(weight_words);
+    top.words_of_item = task[kTapTiles] * task[kColSteps] * task[kRowSteps];
+    top.item_count = unsigned(items.size());
+    top.region_count = task[kRegions] * tile_count(task);
+    top.start = 1;
+    clock(top);
+    top.start = 0;
+    long clocks = 0;
+    size_t found = 0;
+    bool taking = false;
+    while (top.busy) {
+      if (++clocks > 1000 + 100 * trips) return std::printf("task %d hangs\n", number), 1;
+      top.tile_valid = tile_source.offer(top.tile, stall);
+      top.item_valid = item_source.offer(top.item, stall);
+      top.region_valid = region_source.offer(top.region, stall);
+      top.word_valid = word_source.offer(top.word, stall);
+      taking = taking || chance(8) >= stall;
+      top.sums_ready = taking;
+      top.clk = 0;
+      top.eval();
+      const bool tile_taken = top.tile_valid && top.tile_ready;
+      const bool item_taken = top.item_valid && top.item_ready;
+      const bool region_taken = top.region_valid && top.region_ready;
+      const bool word_taken = top.word_valid && top.word_ready;
+      if (top.sums_valid && top.sums_ready) {
+        if (found == wanted.size()) return std::printf("task %d: a sum too many\n", number), 1;
+        for (int i = 0; i < kPortPositions; ++i)
+          for (int n = 0; n < kTn; ++n) {
+            const long long sum = field(top.sums, (i * kTn + n) * kSumBits, kSumBits);
+            if (sum != (long long)(wanted[found].sum[i][n]))
+              return std::printf("task %d: sum %zu[%d][%d] is %lld, not %lld\n", number, found, i, n,
+                                 sum, (long long)(wanted[found].sum[i][n])),
+                     1;
+          }
+        ++found;
+        taking = false;
+      }
+      top.clk = 1;
+      top.eval();
+      if (tile_taken) tile_source.taken();
+      if (item_taken) item_source.taken();
+      if (region_taken) region_source.taken();
+      if (word_taken) word_source.taken();
+    }
+    if (found != wanted.size() || !tile_source.empty() || !item_source.empty() ||
+        !region_source.empty() || !word_source.empty())
+      return std::printf("task %d: %zu of %zu sums, or words left\n", number, found, wanted.size()),
+             1;
+    std::printf("%d %u %ld %ld %zu\n", number, top.trips, trips, clocks, found);
+  }
+  return 0;
+}

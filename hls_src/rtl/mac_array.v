@@ -1,0 +1,588 @@
+// The array: one trip a step, each of which does three things at once. It multiplies one word of
+// weights with the inputs of PF outputs, it takes one word of the next region, and it hands on one
+// word of finished sums. The twin of multiply() in ../compute.cpp for convolutions: trip by trip
+// the same, a trip being a step in which no stream is waited for.
+//
+// Streams pass a word where valid and ready are both high. The first field of a word is in its
+// lowest bits; [a][b] means a outermost:
+//
+//   tile    of an output tile, taken with its first item (struct Tile): size[3], feature_rows,
+//           step[3], row_step, row_wrap_w, row_wrap_h, lane_at[PF][3], lane_row[PF]
+//   item    struct Item: slot, mask, new_region, end_block, first, blocks
+//   region  struct RegionWord: last, valid[POSITIONS], {row, bank}[POSITIONS],
+//           code[POSITIONS][TN]
+//   word    struct WeightWord: code[GROUPS][ROWS][PK][TN], {row, bank}[GROUPS][PK],
+//           row[GROUPS][ROWS]
+//   sums    struct SumWord: sum[POSITIONS][TN]
+//
+// A job begins with `start` while not busy, and has ended when busy falls: LATENCY clocks after
+// its last trip, LATENCY = min(TN, 8) + 11. rst has to be held as long; it clears the sums.
+module mac_array #(
+  parameter BITS = 8, SPARSE = 1, TM = 8, GM = 4, TN = 4, PM = 4, PK = 3, PF = 5,
+  parameter POSITIONS = 4, REGION_ROWS = 1024, FEATURE_ROWS = 10, FILTER_TILES = 2,
+  parameter PACKED = 1,
+  parameter MIN_ROWS = 4     // trips between two visits of a sum; see sum_bank.v
+) (clk, rst, start, words_of_item, item_count, region_count, busy, trips,
+   tile_valid, tile_ready, tile, item_valid, item_ready, item,
+   region_valid, region_ready, region, word_valid, word_ready, word,
+   sums_valid, sums_ready, sums);
+
+  // bits that hold 0 .. most
+  function integer bits_for(input integer most);
+    begin
+      bits_for = 1;
+      while ((most >> bits_for) > 0) bits_for = bits_for + 1;
+    end
+  endfunction
+
+  localparam GROUPS = TM / GM, ROWS = PM / GROUPS, BLOCKS = TM / TN;
+  localparam SUM_ROWS = FILTER_TILES * FEATURE_ROWS;
+  localparam READS = (SPARSE ? GROUPS : 1) * PK, COPIES = (READS + 1) / 2;
+  localparam SUM = BITS == 16 ? 48 : 32;
+  localparam WEIGHTS = BITS == 16 ? 1 : 2, FEATURES = BITS == 4 ? 2 : 1;   // of a dot
+  localparam DOT = 2 * BITS + 8;
+  localparam TOTAL = DOT + bits_for(PK);
+  // widths of numbers
+  localparam CODES = TN * BITS;
+  localparam ROW = bits_for(REGION_ROWS - 1), BANK = bits_for(PF - 1), PLACE = ROW + BANK;
+  localparam SUM_ROW = bits_for(SUM_ROWS - 1), FEATURE = bits_for(FEATURE_ROWS + MIN_ROWS);
+  localparam SIZE = bits_for(PF * (FEATURE_ROWS + 8));
+  localparam FILTER = bits_for(GM - 1), BLOCK = bits_for(BLOCKS - 1);
+  localparam SLOT = bits_for(FILTER_TILES - 1), HANDED = bits_for(FILTER_TILES * BLOCKS);
+  localparam COUNT = bits_for(POSITIONS);
+  // where the fields of words begin
+  localparam TILE_ROWS = 3 * SIZE, TILE_STEP = TILE_ROWS + FEATURE, TILE_MOVE = TILE_STEP + 3 * SIZE;
+  localparam TILE_AT = TILE_MOVE + 3 * ROW, TILE_LANE = TILE_AT + PF * 3 * SIZE;
+  localparam TILE = TILE_LANE + PF * ROW;
+  localparam ITEM_MASK = SLOT, ITEM_FLAGS = ITEM_MASK + GROUPS, ITEM_BLOCKS = ITEM_FLAGS + 3;
+  localparam ITEM = ITEM_BLOCKS + HANDED;
+  localparam REGION_PLACE = 1 + POSITIONS, REGION_CODE = REGION_PLACE + POSITIONS * PLACE;
+  localparam REGION = REGION_CODE + POSITIONS * CODES;
+  localparam WORD_PLACE = GROUPS * ROWS * PK * CODES, WORD_ROW = WORD_PLACE + GROUPS * PK * PLACE;
+  localparam WORD = WORD_ROW + GROUPS * ROWS * FILTER;
+
+  input clk, rst, start;
+  input [15:0] words_of_item;
+  input [31:0] item_count, region_count;
+  output busy;
+  output reg [31:0] trips;
+  input tile_valid, item_valid, region_valid, word_valid, sums_ready;
+  output tile_ready, item_ready, region_ready, word_ready;
+  input [TILE-1:0] tile;
+  input [ITEM-1:0] item;
+  input [REGION-1:0] region;
+  input [WORD-1:0] word;
+  output reg sums_valid;
+  output reg [POSITIONS*TN*SUM-1:0] sums;
+
+  // ---- a trip: what it does, and what the next one finds ---------------------------------------
+
+  reg [31:0] items_left, regions_left;
+  reg [15:0] item_words, words_left;
+  reg have_next, active, block_done, draining, in_use, sums_in_use, load_into, in_flight;
+  reg [1:0] full;
+  reg [ITEM-1:0] held_item, next_item;
+  reg [TILE-1:0] held_tile;
+  reg [FEATURE-1:0] feature_row;
+  reg [PF*3*SIZE-1:0] held_at;
+  reg [PF*ROW-1:0] held_lane_row;
+  reg [HANDED-1:0] blocks_left;
+  reg [BLOCK-1:0] block;
+  reg [SIZE-1:0] d, h, left, drain_d, drain_h, drain_w;
+  reg [SUM_ROW-1:0] drain_slot, drain_row;
+  reg [BANK-1:0] drain_lane;
+  reg wiping;
+  reg [SUM_ROW-1:0] wipe_row;
+
+  // the pipeline stands still where a sum is not taken; it runs empty where an input is late
+  wire step = !sums_valid || sums_ready;
+  wire running = items_left != 0 || active || block_done || draining;
+  assign busy = running || in_flight;
+
+  // sums that are finished begin to be handed on
+  wire begin_drain = block_done && !draining;
+  wire waits = block_done && draining;
+  wire drain_now = draining || begin_drain;
+  wire sums_now = sums_in_use ^ begin_drain;
+
+  // the next item
+  wire take_item = !have_next && items_left != 0 && !active;
+  wire [ITEM-1:0] next_now = take_item ? item : next_item;
+  wire begin_item = (have_next || take_item) && !active && !waits
+                    && (!next_now[ITEM_FLAGS] || full[!in_use]);
+  wire [ITEM-1:0] item_now = begin_item ? next_now : held_item;
+  wire [SLOT-1:0] slot = item_now[0 +: SLOT];
+  wire [GROUPS-1:0] mask = item_now[ITEM_MASK +: GROUPS];
+  wire end_block = item_now[ITEM_FLAGS+1];
+  wire take_tile = begin_item && item_now[ITEM_FLAGS+2];
+  wire [TILE-1:0] tile_now = take_tile ? tile : held_tile;
+  wire turn = begin_item && item_now[ITEM_FLAGS];
+  wire in_use_now = in_use ^ turn;
+  wire [1:0] full_now = {full[1] && !(turn && in_use), full[0] && !(turn && !in_use)};
+  wire [15:0] words_now = !begin_item ? words_left : mask != 0 ? item_words : 16'd0;
+  wire active_now = begin_item ? words_now != 0 : active;
+  wire [FEATURE-1:0] feature_now = begin_item ? {FEATURE{1'b0}} : feature_row;
+
+  // the next word of weights, and the last trip with it
+  wire take_word = active_now && feature_now == 0;
+  wire [FEATURE-1:0] feature_rows = tile_now[TILE_ROWS +: FEATURE];
+  wire [FEATURE-1:0] rows_now = feature_rows < MIN_ROWS ? MIN_ROWS : feature_rows;
+  wire last_row = feature_now + 1'b1 == rows_now;
+  wire last_word = active_now && last_row && words_now == 1;
+
+  wire take_region = regions_left != 0 && !full_now[load_into];
+
+  wire go = running && step && (!take_item || item_valid) && (!take_tile || tile_valid)
+            && (!take_word || word_valid) && (!take_region || region_valid);
+  assign item_ready = go && take_item;
+  assign tile_ready = go && take_tile;
+  assign word_ready = go && take_word;
+  assign region_ready = go && take_region;
+
+  // the outputs of the lanes: where they are in the tile, and their row in the region
+  reg [PF*3*SIZE-1:0] at_now, at_next;
+  reg [PF*ROW-1:0] lane_row_now, lane_row_next;
+  reg [PF-1:0] exists;
+  reg [SIZE-1:0] at_d, at_h, at_w;
+  reg [ROW-1:0] row_of_lane;
+  integer lane;
+  always @* begin
+    at_now = take_word ? tile_now[TILE_AT +: PF*3*SIZE] : held_at;
+    lane_row_now = take_word ? tile_now[TILE_LANE +: PF*ROW] : held_lane_row;
+    for (lane = 0; lane < PF; lane = lane + 1) begin
+      {at_w, at_h, at_d} = at_now[lane*3*SIZE +: 3*SIZE];
+      exists[lane] = at_d < tile_now[0 +: SIZE];
+      row_of_lane = lane_row_now[lane*ROW +: ROW] + tile_now[TILE_MOVE +: ROW];
+      at_w = at_w + tile_now[TILE_STEP+2*SIZE +: SIZE];
+      if (at_w >= tile_now[2*SIZE +: SIZE]) begin
+        at_w = at_w - tile_now[2*SIZE +: SIZE];
+        at_h = at_h + 1'b1;
+        row_of_lane = row_of_lane + tile_now[TILE_MOVE+ROW +: ROW];
+      end
+      at_h = at_h + tile_now[TILE_STEP+SIZE +: SIZE];
+      if (at_h >= tile_now[SIZE +: SIZE]) begin
+        at_h = at_h - tile_now[SIZE +: SIZE];
+        at_d = at_d + 1'b1;
+        row_of_lane = row_of_lane + tile_now[TILE_MOVE+2*ROW +: ROW];
+      end
+      at_d = at_d + tile_now[TILE_STEP +: SIZE];
+      at_next[lane*3*SIZE +: 3*SIZE] = {at_w, at_h, at_d};
+      lane_row_next[lane*ROW +: ROW] = row_of_lane;
+    end
+  end
+
+  // the first row of the sums of a slot: slot * FEATURE_ROWS
+  reg [SUM_ROW-1:0] slot_row;
+  integer s;
+  always @* begin
+    slot_row = {SUM_ROW{1'b0}};
+    for (s = 0; s < FILTER_TILES; s = s + 1) if (slot == s) slot_row = s * FEATURE_ROWS;
+  end
+
+  // the sums that are handed on: POSITIONS neighbours of a row lie in as many lanes
+  wire [SIZE-1:0] drain_w_now = begin_drain ? held_tile[2*SIZE +: SIZE] : drain_w;
+  wire [SIZE-1:0] drain_h_now = begin_drain ? held_tile[SIZE +: SIZE] : drain_h;
+  wire [SIZE-1:0] drain_d_now = begin_drain ? held_tile[0 +: SIZE] : drain_d;
+  wire [SIZE-1:0] left_now = begin_drain ? drain_w_now : left;
+  wire [SIZE-1:0] h_now = begin_drain ? {SIZE{1'b0}} : h;
+  wire [SIZE-1:0] d_now = begin_drain ? {SIZE{1'b0}} : d;
+  wire [HANDED-1:0] blocks_now = begin_drain ? held_item[ITEM_BLOCKS +: HANDED] : blocks_left;
+  wire [BLOCK-1:0] block_now = begin_drain ? {BLOCK{1'b0}} : block;
+  wire [SUM_ROW-1:0] drain_slot_now = begin_drain ? {SUM_ROW{1'b0}} : drain_slot;
+  wire [SUM_ROW-1:0] drain_row_now = begin_drain ? {SUM_ROW{1'b0}} : drain_row;
+  wire [BANK-1:0] drain_lane_now = begin_drain ? {BANK{1'b0}} : drain_lane;
+  wire [COUNT-1:0] count = left_now < POSITIONS ? left_now[COUNT-1:0] : POSITIONS;
+  wire [SIZE-1:0] lanes_on = drain_lane_now + count;
+  wire wraps = lanes_on >= PF;
+  wire row_ends = left_now <= POSITIONS;
+  wire plane_ends = row_ends && h_now + 1'b1 == drain_h_now;
+  wire block_ends = plane_ends && d_now + 1'b1 == drain_d_now;
+  wire drain_ends = drain_now && block_ends && blocks_now == 1;
+  wire [BANK-1:0] lane_next = wraps ? lanes_on - PF : lanes_on;
+
+  wire region_ends = take_region && region[0];
+  wire trip_is_last = items_left == (begin_item ? 1 : 0) && (!active_now || last_word)
+                      && !(active_now && last_word && end_block)
+                      && !(begin_item && !active_now && end_block) && !waits
+                      && (!drain_now || drain_ends);
+
+  always @(posedge clk) begin
+    if (rst) begin
+      items_left <= 0;
+      regions_left <= 0;
+      have_next <= 0;
+      active <= 0;
+      block_done <= 0;
+      draining <= 0;
+    end else if (start && !busy) begin
+      items_left <= item_count;
+      regions_left <= region_count;
+      item_words <= words_of_item;
+      have_next <= 0;
+      in_use <= 1;
+      sums_in_use <= 0;
+      load_into <= 0;
+      full <= 2'b00;
+      trips <= 0;
+    end else if (go) begin
+      trips <= trips + 1;
+      sums_in_use <= sums_now;
+      have_next <= (have_next || take_item) && !begin_item;
+      next_item <= next_now;
+      held_item <= item_now;
+      held_tile <= tile_now;
+      in_use <= in_use_now;
+      if (begin_item) items_left <= items_left - 1;
+
+      active <= active_now && !last_word;
+      block_done <= begin_item && !active_now ? end_block : last_word ? end_block : waits;
+      words_left <= active_now && last_row ? words_now - 1 : words_now;
+      feature_row <= last_row ? {FEATURE{1'b0}} : active_now ? feature_now + 1'b1 : feature_now;
+      if (active_now) begin
+        held_at <= at_next;
+        held_lane_row <= lane_row_next;
+      end
+
+      draining <= drain_now && !drain_ends;
+      drain_w <= drain_w_now;
+      drain_h <= drain_h_now;
+      drain_d <= drain_d_now;
+      if (drain_now) begin
+        left <= row_ends ? drain_w_now : left_now - POSITIONS;
+        h <= plane_ends ? {SIZE{1'b0}} : row_ends ? h_now + 1'b1 : h_now;
+        d <= block_ends ? {SIZE{1'b0}} : plane_ends ? d_now + 1'b1 : d_now;
+        drain_lane <= block_ends ? {BANK{1'b0}} : lane_next;
+        drain_row <= block_ends ? {SUM_ROW{1'b0}} : wraps ? drain_row_now + 1'b1 : drain_row_now;
+        blocks_left <= block_ends ? blocks_now - 1'b1 : blocks_now;
+        block <= !block_ends ? block_now : block_now == BLOCKS - 1 ? {BLOCK{1'b0}}
+                                                                 : block_now + 1'b1;
+        drain_slot <= block_ends && block_now == BLOCKS - 1 ? drain_slot_now + FEATURE_ROWS
+                                                            : drain_slot_now;
+      end
+
+      full <= full_now | {region_ends && load_into, region_ends && !load_into};
+      if (region_ends) begin
+        load_into <= !load_into;
+        regions_left <= regions_left - 1;
+      end
+    end
+  end
+
+  // sums are cleared after a reset; later they are as they are handed on
+  always @(posedge clk) begin
+    if (rst) begin
+      wiping <= 1;
+      wipe_row <= {SUM_ROW{1'b0}};
+    end else if (step && wiping) begin
+      wiping <= wipe_row != SUM_ROWS - 1;
+      wipe_row <= wipe_row + 1'b1;
+    end
+  end
+
+  // ---- stage 1: the trip -----------------------------------------------------------------------
+
+  reg compute1, drain1, load1, load_half1, half1, sums1, wipe1, last1;
+  reg [PF*ROW-1:0] lane_row1;
+  reg [PF-1:0] exists1;
+  reg [GROUPS-1:0] mask1;
+  reg [SUM_ROW-1:0] sum_row1, drain_row1;
+  reg [BANK-1:0] drain_lane1;
+  reg [COUNT-1:0] count1;
+  reg [BLOCK-1:0] block1;
+  reg [WORD-1:0] word1;
+  reg [REGION-1:0] region1;
+  integer e;
+  always @(posedge clk) if (step) begin
+    compute1 <= go && active_now && feature_now < feature_rows;
+    drain1 <= go && drain_now;
+    load1 <= go && take_region;
+    wipe1 <= wiping && !rst;
+    last1 <= !rst && (go ? trip_is_last : wiping && wipe_row == SUM_ROWS - 1);
+    load_half1 <= load_into;
+    half1 <= in_use_now;
+    sums1 <= sums_now;
+    // outputs past the end of the tile read some place that is there, and add to nothing
+    for (e = 0; e < PF; e = e + 1)
+      lane_row1[e*ROW +: ROW] <= exists[e] ? lane_row_now[e*ROW +: ROW] : {ROW{1'b0}};
+    exists1 <= exists;
+    mask1 <= mask;
+    sum_row1 <= wiping ? wipe_row : slot_row + feature_now;
+    drain_row1 <= drain_slot_now + drain_row_now;
+    drain_lane1 <= drain_lane_now;
+    count1 <= count;
+    block1 <= block_now;
+    if (take_word) word1 <= word;
+    region1 <= region;
+  end
+
+  // ---- stage 2: rows of the banks --------------------------------------------------------------
+
+  // What PF outputs see at a column: bank b of the region holds the value of output b - offset.
+  // A word of the next region meets a bank twice at most.
+  reg [READS*PF*ROW-1:0] read_row, read_row2;
+  reg [PF-1:0] write_a, write_b, write_a2, write_b2;
+  reg [PF*ROW-1:0] write_row_a, write_row_b, write_row_a2, write_row_b2;
+  reg [PF*CODES-1:0] code_a, code_b, code_a2, code_b2;
+  reg [BANK-1:0] offset;
+  reg [ROW-1:0] offset_row;
+  integer b, i, r;
+  always @* begin
+    for (r = 0; r < READS; r = r + 1) begin
+      {offset, offset_row} = word1[WORD_PLACE + r*PLACE +: PLACE];
+      for (b = 0; b < PF; b = b + 1) begin
+        read_row[(r*PF + b)*ROW +: ROW] = {ROW{1'b0}};
+        for (i = 0; i < PF; i = i + 1)          // lanes; those beyond the bank have come round
+          if (offset == (b - i + PF) % PF)
+            read_row[(r*PF + b)*ROW +: ROW] =
+                lane_row1[i*ROW +: ROW] + offset_row + (i > b ? 1'b1 : 1'b0);
+      end
+    end
+    write_a = {PF{1'b0}};
+    write_b = {PF{1'b0}};
+    write_row_a = {PF*ROW{1'b0}};
+    write_row_b = {PF*ROW{1'b0}};
+    code_a = {PF*CODES{1'b0}};
+    code_b = {PF*CODES{1'b0}};
+    for (b = 0; b < PF; b = b + 1)
+      for (i = 0; i < POSITIONS; i = i + 1)
+        if (load1 && region1[1+i] && region1[REGION_PLACE + i*PLACE + ROW +: BANK] == b) begin
+          if (!write_a[b]) begin
+            write_a[b] = 1'b1;
+            write_row_a[b*ROW +: ROW] = region1[REGION_PLACE + i*PLACE +: ROW];
+            code_a[b*CODES +: CODES] = region1[REGION_CODE + i*CODES +: CODES];
+          end else begin
+            write_b[b] = 1'b1;
+            write_row_b[b*ROW +: ROW] = region1[REGION_PLACE + i*PLACE +: ROW];
+            code_b[b*CODES +: CODES] = region1[REGION_CODE + i*CODES +: CODES];
+          end
+        end
+  end
+
+  reg load_half2;
+  always @(posedge clk) if (step) begin
+    read_row2 <= read_row;
+    write_a2 <= write_a;
+    write_b2 <= write_b;
+    write_row_a2 <= write_row_a;
+    write_row_b2 <= write_row_b;
+    code_a2 <= code_a;
+    code_b2 <= code_b;
+    load_half2 <= load_half1;
+  end
+
+  // ---- stage 3: the regions; two of them, each in as many copies as two ports a bank need -------
+
+  wire [2*READS*PF*CODES-1:0] read3;    // [half][read][bank]
+  genvar half, copy, bank;
+  generate
+    for (half = 0; half < 2; half = half + 1) begin : halves
+      for (copy = 0; copy < COPIES; copy = copy + 1) begin : copies
+        for (bank = 0; bank < PF; bank = bank + 1) begin : banks
+          localparam READ_A = 2 * copy, READ_B = 2 * copy + 1 < READS ? 2 * copy + 1 : 2 * copy;
+          wire loads_a = load_half2 == half && write_a2[bank];
+          wire loads_b = load_half2 == half && write_b2[bank];
+          // an odd number of reads leaves a port of the last copy over
+          /* verilator lint_off UNUSEDSIGNAL */
+          wire [CODES-1:0] out_a, out_b;
+          /* verilator lint_on UNUSEDSIGNAL */
+          region_bank #(.ROWS(REGION_ROWS), .WIDTH(CODES), .ROW(ROW)) memory (
+              clk, step, loads_a, loads_b,
+              loads_a ? write_row_a2[bank*ROW +: ROW] : read_row2[(READ_A*PF + bank)*ROW +: ROW],
+              loads_b ? write_row_b2[bank*ROW +: ROW] : read_row2[(READ_B*PF + bank)*ROW +: ROW],
+              code_a2[bank*CODES +: CODES], code_b2[bank*CODES +: CODES], out_a, out_b);
+          assign read3[((half*READS + READ_A)*PF + bank)*CODES +: CODES] = out_a;
+          if (READ_B != READ_A) begin : second
+            assign read3[((half*READS + READ_B)*PF + bank)*CODES +: CODES] = out_b;
+          end
+        end
+      end
+    end
+  endgenerate
+
+  // ---- stage 4: back to the lanes --------------------------------------------------------------
+
+  wire half3;
+  wire [READS*PLACE-1:0] offsets3;
+  delay #(.WIDTH(1 + READS*PLACE), .CYCLES(2)) to_rotation
+      (clk, step, {word1[WORD_PLACE +: READS*PLACE], half1}, {offsets3, half3});
+  wire [WORD_PLACE-1:0] weights4;
+  delay #(.WIDTH(WORD_PLACE), .CYCLES(3)) to_dots
+      (clk, step, word1[0 +: WORD_PLACE], weights4);
+
+  reg [READS*PF*CODES-1:0] seen4;       // [read][lane]
+  integer a, l, q;
+  always @(posedge clk) if (step)
+    for (q = 0; q < READS; q = q + 1)
+      for (l = 0; l < PF; l = l + 1)
+        for (a = 0; a < PF; a = a + 1)          // banks
+          if (offsets3[q*PLACE + ROW +: BANK] == (a - l + PF) % PF)
+            seen4[(q*PF + l)*CODES +: CODES] <= half3 ? read3[((READS + q)*PF + a)*CODES +: CODES]
+                                                      : read3[(q*PF + a)*CODES +: CODES];
+
+  // What a trip does with the sums goes along with its products.
+  localparam DRAINS = SUM_ROW + BANK + COUNT + BLOCK + 1;
+  localparam ADDS = SUM_ROW + PF + GROUPS + GROUPS * ROWS * FILTER;
+  localparam TAG = DRAINS + ADDS + 3;
+  wire compute4, compute_d;
+  wire [TAG-1:0] tag4, tag_dot;
+  delay #(.WIDTH(TAG + 1), .CYCLES(3)) to_tag (clk, step,
+      {last1, wipe1, sums1,
+       drain_row1, drain_lane1, count1, block1, drain1,
+       sum_row1, exists1, mask1, word1[WORD_ROW +: GROUPS*ROWS*FILTER], compute1},
+      {tag4, compute4});
+
+  // ---- the dots, and their sums over the columns of a trip -------------------------------------
+
+  reg [GROUPS*ROWS*PF*TOTAL-1:0] totals;   // [group][row][lane]
+  genvar g, row, f, k, o, n;
+  generate
+    for (g = 0; g < GROUPS; g = g + 1) begin : groups
+      for (row = 0; row < ROWS; row = row + WEIGHTS) begin : rows
+        for (f = 0; f < PF; f = f + FEATURES) begin : features
+          wire [PK*WEIGHTS*FEATURES*DOT-1:0] products;
+          for (k = 0; k < PK; k = k + 1) begin : taps
+            localparam READ = (SPARSE ? g * PK : 0) + k;
+            wire [WEIGHTS*CODES-1:0] w;
+            wire [FEATURES*CODES-1:0] x;
+            for (n = 0; n < WEIGHTS; n = n + 1) begin : filters
+              if (row + n < ROWS)
+                assign w[n*CODES +: CODES] = weights4[((g*ROWS + row + n)*PK + k)*CODES +: CODES];
+              else
+                assign w[n*CODES +: CODES] = {CODES{1'b0}};
+            end
+            for (n = 0; n < FEATURES; n = n + 1) begin : positions
+              if (f + n < PF)
+                assign x[n*CODES +: CODES] = seen4[(READ*PF + f + n)*CODES +: CODES];
+              else
+                assign x[n*CODES +: CODES] = {CODES{1'b0}};
+            end
+            if (g == 0 && row == 0 && f == 0 && k == 0) begin : tagged
+              dot #(.BITS(BITS), .TN(TN), .PACKED(PACKED), .TAG(TAG)) product (
+                  clk, step, compute4, tag4, w, x, compute_d, tag_dot,
+                  products[k*WEIGHTS*FEATURES*DOT +: WEIGHTS*FEATURES*DOT]);
+            end else begin : others
+              wire unused_valid, unused_tag;
+              dot #(.BITS(BITS), .TN(TN), .PACKED(PACKED)) product (
+                  clk, step, 1'b0, 1'b0, w, x, unused_valid, unused_tag,
+                  products[k*WEIGHTS*FEATURES*DOT +: WEIGHTS*FEATURES*DOT]);
+            end
+          end
+          for (o = 0; o < WEIGHTS * FEATURES; o = o + 1) begin : outputs
+            localparam OF_ROW = row + o / FEATURES, OF_LANE = f + o % FEATURES;
+            if (OF_ROW < ROWS && OF_LANE < PF) begin : there
+              reg signed [TOTAL-1:0] total;
+              reg signed [DOT-1:0] product_k;
+              integer t;
+              always @* begin
+                total = {TOTAL{1'b0}};
+                for (t = 0; t < PK; t = t + 1) begin
+                  product_k = products[(t*WEIGHTS*FEATURES + o)*DOT +: DOT];
+                  total = total + product_k;
+                end
+              end
+              always @(posedge clk) if (step)
+                totals[((g*ROWS + OF_ROW)*PF + OF_LANE)*TOTAL +: TOTAL] <= total;
+            end
+          end
+        end
+      end
+    end
+  endgenerate
+
+  // ---- the sums --------------------------------------------------------------------------------
+
+  // Edge 1 of the banks follows the dots; the totals meet what was read before edge 3.
+  wire last_d, wipe_d, sums_d, handing_d;
+  wire [SUM_ROW-1:0] drain_row_d, sum_row_d;
+  wire [BANK-1:0] drain_lane_d;
+  wire [COUNT-1:0] count_d;
+  wire [BLOCK-1:0] block_d;
+  wire [PF-1:0] exists_d;
+  wire [GROUPS-1:0] mask_d;
+  wire [GROUPS*ROWS*FILTER-1:0] filters_d;
+  assign {last_d, wipe_d, sums_d, drain_row_d, drain_lane_d, count_d, block_d, handing_d,
+          sum_row_d, exists_d, mask_d, filters_d} = tag_dot;
+
+  // each total to the bank of its filter
+  reg [PF-1:0] exists_t;
+  reg [GROUPS-1:0] mask_t;
+  reg [GROUPS*ROWS*FILTER-1:0] filters_t;
+  reg compute_t;
+  reg [TM*PF-1:0] add;
+  reg [TM*PF*TOTAL-1:0] addend;
+  integer m, y, z;
+  always @(posedge clk) if (step) begin
+    {exists_t, mask_t, filters_t, compute_t} <= {exists_d, mask_d, filters_d, compute_d};
+    for (m = 0; m < TM; m = m + 1)
+      for (z = 0; z < PF; z = z + 1) begin
+        add[m*PF + z] <= 1'b0;
+        addend[(m*PF + z)*TOTAL +: TOTAL] <= {TOTAL{1'b0}};
+        for (y = 0; y < ROWS; y = y + 1)
+          if (filters_t[(m / GM * ROWS + y)*FILTER +: FILTER] == m % GM) begin
+            add[m*PF + z] <= compute_t && mask_t[m / GM] && exists_t[z];
+            addend[(m*PF + z)*TOTAL +: TOTAL] <= totals[((m / GM * ROWS + y)*PF + z)*TOTAL +: TOTAL];
+          end
+      end
+  end
+
+  wire sums_2, handing_2, last_4;
+  wire [BANK-1:0] drain_lane_2;
+  wire [COUNT-1:0] count_2;
+  wire [BLOCK-1:0] block_2;
+  delay #(.WIDTH(BANK + COUNT + BLOCK + 2), .CYCLES(2)) to_output (clk, step,
+      {drain_lane_d, count_d, block_d, handing_d, sums_d},
+      {drain_lane_2, count_2, block_2, handing_2, sums_2});
+  delay #(.WIDTH(1), .CYCLES(4)) to_end (clk, step, last_d, last_4);
+
+  // where a lane is handed on: its row, and whether it is among the neighbours of this trip
+  reg [PF*SUM_ROW-1:0] drain_rows;
+  reg [PF-1:0] handed_on;
+  integer u;
+  always @*
+    for (u = 0; u < PF; u = u + 1) begin
+      drain_rows[u*SUM_ROW +: SUM_ROW] = u < drain_lane_d ? drain_row_d + 1'b1 : drain_row_d;
+      handed_on[u] = handing_d && (u < drain_lane_d ? u + PF : u) < drain_lane_d + count_d;
+    end
+
+  wire [2*TM*PF*SUM-1:0] found;          // [half][filter][lane]
+  genvar side, filter, at;
+  generate
+    for (side = 0; side < 2; side = side + 1) begin : sides
+      for (filter = 0; filter < TM; filter = filter + 1) begin : filters
+        for (at = 0; at < PF; at = at + 1) begin : lanes
+          wire used = sums_d == side || wipe_d;
+          wire signed [TOTAL-1:0] total = addend[(filter*PF + at)*TOTAL +: TOTAL];
+          wire signed [SUM-1:0] wide = total;
+          sum_bank #(.ROWS(SUM_ROWS), .WIDTH(SUM), .ROW(SUM_ROW)) memory (
+              clk, step, used ? sum_row_d : drain_rows[at*SUM_ROW +: SUM_ROW],
+              wipe_d || (!used && handed_on[at] && block_d == filter / TN),
+              add[filter*PF + at] && sums_2 == side, wide,
+              found[((side*TM + filter)*PF + at)*SUM +: SUM]);
+        end
+      end
+    end
+  endgenerate
+
+  integer p, c, j, v;
+  always @(posedge clk) begin
+    if (rst) sums_valid <= 0;
+    else if (step) sums_valid <= handing_2;
+    if (step)
+      for (p = 0; p < POSITIONS; p = p + 1)
+        for (c = 0; c < TN; c = c + 1) begin
+          sums[(p*TN + c)*SUM +: SUM] <= {SUM{1'b0}};
+          for (j = 0; j < BLOCKS; j = j + 1)
+            for (v = 0; v < PF; v = v + 1)      // lanes
+              if (p < count_2 && block_2 == j && drain_lane_2 == (v - p + PF) % PF)
+                sums[(p*TN + c)*SUM +: SUM] <=
+                    sums_2 ? found[((j*TN + c)*PF + v)*SUM +: SUM]
+                           : found[((TM + j*TN + c)*PF + v)*SUM +: SUM];
+        end
+  end
+
+  // busy until the last trip has written its sums
+  always @(posedge clk) begin
+    if (rst || (start && !busy)) in_flight <= 1;
+    else if (step && last_4) in_flight <= 0;
+  end
+endmodule
