@@ -23,6 +23,7 @@ FLOORS = {
     "backends": 5,
     "runtime": 6,
     "fidelity": 7,
+    "accuracy": 7,
     "cli": 8,
     "__init__": 9,
 }

@@ -155,6 +155,7 @@ def train(
     bar: Bar = no_bar,
     watch: Callable[[Row], None] = lambda row: None,
     share: tuple[int, int] = (0, 1),
+    note: str = "",
 ) -> list[Row]:
     """Train in place. Weights that are zero at the start stay zero.
 
@@ -173,6 +174,7 @@ def train(
         bar: shows progress over the batches of an epoch.
         watch: sees each row of the log.
         share: rank and number of processes under torchrun.
+        note: what else the run depends on; a checkpoint with another note is another run's.
 
     Raises:
         ConfigError: fewer clips than a batch.
@@ -181,7 +183,7 @@ def train(
     """
     if len(clips) < config.batch:
         raise ConfigError(f"{len(clips)} clips do not fill a batch of {config.batch}")
-    run = _Run(module, clips, spec, config, penalty, teacher, share)
+    run = _Run(module, clips, spec, config, penalty, teacher, share, note)
     rows = run.resume(folder / CHECKPOINT)
     chief = share[0] == 0
     if chief:
@@ -216,8 +218,10 @@ class _Run:
         penalty: Penalty | None,
         teacher: nn.Module | None,
         share: tuple[int, int],
+        note: str,
     ) -> None:
         self.clips, self.spec, self.config, self.share = clips, spec, config, share
+        self.identity = _identity(module, clips, config, penalty, teacher, note)
         self.penalty, self.teacher = penalty, teacher
         self.plain = module
         self.device = next(module.parameters()).device
@@ -315,7 +319,7 @@ class _Run:
     def save(self, path: Path, rows: list[Row]) -> None:
         """Everything that the next epoch depends on, written beside its place and renamed."""
         state = {
-            "identity": self._identity(),
+            "identity": self.identity,
             "rows": [msgspec.structs.asdict(row) for row in rows],
             "module": self.plain.state_dict(),
             "zeros": self.masks.zeros,
@@ -338,9 +342,9 @@ class _Run:
             raise ModelError(
                 f"{path} is no whole checkpoint ({first}); remove it to start over"
             ) from error
-        if identity != self._identity():
+        if identity != self.identity:
             raise ModelError(
-                f"{path} belongs to another run: {_difference(identity, self._identity())}; "
+                f"{path} belongs to another run: {_difference(identity, self.identity)}; "
                 f"use another folder, or remove it to start over"
             )
         self.plain.load_state_dict(state["module"])
@@ -352,18 +356,30 @@ class _Run:
             self.penalty.load_state_dict(state["penalty"])
         return rows
 
-    def _identity(self) -> str:
-        """What has to be equal for a run to go on."""
-        shapes = {name: list(value.shape) for name, value in self.plain.state_dict().items()}
-        return json.dumps(
-            {
-                "config": msgspec.to_builtins(self.config),
-                "network": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
-                "clips": len(self.clips),
-                "penalty": type(self.penalty).__name__,
-                "teacher": self.teacher is not None,
-            }
-        )
+
+def _identity(
+    module: nn.Module,
+    clips: Clips,
+    config: TrainConfig,
+    penalty: Penalty | None,
+    teacher: nn.Module | None,
+    note: str,
+) -> str:
+    """What has to be equal for a run to go on: where it started from included."""
+    start = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        start.update(f"{name}{list(value.shape)}".encode())
+        start.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return json.dumps(
+        {
+            "network and its first weights": start.hexdigest()[:16],
+            "config": msgspec.to_builtins(config),
+            "clips": hashlib.sha256(clips.labels.tobytes()).hexdigest()[:16],
+            "penalty": type(penalty).__name__,
+            "teacher": teacher is not None,
+            "note": note,
+        }
+    )
 
 
 def _difference(theirs: str, ours: str) -> str:
