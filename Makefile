@@ -14,7 +14,7 @@ $(VENV)/base: setup.py constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) -e '.[train,dev,board]'
+	$(PIP) -e '.[train,dev,board,serve,clients]'
 	$(PIP) --no-deps hls4ml # only its ap_int headers, for the C-simulation's second set of types
 	@touch $@
 

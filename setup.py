@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["pynq_kgrc", "pynq_kgrc.*"]),
-    package_data={"pynq_kgrc": ["py.typed", "labels/*.txt"]},
+    package_data={"pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*"]},
     install_requires=[
         "numpy>=1.23",
         "msgspec>=0.18",
@@ -25,9 +25,21 @@ setup(
     extras_require={
         "board": ["pynq>=3.0.1", "pycparser<3", "setuptools<=80"],
         "train": ["torch>=2.6", "tomli-w>=1.0", "tomli>=2.0; python_version < '3.11'"],
-        "serve": ["fastapi", "uvicorn"],
+        "serve": [
+            "fastapi>=0.162",
+            "starlette>=1.7",  # below: form limits that are not kept (CVE-2026-54283)
+            "uvicorn>=0.40",
+            "h11>=0.16",
+            "websockets>=15",
+            "av>=17",
+            "prometheus-client>=0.20",
+            "python-multipart>=0.0.32",  # below: unbounded headers of parts (CVE-2026-42561)
+        ],
+        # the service as its clients see it
+        "clients": ["tritonclient[http]", "schemathesis", "playwright"],
+        "plots": ["matplotlib>=3.6"],
         "bench": ["onnx", "onnxruntime", "openvino", "psutil"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "onnx", "onnxruntime"],
+        "dev": ["matplotlib", "pytest", "pytest-timeout", "ruff", "mypy", "onnx", "onnxruntime"],
     },
     entry_points={"console_scripts": ["pynq-kgrc=pynq_kgrc.cli:main"]},
 )
