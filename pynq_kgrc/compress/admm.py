@@ -130,25 +130,36 @@ def quantize_to(weight: Array, bits: int) -> Array:
     return np.asarray(codes * scale, weight.dtype)
 
 
-def quantize_to_powers(weight: Array, bits: int) -> Array:
-    """The nearest weight of 0 and powers of two, one scale a filter; zeros stay zeros.
-
-    At 3 bits the codes are 0, +-1, +-2, +-4, which a 4-bit accelerator runs; at 4 bits 0 and
-    +-1 to +-64, which an 8-bit one runs (GSNQ's values: Sui et al., Sensors 2022).
+def top_power(bits: int) -> int:
+    """The largest code of powers of two: 4 at 3 bits, 64 at 4 bits.
 
     Raises:
         ConfigError: another number of bits.
     """
     if bits not in (3, 4):
         raise ConfigError(f"powers of two take 3 or 4 bits, not {bits}")
-    top = 2 ** (2 ** (bits - 1) - 2)
-    largest = np.abs(weight.reshape(weight.shape[0], -1)).max(axis=1)
-    scale = _column(largest / top, weight)
-    codes = np.abs(weight / scale)
-    # halfway between powers on the scale of reals: 1.5 is nearer to 2 than to 1 only from there on
-    exponent = np.clip(np.floor(np.log2(np.maximum(codes, 1e-12) / 0.75)), 0, np.log2(top))
+    return 1 << ((1 << (bits - 1)) - 2)
+
+
+def quantize_to_powers(weight: Array, bits: int, scale: Array | None = None) -> Array:
+    """The nearest weight of 0 and powers of two times a scale; zeros stay zeros.
+
+    At 3 bits the codes are 0, +-1, +-2, +-4, which a 4-bit accelerator runs; at 4 bits 0 and
+    +-1 to +-64, which an 8-bit one runs (GSNQ's values: Sui et al., Sensors 2022). The scale [M]
+    of each filter gives its largest weight the largest code, unless it is given.
+
+    Raises:
+        ConfigError: another number of bits.
+    """
+    top = top_power(bits)
+    if scale is None:
+        scale = np.abs(weight.reshape(weight.shape[0], -1)).max(axis=1) / top
+    column = _column(scale, weight)
+    codes = np.abs(weight / column)
+    # 3 quarters of a power are as far from it as from the next smaller one
+    exponent = np.clip(np.floor(np.log2(np.maximum(codes, 0.5) / 0.75)), 0, np.log2(top))
     powers = np.where(codes < 0.5, 0.0, 2.0**exponent)
-    return np.asarray(np.sign(weight) * powers * scale, weight.dtype)
+    return np.asarray(np.sign(weight) * powers * column, weight.dtype)
 
 
 def _column(scale: Array, weight: Array) -> Array:
@@ -165,7 +176,7 @@ def quantizing_projections(
     Raises:
         ConfigError: a layer that the network does not have, or a width that is not there.
     """
-    quantizer = quantize_to_powers if powers else quantize_to
+    quantizer: Callable[[Array, int], Array] = quantize_to_powers if powers else quantize_to
     quantizer(np.ones((1, 1)), bits)  # refuses the width before training starts
     return {
         name: partial(_on_kept, quantizer, bits, (w == 0).cpu().numpy())

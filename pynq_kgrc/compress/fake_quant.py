@@ -28,7 +28,7 @@ from pynq_kgrc.graph import (
     Layer,
     WindowShape,
 )
-from pynq_kgrc.quant import MAX_SHIFT, MULT_BITS, QuantParams, WeightQuant, weight_limit
+from pynq_kgrc.quant import MAX_SHIFT, MULT_BITS, Array, QuantParams, WeightQuant, weight_limit
 
 
 class _Straight(torch.autograd.Function):
@@ -106,7 +106,7 @@ class FakeQuantNetwork(nn.Module):
                 scale = torch.tensor(math.log(_format(layer).scale), dtype=torch.float64)
                 self.log_scales[key] = nn.Parameter(scale)
             if layer.op == CONV:
-                self.convolutions[_key(layer.name)] = _Convolution(layer)
+                self.convolutions[_key(layer.name)] = CodedConvolution(layer)
 
     def scale(self, name: str) -> Tensor:
         """The scale of a tensor's format, float64; those of the clip and the result are fixed."""
@@ -207,7 +207,7 @@ class FakeQuantNetwork(nn.Module):
         return replace(self.graph, layers=tuple(layers))
 
 
-class _Convolution(nn.Module):
+class CodedConvolution(nn.Module):
     """A convolution of codes with its own weight, bias and scales of filters."""
 
     def __init__(self, layer: Layer) -> None:
@@ -222,15 +222,41 @@ class _Convolution(nn.Module):
         scale = np.maximum(np.asarray(quant.scale, np.float64), 1e-30)
         self.log_scale = nn.Parameter(torch.from_numpy(np.log(scale)))
         self._bits = quant.bits
+        self.frozen: Tensor | None = None
+        """Bool, like the weight: where it no longer changes."""
+        self._values: Tensor | None = None
+
+    def scale(self) -> Tensor:
+        """[M] float64: what a code of each filter is worth."""
+        return torch.exp(self.log_scale)
+
+    def fix_scale(self, scale: Array) -> None:
+        """Set the scale of each filter [M] for good."""
+        with torch.no_grad():
+            self.log_scale.copy_(torch.from_numpy(np.log(scale)))
+        self.log_scale.requires_grad_(False)
+
+    def freeze(self, where: Array, values: Array) -> None:
+        """Set the weight to `values` at some places, for good."""
+        device = self.weight.device
+        self.frozen = torch.from_numpy(where).to(device)
+        self._values = torch.from_numpy(values).to(device, self.weight.dtype)
+        with torch.no_grad():
+            self.weight.copy_(self._real())
+
+    def _real(self) -> Tensor:
+        if self.frozen is None or self._values is None:
+            return self.weight
+        return torch.where(self.frozen, self._values, self.weight)
 
     def coded(self) -> Tensor:
         """[M, N, kd, kh, kw] codes, float64; zeros stay zeros."""
-        real = self.weight.double() / torch.exp(self.log_scale).view(-1, 1, 1, 1, 1)
+        real = self._real().double() / self.scale().view(-1, 1, 1, 1, 1)
         return round_half_up(real).clamp(-self._limit, self._limit)
 
     def forward(self, codes: Tensor, source: Tensor, written: Tensor) -> Tensor:
         """Codes before the shortcut and the clamp; the scales are float64."""
-        scale = torch.exp(self.log_scale)
+        scale = self.scale()
         bias = round_half_up(self.bias.double() / (source * scale))
         sums = F.conv3d(
             _padded(codes, self._shape, 0.0),
@@ -243,12 +269,11 @@ class _Convolution(nn.Module):
 
     def fill(self, layer: Layer) -> Layer:
         """The layer with this weight, bias and scale."""
-        scale = torch.exp(self.log_scale).numpy()
         return replace(
             layer,
-            weight=np.ascontiguousarray(self.weight.numpy(), np.float32),
+            weight=np.ascontiguousarray(self._real().numpy(), np.float32),
             bias=self.bias.double().numpy(),
-            weight_quant=WeightQuant(self._bits, scale),
+            weight_quant=WeightQuant(self._bits, self.scale().numpy()),
         )
 
 

@@ -58,6 +58,23 @@ class RecipeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: dict[str, Entry]
 
 
+def build_patterns(
+    entries: Mapping[str, Entry], config: AcceleratorConfig | None = None
+) -> dict[str, Pattern]:
+    """The patterns of a recipe, by layer.
+
+    Raises:
+        ConfigError: as `build_pattern`; the layer is named.
+    """
+    patterns = {}
+    for name, entry in entries.items():
+        try:
+            patterns[name] = build_pattern(entry, config)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    return patterns
+
+
 def build_pattern(entry: Entry, config: AcceleratorConfig | None = None) -> Pattern:
     """The pattern of an entry, in the groups and blocks of an accelerator.
 
@@ -122,23 +139,16 @@ def check_eq9(rates: Rates, config: AcceleratorConfig) -> None:
             )
 
 
-def read_recipe(path: str | Path, config: AcceleratorConfig | None = None) -> dict[str, Pattern]:
-    """The patterns of a recipe file.
+def read_entries(path: str | Path) -> dict[str, Entry]:
+    """The entries of a recipe file.
 
     Raises:
-        ConfigError: no such file, no TOML, or an entry that is wrong; the layer is named.
+        ConfigError: no such file, no TOML, or a field that is unknown or of another type.
     """
     try:
-        entries = msgspec.toml.decode(Path(path).read_bytes(), type=RecipeFile).layers
+        return msgspec.toml.decode(Path(path).read_bytes(), type=RecipeFile).layers
     except (OSError, msgspec.MsgspecError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    patterns = {}
-    for name, entry in entries.items():
-        try:
-            patterns[name] = build_pattern(entry, config)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {name}: {error}") from None
-    return patterns
 
 
 def write_recipe(entries: Mapping[str, Entry], path: Path) -> None:

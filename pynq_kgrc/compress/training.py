@@ -75,15 +75,15 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError("lr and temperature have to be above 0, weight_decay 0 or more")
 
 
-def read_config(path: str | Path) -> TrainConfig:
-    """A TOML file of the fields of `TrainConfig`; what it leaves out keeps its default.
+def read_config(path: str | Path, kind: type[T]) -> T:
+    """Settings from a TOML file of the fields of `kind`; what it leaves out keeps its default.
 
     Raises:
         ConfigError: no such file, no TOML, a field that is unknown, of another type or range.
     """
     try:
-        return msgspec.toml.decode(Path(path).read_bytes(), type=TrainConfig)
-    except (OSError, msgspec.MsgspecError) as error:
+        return msgspec.toml.decode(Path(path).read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

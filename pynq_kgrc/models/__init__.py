@@ -1,5 +1,14 @@
 """Networks in plain torch, their weights, and the road from a torch module to a Graph."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from pynq_kgrc.errors import ModelError
+from pynq_kgrc.graph import ClipSpec
+
 NETWORKS = {
     "c3d": ("pynq_kgrc.models.c3d", "c3d"),
     "r2plus1d_18": ("pynq_kgrc.models.r2plus1d", "r2plus1d_18"),
@@ -11,3 +20,23 @@ NETWORKS = {
 
 Names only, so that a board without torch can read the list.
 """
+
+
+def find_network(name: str) -> tuple[Callable[..., Any], ClipSpec]:
+    """What builds a network, given its number of classes, and the clip that it looks at.
+
+    `name` is one of `NETWORKS`, or MODULE:FUNCTION of a module with a ClipSpec named CLIP.
+
+    Raises:
+        ModelError: there is no such network.
+    """
+    place = NETWORKS.get(name) or tuple(name.split(":"))
+    try:
+        module = import_module(place[0])
+        build, clip = getattr(module, place[1]), module.CLIP
+    except (ImportError, AttributeError, IndexError, ValueError) as error:
+        raise ModelError(
+            f"{name!r} is no network ({error}); use {', '.join(NETWORKS)}, "
+            f"or MODULE:FUNCTION of a module with a ClipSpec named CLIP"
+        ) from error
+    return build, clip

@@ -21,13 +21,14 @@ def thin_c3d(classes: int = 27, width: int = 16) -> ThinC3D:
 class ThinC3D(nn.Module):
     """[N, 3, 16, 64, 64] to logits [N, classes].
 
+    The first convolution looks at three frames at once: on small maps motion says more than looks.
     The last map keeps its four steps of time, so that the fully connected layer knows what came
     first; actions such as sitting down and standing up differ in nothing else.
     """
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(3, width, (1, 5, 5), (1, 2, 2), (0, 2, 2), bias=False)
+        self.conv1 = nn.Conv3d(3, width, (3, 5, 5), (1, 2, 2), (1, 2, 2), bias=False)
         self.norm1 = nn.BatchNorm3d(width)
         self.pool1 = nn.MaxPool3d((1, 2, 2))
         self.conv2 = nn.Conv3d(width, 2 * width, 3, padding=1, bias=False)

@@ -1,0 +1,114 @@
+"""Quantization in training: towards codes by ADMM, then with the accelerator's own arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from torch import nn
+
+from pynq_kgrc.compress.admm import Admm, quantize_to_powers, quantizing_projections, top_power
+from pynq_kgrc.compress.augment import Augmentation
+from pynq_kgrc.compress.fake_quant import CodedConvolution, FakeQuantNetwork
+from pynq_kgrc.compress.masks import weights_of
+from pynq_kgrc.compress.pruning import Ground
+from pynq_kgrc.compress.training import TrainConfig
+from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.graph import Graph
+from pynq_kgrc.quant import BITS
+
+QUANTIZE = TrainConfig(epochs=10, lr=2e-4, weight_decay=0.0, augment=Augmentation(erase=0.1))
+"""Settings of training with codes, unless others are given."""
+
+POWER_GROUPS = (0.5, 0.75, 0.875, 1.0)
+"""GSNQ: the part of the weights that are powers of two after each group's turn."""
+
+
+def train_quantized(
+    graph: Graph,
+    config: TrainConfig,
+    ground: Ground,
+    folder: Path,
+    teacher: nn.Module | None = None,
+    device: str = "cpu",
+    powers: bool = False,
+) -> Graph:
+    """The graph after training with codes in the forward pass; pruned weights stay zero.
+
+    Args:
+        graph: from `choose_quant`, which also says the width.
+        config: settings; few epochs at a low rate are enough.
+        ground: clips to learn from and to measure on.
+        folder: of this run.
+        teacher: the float network, for distillation.
+        device: where to train.
+        powers: end with weights of 0 and powers of two only, frozen in groups, the largest first
+            (GSNQ); 3 bits of them at a width of 4, 4 bits at a width of 8.
+
+    Raises:
+        ConfigError: powers of two at 16 bits.
+        ModelError: the folder holds another run.
+    """
+    network = FakeQuantNetwork(graph).to(device)
+    if not powers:
+        ground.train(network, config, folder, teacher=teacher)
+        return network.cpu().to_graph()
+    bits = {4: 3, 8: 4}.get(graph.convolutions()[0].weight_quant.bits)  # type: ignore[union-attr]
+    if bits is None:
+        raise ConfigError("powers of two are for designs of 8 or 4 bits")
+    part = msgspec.structs.replace(config, epochs=max(1, config.epochs // len(POWER_GROUPS)))
+    for i, fraction in enumerate(POWER_GROUPS):
+        freeze_powers(network, fraction, bits)
+        if fraction < 1:
+            ground.train(network, part, folder / f"group{i + 1}", teacher=teacher)
+    # biases, and the scales of formats, adapt to weights that are all frozen now
+    ground.train(network, part, folder / f"group{len(POWER_GROUPS)}", teacher=teacher)
+    return network.cpu().to_graph()
+
+
+def freeze_powers(network: FakeQuantNetwork, fraction: float, bits: int) -> None:
+    """Freeze the largest `fraction` of each layer's weights at powers of two, zeros included."""
+    for layer in network.convolutions.values():
+        assert isinstance(layer, CodedConvolution)
+        weight = layer.weight.detach().cpu().numpy()
+        if layer.frozen is None:  # the first group decides the scale of each filter
+            largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
+            layer.fix_scale(np.where(largest > 0, largest, 1.0) / top_power(bits))
+        size = np.abs(weight)
+        kept = size[size > 0]
+        edge = np.quantile(kept, 1 - fraction) if kept.size and fraction < 1 else 0.0
+        scale = layer.scale().detach().cpu().numpy()
+        layer.freeze((size >= edge) | (weight == 0), quantize_to_powers(weight, bits, scale))
+
+
+def approach_codes(
+    module: nn.Module,
+    bits: int,
+    config: TrainConfig,
+    ground: Ground,
+    folder: Path,
+    teacher: nn.Module | None = None,
+    rho: float = 1e-2,
+) -> None:
+    """Draw a float network's weights towards codes by ADMM, width after width down to `bits`.
+
+    The rate halves from one width to the next (KGRC paper, section VI-A). At the end weights lie
+    on codes with one scale a filter, which folding of batch norm does not change; pruned weights
+    stay zero. Activations follow in `train_quantized`.
+
+    Raises:
+        ConfigError: a width that accelerators do not have.
+    """
+    if bits not in BITS:
+        raise ConfigError(f"bits={bits}; accepted are {BITS}")
+    widths = [width for width in BITS if width >= bits]
+    names = list(weights_of(module))
+    for i, width in enumerate(widths):
+        part = msgspec.structs.replace(
+            config, lr=config.lr / 2**i, epochs=max(1, config.epochs // len(widths))
+        )
+        admm = Admm(module, quantizing_projections(module, names, width), rho)
+        ground.train(module, part, folder / f"{width}-bit", admm, teacher, f"rho {rho}")
+        if width == bits:
+            admm.settle()
