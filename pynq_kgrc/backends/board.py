@@ -171,12 +171,11 @@ class Held:
                 self.overlay.download()
         self.running = False
 
-    def free(self, *names: str) -> None:
-        """Free buffers; the device has to be idle."""
-        for name in names or tuple(self.buffers):
-            buffer = self.buffers.pop(name, None)
-            if buffer is not None:
-                buffer.freebuffer()
+    def free(self, least: dict[str, int] | None = None) -> None:
+        """Free the buffers of fewer bytes than `least`, or all; the device has to be idle."""
+        for name in tuple(self.buffers):
+            if least is None or self.buffers[name].nbytes < least[name]:
+                self.buffers.pop(name).freebuffer()
 
     def release(self) -> None:
         """Give everything back; twice is no error, and a forked child gives back nothing."""
@@ -234,6 +233,7 @@ class Board:
         self._lost: str | None = None
         self._stale = False
         self._interrupts = False
+        self._addresses: dict[str, int] = {}
         self._held = Held(self._device)
         self._release = weakref.finalize(self, Held.release, self._held)
         try:
@@ -308,6 +308,9 @@ class Board:
     def _check_digest(self) -> None:
         digest = self._ip.digest()
         if digest != self.config.digest:
+            changed = self._changed()
+            if changed:
+                raise DeviceError(f"the device was re-programmed or reset while it ran: {changed}")
             raise DeviceError(
                 f"the device is of the design {digest}, not {self.config.name} "
                 f"({self.config.digest}); use the overlay of this design, or compile for the "
@@ -364,7 +367,7 @@ class Board:
         parts = ", ".join(f"{name} {size / MIB:.1f}" for name, size in needs.items())
         left = "unknown" if free is None else f"{free / MIB:.1f}"
         log.info("contiguous memory: %.1f MiB needed (%s), %s MiB free", total / MIB, parts, left)
-        held.free(*(n for n, buffer in held.buffers.items() if buffer.nbytes < needs[n]))
+        held.free(needs)
         try:
             for name, size in needs.items():
                 if name not in held.buffers:
@@ -546,11 +549,13 @@ class Board:
 
     def _changed(self) -> str:
         """Registers of addresses that do not hold what was written, in words."""
-        return ", ".join(
+        found = [
             f"{name} reads {value:#x}, not {wanted:#x}"
             for name, wanted in self._addresses.items()
             if (value := self._ip.get(name)) != wanted
-        )
+        ]
+        more = f" and {len(found) - 2} more" if len(found) > 2 else ""
+        return ", ".join(found[:2]) + more
 
     def _check_status(self, status: Array, first: int, last: int) -> None:
         """Every task has to be done, and to have done what the cost model says."""
@@ -617,7 +622,9 @@ class Board:
             passed = time.monotonic() - began
             control = self._ip.get("CTRL")
             if control & DONE or (control & IDLE and not control & START):
-                if missed:
+                # it may be on its way: the run can end between a wait and this look
+                loop = waiting_loop() if missed else None
+                if loop is not None and not self._wait_interrupt(loop, 5e-3):
                     log.warning("an interrupt was lost; polling from here on")
                     self._interrupts = False
                 return True

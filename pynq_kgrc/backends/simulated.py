@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import json
 import os
+import shutil
 import struct
 import tempfile
 import time
@@ -445,7 +446,7 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
             CRL_AT: (0x1000, Registers({**plls, **dividers})),
             CRF_AT: (0x1000, Registers({**plls, 0x60: 0x100})),
         }
-        self._overlays: tempfile.TemporaryDirectory[str] | None = None
+        self._overlays: Path | None = None
         # pynq keeps the clocks of the first device that it meets
         if "_real_instance" in vars(pynq.Clocks):
             del pynq.Clocks._real_instance
@@ -465,8 +466,9 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
     def supply_overlay(self, config: AcceleratorConfig) -> Path:
         """The folder of an overlay of that design, made when it is first asked for."""
         if self._overlays is None:
-            self._overlays = tempfile.TemporaryDirectory(prefix="pynq_kgrc-overlays-")
-        folder = Path(self._overlays.name) / f"{config.digest}-{int(self.interrupt)}"
+            self._overlays = Path(tempfile.mkdtemp(prefix="pynq_kgrc-overlays-"))
+            weakref.finalize(self, shutil.rmtree, self._overlays, ignore_errors=True)
+        folder = self._overlays / f"{config.digest}-{int(self.interrupt)}"
         if not folder.is_dir():
             write_overlay(folder, config, interrupt=self.interrupt)
         return folder

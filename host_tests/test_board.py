@@ -1,0 +1,721 @@
+"""The driver on pynq's own classes over the simulated board: every fault ends well, and in time."""
+
+import asyncio
+import gc
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+from networks import Net, compiled, random_codes, small_config
+from reference import run_program
+
+pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board's driver not tested")
+
+from pynq_kgrc.accelerator.header import ADDRESSES, REGISTERS, register_of  # noqa: E402
+from pynq_kgrc.backends import board as driver  # noqa: E402
+from pynq_kgrc.backends import manifest as overlays  # noqa: E402
+from pynq_kgrc.backends import simulated  # noqa: E402
+from pynq_kgrc.backends.base import count_task, open_backend  # noqa: E402
+from pynq_kgrc.backends.board import Board, KgrcIp, KgrcOverlay  # noqa: E402
+from pynq_kgrc.backends.csim import CSimulation, source_folder  # noqa: E402
+from pynq_kgrc.backends.lock import DeviceLock, lock_path  # noqa: E402
+from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError  # noqa: E402
+
+QUICK = dict(floor_seconds=0.03, margin=1.0)
+"""Limits for a kernel that never ends; the simulated one computes before it is waited for."""
+
+
+@pytest.fixture(scope="module")
+def program():
+    net = Net(size=(3, 6, 7))
+    net.dense(net.pool(net.conv(net.conv("clip", 6), 9)), 5)
+    return compiled(net)[0]
+
+
+@pytest.fixture(scope="module")
+def clips(program):
+    """Codes of two clips, and the last task's codes for each."""
+    last = program.tasks[-1].name
+    codes = [random_codes(program, seed) for seed in (0, 1)]
+    return [(c, run_program(program, c)[last]) for c in codes]
+
+
+@pytest.fixture(params=["interrupt", "polling"])
+def device(request):
+    before = vars(pynq.Device).get("_active_device")
+    made = simulated.SimulatedDevice(interrupt=request.param == "interrupt")
+    pynq.Device.active_device = made
+    threads = threading.active_count()
+    yield made
+    gc.collect()
+    assert not made.memory.buffers, "memory is still allocated"
+    assert threading.active_count() == threads
+    DeviceLock(made.tag).release()
+    pynq.Device.active_device = before
+
+
+def large_program():
+    """More of everything than `program`."""
+    net = Net(size=(6, 20, 20))
+    net.conv(net.conv("clip", 24), 24)
+    return compiled(net)[0]
+
+
+def classify(board, program, codes):
+    """What a session does with a clip."""
+    board.write(program.source, codes)
+    board.run()
+    last = program.tasks[-1]
+    return board.read(program.target, last.shape.out_channels, last.out_size)
+
+
+@pytest.fixture
+def board(device, program):
+    with Board(program.config, device=device, **QUICK) as opened:
+        opened.load(program)
+        yield opened
+
+
+# ---- what is shared with the hardware -------------------------------------------------------
+
+
+def test_registers_are_the_arguments_of_the_kernel():
+    text = (source_folder() / "top.cpp").read_text()
+    (signature,) = re.findall(r"void kgrc_run\((.*?)\)", text, re.DOTALL)
+    arguments = [part.split() for part in signature.split(",")]
+    names = [words[-1] for words in arguments]
+    assert names == [*ADDRESSES, "digest", "first_task", "task_count"]
+    pointers = [w[-1] for w in arguments if "*" in " ".join(w)]
+    assert pointers == [*ADDRESSES, "digest"]
+    for name in names:
+        assert f"s_axilite port = {name}\n" in text
+    order = sorted(REGISTERS, key=REGISTERS.__getitem__)
+    assert order == list(REGISTERS)
+    assert order[4:] == [
+        *(f"{register_of(name)}_{word}" for name in ADDRESSES for word in (1, 2)),
+        *("digest_1", "digest_2", "digest_ctrl", "first_task", "task_count"),
+    ]
+    # as in the headers that Vitis HLS writes: 12 bytes an address, 24 what it returns
+    assert REGISTERS["shortcut_1"] - REGISTERS["input_r_1"] == 12
+    assert REGISTERS["first_task"] - REGISTERS["digest_1"] == 24
+    assert REGISTERS["task_count"] - REGISTERS["first_task"] == 8
+
+
+def test_pynq_binds_the_driver_by_its_name_in_the_overlay(device, program):
+    path = device.supply_overlay(program.config) / "kgrc.bit"
+    overlay = KgrcOverlay(str(path), device=device)
+    assert type(overlay.kgrc_run_0) is KgrcIp
+    assert overlay.is_loaded()
+    assert "kgrc_run_0" in overlay.__doc__
+    assert abs(pynq.Clocks.fclk0_mhz - 150) < 0.1
+    assert hasattr(overlay.kgrc_run_0, "interrupt") == device.interrupt
+
+
+def test_addresses_have_two_words(board, device):
+    for name in ADDRESSES:
+        low, high = (board._ip.get(f"{register_of(name)}_{word}") for word in (1, 2))
+        assert high == 8
+        device.memory.at(high << 32 | low)
+
+
+# ---- running --------------------------------------------------------------------------------
+
+
+def test_one_start_runs_the_whole_program(board, device, program, clips):
+    for codes, wanted in clips:
+        starts = device.kernel.starts
+        np.testing.assert_array_equal(classify(board, program, codes), wanted)
+        assert device.kernel.starts == starts + 1
+
+
+def test_counters_are_the_devices_own(board, program, clips):
+    board.write(program.source, clips[0][0])
+    found = board.run()
+    simulation = CSimulation(program.config)
+    simulation.load(program)
+    simulation.write(program.source, clips[0][0])
+    for ours, theirs, task in zip(found, simulation.run(), program.tasks, strict=True):
+        assert replace(ours, seconds=0) == replace(theirs, seconds=0)
+        assert replace(ours, seconds=0, cycles=None) == count_task(program, task)
+        assert ours.seconds > 0
+
+
+def test_a_write_between_tasks_keeps_what_the_device_wrote(board, program, clips):
+    """A flush writes whole buffers since pynq 3.1."""
+    codes, wanted = clips[0]
+    board.write(program.source, codes)
+    board.run(0, 1)
+    board.write(program.source, codes)  # never where the task that reads it writes
+    board.run(1)
+    last = program.tasks[-1]
+    found = board.read(program.target, last.shape.out_channels, last.out_size)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("forgotten", ["weights", "maps"])
+def test_a_forgotten_flush_gives_wrong_codes(device, program, clips, forgotten, monkeypatch):
+    """So that the other tests mean something."""
+    codes, wanted = clips[0]
+    with Board(program.config, device=device, **QUICK) as board:
+        real = simulated.SimulatedDevice.flush
+
+        def flush(self, buffer, *rest):
+            held = board._held.buffers.get(forgotten)
+            if held is None or buffer is not held.bo:
+                real(self, buffer, *rest)
+
+        monkeypatch.setattr(simulated.SimulatedDevice, "flush", flush)
+        board.load(program)
+        assert (classify(board, program, codes) != wanted).any()
+
+
+def test_another_program_takes_or_frees_the_buffers(board, device, program, clips):
+    net = Net(size=(1, 2, 2))
+    net.dense("clip", 4)
+    small, _ = compiled(net)
+    large = large_program()
+    held = set(device.memory.buffers)
+    for other, kept in ((small, True), (program, True), (large, False)):
+        board.load(other)
+        codes = random_codes(other)
+        found = classify(board, other, codes)
+        np.testing.assert_array_equal(found, run_program(other, codes)[other.tasks[-1].name])
+        assert len(device.memory.buffers) == 4
+        assert not kept or set(device.memory.buffers) == held
+        assert kept or set(device.memory.buffers) != held
+
+
+def test_a_refused_program_leaves_the_loaded_one(board, program, clips):
+    net = Net(size=(2, 3, 3))
+    net.dense("clip", 4)
+    other, _ = compiled(net, small_config(4))
+    with pytest.raises(ProgramError, match=r"made for small-4 \(.*this is small-8"):
+        board.load(other)
+    with pytest.raises(ProgramError, match="format version 2, the overlay reads 1"):
+        board.load(msgspec.structs.replace(program, version=2))
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_inside_an_event_loop_it_polls(board, program, clips):
+    """As in a notebook, where a loop runs already."""
+
+    async def cell():
+        return classify(board, program, clips[0][0])
+
+    np.testing.assert_array_equal(asyncio.run(cell()), clips[0][1])
+
+
+def test_the_interrupt_ends_the_wait(device, program, clips, caplog):
+    device.latency = 0.02
+    with Board(program.config, device=device, floor_seconds=1.0) as board:
+        board.load(program)
+        polls = []
+        get = board._ip.get
+        board._ip.get = lambda name: polls.append(name) or get(name)
+        for codes, wanted in clips:
+            np.testing.assert_array_equal(classify(board, program, codes), wanted)
+        count = polls.count("CTRL")
+    # ready, before the wait, after it; a wait may be cut in two or three while it is long
+    assert (count <= 12) == device.interrupt
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("clears_on_read", [True, False])
+def test_both_kinds_of_interrupt_status(program, clips, clears_on_read, caplog):
+    device = simulated.SimulatedDevice(clears_on_read=clears_on_read)
+    pynq.Device.active_device = device
+    device.latency = 2e-3
+    with Board(program.config, device=device) as board:
+        board.load(program)
+        for codes, wanted in clips * 3:
+            np.testing.assert_array_equal(classify(board, program, codes), wanted)
+            assert not device.kernel.line()
+        assert board._interrupts
+    assert not caplog.records
+
+
+# ---- faults ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("never_done", r"task conv1 \(1 of 3\) did not finish .*; registers CTRL=0x1 "),
+        ("error_status", r"task conv2 \(2 of 3\) reports 0xdead where 1 is done"),
+        ("wrong_digest", r"the device is of the design .*, not small-8"),
+        ("decode_error", r"bus decode error: .*weights_2 reads 0x0, not 0x8"),
+        ("bad_table", r"task conv1 .* bus decode error, or worse: its tables"),
+        ("reprogrammed", r"re-programmed or reset while it ran: input_r_2 reads 0x0, not 0x8"),
+        ("power_cycle", r"reset, re-programmed or without power while it ran"),
+    ],
+)
+def test_a_fault_is_named_in_time_and_the_next_call_works(
+    board, device, program, clips, fault, text
+):
+    (codes, wanted), (others, wanted_of_others) = clips
+    np.testing.assert_array_equal(classify(board, program, codes), wanted)
+    device.faults = [fault]
+    board.write(program.source, others)
+    began = time.monotonic()
+    with pytest.raises(DeviceError, match=text):
+        board.run()
+    assert time.monotonic() - began < 1
+    assert not device.faults
+    # nothing of before is given out as a result, nor run again by itself
+    last = program.tasks[-1]
+    with pytest.raises(DeviceError, match="write the clip again after"):
+        board.read(program.target, last.shape.out_channels, last.out_size)
+    with pytest.raises(DeviceError, match="write the clip again after"):
+        board.run()
+    np.testing.assert_array_equal(classify(board, program, others), wanted_of_others)
+
+
+def test_names_of_the_tasks_are_those_of_the_program(program):
+    """The texts above name them."""
+    assert [task.name for task in program.tasks][:2] == ["conv1", "conv2"]
+
+
+def test_every_fault_is_tested():
+    named = {"never_done", "error_status", "wrong_digest", "decode_error", "bad_table"}
+    elsewhere = {"late", "interrupt_lost", "cma_full", "reprogrammed", "power_cycle"}
+    assert named | elsewhere == set(simulated.FAULTS)
+
+
+def test_late_but_in_time(device, program, clips):
+    device.delay = 0.05
+    with Board(program.config, device=device, floor_seconds=2.0) as board:
+        board.load(program)
+        device.faults = ["late"]
+        began = time.monotonic()
+        np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+        assert time.monotonic() - began >= 0.05
+
+
+def test_too_late(board, device, program, clips):
+    device.delay = 0.2
+    device.faults = ["late"]
+    board.write(program.source, clips[0][0])
+    with pytest.raises(DeviceError, match="did not finish"):
+        board.run()
+    time.sleep(0.25)  # its end must not be taken for that of the next
+    np.testing.assert_array_equal(classify(board, program, clips[1][0]), clips[1][1])
+
+
+def test_a_lost_interrupt_costs_time_only(board, device, program, clips, caplog):
+    device.faults = ["interrupt_lost"]
+    device.latency = 1e-3
+    for codes, wanted in clips:
+        np.testing.assert_array_equal(classify(board, program, codes), wanted)
+    told = "an interrupt was lost; polling from here on" in caplog.text
+    assert told == device.interrupt
+    assert not board._interrupts
+
+
+def test_no_contiguous_memory(board, device, program, clips, caplog):
+    caplog.set_level(logging.INFO)
+    large = large_program()
+    device.faults = ["cma_full"]
+    needs = r"not enough contiguous memory .* [\d.]+ MiB are needed \(maps .* MiB were free"
+    with pytest.raises(DeviceError, match=needs):
+        board.load(large)
+    assert re.search(r"contiguous memory: [\d.]+ MiB needed .*, 51\d\.\d MiB free", caplog.text)
+    with pytest.raises(ProgramError, match="no program is loaded"):
+        board.run()
+    assert not device.memory.buffers
+    board.load(program)
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_a_pool_that_is_too_small(program):
+    device = simulated.SimulatedDevice(memory_bytes=3 * simulated.PAGE)
+    pynq.Device.active_device = device
+    with (
+        Board(program.config, device=device) as board,
+        pytest.raises(DeviceError, match=r"0\.0 MiB were free.*cma=512M"),
+    ):
+        board.load(program)
+    assert not device.memory.buffers
+
+
+def test_reprogrammed_between_two_calls(board, device, program, clips):
+    for again in (lambda: device.kernel.program(program.config), lambda: other_overlay(device)):
+        board.write(program.source, clips[0][0])
+        again()
+        with pytest.raises(DeviceError, match="was re-programmed"):
+            board.run()
+        np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def other_overlay(device):
+    """Another notebook cell loads its own overlay."""
+    pynq.Overlay(str(device.supply_overlay(small_config(4)) / "kgrc.bit"), device=device)
+
+
+def test_a_stopped_cell_stops_the_kernel(board, device, program, clips, monkeypatch):
+    """Ctrl-C, or Jupyter's stop: the kernel must not go on writing to memory that is freed."""
+    device.faults = ["never_done"]
+    board.write(program.source, clips[0][0])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    downloads = device.downloads
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.time, "sleep", interrupted)
+        patch.setattr(Board, "_wait_interrupt", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            board.run()
+    assert device.downloads == downloads + 1
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_a_device_that_stays_dead_is_refused_with_the_reason(
+    board, device, program, clips, monkeypatch
+):
+    device.faults = ["never_done"]
+    board.write(program.source, clips[0][0])
+
+    def dead(*_):
+        raise OSError("fpga_manager: no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulated.SimulatedDevice, "download", dead)
+        with pytest.raises(DeviceError, match="did not finish"):
+            board.run()
+        for _ in range(2):
+            with pytest.raises(DeviceError, match=r"does not come back .*conv1.*no answer"):
+                board.write(program.source, clips[0][0])
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_wrong_counts_are_no_result(board, program, clips):
+    board._counted[1, 0] += 1
+    board.write(program.source, clips[0][0])
+    with pytest.raises(DeviceError, match=r"conv2 .* counted \d+ macs where \d+ are due"):
+        board.run()
+
+
+# ---- refusals -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def overlay(tmp_path, program):
+    """The folder of a simulated overlay to damage."""
+    simulated.write_overlay(tmp_path / "small", program.config)
+    return tmp_path / "small"
+
+
+def change(folder, **fields):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def replace_in(folder, name, old, new):
+    """Another file, and the manifest knows."""
+    path = folder / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    sums = json.loads((folder / "manifest.json").read_text())["sha256"]
+    change(folder, sha256=sums | {name: hashlib.sha256(path.read_bytes()).hexdigest()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda f: (f / "kgrc.hwh").unlink(), r"kgrc.hwh is missing; copy it from the Vivado"),
+        (lambda f: (f / "kgrc.bit").unlink(), r"kgrc.bit is missing; build it from hls_src"),
+        (lambda f: (f / "kgrc.bit").write_text("{}"), r"kgrc.bit has SHA-256 .* its manifest says"),
+        (lambda f: (f / "manifest.json").unlink(), r"no overlay of small-8 .*there is none"),
+        (lambda f: change(f, clock_mhz=-1), r"clock_mhz=-1.* use more than 0"),
+        (lambda f: change(f, pl_clock=4), r"one of the clocks 0 to 3"),
+        (lambda f: change(f, clock_mhz="fast"), r"manifest.json: Expected `float`"),
+        (lambda f: change(f, digest="0" * 16), r"digest 0{16} is not that of its config"),
+        (lambda f: change(f, clock_mhz=200), r"reads back as 149.\d+ MHz, .* built for 200"),
+        (lambda f: change(f, pl_clock=1), r"set the frequency of pl_clk1"),
+    ],
+)
+def test_a_damaged_overlay_is_refused(device, overlay, program, damage, text):
+    damage(overlay)
+    with pytest.raises(DeviceError, match=text):
+        Board(program.config, overlay, device=device)
+
+
+def test_an_overlay_of_another_design(device, overlay, program, monkeypatch):
+    other = small_config(4)
+    monkeypatch.setenv("KGRC_OVERLAY", str(overlay.parent))
+    with pytest.raises(DeviceError, match=r"no overlay of small-4 \(4 bits.*there is small-8"):
+        overlays.find_overlay(other)
+    assert overlays.find_overlay(program.config).folder == overlay
+    # the manifest says one design, the hardware is of another: only the device can tell
+    replace_in(overlay, "kgrc.bit", '"bits": 8', '"bits": 4')
+    with pytest.raises(DeviceError, match=r"the device is of the design .*use the overlay of this"):
+        Board(program.config, overlay, device=device)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("pynq-kgrc:hls:kgrc_run:1.0", "pynq-kgrc:hls:kgrc_run:2.0", "no pynq-kgrc:hls:kgrc_run"),
+        ('NAME="status_2"', 'NAME="state_2"', "has no register status_2"),
+    ],
+)
+def test_another_kernel_in_the_overlay(device, overlay, program, old, new, text):
+    replace_in(overlay, "kgrc.hwh", old, new)
+    with pytest.raises(DeviceError, match=text):
+        Board(program.config, overlay, device=device)
+
+
+def test_registers_are_where_the_overlay_says(device, overlay, program, clips, monkeypatch):
+    """Vivado's file is the truth about the hardware; the list only names."""
+    moved = {name: at + 0x100 * (at >= 0x10) for name, at in REGISTERS.items()}
+    monkeypatch.setattr(simulated, "REGISTERS", moved)
+    simulated.write_overlay(overlay, program.config)
+    with Board(program.config, overlay, device=device) as board:
+        board.load(program)
+        np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_a_busy_kernel_and_its_cure(device, program, clips):
+    """An earlier process was killed while the kernel ran."""
+    with Board(program.config, device=device) as board:
+        board._ip.put("CTRL", 0)
+    device.kernel._control = simulated.START
+    with pytest.raises(DeviceError, match=r"not idle \(CTRL=0x1\).*open it with download=True"):
+        Board(program.config, device=device, download=False)
+    with Board(program.config, device=device) as board:
+        board.load(program)
+        np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_a_kernel_that_does_not_answer(device, program, monkeypatch):
+    monkeypatch.setattr(
+        simulated.Kernel, "_run", lambda *_: (_ for _ in ()).throw(simulated.BusError())
+    )
+    with pytest.raises(DeviceError, match=r"does not answer within 0.03 s; registers CTRL=0x1"):
+        Board(program.config, device=device, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "user", "text"),
+    [
+        ({}, [], 0, r"XILINX_XRT is not set.*sudo -E"),
+        ({"XILINX_XRT": "/usr"}, [], 0, "no FPGA manager on this machine"),
+        ({"XILINX_XRT": "/usr"}, [object()], 1000, "for root only; start .* sudo -E"),
+        ({"XILINX_XRT": "/usr"}, [object()], 0, "chosen/pynq_board is missing"),
+    ],
+)
+def test_no_board(monkeypatch, environment, devices, user, text):
+    monkeypatch.delenv("PYNQ_KGRC_SIMULATE")
+    monkeypatch.delenv("XILINX_XRT", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(type(pynq.Device), "devices", property(lambda _: devices))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with pytest.raises(DeviceError, match=text):
+        open_backend("board", small_config())
+
+
+def test_without_pynq():
+    """The driver is then unavailable, with a sentence; all else works."""
+    code = (
+        "import sys; sys.modules['pynq'] = None; sys.path.insert(0, sys.argv[1])\n"
+        "from networks import small_config\n"
+        "from pynq_kgrc.backends.base import open_backend\n"
+        "from pynq_kgrc.errors import DeviceError\n"
+        "open_backend('emulate', small_config()).close()\n"
+        "try: open_backend('board', small_config())\n"
+        "except DeviceError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "the backend board cannot be used here" in done.stdout, done.stderr
+    assert "install pynq_kgrc[board]" in done.stdout
+
+
+# ---- giving back ----------------------------------------------------------------------------
+
+
+def test_two_users_of_one_device(board, device, program):
+    with pytest.raises(DeviceError, match=rf"in use by process {os.getpid()} \(this one"):
+        Board(program.config, device=device)
+    board.close()
+    Board(program.config, device=device).close()
+
+
+HOLDER = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import pynq
+from networks import Net, compiled
+from pynq_kgrc.backends import simulated
+from pynq_kgrc.backends.board import Board
+net = Net(size=(2, 3, 3))
+net.dense("clip", 4)
+program, _ = compiled(net)
+device = simulated.SimulatedDevice(tag="held-by-a-test")
+pynq.Device.active_device = device
+import atexit
+atexit.register(lambda: print("left", len(device.memory.buffers), flush=True))
+board = Board(program.config, device=device)
+board.load(program)
+print("ready", len(device.memory.buffers), flush=True)
+if len(sys.argv) > 2:
+    raise RuntimeError(sys.argv[2])
+time.sleep(60)
+"""
+
+
+def test_another_process_is_refused_until_the_first_is_killed(program):
+    device = simulated.SimulatedDevice(tag="held-by-a-test")
+    pynq.Device.active_device = device
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, os.path.dirname(__file__)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "ready 4\n"
+        with pytest.raises(DeviceError, match=rf"in use by process {holder.pid};"):
+            Board(program.config, device=device)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(30)
+        holder.stdout.close()
+    Board(program.config, device=device).close()
+
+
+def test_a_process_that_ends_in_an_error_gives_back():
+    done = subprocess.run(
+        [sys.executable, "-c", HOLDER, os.path.dirname(__file__), "oh"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "RuntimeError: oh" in done.stderr
+    assert done.stdout == "ready 4\nleft 0\n"
+    DeviceLock("held-by-a-test").release()
+
+
+def test_what_is_forgotten_is_given_back(device, program):
+    board = Board(program.config, device=device)
+    board.load(program)
+    assert len(device.memory.buffers) == 4
+    del board
+    gc.collect()
+    assert not device.memory.buffers
+
+
+def test_an_exception_in_a_with_block(device, program):
+    with (
+        pytest.raises(ProgramError, match="no program is loaded"),
+        Board(program.config, device=device) as board,
+    ):
+        board.run()
+    assert not device.memory.buffers
+    board.close()
+    with pytest.raises(ProgramError, match="no program is loaded"):
+        board.run()
+    with pytest.raises(DeviceError, match="the board is closed"):
+        board.load(program)
+
+
+def test_a_running_kernel_is_stopped_before_its_memory_is_freed(device, program, clips):
+    board = Board(program.config, device=device, **QUICK)
+    board.load(program)
+    board._held.running = True
+    device.kernel._control = simulated.START
+    order = []
+    download, free = device.download, device.memory.return_pointer
+    device.download = lambda *rest: order.append("download") or download(*rest)
+    device.memory.return_pointer = lambda buffer: order.append("free") or free(buffer)
+    board.close()
+    assert order == ["download", *["free"] * 4]
+
+
+def test_a_forked_child_gives_back_nothing(board, device, program, clips):
+    child = os.fork()
+    if not child:
+        board.close()
+        os._exit(len(device.memory.buffers))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 4
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_a_lock_of_a_strange_name():
+    assert lock_path("../a b").name == "pynq_kgrc-.._a_b.lock"
+
+
+# ---- at random ------------------------------------------------------------------------------
+
+
+def storm(program, clips, runs, seed, interrupt):
+    """Runs with a random fault each, or none; how many gave labels, and the errors by kind."""
+    rng = np.random.default_rng(seed)
+    device = simulated.SimulatedDevice(interrupt=interrupt)
+    pynq.Device.active_device = device
+    threads = threading.active_count()
+    right = refused = 0
+    board = None
+    for _ in range(runs):
+        device.faults = list(rng.choice(simulated.FAULTS, rng.integers(0, 3), replace=False))
+        device.delay = float(rng.choice([0.0, 0.005, 0.03]))
+        codes, wanted = clips[rng.integers(len(clips))]
+        try:
+            if board is None:
+                board = Board(program.config, device=device, margin=1.0, floor_seconds=0.01)
+                board.load(program)
+            elif rng.random() < 0.1:
+                board.load(program)
+            if rng.random() < 0.1:
+                device.kernel.program(program.config)
+            found = classify(board, program, codes)
+        except KgrcError:
+            refused += 1
+            if board is not None and board._program is None:
+                board.close()
+                board = None
+        else:
+            assert (found == wanted).all(), "a wrong label"
+            right += 1
+        if board is not None and rng.random() < 0.05:
+            board.close()
+            board = None
+            assert not device.memory.buffers
+    # the weather clears: the very next call works
+    device.faults = []
+    board = board or Board(program.config, device=device)
+    board.load(program)
+    assert (classify(board, program, clips[0][0]) == clips[0][1]).all()
+    board.close()
+    gc.collect()
+    assert not device.memory.buffers
+    assert threading.active_count() == threads
+    DeviceLock(device.tag).release()
+    return right, refused
+
+
+@pytest.mark.parametrize("interrupt", [True, False])
+def test_faults_at_random(program, clips, interrupt):
+    right, refused = storm(program, clips, 100, 1, interrupt)
+    assert min(right, refused) > 20
+
+
+@pytest.mark.slow
+def test_a_thousand_faults_at_random(program, clips):
+    right, refused = storm(program, clips, 1000, 2, True)
+    assert min(right, refused) > 200
