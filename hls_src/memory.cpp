@@ -296,7 +296,8 @@ tiles:
               column = tap_tile * columns + (kSparse ? kept : col_step * kPk + k);
             }
             // one that fills up P_K, or the last tap tile, has zero weights: any tap will do
-            out.offset[group][k] = offset[column < taps ? column : 0];
+            // a dense design reads one set of columns for all groups, whichever are enabled
+            out.offset[kSparse ? group : 0][k] = offset[column < taps ? column : 0];
           }
         rows:
           for (int r = 0; r < kRows; ++r) {
