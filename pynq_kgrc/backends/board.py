@@ -293,6 +293,14 @@ class Board:
         self._held.running = False
         self._check_digest()
 
+    def describe(self) -> str:
+        """What the device said of itself, in a line."""
+        waits = "interrupt" if self._interrupts else "no interrupt, polled"
+        return (
+            f"{self.config.name} (digest {self._ip.digest()}) at {self._clock_hz / 1e6:.6g} MHz, "
+            f"{waits}"
+        )
+
     def _bind(self) -> KgrcIp:
         """The kernel's driver, its interrupt bound to our loop where the overlay has one."""
 

@@ -1,0 +1,132 @@
+"""The doctor: what it finds on a laptop, on a board and on one that lacks something."""
+
+import json
+import sys
+from importlib import metadata
+
+import pytest
+
+from pynq_kgrc.cli import board as doctor
+from pynq_kgrc.cli import main
+
+
+def examine(capsys, *arguments):
+    """Exit status, and the findings by name."""
+    status = main(["doctor", "--json", *arguments])
+    document = json.loads(capsys.readouterr().out)
+    return status, document, {f["name"]: f for f in document["findings"]}
+
+
+@pytest.fixture
+def laptop(monkeypatch):
+    """A computer without a board, whatever this one is."""
+    monkeypatch.delenv("PYNQ_KGRC_SIMULATE")
+    monkeypatch.delenv("XILINX_XRT", raising=False)
+    monkeypatch.delenv("KGRC_OVERLAY", raising=False)
+
+
+def test_a_laptop(laptop, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "PYNQ_IMAGE", tmp_path / "pynq_board")
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: 1000)
+    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\n")
+    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setenv("KGRC_OVERLAY", str(tmp_path))
+    status, document, found = examine(capsys)
+    assert status == 0
+    assert document["emulation"] and not document["board"]
+    lacking = [name for name, finding in found.items() if not finding["works"]]
+    assert {"image", "XRT", "root", "device", "memory", "overlay"} <= set(lacking)
+    for name in lacking:
+        assert found[name]["cure"], name
+    assert "xrt_setup.sh" in found["XRT"]["cure"]
+    assert "sudo -E" in found["root"]["cure"]
+    assert "cma=512M" in found["memory"]["cure"]
+    assert "no overlay of 8-sparse" in found["overlay"]["cure"]
+
+
+def test_a_board_as_far_as_files_go(laptop, capsys, monkeypatch, tmp_path):
+    (tmp_path / "pynq_board").write_bytes(b"ZCU102\0")
+    monkeypatch.setattr(doctor, "PYNQ_IMAGE", tmp_path / "pynq_board")
+    (tmp_path / "meminfo").write_text("CmaTotal: 524288 kB\nCmaFree: 262144 kB\n")
+    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: 0)
+    monkeypatch.setenv("XILINX_XRT", "/usr")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    _, _, found = examine(capsys)
+    assert found["image"]["found"] == "ZCU102"
+    assert found["memory"]["found"] == "256 of 512 MiB contiguous memory are free"
+    assert found["XRT"]["works"] and found["root"]["works"]
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "xclbinutil" in examine(capsys)[2]["XRT"]["found"]
+
+
+def test_the_simulated_board(capsys):
+    pytest.importorskip("pynq", reason="pynq is not installed: the board's driver not tested")
+    status, document, found = examine(capsys, "--open", "--design", "4-dense")
+    assert status == 0
+    assert document["board"], found
+    assert found["kernel"]["found"].startswith("4-dense (digest ")
+    assert "MHz, interrupt" in found["kernel"]["found"]
+
+
+def test_an_overlay_that_is_damaged(capsys, tmp_path):
+    simulated = pytest.importorskip("pynq_kgrc.backends.simulated", reason="pynq not installed")
+    from pynq_kgrc.accelerator.config import preset
+
+    simulated.write_overlay(tmp_path, preset("8-sparse"))
+    assert examine(capsys, "--overlay", str(tmp_path))[2]["overlay"]["works"]
+    (tmp_path / "kgrc.hwh").write_text("")
+    finding = examine(capsys, "--overlay", str(tmp_path))[2]["overlay"]
+    assert not finding["works"]
+    assert "kgrc.hwh has SHA-256" in finding["cure"]
+
+
+def test_a_device_in_use(capsys):
+    simulated = pytest.importorskip("pynq_kgrc.backends.simulated", reason="pynq not installed")
+    from pynq_kgrc.backends.lock import DeviceLock
+
+    lock = DeviceLock(simulated.shared_device().tag)
+    finding = examine(capsys)[2]["device"]
+    lock.release()
+    assert not finding["works"]
+    assert "in use by process" in finding["cure"]
+
+
+def test_without_pynq(laptop, capsys, monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    status, _, found = examine(capsys)
+    assert status == 0
+    assert "pip install pynq_kgrc[board]" in found["pynq"]["cure"]
+
+
+def test_a_broken_emulation_is_told_by_the_exit_status(capsys, monkeypatch):
+    from pynq_kgrc.backends.emulate import Emulation
+
+    read = Emulation.read
+    monkeypatch.setattr(Emulation, "read", lambda *arguments: read(*arguments) // 2)
+    status, document, found = examine(capsys)
+    assert status == 1
+    assert not document["emulation"]
+    assert "% off" in found["emulation"]["found"]
+
+
+def test_a_module_that_is_missing_is_no_crash(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    status, _, found = examine(capsys)
+    assert status == 1
+    assert not found["video"]["works"]
+
+
+def test_the_table(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "  ok  emulation" in text
+    assert "Programs run here, emulated bit for bit; the simulated board is ready." in text
+
+
+def test_an_unknown_design(capsys):
+    assert main(["doctor", "--design", "2-sparse"]) == 2
+    assert "no accelerator named '2-sparse'" in capsys.readouterr().err

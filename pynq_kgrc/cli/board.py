@@ -1,0 +1,281 @@
+"""The command doctor: what this machine lacks to run programs, emulated and on a board."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from pynq_kgrc.cli.arguments import Declare
+from pynq_kgrc.errors import KgrcError
+
+EMULATION, BOARD = "emulation", "board"
+
+PYNQ_IMAGE = Path("/proc/device-tree/chosen/pynq_board")
+
+MEMORY = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    road: str
+    """What needs it: emulation or board."""
+    name: str
+    works: bool
+    found: str
+    cure: str = ""
+
+
+def declare(command: Declare) -> None:
+    """Add this file's command."""
+    doctor = command(
+        "doctor",
+        run_doctor,
+        "check what this machine can run, and say what is missing",
+        "Looks at the emulation, which needs no board, and at everything that a board needs.\n"
+        "Exit status 0 when the emulation works, 1 when it does not.",
+    )
+    doctor.add_argument("--design", default="8-sparse", help="whose overlay (default: 8-sparse)")
+    doctor.add_argument("--overlay", type=Path, help="where it lies (default: KGRC_OVERLAY)")
+    doctor.add_argument(
+        "--open",
+        action="store_true",
+        help="program the device and ask its kernel who it is; ends whatever runs on it",
+    )
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    from pynq_kgrc.accelerator.config import preset
+
+    preset(options.design)  # a mistake in the input, not in the machine
+    findings = [
+        *_examine(EMULATION, EMULATION_CHECKS, options),
+        *_examine(BOARD, BOARD_CHECKS, options),
+    ]
+    works = {road: all(f.works for f in findings if f.road == road) for road in (EMULATION, BOARD)}
+    if options.json:
+        print(json.dumps({**works, "findings": [asdict(f) for f in findings]}, indent=2))
+    else:
+        _print(findings, works)
+    return 0 if works[EMULATION] else 1
+
+
+Check = Callable[[argparse.Namespace], str]
+"""Says what it found, or raises: a KgrcError that also says what to do, or anything else."""
+
+
+class MissingError(KgrcError):
+    """Something that is not here: what was found, and the cure."""
+
+
+def _examine(road: str, checks: dict[str, Check], options: argparse.Namespace) -> Iterator[Finding]:
+    for name, check in checks.items():
+        try:
+            yield Finding(road, name, True, check(options))
+        except MissingError as error:
+            found, cure = error.args
+            yield Finding(road, name, False, found, cure)
+        except KgrcError as error:
+            yield Finding(road, name, False, "refused", str(error))
+        except Exception as error:  # a doctor does not fall ill of what it finds
+            yield Finding(road, name, False, f"{type(error).__name__}: {error}")
+
+
+def _print(findings: list[Finding], works: dict[str, bool]) -> None:
+    wide = max(len(f.name) for f in findings)
+    for road in (EMULATION, BOARD):
+        print(f"{road}:")
+        for finding in (f for f in findings if f.road == road):
+            mark = "ok" if finding.works else "--"
+            print(f"  {mark}  {finding.name:{wide}}  {finding.found}")
+            if finding.cure:
+                print(f"      {'':{wide}}  -> {finding.cure}")
+    missing = [f.name for f in findings if f.road == BOARD and not f.works]
+    here = "run here, emulated bit for bit" if works[EMULATION] else "do not run here"
+    kind = "the simulated board" if _simulated() else "a board"
+    lacks = f"{kind} lacks {', '.join(missing)}" if missing else f"{kind} is ready"
+    print(f"\nPrograms {here}; {lacks}.")
+
+
+# ---- emulation ------------------------------------------------------------------------------
+
+
+def _python(_: argparse.Namespace) -> str:
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        raise MissingError(platform.python_version(), "use Python 3.10, 3.11 or 3.12")
+    return f"{platform.python_version()} on {platform.machine()}"
+
+
+def _numpy(_: argparse.Namespace) -> str:
+    import numpy as np
+
+    return np.__version__
+
+
+def _video(_: argparse.Namespace) -> str:
+    import cv2
+
+    return f"OpenCV {cv2.__version__}"
+
+
+def _emulation(_: argparse.Namespace) -> str:
+    """Compile and run a small network, and hold it to floats."""
+    import numpy as np
+
+    from pynq_kgrc.accelerator.config import preset
+    from pynq_kgrc.backends.emulate import Emulation
+    from pynq_kgrc.compiler.lower import lower
+    from pynq_kgrc.compress.quantize import choose_quant
+    from pynq_kgrc.graph import CONV, INPUT, ClipSpec, ConvShape, Graph, Layer, run_float
+
+    rng = np.random.default_rng(0)
+    ones = (1, 1, 1)
+    shape = ConvShape(3, (2, 8, 8), (3, 3, 3), ones, ones, ones, filters=8)
+    weight = rng.normal(0, 0.1, (8, 3, 3, 3, 3)).astype(np.float32)
+    layers = (
+        Layer("clip", INPUT, (), 3, shape.in_size),
+        Layer("conv", CONV, ("clip",), 8, shape.out_size, shape, weight, np.zeros(8), "none"),
+    )
+    clip = rng.uniform(-1, 1, (3, 2, 8, 8)).astype(np.float32)
+    graph = choose_quant(Graph("doctor", layers, "conv", ClipSpec(2, 8, 8, 8)), [clip], 8)
+    program = lower(graph, preset("8-sparse"))
+    emulation = Emulation(program.config)
+    try:
+        emulation.load(program)
+        emulation.write(program.source, program.input.quantize(clip))
+        emulation.run()
+        found = program.output.dequantize(emulation.read(program.target, 8, shape.out_size))
+    finally:
+        emulation.close()
+    wanted = run_float(graph, clip)
+    error = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    if error > 0.05:
+        raise MissingError(
+            f"a small network is {error:.0%} off", "report it, with numpy.show_config()"
+        )
+    return f"a small network is compiled and run, within {error:.1%} of floats"
+
+
+EMULATION_CHECKS: dict[str, Check] = {
+    "Python": _python,
+    "numpy": _numpy,
+    "video": _video,
+    "emulation": _emulation,
+}
+
+
+# ---- board ----------------------------------------------------------------------------------
+
+
+def _simulated() -> bool:
+    return os.environ.get("PYNQ_KGRC_SIMULATE", "0") not in ("", "0")
+
+
+def _pynq(_: argparse.Namespace) -> str:
+    try:
+        version = metadata.version("pynq")
+    except metadata.PackageNotFoundError:
+        raise MissingError(
+            "not installed", "on a PYNQ image use its own Python; else pip install pynq_kgrc[board]"
+        ) from None
+    import numpy as np
+
+    if int(np.__version__.split(".")[0]) > 1:
+        raise MissingError(f"{version} with numpy {np.__version__}", "pip install 'numpy<2'")
+    from pynq_kgrc.backends import board
+
+    return f"{version}; the driver is {board.VLNV}"
+
+
+def _image(_: argparse.Namespace) -> str:
+    if _simulated():
+        return "simulated"
+    if not PYNQ_IMAGE.exists():
+        raise MissingError(
+            f"no {PYNQ_IMAGE}",
+            "run on a PYNQ image; without a board PYNQ_KGRC_SIMULATE=1 simulates one",
+        )
+    return PYNQ_IMAGE.read_bytes().rstrip(b"\0").decode("ascii", "replace")
+
+
+def _xrt(_: argparse.Namespace) -> str:
+    if _simulated():
+        return "simulated"
+    if "XILINX_XRT" not in os.environ:
+        raise MissingError(
+            "XILINX_XRT is not set", "source /etc/profile.d/xrt_setup.sh, keep it with sudo -E"
+        )
+    if shutil.which("xclbinutil") is None:
+        raise MissingError("no xclbinutil", "add the directory bin of XRT to PATH")
+    return os.environ["XILINX_XRT"]
+
+
+def _root(_: argparse.Namespace) -> str:
+    if _simulated():
+        return "not needed"
+    if os.geteuid():
+        raise MissingError(f"user {os.geteuid()}", "the registers are for root only: sudo -E")
+    return "root"
+
+
+def _device(_: argparse.Namespace) -> str:
+    from pynq_kgrc.backends.board import find_device
+    from pynq_kgrc.backends.lock import DeviceLock
+
+    device = find_device()
+    DeviceLock(str(device.tag)).release()
+    return f"{device.name}, not in use"
+
+
+def _memory(_: argparse.Namespace) -> str:
+    if _simulated():
+        return "simulated"
+    lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines() if ":" in line)
+    total, free = (int(lines.get(n, "0").split()[0]) >> 10 for n in ("CmaTotal", "CmaFree"))
+    if not total:
+        raise MissingError("no contiguous memory (CMA)", "boot with the kernel argument cma=512M")
+    return f"{free} of {total} MiB contiguous memory are free"
+
+
+def _overlay(options: argparse.Namespace) -> str:
+    from pynq_kgrc.accelerator.config import preset
+
+    config = preset(options.design)
+    if _simulated() and options.overlay is None:
+        return f"simulated, {config.name}"
+    from pynq_kgrc.backends.manifest import find_overlay
+
+    found = find_overlay(config, options.overlay)
+    manifest = found.manifest
+    return f"{found.bit}: {config.name} at {manifest.clock_mhz:g} MHz, by {manifest.tool}"
+
+
+def _kernel(options: argparse.Namespace) -> str:
+    if not options.open:
+        return "not asked; --open programs the device and asks"
+    from pynq_kgrc.accelerator.config import preset
+    from pynq_kgrc.backends.board import Board
+
+    with Board(preset(options.design), options.overlay) as board:
+        return board.describe()
+
+
+BOARD_CHECKS: dict[str, Check] = {
+    "pynq": _pynq,
+    "image": _image,
+    "XRT": _xrt,
+    "root": _root,
+    "device": _device,
+    "memory": _memory,
+    "overlay": _overlay,
+    "kernel": _kernel,
+}
