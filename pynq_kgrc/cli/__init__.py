@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pynq_kgrc.cli import board as doctor
 from pynq_kgrc.cli import build as build_road
 from pynq_kgrc.cli import info
 from pynq_kgrc.cli import run as run_road
@@ -63,6 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON for a script to read")
         return added
 
-    for family in (run_road, build_road, info):
+    for family in (run_road, build_road, info, doctor):
         family.declare(command)
     return parser
