@@ -89,7 +89,7 @@ def test_presets_are_those_of_table_v():
     macs_a_cycle = {name: c.pm * c.tn * c.pk * c.pf for name, c in PRESETS.items()}
     assert macs_a_cycle["8-sparse"] == 3072
     assert {c.rows_per_cycle for c in PRESETS.values() if c.sparse} == {4}
-    assert len({c.digest for c in PRESETS.values()}) == 6
+    assert len({c.digest for c in PRESETS.values()}) == 7
     assert (
         preset("8-sparse").digest
         == AcceleratorConfig("other name", 8, True, tm=32, tn=8, pm=16, pk=3, pf=8).digest
@@ -111,6 +111,7 @@ def test_presets_are_those_of_table_v():
         (dict(tm=128, pm=32), r"tm=128 makes 32 groups of gm=4; use 64 at most"),
         (dict(pf=1), r"pf=1 is less than the 2 positions"),
         (dict(filter_tiles=0), r"filter_tiles=0 has to be 1 or more"),
+        (dict(beat=3), r"beat=3 is not a power of two; use 2, 4, 8"),
     ],
 )
 def test_bad_tilings_are_refused_in_a_sentence(numbers, text):

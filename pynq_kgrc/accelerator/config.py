@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
 
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import Size
@@ -49,12 +53,15 @@ class AcceleratorConfig:
     """T_D, T_H, T_W: their product is the largest output tile that the buffers hold."""
     filter_tiles: int = 5
     """Filter tiles whose sums are held at once, so that they share one loading of the input."""
+    beat: int = 4
+    """Positions of T_N channels that the port of a map moves at once, where P_F and 64-bit words
+    allow it."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ConfigError(f"bits={self.bits} is not a width of this accelerator; use 16, 8, 4")
         for symbol in (
-            *("tm", "tn", "pm", "pk", "pf", "gm", "tk", "td", "th", "tw", "filter_tiles"),
+            *("tm", "tn", "pm", "pk", "pf", "gm", "tk", "td", "th", "tw", "filter_tiles", "beat"),
         ):
             if getattr(self, symbol) < 1:
                 raise ConfigError(f"{symbol}={getattr(self, symbol)} has to be 1 or more")
@@ -89,6 +96,8 @@ class AcceleratorConfig:
                 f"tn={self.tn} channels of {self.bits} bits do not fill 64-bit words; "
                 f"use a power of two"
             )
+        if self.beat & (self.beat - 1):
+            raise ConfigError(f"beat={self.beat} is not a power of two; use 2, 4, 8")
         if self.port_positions > self.pf:
             raise ConfigError(
                 f"pf={self.pf} is less than the {self.port_positions} positions that "
@@ -136,7 +145,7 @@ class AcceleratorConfig:
     @property
     def port_positions(self) -> int:
         """B: positions of T_N channels that a memory port moves at once, 64 bits at least."""
-        few = 1 << (min(4, self.pf).bit_length() - 1)
+        few = 1 << (min(self.beat, self.pf).bit_length() - 1)
         return max(few, 64 // (self.tn * self.bits))
 
     @property
@@ -176,12 +185,14 @@ PRESETS = {
         AcceleratorConfig("8-sparse", 8, True, tm=32, tn=8, pm=16, pk=3, pf=8),
         AcceleratorConfig("4-dense", 4, False, tm=32, tn=8, pm=32, pk=3, pf=8),
         AcceleratorConfig("4-sparse", 4, True, tm=64, tn=8, pm=32, pk=3, pf=8),
+        # ours: what `explore` finds for C3D and R(2+1)D-18 with KGRC on a ZCU102
+        AcceleratorConfig("8-zcu102", 8, True, tm=32, tn=8, pm=16, pk=3, pf=9, beat=8),
     )
 }
 
 
 def preset(name: str) -> AcceleratorConfig:
-    """The published design of that name, such as "8-sparse" (KGRC paper, table V).
+    """The design of that name, such as "8-sparse" (KGRC paper, table V).
 
     Raises:
         ConfigError: there is no design of that name.
@@ -189,3 +200,27 @@ def preset(name: str) -> AcceleratorConfig:
     if name not in PRESETS:
         raise ConfigError(f"no accelerator named {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def read_design(name: str) -> AcceleratorConfig:
+    """A design by its name, or from a JSON file as `write_design` writes it.
+
+    Raises:
+        ConfigError: neither, or the file does not describe an accelerator.
+    """
+    if not name.endswith(".json"):
+        return preset(name)
+    try:
+        return msgspec.json.decode(Path(name).read_bytes(), type=AcceleratorConfig)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{name}: no design of an accelerator ({error})") from error
+
+
+def write_design(config: AcceleratorConfig, path: Path) -> None:
+    """Write a design as JSON beside its place, and rename it there."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(asdict(config), indent=2) + "\n", "utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

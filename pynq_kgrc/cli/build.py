@@ -41,7 +41,12 @@ def declare(command: Declare) -> None:
     compile_.add_argument(
         "--clips", nargs="+", required=True, metavar="VIDEO", help="a few real videos to calibrate"
     )
-    compile_.add_argument("--config", default="8-sparse", help="accelerator (default: 8-sparse)")
+    compile_.add_argument(
+        "--config",
+        default="8-sparse",
+        metavar="DESIGN",
+        help="accelerator, by name or as the .json that explore writes (default: 8-sparse)",
+    )
     compile_.add_argument("--recipe", help="prune as the paper does: kgr, kgc or kgrc")
     compile_.add_argument("--method", default=None, help="ranges: minmax, percentile or mse")
     compile_.add_argument(
@@ -58,13 +63,13 @@ def run_pull(options: argparse.Namespace) -> int:
 
 
 def run_compile(options: argparse.Namespace) -> int:
-    from pynq_kgrc.accelerator.config import preset
+    from pynq_kgrc.accelerator.config import read_design
     from pynq_kgrc.compiler.lower import lower
     from pynq_kgrc.compress.patterns import prune, recipe
     from pynq_kgrc.compress.quantize import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.video import load_clip
 
-    config = preset(options.config)
+    config = read_design(options.config)
     rates = recipe(options.network, options.recipe) if options.recipe else {}
     graph = _trace(options)
     frames = [load_clip(video, graph.clip).frames for video in options.clips]
