@@ -1,0 +1,223 @@
+// The C test bench: runs the vectors of vectors.py and compares every code and every status word.
+//
+//   bench FILE           task by task with a memory for each port, then all in one start, one memory
+//   bench FILE apart     only the first: co-simulation knows no memory that two ports share
+//
+// Returns 0 if all is as it should be. The same file is the test bench of csim_design and
+// cosim_design (hls.tcl) and of `make csim`. It is no hardware: here the standard library is welcome.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "design.h"
+
+extern "C" void kgrc_run(const kgrc::Beat* input, const kgrc::Beat* shortcut, kgrc::Beat* output,
+                         const kgrc::WeightBeat* weights, const kgrc::Word* tables,
+                         const kgrc::Word* items, const kgrc::Word* indices,
+                         const kgrc::Word* scales, kgrc::Word* status, kgrc::Word* digest,
+                         int first_task, int task_count);
+
+namespace {
+
+using kgrc::Beat;
+using kgrc::WeightBeat;
+using kgrc::Word;
+using kgrc::kBeatWords;
+using kgrc::kDigest;
+using kgrc::kStatusWords;
+using kgrc::kWeightPortWords;
+
+typedef std::vector<uint64_t> Words;
+
+// `depth` of every m_axi port in top.cpp: co-simulation copies so many elements
+const size_t kDepth = 65536;
+
+// What a task has to leave behind.
+struct Wanted {
+  Words status;
+  size_t at;       // first word of its output in the memory of maps
+  Words codes;
+  Words known;     // bits that are codes, and not what fills a map up
+};
+
+// The file: magic, digest, counts of tasks and of words of maps, weights and tables; then the three
+// memories; then for each task its status words, the place and size of its output, output, mask.
+struct Vectors {
+  Words maps, weights, tables;
+  std::vector<Wanted> tasks;
+};
+
+class Reader {
+ public:
+  explicit Reader(const char* path) : place(0) {
+    std::ifstream file(path, std::ios::binary);
+    std::vector<char> bytes((std::istreambuf_iterator<char>(file)),
+                            std::istreambuf_iterator<char>());
+    words.resize(bytes.size() / 8);
+    if (!words.empty()) std::memcpy(words.data(), bytes.data(), words.size() * 8);
+    good = file.good() || file.eof();
+  }
+  Words take(size_t count) {
+    if (count > words.size() - place) {
+      good = false;
+      return Words(count < kDepth ? count : 0);
+    }
+    place += count;
+    return Words(words.begin() + place - count, words.begin() + place);
+  }
+  bool ended() const { return place == words.size(); }
+  bool good;
+
+ private:
+  Words words;
+  size_t place;
+};
+
+bool read_vectors(const char* path, Vectors* vectors) {
+  Reader reader(path);
+  const Words head = reader.take(6);
+  uint64_t magic;
+  std::memcpy(&magic, "KGRCVEC1", 8);
+  if (!reader.good || head[0] != magic) {
+    std::printf("%s: not a file of vectors\n", path);
+    return false;
+  }
+  if (head[1] != kDigest) {
+    std::printf("%s: made for the design %016llx, this is %016llx\n", path,
+                static_cast<unsigned long long>(head[1]), kDigest);
+    return false;
+  }
+  vectors->maps = reader.take(head[3]);
+  vectors->weights = reader.take(head[4]);
+  vectors->tables = reader.take(head[5]);
+  for (uint64_t i = 0; reader.good && i < head[2]; ++i) {
+    Wanted wanted;
+    wanted.status = reader.take(kStatusWords);
+    const Words where = reader.take(2);
+    wanted.at = where[0];
+    wanted.codes = reader.take(where[1]);
+    wanted.known = reader.take(where[1]);
+    vectors->tasks.push_back(wanted);
+    if (wanted.at + wanted.codes.size() > vectors->maps.size()) reader.good = false;
+  }
+  if (!reader.good || !reader.ended() || vectors->tasks.empty()) {
+    std::printf("%s: cut short or too long\n", path);
+    return false;
+  }
+  if (vectors->maps.size() / kBeatWords > kDepth ||
+      vectors->weights.size() / kWeightPortWords > kDepth || vectors->tables.size() > kDepth ||
+      vectors->tasks.size() * kStatusWords > kDepth) {
+    std::printf("%s: more than the %zu elements that a port shows to co-simulation\n", path, kDepth);
+    return false;
+  }
+  return true;
+}
+
+// A memory as a port sees it, at least as long as the port is deep.
+template <class Element, int kWords>
+std::vector<Element> memory_of(const Words& words) {
+  std::vector<Element> memory(kDepth);
+  for (size_t i = 0; i < kDepth * kWords; ++i)
+    memory[i / kWords].word[i % kWords] = Word(i < words.size() ? words[i] : 0);
+  return memory;
+}
+
+std::vector<Word> words_of(const Words& words) {
+  std::vector<Word> memory(kDepth);
+  for (size_t i = 0; i < kDepth; ++i) memory[i] = Word(i < words.size() ? words[i] : 0);
+  return memory;
+}
+
+uint64_t word_at(const std::vector<Beat>& maps, size_t at) {
+  return uint64_t(maps[at / kBeatWords].word[at % kBeatWords]);
+}
+
+// Differences of a task's output; the first is told.
+int compare_codes(const char* how, size_t task, const Wanted& wanted,
+                  const std::vector<Beat>& maps) {
+  int wrong = 0;
+  for (size_t i = 0; i < wanted.codes.size(); ++i) {
+    const uint64_t found = word_at(maps, wanted.at + i);
+    if (((found ^ wanted.codes[i]) & wanted.known[i]) == 0) continue;
+    if (wrong++ == 0)
+      std::printf("%s: task %zu: word %zu of its output is %016llx, not %016llx\n", how, task, i,
+                  static_cast<unsigned long long>(found & wanted.known[i]),
+                  static_cast<unsigned long long>(wanted.codes[i]));
+  }
+  return wrong;
+}
+
+int compare_status(const char* how, size_t task, const Wanted& wanted,
+                   const std::vector<Word>& status) {
+  int wrong = 0;
+  for (int i = 0; i < kStatusWords; ++i) {
+    const uint64_t found = uint64_t(status[task * kStatusWords + i]);
+    if (found == wanted.status[i]) continue;
+    ++wrong;
+    std::printf("%s: task %zu: status word %d is %llu, not %llu\n", how, task, i,
+                static_cast<unsigned long long>(found),
+                static_cast<unsigned long long>(wanted.status[i]));
+  }
+  return wrong;
+}
+
+int compare_digest(const char* how, const Word& digest) {
+  if (uint64_t(digest) == kDigest) return 0;
+  std::printf("%s: the digest is %016llx, not %016llx\n", how,
+              static_cast<unsigned long long>(uint64_t(digest)), kDigest);
+  return 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    std::printf("usage: bench FILE [apart]\n");
+    return 2;
+  }
+  const bool apart = argc > 2 && std::string(argv[2]) == "apart";
+  Vectors vectors;
+  if (!read_vectors(argv[1], &vectors)) return 2;
+  const std::vector<Beat> first_maps = memory_of<Beat, kBeatWords>(vectors.maps);
+  const std::vector<WeightBeat> weights =
+      memory_of<WeightBeat, kWeightPortWords>(vectors.weights);
+  const std::vector<Word> tables = words_of(vectors.tables), items = tables, indices = tables,
+                          scales = tables;
+  const int count = int(vectors.tasks.size());
+  int wrong = 0;
+
+  std::vector<Beat> maps = first_maps;
+  for (int task = 0; task < count; ++task) {
+    const Wanted& wanted = vectors.tasks[task];
+    const std::vector<Beat> input = maps, shortcut = maps;
+    std::vector<Beat> output = maps;
+    std::vector<Word> status = words_of(Words());
+    Word digest = 0;
+    kgrc_run(input.data(), shortcut.data(), output.data(), weights.data(), tables.data(),
+             items.data(), indices.data(), scales.data(), status.data(), &digest, task, 1);
+    wrong += compare_codes("apart", task, wanted, output);
+    wrong += compare_status("apart", task, wanted, status);
+    wrong += compare_digest("apart", digest);
+    // only what the task writes: co-simulation gives nothing back for the rest
+    for (size_t i = wanted.at; i < wanted.at + wanted.codes.size(); ++i)
+      maps[i / kBeatWords].word[i % kBeatWords] = output[i / kBeatWords].word[i % kBeatWords];
+  }
+
+  if (!apart) {
+    maps = first_maps;
+    std::vector<Word> status = words_of(Words());
+    Word digest = 0;
+    kgrc_run(maps.data(), maps.data(), maps.data(), weights.data(), tables.data(), tables.data(),
+             tables.data(), tables.data(), status.data(), &digest, 0, count);
+    for (int task = 0; task < count; ++task)
+      wrong += compare_status("together", task, vectors.tasks[task], status);
+    wrong += compare_codes("together", count - 1, vectors.tasks[count - 1], maps);
+    wrong += compare_digest("together", digest);
+  }
+
+  std::printf("%d tasks, %d differences\n", count, wrong);
+  return wrong ? 1 : 0;
+}

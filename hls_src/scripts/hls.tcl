@@ -1,0 +1,49 @@
+# Vitis HLS, 2022.1 and later: C-simulation, synthesis, co-simulation and export of one design.
+#
+#   vitis_hls -f hls.tcl                  up to 2024.1
+#   vitis-run --mode hls --tcl hls.tcl    since 2024.2
+#
+# Run by the Makefile in the build folder of the design, where config.h and vectors.bin lie. Makes
+# ip/ (the packaged kernel) and reports/. Not run here: there was no Vitis HLS. What a test could do
+# without it was to run this file with the tool's commands stubbed.
+
+proc setting {name} {
+  if {![info exists ::env($name)]} {
+    error "$name is not set; run this file through the Makefile of hls_src"
+  }
+  return $::env($name)
+}
+
+set sources [setting KGRC_SOURCES]
+set clock_mhz [setting KGRC_CLOCK_MHZ]
+set build [pwd]
+set flags "-std=c++14 -I$build -I$sources"
+
+file delete -force ip reports
+open_project -reset hls
+set_top kgrc_run
+foreach name {top.cpp plan.cpp memory.cpp compute.cpp post.cpp} {
+  add_files $sources/$name -cflags $flags
+}
+add_files -tb $sources/scripts/bench.cpp -cflags "$flags -Wno-unknown-pragmas"
+open_solution -reset solution -flow_target vivado
+set_part [setting KGRC_PART]
+create_clock -period [format %.3f [expr {1000.0 / $clock_mhz}]] -name default
+
+csim_design -O -argv "$build/vectors.bin"
+csynth_design
+# each port has a memory of its own there: tasks one by one, see bench.cpp
+cosim_design -rtl verilog -argv "$build/vectors.bin apart"
+# the name by which the driver finds it: pynq_kgrc/backends/board.py, VLNV
+export_design -rtl verilog -format ip_catalog -vendor pynq-kgrc -library hls \
+  -ipname kgrc_run -version 1.0
+
+set solution hls/solution
+file mkdir reports
+foreach report [glob $solution/syn/report/*csynth.xml $solution/sim/report/*cosim.rpt] {
+  file copy -force $report reports
+}
+# last, and whole: the Makefile takes its being there for success
+file copy -force $solution/impl/ip ip.part
+file rename ip.part ip
+exit

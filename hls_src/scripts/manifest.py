@@ -1,0 +1,88 @@
+"""Copy a bitstream to its overlay, and write the manifest that says what it is.
+
+``python manifest.py --design 8-sparse --build build/8-sparse -o ../overlays/8-sparse``
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import msgspec
+
+from pynq_kgrc.accelerator.config import PRESETS, preset
+from pynq_kgrc.accelerator.header import REGISTERS
+from pynq_kgrc.accelerator.reports import SYNTHESIS, read_synthesis
+from pynq_kgrc.backends.manifest import BIT, HWH, MANIFEST, Manifest
+from pynq_kgrc.errors import DeviceError, KgrcError
+
+VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
+"""As the driver knows the kernel (backends/board.py, which needs pynq to be imported)."""
+
+
+def check_handoff(path: Path) -> None:
+    """Refuse a .hwh without the kernel, or without a register that the driver uses.
+
+    Raises:
+        DeviceError: names what is missing.
+    """
+    try:
+        modules = ElementTree.parse(path).iter("MODULE")
+        kernel = next((module for module in modules if module.get("VLNV") == VLNV), None)
+    except ElementTree.ParseError as error:
+        raise DeviceError(f"{path}: no .hwh, {error}") from error
+    if kernel is None:
+        raise DeviceError(f"{path}: no {VLNV}; was the kernel exported by hls.tcl?")
+    found = {register.get("NAME") for register in kernel.iter("REGISTER")}
+    missing = [name for name in REGISTERS if name not in found]
+    if missing:
+        raise DeviceError(f"{path}: no register {', '.join(missing)} of {VLNV}")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--design", required=True, choices=PRESETS)
+    parser.add_argument("--board", default="zcu102")
+    parser.add_argument("--clock", type=float, required=True, help="MHz that timing was met at")
+    parser.add_argument("--build", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    chosen = parser.parse_args()
+    config = preset(chosen.design)
+    check_handoff(chosen.build / HWH)
+    files = {name: (chosen.build / name).read_bytes() for name in (BIT, HWH)}
+    synthesis = read_synthesis(chosen.build / "reports" / SYNTHESIS)
+    vivado = (chosen.build / "vivado.version").read_text().strip()
+    manifest = Manifest(
+        config=config,
+        digest=config.digest,
+        clock_mhz=chosen.clock,
+        sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        tool=f"Vitis HLS {synthesis.version}, {vivado}",
+        board=chosen.board,
+    )
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_file(chosen.output / name, content)
+    # last: until then a manifest of before refuses the new bitstream
+    encoded = msgspec.json.format(msgspec.json.encode(manifest))
+    write_file(chosen.output / MANIFEST, encoded + b"\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KgrcError as error:
+        sys.exit(str(error))

@@ -1,0 +1,231 @@
+"""Reports of Vitis HLS and Vivado, read and laid beside an estimate.
+
+The samples are made by hand in the form that the tools document. No tool wrote them, and their
+numbers are those of no design.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pynq_kgrc.accelerator.reports import (
+    Loop,
+    TimingSummary,
+    compare,
+    main,
+    read_synthesis,
+    read_timing,
+    read_utilization,
+)
+from pynq_kgrc.errors import ConfigError
+
+CSYNTH = """<?xml version="1.0" encoding="UTF-8"?>
+<profile>
+<ReportVersion><Version>2022.1</Version></ReportVersion>
+<UserAssignments>
+  <unit>ns</unit><Part>xczu9eg-ffvb1156-2-e</Part><TopModelName>kgrc_run</TopModelName>
+  <TargetClockPeriod>6.67</TargetClockPeriod><ClockUncertainty>1.80</ClockUncertainty>
+</UserAssignments>
+<PerformanceEstimates>
+  <SummaryOfTimingAnalysis><EstimatedClockPeriod>4.867</EstimatedClockPeriod>
+  </SummaryOfTimingAnalysis>
+  <SummaryOfOverallLatency>
+    <Best-caseLatency>undef</Best-caseLatency><Worst-caseLatency>undef</Worst-caseLatency>
+  </SummaryOfOverallLatency>
+  <SummaryOfLoopLatency>
+    <tasks><Name>tasks</Name><TripCount>undef</TripCount><Latency>undef</Latency>
+      <fields><Name>fields</Name><TripCount>32</TripCount><PipelineII>1</PipelineII>
+        <PipelineDepth>3</PipelineDepth></fields>
+    </tasks>
+  </SummaryOfLoopLatency>
+</PerformanceEstimates>
+<AreaEstimates>
+  <Resources><BRAM_18K>701</BRAM_18K><DSP>1650</DSP><FF>150000</FF><LUT>141000</LUT>
+    <URAM>0</URAM></Resources>
+  <AvailableResources><BRAM_18K>1824</BRAM_18K></AvailableResources>
+</AreaEstimates>
+<ModuleInformation>
+  <Module><Name>multiply</Name>
+    <PerformanceEstimates><SummaryOfLoopLatency>
+      <flattened><Name>flattened</Name>
+        <TripCount><range><min>4</min><max>4096</max></range></TripCount>
+        <PipelineII>2</PipelineII><PipelineDepth>19</PipelineDepth></flattened>
+    </SummaryOfLoopLatency></PerformanceEstimates>
+  </Module>
+</ModuleInformation>
+</profile>
+"""
+
+UTILIZATION = """
+| Tool Version : Vivado v.2022.1
+1. CLB Logic
++----------------------------+--------+-------+------------+-----------+-------+
+|          Site Type         |  Used  | Fixed | Prohibited | Available | Util% |
++----------------------------+--------+-------+------------+-----------+-------+
+| CLB LUTs*                  | 120000 |     0 |          0 |    274080 | 43.78 |
+|   LUT as Logic             | 110000 |     0 |          0 |    274080 | 40.13 |
+| CLB Registers              | 140000 |     0 |          0 |    548160 | 25.54 |
++----------------------------+--------+-------+------------+-----------+-------+
+3. BLOCKRAM
+| Block RAM Tile    | 388.5 |     0 |          0 |       912 | 42.60 |
+|   RAMB36/FIFO*    |   300 |     0 |          0 |       912 | 32.89 |
+4. ARITHMETIC
+| DSPs           | 1648 |     0 |          0 |      2520 | 65.40 |
+"""
+
+TIMING = """
+| Design Timing Summary
+| ---------------------
+
+    WNS(ns)      TNS(ns)  TNS Failing Endpoints  TNS Total Endpoints      WHS(ns)      THS(ns)
+    -------      -------  ---------------------  -------------------      -------      -------
+      0.412        0.000                      0               312345        0.011        0.000
+
+All user specified timing constraints are met.
+"""
+
+READERS = {
+    "csynth.xml": (read_synthesis, CSYNTH),
+    "utilization.rpt": (read_utilization, UTILIZATION),
+    "timing.rpt": (read_timing, TIMING),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, (_, text) in READERS.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_a_synthesis_report_is_read(folder):
+    found = read_synthesis(folder / "csynth.xml")
+    assert (found.version, found.top, found.part) == ("2022.1", "kgrc_run", "xczu9eg-ffvb1156-2-e")
+    assert (found.target_ns, found.estimated_ns, found.latency) == (6.67, 4.867, None)
+    assert found.resources == {
+        "dsp": 1650,
+        "bram36": 350.5,
+        "uram": 0,
+        "lut": 141000,
+        "ff": 150000,
+    }
+    assert found.loops == (
+        Loop("kgrc_run", "tasks", None, None, None),
+        Loop("kgrc_run", "fields", (32, 32), 1, 3),
+        Loop("multiply", "flattened", (4, 4096), 2, 19),
+    )
+
+
+def test_a_known_latency_and_the_older_name_of_dsps_are_read(tmp_path):
+    text = CSYNTH.replace("<DSP>1650</DSP>", "<DSP48E>7</DSP48E>")
+    text = text.replace(
+        "<Best-caseLatency>undef</Best-caseLatency><Worst-caseLatency>undef</Worst-caseLatency>",
+        "<Best-caseLatency>20</Best-caseLatency><Worst-caseLatency>30</Worst-caseLatency>",
+    )
+    (tmp_path / "a.xml").write_text(text)
+    found = read_synthesis(tmp_path / "a.xml")
+    assert found.latency == (20, 30)
+    assert found.resources["dsp"] == 7
+
+
+def test_utilization_and_timing_are_read(folder):
+    assert read_utilization(folder / "utilization.rpt") == {
+        "lut": 120000,
+        "ff": 140000,
+        "bram36": 388.5,
+        "uram": 0,
+        "dsp": 1648,
+    }
+    found = read_timing(folder / "timing.rpt")
+    assert found == TimingSummary(0.412, 0.011)
+    assert found.met
+    assert not TimingSummary(0.4, -0.001).met
+    assert not TimingSummary(-0.4, 0.001).met
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "field"),
+    [
+        ("csynth.xml", "</profile>", "", "no XML"),
+        ("csynth.xml", "<Version>2022.1</Version>", "", "ReportVersion/Version"),
+        ("csynth.xml", "<TopModelName>kgrc_run</TopModelName>", "", "TopModelName"),
+        ("csynth.xml", "<EstimatedClockPeriod>4.867", "<EstimatedClockPeriod>4,867", "Estimated"),
+        ("csynth.xml", "<TargetClockPeriod>6.67", "<TargetClockPeriod>nan", "TargetClockPeriod"),
+        ("csynth.xml", "<DSP>1650</DSP>", "", "Resources/DSP"),
+        ("csynth.xml", "<BRAM_18K>701</BRAM_18K>", "<BRAM_18K/>", "BRAM_18K"),
+        ("csynth.xml", "<Best-caseLatency>undef</Best-caseLatency>", "", "Best-caseLatency"),
+        ("csynth.xml", "<PipelineII>2", "<PipelineII>two", "PipelineII"),
+        ("csynth.xml", "<PipelineII>2", "<PipelineII>-2", "PipelineII"),
+        ("csynth.xml", "<Name>multiply</Name>", "", "Name"),
+        ("utilization.rpt", "| CLB LUTs*  ", "| LUTs  ", "LUTs"),
+        ("utilization.rpt", "| 388.5 |", "| much |", "Block RAM Tile"),
+        ("utilization.rpt", "| DSPs ", "| DSP ", "DSPs"),
+        ("timing.rpt", "WNS(ns)", "slack", "WNS(ns)"),
+        ("timing.rpt", "WHS(ns)", "hold", "WHS(ns)"),
+        ("timing.rpt", "0.412 ", "NA ", "WNS(ns)"),
+        ("timing.rpt", TIMING[TIMING.index("      0.412") :], "", "WNS(ns)"),
+    ],
+)
+def test_a_damaged_report_is_refused_by_file_and_field(folder, name, old, new, field):
+    read, text = READERS[name]
+    assert old in text
+    (folder / name).write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError) as refused:
+        read(folder / name)
+    assert str(folder / name) in str(refused.value)
+    assert field in str(refused.value)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_report_that_is_not_there_or_no_text_is_refused(tmp_path, name):
+    read = READERS[name][0]
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(tmp_path / name)
+
+
+def test_the_estimate_stands_beside_the_latest_report(folder):
+    synthesized = read_synthesis(folder / "csynth.xml").resources
+    rows = {row.resource: row for row in compare({"dsp": 1642, "lut": 136000}, synthesized)}
+    assert rows["dsp"].error == pytest.approx(1642 / 1650 - 1)
+    assert (rows["ff"].estimated, rows["ff"].error) == (None, None)
+    assert rows["uram"].error is None
+    placed = read_utilization(folder / "utilization.rpt")
+    rows = {row.resource: row for row in compare({"dsp": 1642}, synthesized, placed)}
+    assert rows["dsp"].error == pytest.approx(1642 / 1648 - 1)
+    with pytest.raises(ConfigError, match="no resource bram18; there are dsp"):
+        compare({"bram18": 3})
+
+
+def test_the_command_prints_what_is_there(folder, capsys):
+    main([str(folder), "--estimate", "dsp=1642", "lut=136000"])
+    out = capsys.readouterr().out
+    assert "II = 2   multiply/flattened" in out
+    assert "timing met: worst slack 0.412 ns (setup), 0.011 ns (hold)" in out
+    assert "-0.4%" in out
+    (folder / "csynth.xml").unlink()
+    (folder / "timing.rpt").write_text(TIMING.replace("0.412", "-1.25"))
+    main([str(folder), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["synthesis"] is None
+    assert found["timing"] == {"setup_ns": -1.25, "hold_ns": 0.011, "met": False}
+    assert found["resources"][0] == {
+        "resource": "dsp",
+        "estimated": None,
+        "synthesized": None,
+        "placed": 1648.0,
+        "error": None,
+    }
+
+
+def test_the_command_refuses_in_a_sentence(tmp_path):
+    command = [sys.executable, "-m", "pynq_kgrc.accelerator.reports", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"{tmp_path}: none of csynth.xml, utilization.rpt, " + (
+        "timing.rpt is there"
+    )
