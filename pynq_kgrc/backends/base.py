@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
+import numpy as np
+
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.accelerator.header import STATUS
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.program import Program, Slot, Task
@@ -45,20 +49,23 @@ def count_task(program: Program, task: Task) -> Counters:
 
 
 def reported_counters(
-    config: AcceleratorConfig, task: str, status: dict[str, int], seconds: float
-) -> Counters:
-    """What a task did by the kernel's own report (accelerator.header.STATUS)."""
-    beats_in = status["input_beats"] + status["shortcut_beats"]
-    return Counters(
-        task=task,
-        macs=status["macs"],
-        bytes_in=beats_in * config.beat_bytes,
-        bytes_weight=status["weight_beats"] * config.weight_port_words * 8
-        + status["table_words"] * 8,
-        bytes_out=status["output_beats"] * config.beat_bytes,
-        seconds=seconds,
-        cycles=status["array"],
+    config: AcceleratorConfig, names: Sequence[str], status: Array, seconds: Array
+) -> list[Counters]:
+    """What tasks did by the kernel's own report.
+
+    `status` [tasks, words] is in the order of accelerator.header.STATUS; `seconds` [tasks].
+    """
+    word = dict(zip(STATUS, status.astype(np.int64).T, strict=True))
+    weight_bytes = word["weight_beats"] * (config.weight_port_words * 8)
+    columns = (
+        word["macs"],
+        (word["input_beats"] + word["shortcut_beats"]) * config.beat_bytes,
+        weight_bytes + word["table_words"] * 8,
+        word["output_beats"] * config.beat_bytes,
+        seconds,
+        word["array"],
     )
+    return list(map(Counters, names, *(column.tolist() for column in columns)))
 
 
 def check_design(program: Program, config: AcceleratorConfig) -> None:

@@ -531,13 +531,8 @@ class Board:
         self._check_status(status, first, last)
         cycles = status[first:last, STATUS.index("array")]
         shares = cycles / max(1, int(cycles.sum())) * seconds
-        rows = status[first:last].tolist()
-        return [
-            reported_counters(
-                self.config, tasks[first + i].name, dict(zip(STATUS, row, strict=True)), share
-            )
-            for i, (row, share) in enumerate(zip(rows, shares.tolist(), strict=True))
-        ]
+        names = [task.name for task in tasks[first:last]]
+        return reported_counters(self.config, names, status[first:last], shares)
 
     def _check_ready(self) -> None:
         """Refuse to start on a device that is no longer ours."""

@@ -189,8 +189,9 @@ class CSimulation:
             )
 
     def _counters(self, number: int, seconds: float) -> Counters:
-        name = self.program.tasks[number].name
-        return reported_counters(self.config, name, self.status(number), seconds)
+        status = self._status[number : number + 1]
+        names = (self.program.tasks[number].name,)
+        return reported_counters(self.config, names, status, np.array([seconds]))[0]
 
     def close(self) -> None:
         """Let go of the program's memory."""

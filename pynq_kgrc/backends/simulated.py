@@ -219,7 +219,7 @@ class Kernel(Registers):
         """What the bus refused in the last run."""
         self.starts = 0
         self.busy_seconds = 0.0
-        """Time spent computing."""
+        """Time that starts took, which stands for the device's own."""
         self._control = 0
         self._library: Any = None
         self._quiet = False
@@ -254,7 +254,9 @@ class Kernel(Registers):
             return
         if offset == REGISTERS["CTRL"]:
             if value & START and not self._control & START:
+                began = time.perf_counter()
                 self._start()
+                self.busy_seconds += time.perf_counter() - began
         elif offset == REGISTERS["IP_ISR"]:
             self.values[offset] = self.values.get(offset, 0) ^ value
         else:
@@ -308,9 +310,7 @@ class Kernel(Registers):
             self._check_reach(self.config, first, count)
             pointers = [self._pointer(name) for name in ADDRESSES]
         digest = ctypes.c_uint64()
-        began = time.perf_counter()
         self._library.kgrc_run(*pointers, ctypes.byref(digest), first, count)
-        self.busy_seconds += time.perf_counter() - began
         found = digest.value ^ (1 if self.device.take("wrong_digest") else 0)
         self.values[REGISTERS["digest_1"]] = found & 0xFFFF_FFFF
         self.values[REGISTERS["digest_2"]] = found >> 32
@@ -450,6 +450,10 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         # pynq keeps the clocks of the first device that it meets
         if "_real_instance" in vars(pynq.Clocks):
             del pynq.Clocks._real_instance
+        if not hasattr(pynq.Clocks, "set_device"):
+            # 3.0 looks at the processor that it runs on, and at the active device
+            pynq.Device.active_device = self
+            pynq.Clocks._real_instance = pynq.ps._ClocksUltrascale()
 
     def take(self, fault: str) -> bool:
         """Whether that fault happens now."""
@@ -660,7 +664,8 @@ def _processor(clock_mhz: float, ranges: list[tuple[str, str, int]], interrupt: 
     for i in range(4):
         values[f"PSU__FPGA_PL{i}_ENABLE"] = int(i == 0)
         clock = f"PSU__CRL_APB__PL{i}_REF_CTRL__"
-        values |= {f"{clock}DIVISOR0": 15, f"{clock}DIVISOR1": 1, f"{clock}SRCSEL": "IOPLL"}
+        values |= {f"{clock}DIVISOR0": round(1500 / clock_mhz), f"{clock}DIVISOR1": 1}
+        values[f"{clock}SRCSEL"] = "IOPLL"
         values[f"{clock}ACT_FREQMHZ"] = clock_mhz
     parameters = "".join(f'<PARAMETER NAME="{n}" VALUE="{v}"/>' for n, v in values.items())
     memory = "".join(
