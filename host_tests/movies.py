@@ -8,7 +8,7 @@ import numpy as np
 MOVES = ("left", "right", "up", "down")
 
 
-def write_video(path, label, seed, size=32, frames=14):
+def write_video(path, label, seed, size=32, frames=24):
     """A bright square that moves in the direction of its label over a noisy ground."""
     rng = np.random.default_rng(seed)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 15, (size, size))

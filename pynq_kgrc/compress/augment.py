@@ -36,7 +36,10 @@ PLAIN = Augmentation(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def wide_spec(spec: ClipSpec) -> ClipSpec:
-    """What to decode for training: twice the frames and an eighth more around a network's clip."""
+    """What to decode for training: twice the frames and an eighth more around a network's clip.
+
+    A video of fewer frames than that starts over, as in `load_clip`.
+    """
     return ClipSpec(
         frames=2 * spec.frames,
         height=spec.height + spec.height // 8,

@@ -1,0 +1,465 @@
+"""Every pattern as a projection, recipes and their search, and each pruning algorithm at work."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from networks import Net
+from torch import nn
+
+from pynq_kgrc.accelerator.config import preset
+from pynq_kgrc.compress.admm import (
+    Admm,
+    pruning_projections,
+    quantize_to,
+    quantize_to_powers,
+    quantizing_projections,
+)
+from pynq_kgrc.compress.importance import propagate_importance, tune_thresholds
+from pynq_kgrc.compress.patterns import (
+    Blocks,
+    Filters,
+    KernelGroups,
+    KernelRows,
+    Rates,
+    Together,
+    Weights,
+    keep_mask,
+    kept_operations,
+    project_pattern,
+    prune,
+)
+from pynq_kgrc.compress.pruning import ALGORITHMS, prune_weights
+from pynq_kgrc.compress.recipes import (
+    Entry,
+    build_pattern,
+    build_patterns,
+    choose_rates,
+    modelled_cycles,
+    read_entries,
+    write_recipe,
+)
+from pynq_kgrc.compress.reweighted import GroupLasso, Reweighted
+from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.groups import GroupSize
+
+HALF, THIRD = Fraction(1, 2), Fraction(1, 3)
+SIZE = GroupSize(4, 4, 9)
+SHAPES = [(16, 8, 3, 3, 3), (8, 12, 1, 3, 3), (12, 8, 3, 1, 1), (9, 5, 3, 3, 3), (8, 3, 1, 7, 7)]
+
+PATTERNS = {
+    "kgrc": KernelGroups(Rates(HALF), SIZE),
+    "vanilla": Blocks(HALF, 4, 4),
+    "blockwise": Blocks(Fraction(3, 4), 8, 4),
+    "filter": Filters(HALF),
+    "krp": KernelRows(),
+    "unstructured": Weights(Fraction(9, 10)),
+    "together": Together((Blocks(HALF, 4, 4), Weights(HALF))),
+}
+
+
+def draw(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_projection_keeps_or_zeroes_and_is_idempotent(name, shape):
+    weight = draw(shape)
+    kept = project_pattern(weight, PATTERNS[name])
+    assert ((kept == weight) | (kept == 0)).all()
+    prunes = any(units.keep < units.per for units in PATTERNS[name].units(shape))
+    assert 0 < np.count_nonzero(kept) <= weight.size - prunes
+    np.testing.assert_array_equal(project_pattern(kept, PATTERNS[name]), kept)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "blockwise", "filter", "unstructured"])
+def test_what_goes_is_the_weakest(name):
+    """No unit that went was stronger than one that stayed: the nearest weight of the pattern."""
+    weight = draw((16, 8, 3, 3, 3))
+    (units,) = PATTERNS[name].units(weight.shape)
+    keep = keep_mask(weight, PATTERNS[name]).reshape(16, 8, 27)
+    strength = units.strength(weight.reshape(16, 8, 27) ** 2)
+    stayed = np.zeros(units.count, bool)
+    stayed[units.ids[keep]] = True
+    assert strength[stayed].min() >= strength[~stayed].max()
+    assert stayed.sum() == units.keep
+
+
+def test_counts_of_each_pattern():
+    weight = draw((16, 8, 3, 3, 3))
+    blocks = project_pattern(weight, PATTERNS["vanilla"]).reshape(4, 4, 2, 4, 27)
+    assert blocks.any(axis=(1, 3, 4)).sum() == 4
+    large = project_pattern(weight, PATTERNS["blockwise"]).reshape(2, 8, 2, 4, 27)
+    assert large.any(axis=(1, 3, 4)).sum() == 1
+    filters = project_pattern(weight, PATTERNS["filter"])
+    assert filters.any(axis=(1, 2, 3, 4)).sum() == 8
+    rows = project_pattern(weight, PATTERNS["krp"]).reshape(16, 8, 9, 3)
+    assert (rows.any(axis=3).sum(axis=2) == 1).all()
+    strongest = np.abs(weight).reshape(16, 8, 9, 3).sum(axis=3).argmax(axis=2)
+    np.testing.assert_array_equal(rows.any(axis=3).argmax(axis=2), strongest)
+    assert np.count_nonzero(project_pattern(weight, PATTERNS["unstructured"])) == 345
+    linear = project_pattern(draw((27, 64)), Weights(Fraction(3, 4)))
+    assert np.count_nonzero(linear) == 432
+    wide = project_pattern(draw((4, 2, 5, 5, 5)), KernelRows(keep=2)).reshape(4, 2, 25, 5)
+    assert (wide.any(axis=3).sum(axis=2) == 2).all()
+
+
+def test_krp_judges_by_magnitude_not_squares():
+    weight = np.zeros((1, 1, 1, 2, 3))
+    weight[0, 0, 0] = [[2.0, 2.0, 2.0], [5.0, 0.0, 0.0]]  # squares say the second, sums the first
+    assert project_pattern(weight, KernelRows())[0, 0, 0, 1].tolist() == [0, 0, 0]
+    assert project_pattern(weight, Filters(Fraction(0))).any()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (Weights(Fraction(1)), "a rate of 1; accepted is 0 to below 1"),
+        (Filters(Fraction(-1, 2)), "a rate of -1/2; accepted"),
+        (KernelRows(10), "keep=10 rows of a kernel of 9; use 1 to 9"),
+        (KernelRows(0), "keep=0 rows of a kernel of 9"),
+    ],
+)
+def test_wrong_numbers_are_refused(pattern, text):
+    with pytest.raises(ConfigError, match=text):
+        project_pattern(draw((8, 8, 3, 3, 3)), pattern)
+
+
+# ---- recipes --------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_a_file(tmp_path):
+    entries = {
+        "conv2": Entry("kgrc", "1/2", "2/3"),
+        "conv3": Entry("blockwise", rate="1/2"),
+        "layer1.0.conv1": Entry("krp", keep=2),
+    }
+    path = tmp_path / "recipe.toml"
+    write_recipe(entries, path)
+    assert read_entries(path) == entries
+    patterns = build_patterns(entries, preset("8-sparse"))
+    assert patterns["conv2"] == KernelGroups(Rates(HALF, 2 * THIRD))
+    assert patterns["conv3"] == Blocks(HALF, 32, 8)
+    assert patterns["layer1.0.conv1"] == KernelRows(2)
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        (Entry("kgx"), "c: no pattern 'kgx'; there are kgr, kgc, kgrc, vanilla"),
+        (Entry("kgr", rows="half"), "c: 'half' is no rate; write a fraction such as 2/3"),
+        (Entry("kgr", rows="1/0"), "c: '1/0' is no rate"),
+        (Entry("filter", rate="1"), "c: a rate of 1; accepted is 0 to below 1"),
+        (
+            Entry("kgc", cols="1/9"),
+            r"c: a rate of 1/9 keeps 8 columns of 9, which 8-sparse works on 3 at a time "
+            r"\(eq. 9\); use 0, 1/3, 2/3",
+        ),
+        (
+            Entry("kgr", rows="1/4"),
+            r"keeps 6 rows of 8, which 8-sparse works on 4 at a time \(eq. 9\); use 0, 1/2$",
+        ),
+    ],
+)
+def test_rates_that_do_not_fit_are_refused(entry, text):
+    with pytest.raises(ConfigError, match=text):
+        build_patterns({"c": entry}, preset("8-sparse"))
+
+
+def net_to_prune():
+    net = Net(size=(4, 10, 10), seed=2)
+    first = net.conv("clip", 16)
+    second = net.conv(first, 32)
+    net.dense(net.pool(net.conv(second, 32, stride=2), 2), 10)
+    return net.graph()
+
+
+@pytest.mark.parametrize("pattern", ["kgr", "kgc", "kgrc", "vanilla", "filter", "krp"])
+def test_the_search_meets_its_target_and_takes_little_more(pattern):
+    graph, config = net_to_prune(), preset("8-sparse")
+    names = [layer.name for layer in graph.convolutions()][1:3]
+    entries = choose_rates(graph, names, pattern, 1.5, config)
+    dense, kept = kept_operations(prune(graph, build_patterns(entries, config)))
+    assert dense / kept >= 1.5
+    assert set(entries) <= set(names)
+    # without any one of its layers the target is missed, or it is not met by much
+    for name in entries:
+        fewer = {n: e for n, e in entries.items() if n != name}
+        dense, kept = kept_operations(prune(graph, build_patterns(fewer, config)))
+        assert dense / kept < 1.5
+
+
+def test_the_search_by_modelled_latency():
+    graph, config = net_to_prune(), preset("8-sparse")
+    names = [layer.name for layer in graph.convolutions()][1:3]
+    cost = modelled_cycles(config)
+    entries = choose_rates(graph, names, "kgrc", 1.5, config, cost)
+
+    def cycles(chosen):
+        return sum(
+            cost(layer, chosen.get(layer.name, Entry("kgrc")), 1.0)
+            for layer in graph.convolutions()
+        )
+
+    assert cycles({}) / cycles(entries) >= 1.5
+
+
+def test_targets_out_of_reach_are_refused():
+    graph, config = net_to_prune(), preset("8-sparse")
+    with pytest.raises(ConfigError, match=r"kgr makes net at most 1\.\d\dx cheaper, not 9x; prune"):
+        choose_rates(graph, ["conv2"], "kgr", 9, config)
+    with pytest.raises(ConfigError, match="no pattern 'best'"):
+        choose_rates(graph, ["conv2"], "best", 2, config)
+
+
+# ---- penalties ------------------------------------------------------------------------------
+
+
+def layer_of(weight):
+    layer = nn.Conv3d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=False)
+    layer.weight.data = torch.from_numpy(weight).float()
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "mixed"])
+def test_group_lasso_is_its_formula(norm):
+    weight = draw((8, 4, 1, 3, 3))
+    recipe = {"0": KernelGroups(Rates(HALF, THIRD), SIZE)}
+    found = float(GroupLasso(layer_of(weight), recipe, 0.1, norm).loss().detach())
+    expected = 0.0
+    for p in range(2):  # eq. (8): rows and columns, each at half the factor
+        group = weight[4 * p : 4 * p + 4].reshape(4, 4, 9)
+        for unit in [group[m] for m in range(4)] + [group[:, :, k] for k in range(9)]:
+            l1, l2 = np.abs(unit).mean(), np.sqrt((unit**2).mean())
+            expected += {"l1": l1, "l2": l2, "mixed": (l1 + l2) / 2}[norm]
+    assert found == pytest.approx(0.1 / 2 * expected, rel=1e-5)
+
+
+def test_operations_weigh_the_layers():
+    weight = draw((8, 8, 3, 3, 3))
+    network = nn.Sequential(layer_of(weight)[0], layer_of(weight)[0])
+    recipe = {"0": Filters(HALF), "1": Filters(HALF)}
+    plain = GroupLasso(network, recipe, 1.0).loss()
+    weighted = GroupLasso(network, recipe, 1.0, costs={"0": 3.0, "1": 1.0}).loss()
+    assert float(weighted.detach()) == pytest.approx(float(plain.detach()))
+    weighted.backward()
+    assert network[0].weight.grad.norm() == pytest.approx(3 * float(network[1].weight.grad.norm()))
+
+
+def test_reweighting_presses_the_weak_and_lets_the_strong_go():
+    weight = draw((8, 4, 3, 3, 3))
+    weight[:4] *= 0.1
+    network = layer_of(weight)
+    penalty = Reweighted(network, {"0": Filters(HALF)}, 1.0, updates=2)
+    norms = np.sqrt((weight**2).mean(axis=(1, 2, 3, 4)))
+    penalty.start_epoch(0, 10)
+    (reweights,) = penalty.state_dict()["reweights"]
+    expected = 1 / (norms**2 + 1e-3 * (norms**2).mean())  # eq. (4)
+    np.testing.assert_allclose(reweights.numpy(), expected / expected.mean(), rtol=1e-4)
+    assert reweights[:4].min() > 20 * reweights[4:].max()
+    network[0].weight.data.fill_(1.0)
+    penalty.start_epoch(1, 10)
+    assert penalty.state_dict()["reweights"][0] is reweights  # Algorithm 1, line 4: not every epoch
+    penalty.start_epoch(5, 10)
+    (again,) = penalty.state_dict()["reweights"]
+    np.testing.assert_allclose(again.numpy(), 1.0, rtol=1e-5)
+
+
+def descend(network, penalty, steps=300, epochs=10, lr=0.01):
+    """Follow a penalty and a pull towards the first weight."""
+    start = network[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    for step in range(steps):
+        if step % (steps // epochs) == 0:
+            penalty.start_epoch(step // (steps // epochs), epochs)
+        loss = ((network[0].weight - start) ** 2).sum() / 2 + penalty.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network[0].weight.detach().numpy()
+
+
+def test_reweighting_separates_what_fixed_lasso_shrinks():
+    """At the same factor: the weak units of the reweighted one end smaller, the strong larger."""
+    weight = draw((8, 4, 3, 3, 3))
+    weight[:4] *= 0.3
+    ends = {}
+    for kind in (GroupLasso, Reweighted):
+        network = layer_of(weight.copy())
+        ends[kind] = descend(network, kind(network, {"0": Filters(HALF)}, 20.0), lr=0.02)
+    size = {kind: np.abs(end).mean(axis=(1, 2, 3, 4)) for kind, end in ends.items()}
+    assert np.median(size[Reweighted][:4]) < 0.3 * np.median(size[GroupLasso][:4])
+    assert size[Reweighted][4:].min() > size[GroupLasso][4:].max()
+
+
+def test_admm_ends_on_the_pattern():
+    weight = draw((8, 8, 1, 3, 3))
+    recipe = {"0": KernelGroups(Rates(HALF, 2 * THIRD), SIZE)}
+    network = layer_of(weight.copy())
+    admm = Admm(network, pruning_projections(recipe), rho=0.5, rounds=3, growth=10, every=1)
+    before = admm.distance()
+    # its Z at the start is W, so that the first epoch is free (Algorithm 1)
+    assert float(admm.loss().detach()) == 0
+    end = descend(network, admm)
+    assert admm.distance() < 0.1 * before
+    admm.settle()
+    settled = network[0].weight.detach().numpy()
+    np.testing.assert_array_equal(settled, project_pattern(end, recipe["0"]))
+    assert admm.distance() == 0
+
+
+def test_admm_follows_its_equations():
+    weight = draw((4, 4, 1, 1, 1))
+    network = layer_of(weight.copy())
+    pattern = Filters(HALF)
+    admm = Admm(network, pruning_projections({"0": pattern}), rho=2.0, rounds=2, growth=5)
+    admm.start_epoch(0, 4)
+    w0 = network[0].weight.detach().numpy().copy()
+    z1 = project_pattern(w0, pattern)  # eq. (13) with V = 0
+    v1 = w0 - z1  # eq. (9)
+    network[0].weight.data += 0.25
+    w1 = network[0].weight.detach().numpy().copy()
+    assert float(admm.loss().detach()) == pytest.approx(
+        ((w1 - z1 + v1) ** 2).sum(), rel=1e-5
+    )  # rho / 2 = 1
+    admm.start_epoch(1, 4)
+    z2 = project_pattern(w1 + v1, pattern)
+    v2 = v1 + w1 - z2
+    assert float(admm.loss().detach()) == pytest.approx(((w1 - z2 + v2) ** 2).sum(), rel=1e-5)
+    admm.start_epoch(2, 4)  # a new rho: V starts over
+    z3 = project_pattern(w1, pattern)
+    v3 = w1 - z3
+    assert float(admm.loss().detach()) == pytest.approx(5 * ((w1 - z3 + v3) ** 2).sum(), rel=1e-5)
+
+
+def test_mistakes_are_refused_before_training():
+    network = layer_of(draw((8, 4, 3, 3, 3)))
+    with pytest.raises(ConfigError, match="the recipe names 'conv9'; Sequential has 0"):
+        Reweighted(network, {"conv9": Filters(HALF)}, 1.0)
+    with pytest.raises(ConfigError, match="norm='l3'; accepted are l1, l2, mixed"):
+        GroupLasso(network, {"0": Filters(HALF)}, 1.0, "l3")
+    with pytest.raises(ConfigError, match="updates=0; use 1 or more"):
+        Reweighted(network, {"0": Filters(HALF)}, 1.0, updates=0)
+    with pytest.raises(ConfigError, match="rho=0"):
+        Admm(network, {}, rho=0)
+    with pytest.raises(ConfigError, match=r"bits=5; accepted are \(16, 8, 4\)"):
+        quantizing_projections(network, ["0"], 5)
+    with pytest.raises(ConfigError, match="powers of two take 3 or 4 bits, not 8"):
+        quantizing_projections(network, ["0"], 8, powers=True)
+
+
+# ---- codes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_quantized_weights_are_codes(bits):
+    weight = draw((8, 4, 3, 3, 3))
+    weight[2] = 0
+    weight[0, 0] = 0
+    found = quantize_to(weight, bits)
+    assert (found[weight == 0] == 0).all()
+    error = np.abs(found - weight).max() / np.abs(weight).max()
+    assert error < {16: 1e-4, 8: 1e-2, 4: 0.4}[bits]
+    for row in found:
+        levels = np.unique(np.abs(row))
+        assert len(levels) <= 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(3, {0, 1, 2, 4}), (4, {0, 1, 2, 4, 8, 16, 32, 64})])
+def test_powers_of_two_are_the_nearest(bits, codes):
+    weight = draw((3, 40))
+    weight[:, 0] = np.abs(weight).max(axis=1) * 1.5
+    weight[1, 5] = 0
+    found = quantize_to_powers(weight, bits)
+    scale = weight[:, :1] / max(codes)
+    values = np.array(sorted({-c for c in codes} | codes))
+    nearest = np.abs((weight / scale)[..., None] - values).min(axis=2)
+    np.testing.assert_allclose(np.abs((weight - found) / scale), nearest, atol=1e-9)
+    assert found[1, 5] == 0
+
+
+def test_admm_quantization_leaves_pruned_weights_alone():
+    weight = draw((8, 4, 1, 3, 3))
+    weight[:, :, :, 1] = 0
+    network = layer_of(weight.copy())
+    admm = Admm(network, quantizing_projections(network, ["0"], 4), rho=1.0)
+    end = descend(network, admm)
+    admm.settle()
+    settled = network[0].weight.detach().numpy()
+    assert (settled[:, :, :, 1] == 0).all()
+    assert np.abs(end - settled).max() < 0.1
+
+
+# ---- importance -----------------------------------------------------------------------------
+
+
+def test_importance_comes_back_from_the_result():
+    """A filter that the classifier does not read is worth nothing, however large it is."""
+    net = Net(size=(2, 4, 4))
+    hidden = net.conv("clip", 8, name="hidden")
+    joined = net.concat(hidden, net.conv("clip", 4, name="beside"))
+    net.dense(joined, 5)
+    dense = net.layers["conv4"].weight
+    dense[:, 2] = 0
+    dense[:, 8:] = 0
+    net.layers["hidden"].weight[2] *= 100
+    scores = propagate_importance(net.graph())
+    assert (scores["hidden"][2] == 0).all()
+    assert (scores["hidden"][[0, 1, 3, 4, 5, 6, 7]] > 0).all()
+    assert (scores["beside"] == 0).all()
+    by_score = prune(net.graph(), {"hidden": Filters(Fraction(7, 8))}, scores=scores)
+    by_size = prune(net.graph(), {"hidden": Filters(Fraction(7, 8))})
+    assert not by_score["hidden"].weight[2].any()
+    assert by_size["hidden"].weight[2].any()
+
+
+def test_importance_passes_adds_and_pools():
+    net = Net(size=(2, 4, 4))
+    first = net.conv("clip", 8, name="first")
+    second = net.conv(first, 8, name="second", act="none")
+    net.dense(net.pool(net.add(second, first), 2), 3)
+    scores = propagate_importance(net.graph())
+    weight = net.layers["conv5"].weight
+    of_filter = np.abs(weight).sum(axis=(0, 2, 3, 4))
+    found = scores["second"].sum(axis=(1, 2, 3, 4))
+    size = np.abs(net.layers["second"].weight).sum(axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(found / size, of_filter / of_filter.mean())
+    # the first convolution is read twice: by the second and by the add
+    assert np.corrcoef(scores["first"].sum(axis=(1, 2, 3, 4)), of_filter)[0, 1] != pytest.approx(1)
+
+
+def test_thresholds_rise_as_far_as_accuracy_allows():
+    graph = net_to_prune()
+    names = [layer.name for layer in graph.convolutions()][:2]
+
+    def measure(attempt):  # conv1 may lose nothing, conv2 up to half
+        lost = [np.mean(attempt[name].weight == 0) for name in names]
+        return 1.0 - (lost[0] > 0.01) - (lost[1] > 0.55)
+
+    pruned, thresholds = tune_thresholds(graph, measure, 0.1, names)
+    assert list(thresholds) == [names[1]]
+    assert np.mean(pruned[names[1]].weight == 0) == pytest.approx(0.5, abs=0.01)
+    assert (np.abs(pruned[names[1]].weight[pruned[names[1]].weight != 0])).min() >= thresholds[
+        names[1]
+    ]
+
+
+def test_hard_pruning_of_a_module():
+    network = nn.Sequential(nn.Conv3d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    prune_weights(network, {"0": PATTERNS["kgrc"], "2": Weights(HALF)})
+    assert (network[0].weight == 0).float().mean() == pytest.approx(0.5)
+    assert (network[2].weight == 0).float().mean() == pytest.approx(0.5)
+    scores = {"0": np.zeros((8, 8, 3, 3, 3))}
+    scores["0"][3] = 1
+    prune_weights(network, {"0": Filters(Fraction(7, 8))}, scores)
+    left = np.flatnonzero(network[0].weight.detach().numpy().any(axis=(1, 2, 3, 4)))
+    assert left.tolist() == [3]
+
+
+def test_the_command_line_knows_the_algorithms():
+    from pynq_kgrc.cli.train import ALGORITHMS as KNOWN
+
+    assert KNOWN == ALGORITHMS
+    assert build_pattern(Entry("vanilla", rate="1/2")) == Blocks(HALF)

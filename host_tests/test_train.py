@@ -1,0 +1,437 @@
+"""Training: it learns, it can be killed, and its commands end with a program's accuracy."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from movies import write_movies
+from safetensors.torch import save_file
+from torch import nn
+
+from pynq_kgrc.cli import main
+from pynq_kgrc.compress.admm import Admm, pruning_projections
+from pynq_kgrc.compress.augment import PLAIN, Augmentation, varied_batches, wide_spec
+from pynq_kgrc.compress.dataset import VideoSet, load_clips, read_index, utd_mhad
+from pynq_kgrc.compress.patterns import KernelGroups, Rates
+from pynq_kgrc.compress.recipes import read_entries
+from pynq_kgrc.compress.reweighted import Reweighted
+from pynq_kgrc.compress.training import (
+    TrainConfig,
+    learning_rate,
+    measure_top1,
+    predict,
+    read_config,
+    train,
+    write_config,
+)
+from pynq_kgrc.errors import ConfigError, ModelError
+from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.program import load
+
+CLIP = ClipSpec(frames=8, height=24, width=24, short_side=24)
+SHORT = TrainConfig(epochs=3, batch=8, augment=Augmentation(erase=0))
+
+
+class Small(nn.Module):
+    """[N, 3, 8, 24, 24] to logits; with batch norm and dropout, whose state has to survive."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        self.conv1 = nn.Conv3d(3, 8, (3, 5, 5), stride=(1, 2, 2), padding=(1, 2, 2), bias=False)
+        self.norm1 = nn.BatchNorm3d(8)
+        self.conv2 = nn.Conv3d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm3d(16)
+        self.conv3 = nn.Conv3d(16, 16, 3, stride=2, padding=1, bias=False)
+        self.norm3 = nn.BatchNorm3d(16)
+        self.dropout = nn.Dropout(0.1)
+        self.fc = nn.Linear(2 * 3 * 3 * 16, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(self.conv2(x)))
+        x = torch.relu(self.norm3(self.conv3(x)))
+        return self.fc(self.dropout(x.flatten(1)))
+
+
+def small(classes=4):
+    return Small(classes)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return Small()
+
+
+@pytest.fixture(scope="module")
+def movies(tmp_path_factory):
+    return write_movies(tmp_path_factory.mktemp("movies"))
+
+
+@pytest.fixture(scope="module")
+def clips(movies):
+    videos = read_index(movies)
+    cache = movies / "cache"
+    learn = load_clips(videos.only("train"), wide_spec(CLIP), cache)
+    return learn, load_clips(videos.only("test"), CLIP, cache)
+
+
+def parameters(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, msg=name)
+
+
+class Killed(Exception):
+    pass
+
+
+def penalties():
+    recipe = {"conv2": KernelGroups(Rates(cols=Fraction(2, 3)))}
+    return {
+        "plain": lambda module: None,
+        "reweighted": lambda module: Reweighted(module, recipe, 1e-2, updates=3),
+        "admm": lambda module: Admm(module, pruning_projections(recipe), rho=0.1, rounds=2),
+    }
+
+
+@pytest.mark.parametrize("kind", ["plain", "average", "sgd", "reweighted", "admm"])
+def test_a_killed_run_ends_with_the_same_bits(clips, tmp_path, kind):
+    config = msgspec.structs.replace(
+        SHORT,
+        average=0.8 if kind == "average" else 0.0,
+        optimizer="sgd" if kind == "sgd" else "adamw",
+        epochs=4,
+    )
+    make = penalties().get(kind, penalties()["plain"])
+    whole = network()
+    rows = train(whole, *clips, CLIP, config, tmp_path / "whole", make(whole))
+
+    def kill(row):
+        if row.epoch == 1:
+            raise Killed
+
+    first = network()
+    with pytest.raises(Killed):
+        train(first, *clips, CLIP, config, tmp_path / "killed", make(first), watch=kill)
+    second = network()
+    again = train(second, *clips, CLIP, config, tmp_path / "killed", make(second))
+    assert_same(parameters(whole), parameters(second))
+    assert len(again) == 4
+    for one, other in zip(rows, again, strict=True):
+        changed = msgspec.structs.replace(other, seconds=one.seconds)
+        assert one == changed
+    with (tmp_path / "killed" / "log.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    assert [row["epoch"] for row in logged] == ["0", "1", "2", "3"]
+    assert float(logged[-1]["test_top1"]) == rows[-1].test_top1
+    # a run that is finished is not run again
+    third = network()
+    train(third, *clips, CLIP, config, tmp_path / "killed", make(third), watch=kill)
+    assert_same(parameters(whole), parameters(third))
+
+
+def test_another_seed_is_another_run(clips, tmp_path):
+    one, other = network(), network()
+    train(one, *clips, CLIP, SHORT, tmp_path / "0")
+    train(other, *clips, CLIP, msgspec.structs.replace(SHORT, seed=1), tmp_path / "1")
+    assert (one.fc.weight != other.fc.weight).any()
+
+
+def test_checkpoints_of_others_and_damaged_ones_are_refused(clips, tmp_path):
+    train(network(), *clips, CLIP, SHORT, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    with pytest.raises(
+        ModelError, match=r"belongs to another run: its lr is 0.002, not 0.1; use an"
+    ):
+        train(network(), *clips, CLIP, msgspec.structs.replace(SHORT, lr=0.1), tmp_path)
+    with pytest.raises(ModelError, match="its network and its first weights is '"):
+        train(network(seed=5), *clips, CLIP, SHORT, tmp_path)
+    for damaged in (whole[: len(whole) // 2], b"", whole.replace(b"rows", b"sowr")):
+        path.write_bytes(damaged)
+        module = network()
+        before = parameters(module)
+        with pytest.raises(ModelError, match=r"is no whole checkpoint .*; remove it to start over"):
+            train(module, *clips, CLIP, SHORT, tmp_path)
+        assert_same(before, parameters(module))
+        assert path.read_bytes() == damaged
+
+
+def test_a_loss_that_is_no_number_stops_the_run(clips, tmp_path):
+    module = network()
+    with torch.no_grad():
+        module.fc.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="epoch 1: the loss is no number; use a lower lr"):
+        train(module, *clips, CLIP, SHORT, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_pruned_weights_stay_pruned_in_training(clips, tmp_path):
+    module = network()
+    with torch.no_grad():
+        module.conv2.weight[:4] = 0
+    config = msgspec.structs.replace(SHORT, average=0.9)
+    train(module, *clips, CLIP, config, tmp_path)
+    assert (module.conv2.weight[:4] == 0).all()
+    assert (module.conv2.weight[4:] != 0).all()
+
+
+def test_a_teacher_is_followed(clips, tmp_path):
+    teacher = network(seed=9)
+    nn.init.normal_(teacher.fc.weight, std=0.3)
+    config = msgspec.structs.replace(SHORT, epochs=12, distill=1.0, augment=PLAIN)
+    opinion = predict(teacher, clips[1], CLIP).log_softmax(1)
+    distance = []
+    for name, master in (("alone", None), ("taught", teacher)):
+        module = network()
+        train(module, *clips, CLIP, config, tmp_path / name, teacher=master)
+        ours = predict(module, clips[1], CLIP).log_softmax(1)
+        distance.append(float((opinion.exp() * (opinion - ours)).sum(1).mean()))
+    assert distance[1] < 0.5 * distance[0]
+
+
+def test_the_rate_rises_falls_and_starts_over():
+    config = TrainConfig(lr=1.0, warmup=0.25)
+    rates = [learning_rate(config, done / 100) for done in range(101)]
+    assert rates[0] == 0 and max(rates) == rates[25] == 1.0 and rates[100] == pytest.approx(0)
+    assert rates[:26] == sorted(rates[:26]) and rates[25:] == sorted(rates[25:], reverse=True)
+    staged = TrainConfig(lr=1.0, warmup=0.25, stages=2)
+    assert learning_rate(staged, 0.125) == learning_rate(staged, 0.625) == 1.0
+    assert learning_rate(staged, 0.499) < 0.01 and learning_rate(staged, 1.0) == pytest.approx(0)
+    tracked = TrainConfig(lr=1.0, warmup=0.25, start=0.5)  # KRP: from the middle of the schedule on
+    assert learning_rate(tracked, 0.0) == learning_rate(config, 0.5)
+    assert learning_rate(tracked, 0.5) == learning_rate(config, 0.75)
+
+
+def test_settings_are_a_file(tmp_path):
+    path = tmp_path / "config.toml"
+    config = TrainConfig(epochs=7, optimizer="sgd", augment=Augmentation(degrees=3))
+    write_config(config, path)
+    assert read_config(path, TrainConfig) == config
+    for text, message in {
+        "epochs = 0": "epochs = 0 has to be 1 or more",
+        "epoch = 1": "unknown field `epoch`",
+        "lr = 'x'": "Expected `float`, got `str` - at `\\$.lr`",
+        "lr = -1.0": "lr and temperature have to be above 0",
+        "warmup = 1.5": "warmup = 1.5; accepted is 0 to below 1",
+        "distill = 2.0": "distill = 2.0; accepted is 0 to 1",
+        "lr = = 1": "config.toml",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_config(path, TrainConfig)
+    with pytest.raises(ConfigError, match=r"gone\.toml"):
+        read_config(tmp_path / "gone.toml", TrainConfig)
+
+
+def test_unvaried_clips_are_what_the_network_is_tested_on(movies):
+    """Cropped from the wider clip, they look like those decoded at the network's size."""
+    videos = read_index(movies).only("test")
+    wide = load_clips(videos, wide_spec(CLIP), movies / "cache")
+    plain = load_clips(videos, CLIP, movies / "cache")
+    generator = torch.Generator().manual_seed(3)
+    ((values, labels),) = varied_batches(wide, CLIP, PLAIN, len(wide), generator)
+    order = torch.randperm(len(wide), generator=torch.Generator().manual_seed(3)).numpy()
+    np.testing.assert_array_equal(labels.numpy(), plain.labels[order])
+    for ours, clip in zip(values.numpy(), order, strict=True):
+        theirs = CLIP.normalise(plain.frames[clip])
+        assert ours.shape == theirs.shape
+        likeness = np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]
+        others = [
+            np.corrcoef(ours.ravel(), CLIP.normalise(plain.frames[i]).ravel())[0, 1]
+            for i in range(len(plain))
+            if i != clip
+        ]
+        assert likeness > 0.6 and np.mean(others) < 0.3
+
+
+def test_variation_differs_by_draw_and_is_shared_out(clips):
+    learn, _ = clips
+
+    def epoch(seed, share=(0, 1)):
+        generator = torch.Generator().manual_seed(seed)
+        return list(varied_batches(learn, CLIP, Augmentation(), 8, generator, share))
+
+    one, same, other = epoch(1), epoch(1), epoch(2)
+    assert len(one) == 3
+    assert all((a[0] == b[0]).all() for a, b in zip(one, same, strict=True))
+    assert (one[0][0] != other[0][0]).any()
+    halves = [epoch(1, (rank, 2)) for rank in (0, 1)]
+    for whole, left, right in zip(one, *halves, strict=True):
+        assert torch.equal(whole[0][0::2], left[0]) and torch.equal(whole[0][1::2], right[0])
+        assert torch.equal(whole[1][1::2], right[1])
+
+
+@pytest.fixture(scope="module")
+def trained(movies):
+    """The folder of a run of the command train, and the name of its network."""
+    folder = movies / "dense"
+    settings = movies / "train.toml"
+    settings.write_text("epochs = 25\nbatch = 8\nmeasure_every = 25\n[augment]\nerase = 0.0\n")
+    arguments = ["--data", str(movies), "--cache", str(movies / "cache"), "-o", str(folder)]
+    assert main(["train", "test_train:small", *arguments, "--config", str(settings)]) == 0
+    return folder
+
+
+def test_from_videos_to_the_accuracy_of_a_program(movies, trained, capsys):
+    """The documented sequence: train, prune, quantize, evaluate (docs/accuracy.md)."""
+    data = ["--data", str(movies), "--cache", str(movies / "cache"), "--json"]
+    short = movies / "short.toml"
+    short.write_text("epochs = 8\nbatch = 8\nlr = 1e-3\n[augment]\nerase = 0.0\n")
+
+    def run(*arguments):
+        assert main([*arguments, *data]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    weights = str(trained / "weights.safetensors")
+    network = ["test_train:small", "--weights"]
+    dense = run("evaluate", "--network", *network, weights)
+    assert dense["clips"] == 12 and dense["top1"] > 0.7  # a quarter is chance
+
+    settings = movies / "prune.toml"
+    retrain = short.read_text().replace("[augment]", "[retrain.augment]")
+    settings.write_text(f"[retrain]\n{retrain}")
+    folder = movies / "pruned"
+    pruned = run(
+        *("prune", *network, weights, "-o", str(folder), "--config", str(settings)),
+        *("--algorithm", "one-shot", "--pattern", "kgrc", "--reduction", "2.8"),
+        *("--layers", "conv1,conv2,conv3"),
+    )
+    assert pruned["reduction"] >= 2.8
+    assert pruned["test_top1"] >= dense["top1"] - 0.2
+    assert {entry.pattern for entry in read_entries(folder / "recipe.toml").values()} == {"kgrc"}
+
+    weights = str(folder / "weights.safetensors")
+    out = movies / "codes"
+    coded = run("quantize", *network, weights, "-o", str(out), "--config", str(short))
+    assert coded["emulated_top1"] >= dense["top1"] - 0.2
+    program = run("evaluate", "-p", str(out / "program.kgrc"))
+    assert program["top1"] == coded["emulated_top1"]
+    assert np.array(program["confusion"]).sum() == 12
+    assert main(["info", str(out / "program.kgrc"), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["macs_dense"] / info["macs_kept"] > 2.5
+    assert "KGRC" in {task["mode"] for task in info["tasks"]}
+
+
+def test_post_training_quantization_and_powers(movies, trained, capsys):
+    arguments = ["test_train:small", "--weights", str(trained / "weights.safetensors")]
+    arguments += ["--data", str(movies), "--cache", str(movies / "cache"), "--json"]
+    assert main(["quantize", *arguments, "-o", str(movies / "ptq"), "--epochs", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["emulated_top1"] > 0.6
+    short = movies / "four.toml"
+    short.write_text("epochs = 4\nbatch = 8\nlr = 1e-3\n")
+    assert main(["quantize", *arguments, "-o", str(movies / "powers"), "--config", str(short),
+                 "--accelerator", "4-sparse", "--powers"]) == 0  # fmt: skip
+    document = json.loads(capsys.readouterr().out)
+    assert document["emulated_top1"] > 0.4
+    for task in load(movies / "powers" / "program.kgrc").tasks:
+        assert set(np.unique(np.abs(task.weights.values))) <= {0, 1, 2, 4}
+
+
+def test_mistakes_are_one_line_and_leave_nothing(movies, trained, tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[layers]\nconv9 = { pattern = "kgrc", rows = "1/2" }\n')
+    odd = tmp_path / "odd.toml"
+    odd.write_text('[layers]\nconv2 = { pattern = "kgc", cols = "1/9" }\n')
+    out = tmp_path / "out"
+    data = ["--data", str(movies), "--cache", str(movies / "cache")]
+    start = ["test_train:small", *data, "-o", str(out)]
+    weights = ["--weights", str(trained / "weights.safetensors")]
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other)
+    cases = {
+        "the recipe names 'conv9'; Small has conv1": [
+            "prune",
+            *start,
+            *weights,
+            "--recipe",
+            recipe,
+        ],
+        "conv2: a rate of 1/9 keeps 8 columns of 9": ["prune", *start, *weights, "--recipe", odd],
+        "at most 1.24x cheaper, not 50.0x": [
+            "prune",
+            *start,
+            *weights,
+            "--pattern",
+            "kgrc",
+            "--reduction",
+            "50",
+        ],
+        "no pattern 'kg'": ["prune", *start, *weights, "--pattern", "kg"],
+        "no recipe 'kgr' for": ["prune", *start, *weights, "--recipe", "kgr"],
+        "does not fit Small": ["quantize", *start, "--weights", other],
+        "no index of videos": ["train", "thin_c3d", "--data", tmp_path, "-o", out],
+        "'vgg' is no network": ["train", "vgg", *data, "-o", out],
+        "device 'warp' is not there": ["train", *start, "--device", "warp"],
+        "evaluate takes either": ["evaluate", *data],
+        "there is no such program": ["evaluate", *data, "-p", "gone.kgrc"],
+        "has no split 'val'": ["evaluate", *data, "-p", "gone.kgrc", "--split", "val"],
+    }
+    for text, arguments in cases.items():
+        assert main([str(argument) for argument in arguments]) == 2, text
+        found = capsys.readouterr()
+        assert text in found.err
+        assert "Traceback" not in found.err and found.out == ""
+        assert not (out / "weights.safetensors").exists()
+
+
+@pytest.mark.data
+def test_it_learns_real_actions_of_people_it_has_not_seen(shared_data, tmp_path):
+    """Nine of the 27 actions, small clips: far above the chance of one in nine."""
+    videos = utd_mhad(shared_data / "utd_mhad_depth")
+    some = (0, 3, 5, 7, 15, 17, 20, 22, 25)
+    samples = tuple(
+        type(s)(s.file, some.index(s.label), s.split) for s in videos.samples if s.label in some
+    )
+    videos = VideoSet(videos.folder, samples, tuple(videos.classes[i] for i in some))
+    learn = load_clips(videos.only("train"), wide_spec(CLIP), tmp_path)
+    test = load_clips(videos.only("test"), CLIP, tmp_path)
+    torch.manual_seed(0)
+    module = Small(len(some))
+    config = TrainConfig(epochs=20, average=0.95, measure_every=20)
+    rows = train(module, learn, test, CLIP, config, tmp_path / "run")
+    assert len(test) == 107
+    assert rows[-1].test_top1 == measure_top1(module, test, CLIP)
+    assert rows[-1].test_top1 > 0.5
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(movies, tmp_path):
+    """Under torchrun; one of them writes, and the result is right."""
+    settings = tmp_path / "train.toml"
+    settings.write_text("epochs = 25\nbatch = 8\n[augment]\nerase = 0.0\n")
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+            ),
+            *("-m", "pynq_kgrc.cli", "train", "test_train:small", "--json"),
+            *("--data", str(movies), "--cache", str(movies / "cache"), "-o", str(tmp_path / "run")),
+            *("--config", str(settings)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["test_top1"] > 0.5
