@@ -39,7 +39,11 @@ setup(
         "clients": ["tritonclient[http]", "schemathesis", "playwright"],
         "plots": ["matplotlib>=3.6"],
         "bench": ["onnx", "onnxruntime", "openvino", "psutil"],
-        "dev": ["matplotlib", "pytest", "pytest-timeout", "ruff", "mypy", "onnx", "onnxruntime"],
+        "dev": [
+            *("matplotlib", "pytest", "pytest-timeout", "ruff", "mypy", "onnx", "onnxruntime"),
+            # reads hls_src for the lint (host_tests/test_hls_lint.py)
+            "libclang",
+        ],
     },
     entry_points={"console_scripts": ["pynq-kgrc=pynq_kgrc.cli:main"]},
 )
