@@ -15,8 +15,12 @@ from pynq_kgrc.accelerator import cost
 from pynq_kgrc.accelerator.config import PRESETS, preset
 from pynq_kgrc.accelerator.header import STATUS, config_header
 from pynq_kgrc.backends import csim
+from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.compiler.network import compile_graph
+from pynq_kgrc.compress.patterns import recipe
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.program import ConvTask
+from pynq_kgrc.video import load_clip
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -232,8 +236,6 @@ def test_every_published_design_builds(name, tmp_path):
     backend = csim.CSimulation(config)
     found = outputs(backend, program, codes)
     assert_costs_agree(backend, program)
-    from pynq_kgrc.backends.emulate import Emulation
-
     emulation = Emulation(config)
     for task_name, wanted in outputs(emulation, program, codes).items():
         np.testing.assert_array_equal(found[task_name], wanted, err_msg=task_name)
@@ -283,6 +285,16 @@ def test_a_library_of_another_design_is_refused(monkeypatch):
     assert len(STATUS) == 13
 
 
+def assert_as_emulated(program, codes):
+    """Every task's codes are the emulation's, and every count is the model's."""
+    backend, emulation = csim.CSimulation(program.config), Emulation(program.config)
+    wanted = outputs(emulation, program, codes)
+    emulation.close()
+    for name, found in outputs(backend, program, codes).items():
+        np.testing.assert_array_equal(found, wanted[name], err_msg=name)
+    assert_costs_agree(backend, program)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["c3d", "r2plus1d_18"])
 @pytest.mark.parametrize("pattern", ["dense", "kgrc"])
@@ -290,19 +302,19 @@ def test_whole_networks(network, pattern, example_clips):
     """Every task of the real networks at 8 bits: the same codes and the model's very counts."""
     from test_networks import seeded_graph
 
-    from pynq_kgrc.backends.emulate import Emulation
-    from pynq_kgrc.compiler.network import compile_graph
-    from pynq_kgrc.compress.patterns import recipe
-    from pynq_kgrc.video import load_clip
-
     graph = seeded_graph(network)
     clips = sorted((example_clips / "calibration").glob("*.avi"))
     frames = [load_clip(path, graph.clip).frames for path in clips[:1]]
     rates = {} if pattern == "dense" else recipe(network, pattern)
     program = compile_graph(graph, frames, preset("8-sparse"), rates)
-    codes = program.encode_clip(frames[0])
-    backend, emulation = csim.CSimulation(program.config), Emulation(program.config)
-    wanted = outputs(emulation, program, codes)
-    for name, found in outputs(backend, program, codes).items():
-        np.testing.assert_array_equal(found, wanted[name], err_msg=name)
-    assert_costs_agree(backend, program)
+    assert_as_emulated(program, program.encode_clip(frames[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_whole_i3d(i3d, example_clips):
+    """The pretrained network: concats, pools of its own, 64 frames of 224x224."""
+    _, program = i3d
+    (path, *_) = sorted((example_clips / "calibration").glob("*.avi"))
+    codes = program.encode_clip(load_clip(path, program.clip).frames)
+    assert_as_emulated(program, codes)

@@ -7,11 +7,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from networks import Net, compiled, small_config
+from test_published import HARDWARE_PAGE, PUBLISHED, TITLES, design
 from test_published import Network as Traced
 
 from pynq_kgrc.accelerator import cost, paper
 from pynq_kgrc.accelerator.boards import board
-from pynq_kgrc.accelerator.config import preset, read_design, write_design
+from pynq_kgrc.accelerator.config import PRESETS, preset, read_design, write_design
 from pynq_kgrc.accelerator.explore import (
     Candidate,
     Latency,
@@ -85,13 +86,20 @@ def work_of(config, shape, kr, kc):
 
 
 @pytest.fixture(scope="module")
-def targets():
-    """The networks of TARGETS at their true sizes, without weights."""
+def traced():
+    """The project's networks at their true sizes; of fresh weights only shapes are read."""
+    return {
+        "c3d": Traced("c3d", trace(c3d.c3d(classes=101), c3d.CLIP)),
+        "r2plus1d_18": Traced("r2plus1d_18", trace(r2plus1d.r2plus1d_18(101), r2plus1d.CLIP)),
+    }
+
+
+@pytest.fixture(scope="module")
+def targets(traced):
+    """The networks of TARGETS with the paper's recipe."""
     found = {}
-    for name, module in (("c3d", c3d), ("r2plus1d_18", r2plus1d)):
-        build = module.c3d if name == "c3d" else module.r2plus1d_18
-        traced = Traced(name, trace(build(classes=101), module.CLIP, name=name))
-        kept = [layer for _, layer in traced.kept("KGRC", preset("8-sparse"))]
+    for name in TARGETS:
+        kept = [layer for _, layer in traced[name].kept("KGRC", preset("8-sparse"))]
         found[name] = Network(kept, lambda config, kept=kept: [work_of(config, *k) for k in kept])
     return found
 
@@ -209,3 +217,42 @@ def test_designs_as_files(tmp_path):
     with pytest.raises(ConfigError, match=r"none.json: no design"):
         read_design(str(tmp_path / "none.json"))
     assert macs_a_cycle(preset("8-zcu102")) == 3456
+
+
+# ---- the page ---------------------------------------------------------------------------------
+
+
+def modelled_ms(config, traced, sparsity):
+    layers = (layer for _, layer in traced.kept(sparsity, config))
+    return sum(cost.task_cost(config, work_of(config, *layer)).cycles for layer in layers) / 150e3
+
+
+def latency_rows(traced):
+    """Table IV beside ours, as docs/hardware.md shows them."""
+    published = {(r["network"], r["sparsity"], r["bits"]): r for r in PUBLISHED["table_iv"]}
+    for name, network in traced.items():
+        for sparsity in ("dense", "KGR", "KGC", "KGRC"):
+            cells = [TITLES[name], sparsity.replace("dense", "Dense")]
+            for bits in (16, 8, 4):
+                cells.append(f"{published[name, sparsity, bits]['latency_ms']:.2f}")
+                cells.append(f"{modelled_ms(design(sparsity, bits), network, sparsity):.2f}")
+                if bits == 8:
+                    cells.append(f"{modelled_ms(preset('8-zcu102'), network, sparsity):.2f}")
+            yield f"| {' | '.join(cells)} |"
+
+
+def resource_rows():
+    for name, config in PRESETS.items():
+        found = estimate_resources(config)
+        sizes = (config.tm, config.pm, config.tn, config.pk, config.pf, config.port_positions)
+        cells = [name, *map(str, sizes), str(macs_a_cycle(config))]
+        cells.append(f"{found.dsp} ({found.dsp / ZCU102.dsp:.0%})")
+        cells.append(f"{found.bram36:.0f} ({found.bram36 / ZCU102.bram36:.0%})")
+        cells.append(f"{found.lut / 1000:.0f} ({found.lut / ZCU102.lut:.0%})")
+        yield f"| {' | '.join(cells)} |"
+
+
+def test_the_page_shows_what_our_model_says(traced):
+    lines = set(HARDWARE_PAGE.read_text("utf-8").splitlines())
+    for line in (*latency_rows(traced), *resource_rows()):
+        assert line in lines, f"docs/hardware.md lacks or differs from: {line}"

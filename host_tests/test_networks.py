@@ -11,7 +11,6 @@ from pynq_kgrc.backends import emulate
 from pynq_kgrc.backends.exact import WIDE, GemmConvolution
 from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.patterns import recipe
-from pynq_kgrc.errors import ModelError
 from pynq_kgrc.graph import run_float
 from pynq_kgrc.models import NETWORKS
 from pynq_kgrc.program import ConvTask, load
@@ -85,27 +84,6 @@ def test_compile_save_load_run(network, pattern, bits, example_clips, tmp_path, 
         wanted = run_float(prune(graph, rates), graph.clip.normalise(clips[1])).ravel()
         found = program.output.dequantize(fast[program.tasks[-1].name]).ravel()
         assert np.corrcoef(found, wanted)[0, 1] > 0.999
-
-
-@pytest.fixture(scope="module")
-def i3d(tmp_path_factory, example_clips):
-    """Pretrained I3D as (graph, program at 8 bits); skipped loudly without its weights."""
-    from pynq_kgrc.models.checkpoint import load_state
-    from pynq_kgrc.models.i3d import CLIP
-    from pynq_kgrc.models.i3d import i3d as build
-    from pynq_kgrc.models.pretrained import pull
-    from pynq_kgrc.models.trace import trace
-
-    try:
-        weights = pull("i3d-kinetics400")
-    except ModelError as error:
-        pytest.skip(f"I3D's weights cannot be had: {error}")
-    network = build()
-    load_state(network, weights)
-    graph = trace(network, CLIP, name="i3d")
-    calibration = sorted((example_clips / "calibration").glob("*.avi"))
-    clips = [load_clip(path, CLIP).frames for path in calibration]
-    return graph, compile_graph(graph, clips, preset("8-sparse"))
 
 
 @pytest.mark.slow
