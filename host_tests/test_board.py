@@ -727,3 +727,61 @@ def test_faults_at_random(program, clips, interrupt):
 def test_a_thousand_faults_at_random(program, clips):
     right, refused = storm(program, clips, 1000, 2, True)
     assert min(right, refused) > 200
+
+
+# ---- size -----------------------------------------------------------------------------------
+
+
+def accesses_of_a_run(layers, monkeypatch):
+    """How often one run reads or writes a register."""
+    net = Net(size=(2, 4, 4))
+    name = "clip"
+    for _ in range(layers):
+        name = net.conv(name, 4)
+    program, _ = compiled(net)
+    seen = []
+    with monkeypatch.context() as patch, open_backend("board", program.config) as board:
+        board.load(program)
+        board.write(program.source, random_codes(program))
+        for verb in ("read_registers", "write_registers"):
+            real = getattr(simulated.SimulatedDevice, verb)
+
+            def counted(self, *arguments, real=real):
+                seen.append(real)
+                return real(self, *arguments)
+
+            patch.setattr(simulated.SimulatedDevice, verb, counted)
+        board.run()
+    return len(seen)
+
+
+def test_a_run_touches_as_many_registers_whatever_its_layers(monkeypatch):
+    one, many = (accesses_of_a_run(layers, monkeypatch) for layers in (1, 12))
+    assert 10 < one == many < 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("network", ["c3d", "r2plus1d_18", "i3d"])
+def test_whole_networks(network):
+    """One start of a whole network at 8 bits: the emulation's very logits, the model's counts."""
+    from test_networks import seeded_graph
+
+    from pynq_kgrc.accelerator.config import preset
+    from pynq_kgrc.compiler.network import compile_graph
+    from pynq_kgrc.compress.patterns import recipe
+    from pynq_kgrc.runtime import Session
+
+    graph = seeded_graph(network)
+    clip = graph.clip
+    shape = (clip.frames, clip.height, clip.width, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    rates = {} if network == "i3d" else recipe(network, "kgrc")
+    program = compile_graph(graph, [frames], preset("8-sparse"), rates)
+    with Session(program, "emulate") as emulated, Session(program, "board") as board:
+        left, right = emulated.classify(frames), board.classify(frames)
+        np.testing.assert_array_equal(emulated.logits(), board.logits())
+    assert left.labels == right.labels
+    for ours, theirs in zip(right.layers, left.layers, strict=True):
+        assert replace(ours, seconds=0, cycles=None) == replace(theirs, seconds=0)
+        assert ours.cycles > 0
