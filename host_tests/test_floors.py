@@ -21,9 +21,11 @@ FLOORS = {
     "program": 4,
     "compiler": 5,
     "backends": 5,
+    "description": 5,
     "runtime": 6,
     "fidelity": 7,
     "accuracy": 7,
+    "service": 7,
     "cli": 8,
     "__init__": 9,
 }
@@ -34,6 +36,10 @@ WALLS = {
     "pynq": ("backends",),
     "cv2": ("video",),
     "fastapi": ("service",),
+    "starlette": ("service",),
+    "uvicorn": ("service",),
+    "av": ("service",),
+    "prometheus_client": ("service",),
 }
 
 INSIDE_FUNCTIONS = {"cli", "__init__"}

@@ -1,0 +1,140 @@
+"""The command serve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pynq_kgrc.cli.arguments import Declare, positive
+from pynq_kgrc.errors import ConfigError
+
+MORE = """\
+Then, in another terminal:
+
+  curl --data-binary @video.mp4 -H 'Content-Type: video/mp4' \\
+      'http://127.0.0.1:8000/v1/videos:classify?top_k=3'
+
+or open http://127.0.0.1:8000 in a browser: drop a video there, or use the webcam. The same programs
+answer to KServe and Triton clients (Open Inference Protocol v2) below /v2; /docs lists everything.
+Only this machine can reach the service unless --host says otherwise, and then a key is needed.
+SIGTERM finishes what was accepted. More: docs/service.md.
+"""
+
+
+def declare(command: Declare) -> None:
+    """Add this file's command."""
+    serve = command("serve", run_serve, "answer videos with actions, over HTTP", MORE)
+    serve.add_argument(
+        "-p",
+        "--program",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a compiled .kgrc, loaded at the start; may be given more than once "
+        "(default: those that ship with this package, if any do)",
+    )
+    serve.add_argument(
+        "--repository", type=Path, metavar="DIR", help="a folder of programs to load on request"
+    )
+    serve.add_argument("--backend", default="emulate", help="what runs them (default: emulate)")
+    serve.add_argument(
+        "--workers", type=positive, default=1, help="processes that run clips (default: 1)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one")
+    serve.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="keys, one a line; clients send Authorization: Bearer KEY",
+    )
+    serve.add_argument(
+        "--insecure", action="store_true", help="no key, though others can reach the service"
+    )
+    serve.add_argument(
+        "--max-bytes", type=positive, default=200_000_000, help="of a video (default: 200000000)"
+    )
+    serve.add_argument(
+        "--queue",
+        type=positive,
+        default=16,
+        help="videos waiting or running; more are refused with 429 (default: 16)",
+    )
+    serve.add_argument(
+        "--wait",
+        type=positive,
+        default=25,
+        metavar="SECONDS",
+        help="a request waits so long for its result, then gets a job's address (default: 25)",
+    )
+    serve.add_argument(
+        "--clip-limit",
+        type=positive,
+        default=120,
+        metavar="SECONDS",
+        help="a device that takes longer for a clip counts as hung (default: 120)",
+    )
+    serve.add_argument(
+        "--grace",
+        type=positive,
+        default=30,
+        metavar="SECONDS",
+        help="to finish accepted work after SIGTERM (default: 30)",
+    )
+    serve.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="where results of jobs are kept (default: below $XDG_STATE_HOME)",
+    )
+
+
+def run_serve(options: argparse.Namespace) -> int:
+    import asyncio
+
+    try:
+        from pynq_kgrc.service.app import run_service
+    except ImportError as error:
+        raise ConfigError(f"the service needs more ({error}): pip install pynq_kgrc[serve]") from (
+            error
+        )
+    from pynq_kgrc.service.settings import (
+        Settings,
+        check_settings,
+        read_keys,
+        shipped_programs,
+        state_folder,
+    )
+
+    programs = tuple(options.program) or shipped_programs()
+    if not programs and options.repository is None:
+        raise ConfigError("no program ships with this release: give --program FILE (see compile)")
+    settings = Settings(
+        programs=programs,
+        repository=options.repository,
+        backend=options.backend,
+        workers=options.workers,
+        host=options.host,
+        port=options.port,
+        keys=read_keys(options.api_key_file) if options.api_key_file else (),
+        max_bytes=options.max_bytes,
+        queue=options.queue,
+        wait_seconds=options.wait,
+        clip_seconds=options.clip_limit,
+        grace_seconds=options.grace,
+        state=options.state or state_folder(options.port),
+    )
+    check_settings(settings, options.insecure)
+
+    def announce(started: dict[str, Any]) -> None:
+        if options.json:
+            print(json.dumps(started), flush=True)
+        else:
+            programs = ", ".join(started["programs"]) or "no program yet"
+            print(f"{started['url']}  ({programs} on {started['backend']})", flush=True)
+
+    asyncio.run(run_service(settings, announce))
+    return 0

@@ -1,0 +1,186 @@
+"""The programs that are served, by name, and those that could be.
+
+A program that is loaded is copied into the state folder under its SHA-256, so that what is served
+does not change when the file it came from does, and a worker that is restarted finds it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pynq_kgrc.errors import KgrcError, ProgramError
+from pynq_kgrc.service.pool import Pool
+from pynq_kgrc.service.refusal import Refusal
+
+MAX_PROGRAM = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A program that is loaded."""
+
+    name: str
+    version: str
+    """The first 12 hex digits of the SHA-256 of its file."""
+    key: str
+    """What the workers call it."""
+    path: Path
+    """Our copy of it."""
+    description: dict[str, Any]
+
+    @property
+    def labels(self) -> list[str]:
+        """A name for each class."""
+        named = self.description["labels"]
+        return named or [str(i) for i in range(self.description["classes"])]
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """Of the frames: [D, H, W, 3]."""
+        clip = self.description["clip"]
+        return clip["frames"], clip["height"], clip["width"], 3
+
+
+class Catalogue:
+    """Programs by name; a name is that of the file without its suffix."""
+
+    def __init__(self, pool: Pool, state: Path, programs: Iterable[Path], folder: Path | None):
+        self.pool, self.folder = pool, folder
+        self.copies = state / "programs"
+        self.given = {path.stem: path for path in programs}
+        self.entries: dict[str, Entry] = {}
+        self.reasons: dict[str, str] = {}
+        """Why a program that was asked for is not loaded."""
+        self._lock = asyncio.Lock()
+        self._users: Counter[str] = Counter()
+        self._retired: dict[str, Entry] = {}
+        self._drops: set[asyncio.Task[None]] = set()
+
+    def sources(self) -> dict[str, Path]:
+        """Every program that may be loaded."""
+        found = {path.stem: path for path in sorted((self.folder or Path()).glob("*.kgrc"))}
+        return {**(found if self.folder is not None else {}), **self.given}
+
+    def find(self, name: str | None, version: str | None = None) -> Entry:
+        """The program of that name; if none is named, the first.
+
+        Raises:
+            Refusal: 404, there is none; it names those there are.
+        """
+        if name is None and self.entries:
+            name = next(iter(self.entries))
+        entry = self.entries.get(name or "")
+        if entry is None or version not in (None, entry.version):
+            asked = (name or "") + (f" version {version}" if version else "")
+            there = ", ".join(self.entries) or "none is loaded"
+            raise Refusal(404, f"no program {asked[:100]!r}; loaded are: {there}")
+        return entry
+
+    @contextlib.contextmanager
+    def lend(self, name: str | None, version: str | None = None) -> Iterator[Entry]:
+        """The program of that name, which stays loaded until it is given back.
+
+        Raises:
+            Refusal: 404, there is none.
+        """
+        entry = self.find(name, version)
+        self._users[entry.key] += 1
+        try:
+            yield entry
+        finally:
+            self._users[entry.key] -= 1
+            if not self._users[entry.key]:
+                del self._users[entry.key]
+                if entry.key in self._retired:
+                    self._forget(entry)
+
+    async def load(self, name: str) -> Entry:
+        """Load a program, or its file anew; until that is done the old one serves.
+
+        Raises:
+            Refusal: 404, there is no such file; 400, it is no program for this backend; 503.
+        """
+        source = self.sources().get(name)
+        if source is None:
+            there = ", ".join(self.sources()) or "none"
+            raise Refusal(404, f"no program file {name[:100]!r}; there are: {there}")
+        async with self._lock:
+            old = self.entries.get(name)
+            try:
+                digest, path = await asyncio.to_thread(self._copy, source)
+                if old is not None and old.version == digest[:12]:
+                    return old
+                key = f"{name}@{digest[:12]}"
+                description = await self.pool.load(key, path)
+            except KgrcError as error:
+                self.reasons[name] = str(error)
+                raise
+            self.entries[name] = Entry(name, digest[:12], key, path, description)
+            self.reasons.pop(name, None)
+            if old is not None:
+                self._retire(old)
+            return self.entries[name]
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a program.
+
+        Raises:
+            Refusal: 404, it is not loaded.
+        """
+        async with self._lock:
+            entry = self.find(name)
+            del self.entries[name]
+            self.reasons[name] = "unloaded"
+            self._retire(entry)
+
+    def _retire(self, entry: Entry) -> None:
+        """Drop a program as soon as nobody uses it."""
+        if self._users[entry.key]:
+            self._retired[entry.key] = entry
+        else:
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        self._retired.pop(entry.key, None)
+        task = asyncio.get_running_loop().create_task(self._drop(entry))
+        self._drops.add(task)
+        task.add_done_callback(self._drops.discard)
+
+    async def _drop(self, entry: Entry) -> None:
+        async with self._lock:
+            if entry.key in {other.key for other in self.entries.values()}:
+                return  # loaded again meanwhile
+            with contextlib.suppress(KgrcError):
+                await self.pool.drop(entry.key)
+            if entry.path not in {other.path for other in self.entries.values()}:
+                entry.path.unlink(missing_ok=True)
+
+    def _copy(self, source: Path) -> tuple[str, Path]:
+        """The SHA-256 of a file, and where its copy is.
+
+        Raises:
+            ProgramError: it cannot be read.
+        """
+        self.copies.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        handle, beside = tempfile.mkstemp(dir=self.copies, prefix=".")
+        try:
+            with os.fdopen(handle, "wb") as copy, source.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    copy.write(block)
+            path = self.copies / f"{digest.hexdigest()}.kgrc"
+            os.replace(beside, path)
+        except OSError as error:
+            Path(beside).unlink(missing_ok=True)
+            raise ProgramError(f"{source.name}: cannot be copied ({error.strerror})") from error
+        return digest.hexdigest(), path

@@ -1,0 +1,393 @@
+"""Strangers' videos are decoded here: `python -m pynq_kgrc.service.decode FD`.
+
+The process with the socket FD imports what decoding needs, and forks a child for each upload. The
+child gets two descriptors, the upload (a file without a name) and a pipe for the clips, sets its
+limits, decodes, and ends. It opens no file, so that a playlist dressed as a video leads nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import av
+import av.error
+import msgspec
+import numpy as np
+
+from pynq_kgrc.errors import VideoError
+from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.quant import Array
+from pynq_kgrc.service import wire
+from pynq_kgrc.service.wire import Job, Piece
+from pynq_kgrc.video import MAX_ELONGATION, fit
+
+FORMATS = "mov,matroska,avi,mpegts,gif"
+ACCEPTED = "accepted are MP4, MOV, MKV, WebM, AVI, MPEG-TS and GIF"
+
+CODECS = (
+    "h264,hevc,mpeg4,msmpeg4v1,msmpeg4v2,msmpeg4,h263,flv,vp8,vp9,libdav1d,av1,mpeg1video,"
+    "mpeg2video,mjpeg,theora,gif,wmv1,wmv2,prores,dvvideo,rawvideo"
+)
+
+MAX_RATE = 240
+"""Frames a second that a video may have."""
+
+
+class Frame(NamedTuple):
+    """A frame of the video as the network wants it, and when it is shown."""
+
+    ms: float
+    pixels: Array
+
+
+class Window(NamedTuple):
+    """Frames of one clip; `end_ms` is when its last frame begins to be shown."""
+
+    start_ms: float
+    end_ms: float
+    pixels: list[Array]
+
+
+def clip_spec(job: Job) -> ClipSpec:
+    """What `video.fit` asks for."""
+    return ClipSpec(job.frames, job.height, job.width, job.short_side, job.step)
+
+
+# ---- choosing frames ------------------------------------------------------------------------
+
+
+def frame_offsets(frames: int, step: int, window: int | None) -> list[int]:
+    """The frames of a window that a clip takes: every `step`-th, or spread evenly over `window`."""
+    if window is None:
+        return [i * step for i in range(frames)]
+    if frames == 1:
+        return [window // 2]
+    return [round(i * (window - 1) / (frames - 1)) for i in range(frames)]
+
+
+def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Iterator[Window]:
+    """Windows that begin every `stride` frames; the last ends with the video.
+
+    As `video.load_windows`, in one pass. A video shorter than a window starts over.
+
+    Raises:
+        VideoError: there is no frame.
+    """
+    span = offsets[-1] + 1
+    kept: deque[Frame] = deque(maxlen=span)
+    count = following = 0
+    last = -1
+    for frame in frames:
+        kept.append(frame)
+        count += 1
+        if count == following + span:
+            yield _window(kept, offsets)
+            last = following
+            following += stride
+    if not count:
+        raise VideoError("not one frame could be decoded; the video is cut off or damaged")
+    if last != max(0, count - span):
+        yield _window(kept, [i % len(kept) for i in offsets])
+
+
+def _window(kept: deque[Frame], offsets: list[int]) -> Window:
+    chosen = [kept[i] for i in offsets]
+    times = [frame.ms for frame in chosen]
+    return Window(min(times), max(times), [frame.pixels for frame in chosen])
+
+
+# ---- decoding -------------------------------------------------------------------------------
+
+
+class Video:
+    """An upload that is open. Nothing that its container declares is relied on.
+
+    Raises:
+        VideoError: not a video that is accepted, and why.
+    """
+
+    def __init__(self, file: BinaryIO, job: Job) -> None:
+        self.job, self.spec = job, clip_spec(job)
+        options = {
+            "protocol_whitelist": "none",
+            "format_whitelist": FORMATS,
+            "codec_whitelist": CODECS,
+            "max_pixels": str(job.max_pixels),
+        }
+        try:
+            self.container = av.open(file, "r", options=options, metadata_errors="replace")
+        except (av.error.FFmpegError, ValueError) as error:
+            raise VideoError(
+                f"not a video that can be read ({reason(error)}); {ACCEPTED}"
+            ) from None
+        streams = self.container.streams.video
+        if not streams:
+            kinds = sorted({stream.type for stream in self.container.streams})
+            raise VideoError(f"the file has no video, only {', '.join(kinds) or 'nothing'}")
+        self.stream = streams[0]
+        codec = self.stream.codec_context
+        if codec is None:
+            raise VideoError("the video is of a codec that is not accepted")
+        self.check_size(codec.width, codec.height)
+        codec.options = {**codec.options, "max_pixels": str(job.max_pixels)}
+        codec.thread_count = 1
+        rate = float(self.stream.average_rate or 0)
+        self.frame_ms = 1000 / (rate if 1 <= rate <= MAX_RATE else 25.0)
+        self.codec = str(codec.name)
+        self.format = str(self.container.format.name)
+        self.size = (codec.width, codec.height)
+        self.declared = self.stream.frames if 0 < self.stream.frames < 10_000_000 else 0
+        duration = self.stream.duration
+        base = self.stream.time_base
+        if duration and base and float(duration * base) > job.max_seconds + 1:
+            raise TooLong(
+                f"a video of {float(duration * base):.0f} s is longer than the "
+                f"{job.max_seconds:g} s accepted"
+            )
+        self.count = 0
+        self.end_ms = 0.0
+        self.notes: list[str] = []
+
+    def check_size(self, width: int, height: int) -> None:
+        """Refuse frames that are too large.
+
+        Raises:
+            TooLarge: names both sizes.
+        """
+        if width * height > self.job.max_pixels:
+            raise TooLarge(
+                f"frames of {width} x {height} pixels are larger than the "
+                f"{self.job.max_pixels} accepted"
+            )
+        if max(width, height) > MAX_ELONGATION * max(1, min(width, height)):
+            raise VideoError(
+                f"frames of {width} x {height} pixels are too elongated; accepted is up to "
+                f"{MAX_ELONGATION} to 1"
+            )
+
+    def frames(self) -> Iterator[Frame]:
+        """Every frame, upright and as large as the network wants it."""
+        first: float | None = None
+        ms = -self.frame_ms
+        limit = self.job.max_seconds
+        try:
+            for frame in self.container.decode(self.stream):
+                self.check_size(frame.width, frame.height)
+                time = None if frame.pts is None or frame.time is None else 1000 * frame.time
+                if first is None:
+                    first = time or 0.0
+                # times that do not increase are no times
+                shown = ms + self.frame_ms if time is None else time - first
+                ms = shown if shown > ms else ms + self.frame_ms
+                if ms > 1000 * limit or self.count > MAX_RATE * limit:
+                    raise TooLong(f"a video longer than the {limit:g} s accepted")
+                self.count += 1
+                self.end_ms = ms + self.frame_ms
+                yield Frame(ms, fit(upright(frame), self.spec))
+        except (av.error.FFmpegError, ValueError) as error:
+            if not self.count:
+                raise VideoError(
+                    f"not one frame could be decoded ({reason(error)}); the video is cut off, "
+                    f"damaged, or larger than it says"
+                ) from None
+            self.notes.append(f"decoding stopped after frame {self.count}: {reason(error)}")
+        if self.declared > self.count * 1.05 + 1:
+            self.notes.append(
+                f"{self.count} frames of {self.declared} declared: the video is cut off or damaged"
+            )
+
+
+class TooLarge(VideoError):
+    """Frames of more pixels than are accepted."""
+
+
+class TooLong(VideoError):
+    """A video of more seconds than are accepted."""
+
+
+def upright(frame: Any) -> Array:
+    """A frame as BGR [H, W, 3], turned as the file says it is to be shown."""
+    pixels: Array = frame.to_ndarray(format="bgr24")
+    turns = round(frame.rotation / 90) % 4
+    return np.rot90(pixels, turns) if turns else pixels
+
+
+def reason(error: Exception) -> str:
+    """What FFmpeg has to say, without the name it gave the file."""
+    text = str(getattr(error, "strerror", "") or error)
+    return text.split(":")[0].removeprefix("[Errno ").strip()
+
+
+def send_clips(file: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
+    """Decode an upload; a message for each clip, and one at the end."""
+    video = Video(file, job)
+    offsets = frame_offsets(job.frames, job.step, job.window)
+    stride = job.stride or offsets[-1] + 1
+    for number, window in enumerate(cut_windows(video.frames(), offsets, stride)):
+        head = Piece(
+            "clip",
+            number=number,
+            start_ms=window.start_ms,
+            end_ms=window.end_ms + video.frame_ms,
+            decoded=video.count,
+            declared=video.declared,
+        )
+        with timer.paused():  # whoever waits for the device must not run out of time
+            wire.send(out, head, np.stack(window.pixels).tobytes())
+    if video.count < offsets[-1] + 1:
+        video.notes.append(
+            f"the video has {video.count} frames, the network looks at {offsets[-1] + 1}: "
+            f"it starts over to fill the clip"
+        )
+    end = Piece(
+        "end",
+        decoded=video.count,
+        declared=video.declared,
+        duration_ms=video.end_ms,
+        width=video.size[0],
+        height=video.size[1],
+        codec=video.codec,
+        container=video.format,
+        notes=video.notes,
+    )
+    wire.send(out, end)
+
+
+def send_frames(images: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
+    """Decode the JPEG images of a live session, each to a frame [H, W, 3] RGB."""
+    while True:
+        with timer.paused():
+            message = wire.receive(images, dict)
+        if message is None:
+            return
+        timer.restart()
+        try:
+            frame = decode_jpeg(message[1], job)
+        except VideoError as error:
+            wire.send(out, Piece("error", text=str(error)))
+            continue
+        wire.send(out, Piece("frame"), frame.tobytes())
+
+
+def decode_jpeg(image: bytes, job: Job) -> Array:
+    """A JPEG image as the network wants a frame: [H, W, 3] RGB.
+
+    Raises:
+        VideoError: no JPEG image, or too large.
+    """
+    if image[:2] != b"\xff\xd8":
+        raise VideoError(f"an image that begins with {image[:2].hex() or 'nothing'}, not a JPEG")
+    codec = av.CodecContext.create("mjpeg", "r")
+    codec.options = {"max_pixels": str(job.max_pixels)}
+    codec.thread_count = 1
+    try:
+        frames = [*codec.decode(av.Packet(image)), *codec.decode(None)]
+    except (av.error.FFmpegError, ValueError) as error:
+        raise VideoError(f"a JPEG that cannot be decoded: {reason(error)}") from None
+    if not frames:
+        raise VideoError("a JPEG without an image")
+    if frames[0].width * frames[0].height > job.max_pixels:
+        raise VideoError(f"an image of more than {job.max_pixels} pixels")
+    return fit(frames[0].to_ndarray(format="bgr24"), clip_spec(job))
+
+
+# ---- the child's limits ---------------------------------------------------------------------
+
+
+class Timer:
+    """Wall time for decoding: when it runs out, the system ends the process."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew."""
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+    def paused(self) -> Pause:
+        """A context in which time does not count."""
+        return Pause()
+
+
+class Pause:
+    """Stops the timer, and sets it going with what was left."""
+
+    def __enter__(self) -> None:
+        self.left = signal.setitimer(signal.ITIMER_REAL, 0)[0]
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, self.left))
+
+
+def limit_process(job: Job) -> Timer:
+    """Memory, processor time, files and processes of this process; nothing can be written."""
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    most = used + job.decode_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    # a live session lasts as long as it lasts, each image has the timer
+    if job.verb == "clips":
+        seconds = max(1, round(job.decode_seconds))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+    return Timer(job.decode_seconds)
+
+
+def run_child(source: int, target: int, job: Job) -> None:
+    """What a child does from its first instruction to its last."""
+    out = os.fdopen(target, "wb")
+    verbs: dict[str, Callable[[BinaryIO, BinaryIO, Job, Timer], None]] = {
+        "clips": send_clips,
+        "frames": send_frames,
+    }
+    try:
+        timer = limit_process(job)
+        with os.fdopen(source, "rb") as file:
+            verbs[job.verb](file, out, job, timer)
+    except VideoError as error:
+        status = {TooLarge: 413, TooLong: 413}.get(type(error), 422)
+        wire.send(out, Piece("error", status=status, text=str(error)))
+    except MemoryError:
+        text = f"decoding takes more than the {job.decode_bytes} bytes of memory accepted"
+        wire.send(out, Piece("error", status=413, text=text))
+
+
+def main() -> None:
+    """Fork a child for each message on the socket, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the children
+    av.logging.set_level(None)
+    orders = socket.socket(fileno=int(sys.argv[1]))
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(orders, 1 << 16, 2)
+        if not message:
+            return
+        source, target = descriptors
+        if os.fork() == 0:
+            try:
+                orders.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                run_child(source, target, msgspec.json.decode(message, type=Job))
+            except BrokenPipeError:
+                pass  # nobody wants the clips any more
+            except BaseException as error:
+                sys.stderr.write(f"decoding failed: {type(error).__name__}: {error}\n")
+            finally:
+                os._exit(0)
+        os.close(source)
+        os.close(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What stands before every request: it is named, counted and logged, and refused if it must be.
+
+Plain ASGI, because FastAPI reads a body whole before it asks for a key. A request without a key, of
+a stranger's page, or with too large a body is answered before its body is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from pynq_kgrc.service.metrics import Metrics
+from pynq_kgrc.service.refusal import Refusal
+from pynq_kgrc.service.settings import Settings, is_loopback
+
+log = logging.getLogger("pynq_kgrc.service")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = re.compile(
+    r"/(|docs|openapi\.json|page/[a-z.]+|v2/health/(live|ready)|v2/models/[^/]+/ready)"
+)
+"""These ask for no key: they tell nothing but whether the service is there."""
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+KEY_PROTOCOL = "kgrc.key."
+"""A browser cannot set the head of a WebSocket; there the key comes as a subprotocol."""
+DRAINED_BYTES = 1 << 20
+DRAIN_SECONDS = 2.0
+SEND_SECONDS = 30.0
+"""A client that reads nothing for so long is gone."""
+
+SAFE_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+        b"connect-src 'self' ws: wss:; base-uri 'none'; form-action 'none'; "
+        b"frame-ancestors 'none'",
+    ),
+]
+
+
+class Guard:
+    """Wraps an ASGI application.
+
+    Args:
+        app: answers what is let through.
+        settings: keys and limits.
+        metrics: counts requests.
+        draining: whether the service is about to stop; then connections are closed politely.
+    """
+
+    def __init__(
+        self, app: App, settings: Settings, metrics: Metrics, draining: Callable[[], bool]
+    ) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self.draining = draining
+        # a page elsewhere may give its name our address; without a key the name must be ours
+        self.local_only = is_loopback(settings.host) and not settings.keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(self, scope, receive, send)
+        try:
+            self.check(scope, exchange.head)
+        except Refusal as refusal:
+            await exchange.refuse(refusal)
+        else:
+            try:
+                await self.app(scope, exchange.receive, exchange.send)
+            except Refusal as refusal:
+                if exchange.status:
+                    raise
+                await exchange.refuse(refusal)
+        finally:
+            exchange.close()
+
+    def check(self, scope: Scope, head: dict[str, str]) -> None:
+        """Refuse what must not reach the application.
+
+        Raises:
+            Refusal: 401, 403, 411, 413 or 421.
+        """
+        host = head.get("host", "")
+        if self.local_only and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            raise Refusal(421, "this service answers to localhost only", close=True)
+        origin = head.get("origin")
+        unsafe = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if origin is not None and unsafe and urlsplit(origin).netloc != host:
+            raise Refusal(403, "pages of another origin may not use this service", close=True)
+        path = scope["path"]
+        if self.settings.keys and not OPEN_PATHS.fullmatch(path) and not self.knows(head):
+            raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=True)
+        length = head.get("content-length", "0")
+        if not length.isascii() or not length.isdigit():
+            raise Refusal(400, "a Content-Length that is no number", close=True)
+        if len(length) > 18 or int(length) > self.settings.max_bytes:
+            raise Refusal(
+                413,
+                f"a body of {length[:30]} bytes; accepted are {self.settings.max_bytes}",
+                close=True,
+            )
+
+    def knows(self, head: dict[str, str]) -> bool:
+        """Whether a request brings one of the keys; takes as long for each wrong one."""
+        scheme, _, key = head.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = head.get("x-api-key", "")
+        for protocol in head.get("sec-websocket-protocol", "").split(","):
+            if protocol.strip().startswith(KEY_PROTOCOL):
+                coded = protocol.strip().removeprefix(KEY_PROTOCOL)
+                try:
+                    key = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode()
+                except (binascii.Error, ValueError):
+                    key = ""
+        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+        known = False
+        for other in self.settings.keys:
+            known |= hmac.compare_digest(digest, other)
+        return known
+
+
+class Exchange:
+    """One request and its answer on their way through the guard."""
+
+    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
+        self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
+        self.head = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        asked = self.head.get("x-request-id", "")
+        self.id = asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = self.id
+        self.began = time.perf_counter()
+        self.received = self.status = 0
+        has_body = self.head.get("content-length", "0") != "0" or "transfer-encoding" in self.head
+        self.body_done = scope["type"] == "websocket" or not has_body
+        self.ended = False
+
+    async def receive(self) -> Message:
+        """The next part of the request, within the limits of time and size.
+
+        Raises:
+            Refusal: 408 or 413.
+        """
+        if self.body_done:
+            return await self._receive()
+        settings = self.guard.settings
+        earned = self.received / settings.body_rate
+        left = settings.body_seconds + earned - (time.perf_counter() - self.began)
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.001, left))
+        except asyncio.TimeoutError:
+            raise Refusal(
+                408,
+                f"the body did not arrive: {self.received} bytes within "
+                f"{time.perf_counter() - self.began:.0f} s",
+                close=True,
+            ) from None
+        if message["type"] == "http.request":
+            self.received += len(message.get("body", b""))
+            self.body_done = not message.get("more_body", False)
+            if self.received > settings.max_bytes:
+                text = f"a body of more than the {settings.max_bytes} bytes accepted"
+                raise Refusal(413, text, close=True)
+        else:
+            self.body_done = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """The next part of the answer, with the headers that all answers have."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = list(message.get("headers", []))
+            headers += [(b"x-request-id", self.id.encode()), *SAFE_HEADERS]
+            named = {name for name, _ in headers}
+            if b"cache-control" not in named:
+                headers.append((b"cache-control", b"no-store"))
+            if b"connection" not in named and (self.guard.draining() or not self.body_done):
+                headers.append((b"connection", b"close"))
+            message = {**message, "headers": headers}
+        elif message["type"] == "http.response.body":
+            self.ended = not message.get("more_body", False)
+        elif message["type"] == "websocket.accept":
+            self.status = 101
+        elif message["type"] == "websocket.close" and not self.status:
+            self.status = 403
+        await asyncio.wait_for(self._send(message), SEND_SECONDS)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with a refusal; a small body is read first, so that the client hears of it."""
+        if self.scope["type"] == "websocket":
+            await self._receive()  # the connection's beginning
+            self.status = refusal.status
+            await self._send({"type": "websocket.close", "code": 1008, "reason": refusal.text})
+            return
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drain(), DRAIN_SECONDS)
+        body = json.dumps({"error": refusal.text}).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
+        if self.body_done:
+            refusal.headers.pop("connection", None)
+        headers.update(refusal.headers)
+        coded = [(k.encode(), v.encode()) for k, v in headers.items()]
+        await self.send({"type": "http.response.start", "status": refusal.status, "headers": coded})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def _drain(self) -> None:
+        while not self.body_done and self.received < DRAINED_BYTES:
+            message = await self._receive()
+            self.received += len(message.get("body", b""))
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                self.body_done = True
+
+    def close(self) -> None:
+        """Count and log it."""
+        seconds = time.perf_counter() - self.began
+        route = getattr(self.scope.get("route"), "path", "other")
+        method = self.scope.get("method", "WEBSOCKET")
+        status = self.status or 499
+        metrics = self.guard.metrics
+        # a method is the client's word: unknown ones must not each become a series
+        known = method if method in ("GET", "POST", "DELETE", "HEAD", "WEBSOCKET") else "other"
+        metrics.requests.labels(route, known, str(status)).inc()
+        metrics.request_seconds.labels(route).observe(seconds)
+        metrics.received_bytes.inc(self.received)
+        level = logging.DEBUG if route.startswith("/v2/health") else logging.INFO
+        log.log(
+            level,
+            "request",
+            extra={
+                "request_id": self.id,
+                "method": method,
+                "path": self.scope["path"][:200],
+                "status": status,
+                "ms": round(1e3 * seconds, 1),
+                "received": self.received,
+                "client": (self.scope.get("client") or ("",))[0],
+            },
+        )

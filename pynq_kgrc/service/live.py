@@ -1,0 +1,166 @@
+"""Webcams: JPEG frames come over a WebSocket, predictions over the last frames go back.
+
+Nothing is queued: of the frames that come while one is decoded only the newest is kept, and the
+others are counted as dropped. A prediction is made whenever the device is free and there is a new
+frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+from fastapi import WebSocket, WebSocketDisconnect
+
+from pynq_kgrc.errors import KgrcError
+from pynq_kgrc.service import wire
+from pynq_kgrc.service.catalogue import Entry
+from pynq_kgrc.service.metrics import Metrics
+from pynq_kgrc.service.pool import Pool
+from pynq_kgrc.service.refusal import Refusal, refusal_of
+from pynq_kgrc.service.settings import Settings
+from pynq_kgrc.service.videos import Decoder, Options, best, decode_job
+from pynq_kgrc.service.wire import Piece
+
+IDLE_SECONDS = 30.0
+"""A session in which no frame comes for so long is closed."""
+MAX_SECONDS = 4 * 3600.0
+POLICY, TOO_MUCH = 1008, 1013
+
+
+class LiveSession:
+    """One webcam."""
+
+    def __init__(
+        self,
+        client: WebSocket,
+        entry: Entry,
+        settings: Settings,
+        pool: Pool,
+        decoder: Decoder,
+        metrics: Metrics,
+        top_k: int,
+    ) -> None:
+        self.client, self.entry, self.pool, self.top_k = client, entry, pool, top_k
+        self.metrics = metrics
+        self.job = decode_job(entry, settings, Options(), "frames")
+        self.decoder = decoder
+        frames, *picture = entry.clip_shape
+        self.frame_bytes = int(np.prod(picture))
+        self.window: deque[bytes] = deque(maxlen=frames)
+        self.newest: bytes | None = None
+        self.received = self.dropped = self.decoded = 0
+        self.arrived, self.ready = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Until the client leaves.
+
+        Raises:
+            KgrcError: what ended it.
+        """
+        await self.client.send_json(
+            {
+                "type": "ready",
+                "program": self.entry.name,
+                "frames": self.window.maxlen,
+                "backend": self.pool.backend,
+            }
+        )
+        tasks = [asyncio.ensure_future(part()) for part in (self._take, self._decode, self._look)]
+        try:
+            done, _ = await asyncio.wait(
+                tasks, timeout=MAX_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _take(self) -> None:
+        while True:
+            message = await asyncio.wait_for(self.client.receive(), IDLE_SECONDS)
+            if message["type"] == "websocket.disconnect":
+                return
+            image = message.get("bytes")
+            if image is None:
+                raise Refusal(400, "text on a live session; send each frame as a JPEG image")
+            self.received += 1
+            if self.newest is not None:
+                self.dropped += 1
+                self.metrics.live_frames.labels("dropped").inc()
+            self.newest = image
+            self.arrived.set()
+
+    async def _decode(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.decoder.fork(self.job, theirs.fileno(), theirs.fileno())
+        stream, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        try:
+            while True:
+                await self.arrived.wait()
+                self.arrived.clear()
+                image, self.newest = self.newest, None
+                if image is None:
+                    continue
+                writer.write(wire.pack_head({}, len(image)) + image)
+                await writer.drain()
+                reading = wire.read(stream, Piece, self.frame_bytes)
+                answer = await asyncio.wait_for(reading, self.job.decode_seconds + 5)
+                if answer is None:
+                    raise Refusal(422, "decoding a frame took too long, or too much memory")
+                piece, pixels = answer
+                if piece.kind == "error" or len(pixels) != self.frame_bytes:
+                    raise Refusal(422, piece.text or "a frame of another size")
+                self.decoded += 1
+                self.metrics.live_frames.labels("decoded").inc()
+                self.window.append(pixels)
+                self.ready.set()
+        finally:
+            writer.close()
+
+    async def _look(self) -> None:
+        need = self.window.maxlen or 1
+        while True:
+            await self.ready.wait()
+            self.ready.clear()
+            counts = {"received": self.received, "dropped": self.dropped}
+            if len(self.window) < need:
+                filling: dict[str, Any] = {"type": "filling", "have": len(self.window)}
+                await self.client.send_json({**filling, "need": need, **counts})
+                continue
+            began = time.perf_counter()
+            found = await self.pool.run(self.entry.key, b"".join(self.window))
+            scores = np.frombuffer(found.values, "<f4").reshape(2, -1)[1]
+            await self.client.send_json(
+                {
+                    "type": "prediction",
+                    "labels": best(scores, self.entry.labels, self.top_k),
+                    "run_ms": round(1e3 * found.seconds, 1),
+                    "latency_ms": round(1e3 * (time.perf_counter() - began), 1),
+                    "received": self.received,
+                    "dropped": self.dropped,
+                }
+            )
+
+
+async def serve_live(session: LiveSession) -> None:
+    """Run a session that was accepted, and tell the client how it ended."""
+    try:
+        await session.run()
+    except (WebSocketDisconnect, ConnectionError):
+        return
+    except asyncio.TimeoutError:
+        await session.client.close(POLICY, f"no frame for {IDLE_SECONDS:g} s")
+    except KgrcError as error:
+        refusal = refusal_of(error)
+        await session.client.send_json(
+            {"type": "error", "status": refusal.status, "error": refusal.text}
+        )
+        await session.client.close(POLICY if refusal.status < 500 else TOO_MUCH)

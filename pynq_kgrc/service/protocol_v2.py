@@ -1,0 +1,343 @@
+"""The Open Inference Protocol, version 2, as KServe and Triton clients speak it over HTTP.
+
+A model has one input, `frames`, UINT8 [-1, D, H, W, 3] (RGB), and two outputs, `probabilities` and
+`logits`, FP32 [-1, classes]. Extensions: binary tensors, classification, model repository.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import struct
+import time
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from pynq_kgrc.service.catalogue import Catalogue, Entry
+from pynq_kgrc.service.jobs import Admission
+from pynq_kgrc.service.models import ERRORS, GONE, ErrorDocument
+from pynq_kgrc.service.pool import Pool
+from pynq_kgrc.service.refusal import Refusal
+from pynq_kgrc.service.settings import Settings
+
+INPUT = "frames"
+OUTPUTS = ("probabilities", "logits")
+MAX_BATCH = 32
+HEADER_LENGTH = "inference-header-content-length"
+EXTENSIONS = ["classification", "binary_tensor_data", "model_repository"]
+
+
+class Tensor(msgspec.Struct):
+    """An input of a request."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: msgspec.Raw = msgspec.Raw()
+
+
+class Wanted(msgspec.Struct):
+    """An output that a request asks for."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class Inference(msgspec.Struct):
+    """The JSON of a request."""
+
+    inputs: list[Tensor]
+    id: str = ""
+    outputs: list[Wanted] = []
+    parameters: dict[str, Any] = {}
+
+
+def metadata(entry: Entry) -> dict[str, Any]:
+    """A model's inputs and outputs."""
+    outputs = [
+        {"name": name, "datatype": "FP32", "shape": [-1, len(entry.labels)]} for name in OUTPUTS
+    ]
+    return {
+        "name": entry.name,
+        "versions": [entry.version],
+        "platform": "pynq_kgrc",
+        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *entry.clip_shape]}],
+        "outputs": outputs,
+    }
+
+
+def read_request(body: bytes, head: dict[str, str], settings: Settings) -> tuple[Inference, bytes]:
+    """The JSON and the binary part of a body.
+
+    Raises:
+        Refusal: 400, 413 or 415.
+    """
+    body = inflate(body, head.get("content-encoding", ""), settings.max_bytes)
+    length = head.get(HEADER_LENGTH)
+    size = len(body)
+    if length is not None:
+        if not length.isascii() or not length.isdigit() or int(length) > len(body):
+            raise Refusal(400, f"{HEADER_LENGTH}: {length[:30]} of a body of {size} bytes")
+        size = int(length)
+    if size > settings.max_json_bytes:
+        raise Refusal(
+            413,
+            f"JSON of {size} bytes; accepted are {settings.max_json_bytes}: send tensors binary",
+        )
+    try:
+        return msgspec.json.decode(body[:size], type=Inference), body[size:]
+    except msgspec.MsgspecError as error:
+        raise Refusal(400, f"not an inference request: {error}") from error
+
+
+def inflate(body: bytes, encoding: str, most: int) -> bytes:
+    """A body without its compression.
+
+    Raises:
+        Refusal: 400 damaged, 413 too large, 415 another encoding.
+    """
+    kinds = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in kinds:
+        raise Refusal(415, f"Content-Encoding {encoding[:30]!r}; accepted are gzip and deflate")
+    reader = zlib.decompressobj(kinds[encoding])
+    try:
+        plain = reader.decompress(body, most + 1)
+    except zlib.error as error:
+        raise Refusal(400, f"the {encoding} body is damaged: {error}") from error
+    if len(plain) > most:
+        raise Refusal(413, f"the body inflates to more than the {most} bytes accepted")
+    if not reader.eof:
+        raise Refusal(400, f"the {encoding} body is cut off")
+    return plain
+
+
+def read_clips(entry: Entry, request: Inference, binary: bytes) -> list[bytes]:
+    """The clips of a request, uint8 [D, H, W, 3] each.
+
+    Raises:
+        Refusal: 400, names the input, what it is, and what the model takes.
+    """
+    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
+        named = ", ".join(tensor.name[:30] for tensor in request.inputs[:5]) or "none"
+        raise Refusal(400, f"inputs {named}; {entry.name} has one, {INPUT}")
+    tensor = request.inputs[0]
+    if tensor.datatype != "UINT8":
+        raise Refusal(400, f"input {INPUT} of type {tensor.datatype[:20]}; accepted is UINT8")
+    shape, wanted = tuple(tensor.shape), entry.clip_shape
+    count = 1 if shape == wanted else shape[0] if shape[1:] == wanted else 0
+    if not 1 <= count <= MAX_BATCH:
+        raise Refusal(
+            400,
+            f"input {INPUT} of shape {str(list(shape))[:60]}; accepted are "
+            f"{[-1, *wanted]} with 1 to {MAX_BATCH} clips",
+        )
+    size = int(np.prod(wanted))
+    declared = tensor.parameters.get("binary_data_size")
+    if declared is None:
+        values = _from_json(tensor, count * size)
+    else:
+        if declared != len(binary) or len(binary) != count * size:
+            raise Refusal(
+                400,
+                f"input {INPUT}: binary_data_size {str(declared)[:20]}, {len(binary)} bytes "
+                f"arrived; its shape takes {count * size}",
+            )
+        values = binary
+    return [values[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _from_json(tensor: Tensor, size: int) -> bytes:
+    try:
+        values = np.array(msgspec.json.decode(bytes(tensor.data) or b"null"))
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise Refusal(400, f"input {INPUT}: data that cannot be read ({error})") from error
+    if values.dtype.kind not in "iu" or values.size != size:
+        raise Refusal(
+            400, f"input {INPUT}: data are {values.size} {values.dtype}, not {size} whole numbers"
+        )
+    if values.min() < 0 or values.max() > 255:
+        raise Refusal(400, f"input {INPUT}: data from {values.min()} to {values.max()}, not uint8")
+    return values.astype(np.uint8).tobytes()
+
+
+def write_answer(
+    entry: Entry, request: Inference, results: dict[str, Any], head: dict[str, str]
+) -> Response:
+    """The answer, as the request wants it: JSON or binary, values or classes, plain or gzip.
+
+    Raises:
+        Refusal: 400, an output that there is not.
+    """
+    everything = bool(request.parameters.get("binary_data_output", False))
+    outputs, binaries = [], []
+    for wanted in request.outputs or [Wanted(name) for name in OUTPUTS]:
+        if wanted.name not in results:
+            there = ", ".join(results)
+            raise Refusal(400, f"no output {wanted.name[:50]!r}; there are {there}")
+        values = results[wanted.name]
+        best = wanted.parameters.get("classification", 0)
+        if not isinstance(best, int) or best < 0:
+            raise Refusal(400, f"classification={str(best)[:20]}; accepted is 1 or more")
+        as_binary = bool(wanted.parameters.get("binary_data", everything))
+        output: dict[str, Any] = {"name": wanted.name}
+        if best:
+            texts = [_classes(row, entry.labels, best) for row in values]
+            output |= {"datatype": "BYTES", "shape": [len(texts), len(texts[0])]}
+            flat = [text for row in texts for text in row]
+            data = b"".join(struct.pack("<I", len(t.encode())) + t.encode() for t in flat)
+            plain: Any = flat
+        else:
+            output |= {"datatype": "FP32", "shape": list(values.shape)}
+            data, plain = values.astype("<f4").tobytes(), values.reshape(-1).tolist()
+        if as_binary:
+            output["parameters"] = {"binary_data_size": len(data)}
+            binaries.append(data)
+        else:
+            output["data"] = plain
+        outputs.append(output)
+    document = {"model_name": entry.name, "model_version": entry.version, "outputs": outputs}
+    if request.id:
+        document["id"] = request.id
+    text = msgspec.json.encode(document)
+    body = b"".join([text, *binaries])
+    headers = {}
+    if binaries:
+        headers[HEADER_LENGTH] = str(len(text))
+    if "gzip" in head.get("accept-encoding", "") and len(body) > 1000:
+        body = gzip.compress(body, 1)
+        headers["content-encoding"] = "gzip"
+    kind = "application/octet-stream" if binaries else "application/json"
+    return Response(body, media_type=kind, headers=headers)
+
+
+def _classes(row: Any, labels: list[str], best: int) -> list[str]:
+    order = np.argsort(-row, kind="stable")[:best]
+    return [f"{row[i]:.6f}:{i}:{labels[i]}" for i in order]
+
+
+def make_router(
+    settings: Settings,
+    catalogue: Catalogue,
+    pool: Pool,
+    queue: Admission,
+    ready: Callable[[], str],
+    watched: Callable[[Request, Awaitable[Any]], Awaitable[Any]],
+) -> APIRouter:
+    """The routes below /v2.
+
+    Args:
+        settings: limits of bodies.
+        catalogue: the models.
+        pool: runs them.
+        queue: lets requests in.
+        ready: why no request can be served; empty if they can.
+        watched: awaits something for as long as the client is there.
+    """
+    router = APIRouter(prefix="/v2", responses=ERRORS)
+    json_body = {"content": {"application/json": {"schema": {"type": "object"}}}}
+
+    @router.get("/health/live", tags=["Open Inference Protocol"])
+    async def live() -> dict[str, bool]:
+        """Whether the service answers."""
+        return {"live": True}
+
+    @router.get(
+        "/health/ready", tags=["Open Inference Protocol"], responses={503: {"model": ErrorDocument}}
+    )
+    async def is_ready() -> Response:
+        """Whether requests are served: a worker is there, with a program that it has run."""
+        why = ready()
+        if why:
+            return JSONResponse({"ready": False, "error": why}, 503, headers={"retry-after": "5"})
+        return JSONResponse({"ready": True})
+
+    @router.get("", tags=["Open Inference Protocol"])
+    async def server() -> dict[str, Any]:
+        """What this server is."""
+        return {"name": "pynq_kgrc", "version": "2", "extensions": EXTENSIONS}
+
+    @router.get("/models/{name}/versions/{version}/ready", responses=GONE)
+    @router.get("/models/{name}/ready", tags=["Open Inference Protocol"], responses=GONE)
+    async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
+        """Whether a model is served."""
+        entry = catalogue.find(name, version)
+        if ready():
+            raise Refusal(503, ready(), 5)
+        return {"name": entry.name, "ready": True}
+
+    @router.get("/models/{name}/versions/{version}", responses=GONE)
+    @router.get("/models/{name}", tags=["Open Inference Protocol"], responses=GONE)
+    async def model(name: str, version: str | None = None) -> dict[str, Any]:
+        """A model's inputs and outputs."""
+        return metadata(catalogue.find(name, version))
+
+    @router.post(
+        "/models/{name}/versions/{version}/infer", openapi_extra={"requestBody": json_body}
+    )
+    @router.post(
+        "/models/{name}/infer",
+        tags=["Open Inference Protocol"],
+        openapi_extra={"requestBody": json_body},
+    )
+    async def infer(name: str, request: Request, version: str | None = None) -> Response:
+        """Run a model on clips of frames."""
+        with queue.enter(), catalogue.lend(name, version) as entry:
+            head = dict(request.headers)
+            inference, binary = read_request(await request.body(), head, settings)
+            clips = read_clips(entry, inference, binary)
+            timeout = inference.parameters.get("timeout", 0)
+            usable = isinstance(timeout, int) and timeout > 0
+            seconds = timeout / 1e6 if usable else settings.job_seconds
+
+            async def run() -> list[Any]:
+                found = [await pool.run(entry.key, clip) for clip in clips]
+                return [np.frombuffer(run.values, "<f4").reshape(2, -1) for run in found]
+
+            began = time.perf_counter()
+            try:
+                values = np.stack(await watched(request, asyncio.wait_for(run(), seconds)))
+            except asyncio.TimeoutError:
+                waited = time.perf_counter() - began
+                raise Refusal(504, f"not done within the {waited:.3f} s asked for") from None
+            results = {"logits": values[:, 0], "probabilities": values[:, 1]}
+            return write_answer(entry, inference, results, head)
+
+    @router.post("/repository/index", tags=["Model repository"])
+    async def index() -> list[dict[str, str]]:
+        """Every program that is loaded or may be, and why one is not."""
+        rows = []
+        for name in {**catalogue.sources(), **catalogue.entries}:
+            entry = catalogue.entries.get(name)
+            rows.append(
+                {
+                    "name": name,
+                    "version": "" if entry is None else entry.version,
+                    "state": "UNAVAILABLE" if entry is None else "READY",
+                    "reason": catalogue.reasons.get(name, ""),
+                }
+            )
+        return rows
+
+    @router.post("/repository/models/{name}/load", tags=["Model repository"], responses=GONE)
+    async def load(name: str) -> dict[str, Any]:
+        """Load a program, or its file anew; the old one serves until the new one has run a clip."""
+        entry = await catalogue.load(name)
+        return {"name": entry.name, "version": entry.version}
+
+    @router.post("/repository/models/{name}/unload", tags=["Model repository"], responses=GONE)
+    async def unload(name: str) -> dict[str, Any]:
+        """Stop serving a program; requests that use it are finished."""
+        await catalogue.unload(name)
+        return {"name": name}
+
+    return router
