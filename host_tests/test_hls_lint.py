@@ -46,9 +46,6 @@ FORBIDDEN = {
     Kind.CXX_THROW_EXPR: "throw",
     Kind.CXX_TRY_STMT: "try",
     Kind.GOTO_STMT: "goto",
-    Kind.INDIRECT_GOTO_STMT: "goto",
-    Kind.CXX_DYNAMIC_CAST_EXPR: "dynamic_cast",
-    Kind.CXX_TYPEID_EXPR: "typeid",
 }
 
 HEAP = {"malloc", "calloc", "realloc", "free", "alloca"}
@@ -542,7 +539,8 @@ SLIPS = {
             "dot.h: unrolled, but its bounds are not constant",
         ),
     ],
-    "recursion": [
+    "calls": [
+        ("top.cpp", "#pragma HLS DATAFLOW\n", "", "no DATAFLOW"),
         (
             "design.h",
             "inline int smaller(int a, int b) { return a < b ? a : b; }",
@@ -633,6 +631,12 @@ SLIPS = {
             "s_axilite port = digests",
             "top.cpp: INTERFACE: no port digests",
             "kgrc_run: digest has no s_axilite",
+        ),
+        (
+            "top.cpp",
+            "#pragma HLS DATAFLOW\n",
+            "#pragma HLS DATAFLOW\n#pragma HLS INTERFACE s_axilite port = items\n",
+            "top.cpp: INTERFACE: not in kgrc_run",
         ),
         (
             "top.cpp",

@@ -1,0 +1,539 @@
+"""From the HLS sources to an overlay: config.h, the C test bench, the Makefile and the Tcl files.
+
+Vitis HLS and Vivado are not here. Their Tcl runs in tclsh with the tools' commands stubbed, which
+shows slips of syntax, the order of the calls and their arguments, and nothing of what the tools
+would say.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pynq_kgrc.accelerator import header
+from pynq_kgrc.accelerator.boards import board
+from pynq_kgrc.accelerator.config import PRESETS, preset
+from pynq_kgrc.accelerator.header import REGISTERS
+from pynq_kgrc.backends.csim import SOURCES
+from pynq_kgrc.backends.manifest import read_overlay
+
+HLS = Path(__file__).resolve().parents[1] / "hls_src"
+TOP = (HLS / "top.cpp").read_text()
+BUNDLES = set(re.findall(r"m_axi .*bundle = (\w+)", TOP))
+VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
+
+needs_tclsh = pytest.mark.skipif(
+    shutil.which("tclsh") is None, reason="no tclsh: the Tcl files are not run"
+)
+needs_make = pytest.mark.skipif(
+    not (shutil.which("make") and shutil.which("g++")), reason="no make or no g++"
+)
+
+
+# ---- config.h --------------------------------------------------------------------------------
+
+
+def test_the_header_in_the_repository_is_not_stale():
+    renew = "python -m pynq_kgrc.accelerator.header --design 8-sparse -o hls_src/config.h"
+    found = (HLS / "config.h").read_text()
+    assert found == header.config_header(preset("8-sparse")), f"config.h is stale; renew: {renew}"
+
+
+def test_a_header_is_printed_or_written_if_it_says_something_new(tmp_path, capsys):
+    header.main(["--design", "4-dense"])
+    text = capsys.readouterr().out
+    assert text == header.config_header(preset("4-dense"))
+    path = tmp_path / "config.h"
+    header.main(["--design", "4-dense", "-o", str(path)])
+    assert path.read_text() == text
+    before = path.stat()
+    header.main(["--design", "4-dense", "-o", str(path)])
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    header.main(["--design", "8-dense", "-o", str(path)])
+    assert path.read_text() == header.config_header(preset("8-dense"))
+    assert [p.name for p in tmp_path.iterdir()] == ["config.h"]
+    with pytest.raises(SystemExit):
+        header.main(["--design", "12-sparse"])
+    assert "8-sparse" in capsys.readouterr().err
+
+
+# ---- what is written twice agrees ------------------------------------------------------------
+
+
+def variable(name):
+    """A variable of the Makefile."""
+    text = (HLS / "Makefile").read_text()
+    found = re.search(rf"^{name}\s*[:?]?=\s*(.*)$", text, re.MULTILINE)
+    return found[1].split()
+
+
+def test_the_makefile_knows_the_designs_the_sources_and_the_board():
+    assert variable("DESIGNS") == list(PRESETS)
+    assert variable("SOURCES") == list(SOURCES)
+    assert variable("HEADERS") == sorted(p.name for p in HLS.glob("*.h") if p.name != "config.h")
+    assert variable("PART") == [board(*variable("BOARD")).part]
+    assert set(SOURCES) == {p.name for p in HLS.glob("*.cpp")}
+    listed = re.search(r"foreach name \{(.*?)\}", (HLS / "scripts/hls.tcl").read_text())
+    assert listed[1].split() == list(SOURCES)
+
+
+def test_the_bench_is_as_deep_as_the_ports():
+    depths = set(re.findall(r"m_axi .* depth = (\d+)", TOP))
+    depth = re.search(r"kDepth = (\d+);", (HLS / "scripts/bench.cpp").read_text())
+    assert depths == {depth[1]}
+    signature = r"void kgrc_run\((.*?)\)"
+    declared = re.search(signature, (HLS / "scripts/bench.cpp").read_text(), re.DOTALL)
+    defined = re.search(signature, TOP, re.DOTALL)
+    assert declared[1].split() == defined[1].split()
+
+
+def test_the_driver_looks_for_the_name_that_is_exported():
+    driver = (HLS.parent / "pynq_kgrc/backends/board.py").read_text()
+    assert f'VLNV = "{VLNV}"' in driver
+    assert f'VLNV = "{VLNV}"' in (HLS / "scripts/manifest.py").read_text()
+
+
+# ---- the C test bench ------------------------------------------------------------------------
+
+
+def make(*targets, **variables):
+    """Run make in hls_src."""
+    command = ["make", "-C", str(HLS), f"PYTHON={sys.executable}", *targets]
+    command += [f"{name}={value}" for name, value in variables.items()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+def run_bench(folder, *arguments):
+    command = [str(folder / "bench-plain"), str(folder / "vectors.bin"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The test bench of a dense design, and its vectors, whose first group is switched off."""
+    folder = tmp_path_factory.mktemp("csim")
+    done = make("csim-8-dense", TYPES="plain", BUILD=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 tasks, 0 differences" in done.stdout
+    return folder
+
+
+def changed(built, folder, change):
+    """The build folder with its vectors changed."""
+    shutil.copytree(built / "8-dense", folder)
+    words = np.fromfile(folder / "vectors.bin", "<u8")
+    change(words).tofile(folder / "vectors.bin")
+    return folder
+
+
+def task_at(words, number):
+    """Where the words of a task begin: status, place, size, output, mask."""
+    at = 6 + int(words[3:6].sum())
+    for _ in range(number):
+        at += 13 + 2 + 2 * int(words[at + 14])
+    return at
+
+
+@needs_make
+def test_a_second_make_does_nothing(built):
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    done = make("csim-8-dense", TYPES="plain", BUILD=built)
+    assert done.returncode == 0
+    assert "differences" not in done.stdout
+    assert "g++" not in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+
+
+@needs_make
+@pytest.mark.parametrize("number", range(7))
+def test_a_flipped_byte_of_an_expected_output_is_seen(built, tmp_path, number):
+    def flip(words):
+        at = task_at(words, number)
+        size = int(words[at + 14])
+        codes, known = words[at + 15 :][:size], words[at + 15 + size :][:size]
+        last = np.flatnonzero(known)[-1]
+        codes[last] ^= known[last] & np.uint64(0xFF)
+        return words
+
+    done = run_bench(changed(built, tmp_path / "b", flip))
+    assert done.returncode == 1
+    assert f"apart: task {number}: word" in done.stdout
+    assert ("together" in done.stdout) == (number == 6)
+    # what fills a map up is not compared
+    done = run_bench(changed(built, tmp_path / "c", lambda words: fill_up(words, number)))
+    assert done.returncode == 0, done.stdout
+
+
+def fill_up(words, number):
+    at = task_at(words, number)
+    size = int(words[at + 14])
+    words[at + 15 :][:size] |= ~words[at + 15 + size :][:size]
+    return words
+
+
+@needs_make
+def test_make_fails_when_an_expected_byte_is_flipped(built, tmp_path):
+    def flip(words):
+        words[task_at(words, 0) + 15] ^= np.uint64(1)
+        return words
+
+    changed(built, tmp_path / "8-dense", flip)
+    done = make("csim-8-dense", TYPES="plain", BUILD=tmp_path)
+    assert done.returncode != 0
+    assert "1 differences" in done.stdout
+    assert make("csim-8-dense", TYPES="plain", BUILD=tmp_path).returncode != 0
+
+
+@needs_make
+def test_a_status_word_that_differs_is_seen(built, tmp_path):
+    def count(words):
+        words[task_at(words, 2) + 1] += np.uint64(1)
+        return words
+
+    done = run_bench(changed(built, tmp_path / "b", count))
+    assert done.returncode == 1
+    assert "apart: task 2: status word 1 is" in done.stdout
+    assert "together: task 2: status word 1 is" in done.stdout
+    assert "together" not in run_bench(tmp_path / "b", "apart").stdout
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda words: words[:-1], "cut short or too long"),
+        (lambda words: np.append(words, words[:1]), "cut short or too long"),
+        (lambda words: words[:3], "not a file of vectors"),
+        (lambda words: words[1:], "not a file of vectors"),
+        (lambda words: words ^ (np.arange(words.size) == 1).astype("<u8"), "made for the design"),
+        (lambda words: words + (np.arange(words.size) == 3).astype("<u8") * 2**60, "cut short"),
+    ],
+)
+def test_damaged_vectors_are_refused(built, tmp_path, change, says):
+    done = run_bench(changed(built, tmp_path / "b", change))
+    assert done.returncode == 2
+    assert says in done.stdout
+
+
+@needs_make
+@pytest.mark.slow
+@pytest.mark.parametrize("design", PRESETS)
+def test_the_c_simulation_of_every_design_in_both_types(tmp_path, design):
+    done = make(f"csim-{design}", BUILD=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("7 tasks, 0 differences") == 2
+
+
+# ---- the Tcl files, with the tools' commands stubbed ------------------------------------------
+
+COMMANDS = """
+add_files apply_bd_automation assign_bd_address connect_bd_intf_net connect_bd_net cosim_design
+create_bd_cell create_bd_design create_clock create_project csim_design csynth_design
+current_fileset current_project export_design generate_target get_bd_addr_segs get_bd_addr_spaces
+get_bd_cells get_bd_intf_pins get_bd_pins get_board_parts get_files get_ipdefs get_property
+get_runs launch_runs make_wrapper open_project open_run open_solution report_timing_summary
+report_utilization save_bd_design set_part set_property set_top update_compile_order
+update_ip_catalog validate_bd_design version wait_on_run
+"""
+"""Commands of Vitis HLS and of Vivado that the stub takes (UG1399, UG835)."""
+
+STUB = r"""
+# Takes the commands of the tools: writes them down, and gives back what a tool might.
+proc unknown {name args} {
+  if {$name ni $::env(STUB_COMMANDS)} {
+    error "invalid command name \"$name\""
+  }
+  set log [open $::env(STUB_LOG) a]
+  puts $log [string map {\n " "} [join [linsert $args 0 $name] \t]]
+  close $log
+  switch -glob -- "$name $args" {
+    "get_ipdefs *missing*" {return {}}
+    "get_ipdefs *" {
+      set kind [string range [lindex $args end] 0 end-2]
+      if {[string match *$::env(STUB_LACKS)* $kind]} {return {}}
+      return [list $kind:1.9 $kind:1.10]
+    }
+    "get_board_parts *" {
+      return [expr {$::env(STUB_LACKS) eq "board" ? {} : "xilinx.com:zcu102:part0:3.4"}]
+    }
+    "get_bd_addr_spaces kgrc_run_0/*" {return {kgrc_run_0/Data_m_axi_weights}}
+    "get_bd_addr_segs -of_objects *" {
+      return [expr {$::env(STUB_LACKS) eq "memory" ? "a/DDR_LOW" : "a/DDR_LOW a/DDR_HIGH"}]
+    }
+    "get_property PROGRESS *" {return [expr {$::env(STUB_LACKS) eq "progress" ? "40%" : "100%"}]}
+    "get_property STATS.*" {return $::env(STUB_SLACK)}
+    "get_property DIRECTORY *" {return vivado/kgrc.runs/impl_1}
+    "version *" {return 2022.1}
+    "csynth_design *" {make_file hls/solution/syn/report/csynth.xml $::env(STUB_REPORT)}
+    "cosim_design *" {make_file hls/solution/sim/report/kgrc_run_cosim.rpt pass}
+    "export_design *" {make_file hls/solution/impl/ip/component.xml ip}
+    "launch_runs *" {
+      make_file vivado/kgrc.runs/impl_1/kgrc_wrapper.bit bits
+      make_file vivado/kgrc.gen/sources_1/bd/kgrc/hw_handoff/kgrc.hwh $::env(STUB_HANDOFF)
+    }
+    "get_bd_* *" - "create_bd_cell *" {return [lindex $args end]}
+  }
+}
+proc make_file {path text} {
+  file mkdir [file dirname $path]
+  set file [open $path w]
+  puts $file $text
+  close $file
+}
+source [lindex $argv end]
+"""
+
+REPORT = """<profile><ReportVersion><Version>2022.1</Version></ReportVersion><UserAssignments>
+<Part>p</Part><TopModelName>kgrc_run</TopModelName><TargetClockPeriod>6.67</TargetClockPeriod>
+</UserAssignments><PerformanceEstimates><SummaryOfTimingAnalysis>
+<EstimatedClockPeriod>5</EstimatedClockPeriod></SummaryOfTimingAnalysis><SummaryOfOverallLatency>
+<Best-caseLatency>undef</Best-caseLatency><Worst-caseLatency>undef</Worst-caseLatency>
+</SummaryOfOverallLatency></PerformanceEstimates><AreaEstimates><Resources><BRAM_18K>1</BRAM_18K>
+<DSP>1</DSP><FF>1</FF><LUT>1</LUT><URAM>0</URAM></Resources></AreaEstimates></profile>"""
+"""A report made by hand, as far as the manifest needs one."""
+
+
+def handoff(names=tuple(REGISTERS)):
+    """A .hwh made by hand, as far as the manifest's check goes."""
+    registers = "".join(f'<REGISTER NAME="{name}"/>' for name in names)
+    return f'<EDKSYSTEM><MODULE VLNV="{VLNV}">{registers}</MODULE></EDKSYSTEM>'
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """The stubs, and the settings that the Makefile makes; the path of the log."""
+    (tmp_path / "stub.tcl").write_text(STUB)
+    settings = {
+        "KGRC_SOURCES": str(HLS),
+        "KGRC_PART": "a-part",
+        "KGRC_CLOCK_MHZ": "150",
+        "KGRC_BOARD": "zcu102",
+        "KGRC_JOBS": "3",
+        "STUB_LOG": str(tmp_path / "log"),
+        "STUB_COMMANDS": COMMANDS,
+        "STUB_LACKS": "nothing",
+        "STUB_SLACK": "0.1",
+        "STUB_REPORT": REPORT,
+        "STUB_HANDOFF": handoff(),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "log"
+
+
+def source(script, folder, stub):
+    folder.mkdir(exist_ok=True)
+    command = ["tclsh", str(stub), str(script)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def calls_of(log):
+    return [line.split("\t") for line in log.read_text().splitlines()]
+
+
+def with_name(calls, *names):
+    return [call[1:] for call in calls if call[0] in names]
+
+
+@needs_tclsh
+def test_the_calls_of_vitis_hls_come_in_order(tools, tmp_path):
+    done = source(HLS / "scripts/hls.tcl", tmp_path / "build", tmp_path / "stub.tcl")
+    assert (done.returncode, done.stderr) == (0, "")
+    build = str(tmp_path / "build")
+    flags = f"-std=c++14 -I{build} -I{HLS}"
+    bench = ["-tb", str(HLS / "scripts/bench.cpp"), "-cflags", f"{flags} -Wno-unknown-pragmas"]
+    assert calls_of(tools) == [
+        ["open_project", "-reset", "hls"],
+        ["set_top", "kgrc_run"],
+        *(["add_files", str(HLS / name), "-cflags", flags] for name in SOURCES),
+        ["add_files", *bench],
+        ["open_solution", "-reset", "solution", "-flow_target", "vivado"],
+        ["set_part", "a-part"],
+        ["create_clock", "-period", "6.667", "-name", "default"],
+        ["csim_design", "-O", "-argv", f"{build}/vectors.bin"],
+        ["csynth_design"],
+        ["cosim_design", "-rtl", "verilog", "-argv", f"{build}/vectors.bin apart"],
+        [
+            *("export_design", "-rtl", "verilog", "-format", "ip_catalog", "-vendor", "pynq-kgrc"),
+            *("-library", "hls", "-ipname", "kgrc_run", "-version", "1.0"),
+        ],
+    ]
+    made = {str(path.relative_to(build)) for path in Path(build).rglob("*") if path.is_file()}
+    assert {"ip/component.xml", "reports/csynth.xml", "reports/kgrc_run_cosim.rpt"} <= made
+
+
+@needs_tclsh
+def test_the_block_design_is_whole(tools, tmp_path):
+    build = tmp_path / "build"
+    (build / "ip").mkdir(parents=True)
+    done = source(HLS / "scripts/overlay.tcl", build, tmp_path / "stub.tcl")
+    assert (done.returncode, done.stderr) == (0, "")
+    calls = calls_of(tools)
+    assert with_name(calls, "create_project") == [["-force", "kgrc", "vivado", "-part", "a-part"]]
+    assert ["set_property", "board_part", "xilinx.com:zcu102:part0:3.4", ""] in calls
+    # the newest of each kind; the kernel by the name it is exported under
+    cells = {call[-1]: call[3] for call in with_name(calls, "create_bd_cell")}
+    assert cells["kgrc_run_0"] == VLNV.replace(":1.0", ":1.10")
+    assert all(kind.endswith(":1.10") for kind in cells.values())
+
+    settings = next(c for c in calls if c[0] == "set_property" and c[-1] == "ps")[2].split()
+    settings = dict(zip(settings[::2], settings[1::2], strict=True))
+    assert settings["CONFIG.PSU__CRL_APB__PL0_REF_CTRL__FREQMHZ"] == "150"
+    assert settings["CONFIG.PSU__USE__IRQ0"] == "1"
+    for port in "2345":
+        assert settings[f"CONFIG.PSU__USE__S_AXI_GP{port}"] == "1"
+        assert settings[f"CONFIG.PSU__SAXIGP{port}__DATA_WIDTH"] == "128"
+
+    wires = [tuple(call) for call in with_name(calls, "connect_bd_intf_net")]
+    masters = [a for a, _ in wires if a.startswith("kgrc_run_0/m_axi_")]
+    assert sorted(masters) == sorted(f"kgrc_run_0/m_axi_{bundle}" for bundle in BUNDLES)
+    joins = {b.split("/")[0] for a, b in wires if a in masters}
+    assert {(f"smartconnect_HP{i}/M00_AXI", f"ps/S_AXI_HP{i}_FPD") for i in range(4)} <= set(wires)
+    assert joins == {f"smartconnect_HP{i}" for i in range(4)}
+    slaves = [b for _, b in wires]
+    assert len(set(slaves)) == len(slaves)
+    for end in ("kgrc_run_0/s_axi_control", "axi_intc_0/s_axi"):
+        assert end in slaves
+    counts = {
+        call[-1]: call[2].split()[1]
+        for call in calls
+        if call[0] == "set_property" and call[-1].startswith("smartconnect_HP")
+    }
+    for join in joins:
+        assert int(counts[join]) == sum(b.startswith(f"{join}/S") for b in slaves)
+
+    nets = {tuple(call) for call in with_name(calls, "connect_bd_net")}
+    assert nets >= {
+        ("kgrc_run_0/interrupt", "xlconcat_0/In0"),
+        ("xlconcat_0/dout", "axi_intc_0/intr"),
+        ("axi_intc_0/irq", "ps/pl_ps_irq0"),
+    }
+    clocked = {b for a, b in nets if a == "ps/pl_clk0"}
+    resetted = {b for a, b in nets if a == "reset/peripheral_aresetn"}
+    for cell in cells:
+        if cell.startswith("smartconnect"):
+            assert f"{cell}/aclk" in clocked
+            assert f"{cell}/aresetn" in resetted
+    assert {"kgrc_run_0/ap_clk", "ps/maxihpm0_fpd_aclk", "ps/saxihp3_fpd_aclk"} <= clocked
+    assert {"kgrc_run_0/ap_rst_n", "axi_intc_0/s_axi_aresetn"} <= resetted
+    places = [c[1:] for c in calls if c[0] == "assign_bd_address"]
+    assert [place[1] for place in places[:2]] == ["0xA0000000", "0xA0010000"]
+    assert places[2] == []
+
+    order = [
+        *("create_project", "create_bd_design", "assign_bd_address", "validate_bd_design"),
+        *("make_wrapper", "launch_runs", "wait_on_run", "open_run", "report_utilization"),
+        "report_timing_summary",
+    ]
+    names = [call[0] for call in calls]
+    last = [len(names) - 1 - names[::-1].index(name) for name in order]
+    assert last == sorted(last)
+    assert with_name(calls, "wait_on_run") == [["-timeout", "1200", "impl_1"]]
+    assert with_name(calls, "launch_runs")[0][-2:] == ["-jobs", "3"]
+    assert (build / "kgrc.bit").read_text() == "bits\n"
+    assert (build / "kgrc.hwh").read_text() == handoff() + "\n"
+
+
+@needs_tclsh
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("STUB_LACKS", "board", "no board files of zcu102"),
+        ("STUB_LACKS", "axi_intc", "no xilinx.com:ip:axi_intc in the catalogue"),
+        ("STUB_LACKS", "memory", "does not reach all memory"),
+        ("STUB_LACKS", "progress", "no bitstream"),
+        ("STUB_SLACK", "-0.2", "timing is not met at 150 MHz: WNS is -0.2 ns"),
+        ("KGRC_PART", None, "KGRC_PART is not set"),
+    ],
+)
+def test_what_fails_makes_no_bitstream(tools, tmp_path, monkeypatch, setting, value, says):
+    if value is None:
+        monkeypatch.delenv(setting)
+    else:
+        monkeypatch.setenv(setting, value)
+    done = source(HLS / "scripts/overlay.tcl", tmp_path / "build", tmp_path / "stub.tcl")
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert not (tmp_path / "build/kgrc.bit").exists()
+
+
+@needs_tclsh
+@pytest.mark.parametrize("name", ["hls.tcl", "overlay.tcl"])
+@pytest.mark.parametrize(
+    ("old", "new"), [("exit", "exit}"), ("return $::env", "return [$::env"), ("create_", "creat_")]
+)
+def test_a_slip_of_syntax_is_seen(tools, tmp_path, name, old, new):
+    text = (HLS / "scripts" / name).read_text()
+    (tmp_path / name).write_text(new.join(text.rsplit(old, 1)))
+    done = source(tmp_path / name, tmp_path / "build", tmp_path / "stub.tcl")
+    assert done.returncode != 0
+
+
+# ---- the whole way, with stubs for tools --------------------------------------------------------
+
+
+@pytest.fixture
+def road(tools, tmp_path):
+    """Runs make to an overlay with stubs for the tools."""
+    stub = f"tclsh {tmp_path / 'stub.tcl'}"
+
+    def run(*targets):
+        folders = {"BUILD": tmp_path / "build", "OVERLAYS": tmp_path / "overlays"}
+        return make(*targets, HLS=stub, VIVADO=stub, **folders)
+
+    return run
+
+
+@needs_tclsh
+@needs_make
+def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
+    done = road("4-sparse")
+    assert done.returncode == 0, done.stdout + done.stderr
+    overlay = read_overlay(tmp_path / "overlays/4-sparse")
+    overlay.check_files()
+    manifest = overlay.manifest
+    assert manifest.config == preset("4-sparse")
+    assert (manifest.clock_mhz, manifest.board) == (150, "zcu102")
+    assert manifest.tool == "Vitis HLS 2022.1, Vivado 2022.1"
+    assert (tmp_path / "build/4-sparse/config.h").read_text() == header.config_header(
+        preset("4-sparse")
+    )
+    calls = calls_of(tools)
+    assert with_name(calls, "set_part") == [[board("zcu102").part]]
+    assert with_name(calls, "csynth_design") == [[]]
+    # again: nothing
+    assert road("4-sparse").returncode == 0
+    assert calls_of(tools) == calls
+    # another bitstream without another synthesis
+    (tmp_path / "build/4-sparse/ip/component.xml").touch()
+    assert road("4-sparse").returncode == 0
+    names = [call[0] for call in calls_of(tools)[len(calls) :]]
+    assert "launch_runs" in names
+    assert "csynth_design" not in names
+    assert road("clean").returncode == 0
+    assert not (tmp_path / "build").exists()
+    overlay.check_files()
+
+
+@needs_tclsh
+@needs_make
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (handoff([n for n in REGISTERS if n != "weights_2"]), "no register weights_2"),
+        (handoff().replace(VLNV, "xilinx.com:hls:kgrc_run:1.0"), f"no {VLNV}"),
+        ("<EDKSYSTEM>", "no .hwh"),
+    ],
+)
+def test_an_overlay_that_the_driver_would_refuse_is_not_made(
+    road, tmp_path, monkeypatch, text, says
+):
+    monkeypatch.setenv("STUB_HANDOFF", text)
+    done = road("4-dense")
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert not (tmp_path / "overlays").exists()
