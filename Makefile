@@ -4,7 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-all bench check clean
+# beside the pynq of constraints.txt: what the images of boards carry
+OLDER_PYNQ := 3.0.1 3.1.2
+
+.PHONY: help demo test test-all matrix bench check clean
 help: ## show this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -22,6 +25,13 @@ $(VENV)/bench: $(VENV)/base
 	$(PIP) -e '.[train,bench]'
 	@touch $@
 
+$(VENV)/pynq-%/done: setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -v '^pynq==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt \
+		-e '.[board]' pynq==$* pytest pytest-timeout
+	@touch $@
+
 demo: $(VENV)/base ## recognize real clips with a real 3-D CNN at 8 bits, bit for bit as on the board
 	$(BIN)/python examples/demo.py
 
@@ -33,11 +43,18 @@ check: $(VENV)/dev ## format, lint and types
 test: check ## the tests, within minutes
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: check ## every proof, the slow ones too
+test-all: check matrix ## every proof, the slow ones too
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/bench ## emulation against torch, ONNX Runtime and OpenVINO, interleaved
+matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## the driver under older versions of pynq
+	for version in $(OLDER_PYNQ); do \
+		$(VENV)/pynq-$$version/bin/python -m pytest -m 'not slow' -k 'board or doctor' \
+			host_tests/test_board.py host_tests/test_doctor.py host_tests/test_backends.py || exit 1; \
+	done
+
+bench: $(VENV)/bench $(VENV)/dev ## emulation against other engines, interleaved; the driver's cost
 	$(BIN)/python benchmarks/emulation.py
+	$(BIN)/python benchmarks/driver.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
