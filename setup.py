@@ -4,6 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# folders that travel inside the package; pynq_kgrc/places.py finds them in either place
+FOLDERS = {
+    "pynq_kgrc.hls_src": "hls_src",
+    "pynq_kgrc.overlays": "overlays",
+    "pynq_kgrc.notebooks": "notebooks",
+    "pynq_kgrc.clips": "examples/clips",
+}
+
 setup(
     name="pynq_kgrc",
     version="0.1.0",
@@ -11,8 +19,16 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["pynq_kgrc", "pynq_kgrc.*"]),
-    package_data={"pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*"]},
+    packages=[*find_packages(include=["pynq_kgrc", "pynq_kgrc.*"]), *FOLDERS],
+    package_dir=FOLDERS,
+    package_data={
+        "pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*", "programs/*"],
+        "pynq_kgrc.hls_src": ["Makefile", "*.cpp", "*.h", "rtl/*.*", "scripts/*.*"],
+        # a bitstream and its .hwh too, where somebody has built them
+        "pynq_kgrc.overlays": ["README.md", "*/manifest.json", "*/kgrc.bit", "*/kgrc.hwh"],
+        "pynq_kgrc.notebooks": ["*.ipynb"],
+        "pynq_kgrc.clips": ["*.*", "calibration/*.*"],
+    },
     install_requires=[
         "numpy>=1.23",
         "msgspec>=0.18",
@@ -38,12 +54,23 @@ setup(
         # the service as its clients see it
         "clients": ["tritonclient[http]", "schemathesis", "playwright"],
         "plots": ["matplotlib>=3.6"],
+        # to open the notebooks where there is no Jupyter; a PYNQ image has one
+        "notebooks": ["notebook", "matplotlib>=3.6"],
         "bench": ["onnx", "onnxruntime", "openvino", "psutil"],
         "dev": [
             *("matplotlib", "pytest", "pytest-timeout", "ruff", "mypy", "onnx", "onnxruntime"),
+            # run the notebooks
+            *("nbclient", "nbformat", "ipykernel"),
             # reads hls_src for the lint (host_tests/test_hls_lint.py)
             "libclang",
         ],
     },
-    entry_points={"console_scripts": ["pynq-kgrc=pynq_kgrc.cli:main"]},
+    entry_points={
+        "console_scripts": ["pynq-kgrc=pynq_kgrc.cli:main"],
+        # where pynq looks: for x/x.bit by name, for what get-notebooks copies, and for drivers,
+        # which every pynq.Overlay imports
+        "pynq.overlays": ["pynq_kgrc=pynq_kgrc.overlays"],
+        "pynq.notebooks": ["pynq_kgrc=pynq_kgrc.notebooks"],
+        "pynq.lib": ["pynq_kgrc=pynq_kgrc.backends.board"],
+    },
 )

@@ -14,6 +14,7 @@ FLOORS = {
     "quant": 2,
     "graph": 2,
     "groups": 2,
+    "places": 2,
     "models": 3,
     "accelerator": 3,
     "video": 3,

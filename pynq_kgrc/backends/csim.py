@@ -1,7 +1,7 @@
 """The C-simulation: the very sources that Vitis HLS takes, built with g++ and run on this host.
 
-The sources come from `hls_src` beside the package, or from where KGRC_HLS_SRC points. Libraries
-are kept by a digest of sources, design and flags.
+The sources come from `hls_src` in or beside the package, or from where KGRC_HLS_SRC points.
+Libraries are kept by a digest of sources, design and flags.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from pynq_kgrc.backends.image import (
 )
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import Size
+from pynq_kgrc.places import find_folder
 from pynq_kgrc.program import Program, Slot
 from pynq_kgrc.quant import Array
 
@@ -55,7 +56,7 @@ def source_folder() -> Path:
         DeviceError: nowhere; says how to point at them.
     """
     named = os.environ.get("KGRC_HLS_SRC")
-    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "hls_src"
+    folder = Path(named) if named else find_folder("hls_src")
     if not (folder / "top.cpp").is_file():
         raise DeviceError(
             f"{folder}: no HLS sources there (top.cpp); set KGRC_HLS_SRC to the folder hls_src "

@@ -1,19 +1,24 @@
 """Overlays on disk: a bitstream, what Vivado says about it, and a manifest that says what it is.
 
-An overlay is a folder with `manifest.json`, `kgrc.bit` and `kgrc.hwh`. No bitstream is shipped.
+An overlay is a folder with `manifest.json`, `kgrc.bit` and `kgrc.hwh`. No bitstream is shipped:
+what is in `overlays` are manifests of designs that can be built.
+
+``python -m pynq_kgrc.backends.manifest overlays`` writes those that are missing or out of date.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig
 from pynq_kgrc.errors import ConfigError, DeviceError
+from pynq_kgrc.places import find_folder
 
 OVERLAY = "KGRC_OVERLAY"
 """Environment variable: a bitstream, its folder, or a folder of such folders."""
@@ -28,9 +33,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: str
     """The config's own; also in the digest register of the hardware."""
     clock_mhz: float
-    """What the timing was met at."""
+    """What the timing was met at; where nothing is built, what it is to be met at."""
     sha256: dict[str, str]
-    """Hex SHA-256 of `kgrc.bit` and `kgrc.hwh`."""
+    """Hex SHA-256 of `kgrc.bit` and `kgrc.hwh`; empty where nothing is built."""
     tool: str
     """Name and version of what built it."""
     board: str = "zcu102"
@@ -38,6 +43,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Version of the program format that the hardware reads."""
     pl_clock: int = 0
     """Which of the four clocks to the programmable logic drives it."""
+
+    @property
+    def built(self) -> bool:
+        """Whether there is, or was, a bitstream of it."""
+        return bool(self.sha256)
 
 
 @dataclass(frozen=True)
@@ -101,13 +111,6 @@ def read_overlay(folder: Path) -> FoundOverlay:
     return FoundOverlay(folder, manifest)
 
 
-def overlays_folder() -> Path:
-    """Where overlays lie if KGRC_OVERLAY does not say: in the package, or beside it."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "overlays"
-    return inside if inside.is_dir() else package.parent / "overlays"
-
-
 def list_overlays(place: Path) -> list[FoundOverlay]:
     """The overlay that a bitstream or folder is, or those in the folders of a folder.
 
@@ -132,8 +135,8 @@ def find_overlay(config: AcceleratorConfig, place: Path | None = None) -> FoundO
         DeviceError: there is none; names the designs that there are.
     """
     named = os.environ.get(OVERLAY)
-    place = place or (Path(named) if named else overlays_folder())
-    found = list_overlays(place)
+    place = place or (Path(named) if named else find_folder("overlays"))
+    found = [overlay for overlay in list_overlays(place) if overlay.manifest.built]
     for overlay in found:
         if overlay.manifest.digest == config.digest:
             overlay.check_files()
@@ -143,3 +146,28 @@ def find_overlay(config: AcceleratorConfig, place: Path | None = None) -> FoundO
         f"{place}: no overlay of {config.name} ({config.bits} bits, digest {config.digest}); "
         f"there is {there}. Build one as overlays/README.md says, or point {OVERLAY} at it"
     )
+
+
+def describe_unbuilt(config: AcceleratorConfig, clock_mhz: float = 150.0) -> bytes:
+    """The manifest of a design that nobody has built, as the text of its file."""
+    manifest = Manifest(config, config.digest, clock_mhz, {}, "none: not built")
+    return msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
+
+
+def write_manifests(place: Path) -> None:
+    """Write the manifests of the published designs into their folders; those of built ones stay."""
+    for config in PRESETS.values():
+        path = place / config.name / MANIFEST
+        if path.is_file() and read_overlay(path.parent).manifest.built:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_bytes(describe_unbuilt(config))
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    write_manifests(Path(sys.argv[1]))
