@@ -7,7 +7,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 # beside the pynq of constraints.txt: what the images of boards carry
 OLDER_PYNQ := 3.0.1 3.1.2
 
-.PHONY: help demo test test-all matrix bench check clean
+.PHONY: help demo test test-all matrix versions bench check clean
 help: ## show this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -43,7 +43,7 @@ check: $(VENV)/dev ## format, lint and types
 test: check ## the tests, within minutes
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: check matrix ## every proof, the slow ones too
+test-all: check matrix versions ## every proof, the slow ones too
 	$(BIN)/python -m pytest
 
 matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## the driver under older versions of pynq
@@ -51,6 +51,9 @@ matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## the driver under older versions o
 		$(VENV)/pynq-$$version/bin/python -m pytest -m 'not slow' -k 'board or doctor' \
 			host_tests/test_board.py host_tests/test_doctor.py host_tests/test_backends.py || exit 1; \
 	done
+
+versions: ## the runtime on the oldest and newest Python and numpy
+	.ci/versions
 
 bench: $(VENV)/bench $(VENV)/dev ## emulation against other engines, interleaved; the driver's cost
 	$(BIN)/python benchmarks/emulation.py
