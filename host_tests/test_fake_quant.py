@@ -16,10 +16,11 @@ from pynq_kgrc.quant import multiplier
 from pynq_kgrc.runtime import Session
 
 
-def busy_net():
+def busy_net(gain=8):
     """Strides, paddings, both pools, concat, an add that rides and one that cannot, ReLU6."""
     net = Net(size=(4, 8, 8))
     first = net.conv("clip", 8, stride=(1, 2, 2), act="relu6")
+    net.layers[first].weight[...] *= gain  # so that the 6 is reached
     left = net.conv(first, 8, kept=0.5)
     right = net.pool(net.conv(first, 8, act="none"), 3, stride=1, pad=1)
     joined = net.concat(left, right)
@@ -73,6 +74,7 @@ def test_codes_are_those_of_the_program(bits, moved):
 def test_multipliers_are_those_of_the_compiler():
     ratios = np.exp(np.random.default_rng(0).uniform(-34, 10, 2000))
     ratios = np.concatenate([ratios, 2.0 ** np.arange(-52, 14), [1 - 2**-17, 2**-48.5, 2.0**-60]])
+    ratios = np.concatenate([ratios, (1 - 2.0**-18) * 2.0 ** np.arange(-52, -40)])
     found = as_multiplier(torch.from_numpy(ratios)).numpy()
     exact = [mult * 2.0**-shift for mult, shift in (multiplier(r, "x") for r in ratios)]
     np.testing.assert_array_equal(found, exact)
@@ -95,7 +97,7 @@ def test_it_learns_and_zeros_stay():
 
 def test_gradients_of_scales_are_slopes():
     """At 16 bits, where rounding is nothing beside clipping, they agree with small differences."""
-    net = busy_net()
+    net = busy_net(gain=1)
     network = FakeQuantNetwork(formats(net, 16))
     clips = torch.from_numpy(np.stack(net.clips(4))).double()
     target = network(clips).detach()

@@ -384,7 +384,9 @@ def test_admm_quantization_leaves_pruned_weights_alone():
     weight = draw((8, 4, 1, 3, 3))
     weight[:, :, :, 1] = 0
     network = layer_of(weight.copy())
-    admm = Admm(network, quantizing_projections(network, ["0"], 4), rho=1.0)
+    projections = quantizing_projections(network, ["0"], 4)
+    assert (projections["0"](np.ones_like(weight)) == np.where(weight == 0, 0, 1)).all()
+    admm = Admm(network, projections, rho=1.0)
     end = descend(network, admm)
     admm.settle()
     settled = network[0].weight.detach().numpy()

@@ -101,8 +101,8 @@ def penalties():
     recipe = {"conv2": KernelGroups(Rates(cols=Fraction(2, 3)))}
     return {
         "plain": lambda module: None,
-        "reweighted": lambda module: Reweighted(module, recipe, 1e-2, updates=3),
-        "admm": lambda module: Admm(module, pruning_projections(recipe), rho=0.1, rounds=2),
+        "reweighted": lambda module: Reweighted(module, recipe, 1e-2, updates=2),
+        "admm": lambda module: Admm(module, pruning_projections(recipe), rho=0.1, rounds=1),
     }
 
 
@@ -119,7 +119,7 @@ def test_a_killed_run_ends_with_the_same_bits(clips, tmp_path, kind):
     rows = train(whole, *clips, CLIP, config, tmp_path / "whole", make(whole))
 
     def kill(row):
-        if row.epoch == 1:
+        if row.epoch == 2:
             raise Killed
 
     first = network()
@@ -181,11 +181,11 @@ def test_a_loss_that_is_no_number_stops_the_run(clips, tmp_path):
 def test_pruned_weights_stay_pruned_in_training(clips, tmp_path):
     module = network()
     with torch.no_grad():
-        module.conv2.weight[:4] = 0
+        module.conv2.weight[:, :, 1] = 0
     config = msgspec.structs.replace(SHORT, average=0.9)
     train(module, *clips, CLIP, config, tmp_path)
-    assert (module.conv2.weight[:4] == 0).all()
-    assert (module.conv2.weight[4:] != 0).all()
+    assert (module.conv2.weight[:, :, 1] == 0).all()
+    assert (module.conv2.weight[:, :, [0, 2]] != 0).all()
 
 
 def test_a_teacher_is_followed(clips, tmp_path):
@@ -248,6 +248,7 @@ def test_unvaried_clips_are_what_the_network_is_tested_on(movies):
     for ours, clip in zip(values.numpy(), order, strict=True):
         theirs = CLIP.normalise(plain.frames[clip])
         assert ours.shape == theirs.shape
+        assert abs(ours.mean() - theirs.mean()) < 0.1
         likeness = np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]
         others = [
             np.corrcoef(ours.ravel(), CLIP.normalise(plain.frames[i]).ravel())[0, 1]
