@@ -5,6 +5,7 @@ shows slips of syntax, the order of the calls and their arguments, and nothing o
 would say.
 """
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from pynq_kgrc.accelerator.config import PRESETS, preset
 from pynq_kgrc.accelerator.header import REGISTERS
 from pynq_kgrc.backends.csim import SOURCES
 from pynq_kgrc.backends.manifest import read_overlay
+from pynq_kgrc.program import ConvTask
 
 HLS = Path(__file__).resolve().parents[1] / "hls_src"
 TOP = (HLS / "top.cpp").read_text()
@@ -102,7 +104,7 @@ def test_the_driver_looks_for_the_name_that_is_exported():
 
 def make(*targets, **variables):
     """Run make in hls_src."""
-    command = ["make", "-C", str(HLS), f"PYTHON={sys.executable}", *targets]
+    command = ["make", "-C", str(HLS), f"PYTHON={sys.executable}", *map(str, targets)]
     command += [f"{name}={value}" for name, value in variables.items()]
     return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
@@ -146,6 +148,37 @@ def test_a_second_make_does_nothing(built):
     assert "differences" not in done.stdout
     assert "g++" not in done.stdout
     assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+
+
+@needs_make
+def test_a_stale_header_in_the_build_folder_is_renewed(tmp_path):
+    path = tmp_path / "8-dense/config.h"
+    path.parent.mkdir()
+    path.write_text(header.config_header(preset("8-sparse")))
+    assert make(path, BUILD=tmp_path).returncode == 0
+    assert path.read_text() == header.config_header(preset("8-dense"))
+
+
+@pytest.mark.parametrize("design", ["8-dense", "8-sparse"])
+def test_the_vectors_have_one_of_everything(design):
+    spec = importlib.util.spec_from_file_location("vectors", HLS / "scripts/vectors.py")
+    vectors = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(vectors)
+    program = vectors.random_program(preset(design), 0)
+    tasks = program.tasks
+    convolutions = [task for task in tasks if isinstance(task, ConvTask)]
+    assert len(convolutions) == len(tasks) - 1
+    enabled = [task.weights.enabled for task in convolutions]
+    assert any(not first[0] and first.any() for first in enabled), "a first group switched off"
+    kept = {task.weights.kept for task in convolutions}
+    assert len(kept) > 2
+    assert ((4, 3) in kept) == program.config.sparse
+    assert any(task.pool is not None for task in convolutions)
+    assert any(task.shortcut is not None for task in convolutions)
+    assert any(task.shape.stride == (2, 2, 2) for task in convolutions)
+    assert any(task.shape.filters > program.config.tm for task in convolutions)
+    assert any(program.work(task).tile != task.out_size for task in convolutions), "tiles"
+    assert program.buffers[program.target.buffer].bits == 16
 
 
 @needs_make
