@@ -27,7 +27,7 @@ from pynq_kgrc.service import protocol_v2
 from pynq_kgrc.service.catalogue import Catalogue
 from pynq_kgrc.service.guard import KEY_PROTOCOL, Guard
 from pynq_kgrc.service.jobs import FINAL, Admission, Job, Jobs
-from pynq_kgrc.service.live import LiveSession, serve_live
+from pynq_kgrc.service.live import LiveSession, refuse_live, serve_live
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.models import ERRORS, GONE, Classification, JobDocument
@@ -405,10 +405,7 @@ def make_app(service: Service) -> FastAPI:
                 )
                 await serve_live(session)
         except Refusal as refusal:
-            await client.send_json(
-                {"type": "error", "status": refusal.status, "error": refusal.text}
-            )
-            await client.close(1013 if refusal.status == 429 else 1008)
+            await refuse_live(client, refusal)
 
     files = {path.name: path.read_bytes() for path in PAGE.iterdir() if path.suffix in TYPES}
 

@@ -115,6 +115,7 @@ class Catalogue:
             raise Refusal(404, f"no program file {name[:100]!r}; there are: {there}")
         async with self._lock:
             old = self.entries.get(name)
+            path = None
             try:
                 digest, path = await asyncio.to_thread(self._copy, source)
                 if old is not None and old.version == digest[:12]:
@@ -123,6 +124,7 @@ class Catalogue:
                 description = await self.pool.load(key, path)
             except KgrcError as error:
                 self.reasons[name] = str(error)
+                self._delete(path)
                 raise
             self.entries[name] = Entry(name, digest[:12], key, path, description)
             self.reasons.pop(name, None)
@@ -161,8 +163,13 @@ class Catalogue:
                 return  # loaded again meanwhile
             with contextlib.suppress(KgrcError):
                 await self.pool.drop(entry.key)
-            if entry.path not in {other.path for other in self.entries.values()}:
-                entry.path.unlink(missing_ok=True)
+            self._delete(entry.path)
+
+    def _delete(self, path: Path | None) -> None:
+        """Delete a copy that no program needs, the retired ones included."""
+        needed = {entry.path for entry in [*self.entries.values(), *self._retired.values()]}
+        if path is not None and path not in needed:
+            path.unlink(missing_ok=True)
 
     def _copy(self, source: Path) -> tuple[str, Path]:
         """The SHA-256 of a file, and where its copy is.

@@ -192,10 +192,15 @@ class Video:
                 self.end_ms = ms + self.frame_ms
                 yield Frame(ms, fit(upright(frame), self.spec))
         except (av.error.FFmpegError, ValueError) as error:
+            if not self.count and not all(self.size):  # FFmpeg hides a size beyond max_pixels
+                raise TooLarge(
+                    f"frames of more than the {self.job.max_pixels} pixels accepted, or of "
+                    f"a size that cannot be told"
+                ) from None
             if not self.count:
                 raise VideoError(
                     f"not one frame could be decoded ({reason(error)}); the video is cut off, "
-                    f"damaged, or larger than it says"
+                    f"or damaged"
                 ) from None
             self.notes.append(f"decoding stopped after frame {self.count}: {reason(error)}")
         if self.declared > self.count * 1.05 + 1:

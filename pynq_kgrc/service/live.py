@@ -8,6 +8,7 @@ frame.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections import deque
@@ -157,10 +158,14 @@ async def serve_live(session: LiveSession) -> None:
     except (WebSocketDisconnect, ConnectionError):
         return
     except asyncio.TimeoutError:
-        await session.client.close(POLICY, f"no frame for {IDLE_SECONDS:g} s")
+        await refuse_live(session.client, Refusal(408, f"no frame for {IDLE_SECONDS:g} s"))
     except KgrcError as error:
-        refusal = refusal_of(error)
-        await session.client.send_json(
-            {"type": "error", "status": refusal.status, "error": refusal.text}
-        )
-        await session.client.close(POLICY if refusal.status < 500 else TOO_MUCH)
+        await refuse_live(session.client, refusal_of(error))
+
+
+async def refuse_live(client: WebSocket, refusal: Refusal) -> None:
+    """Say why a session ends, if the client is still there to hear it."""
+    with contextlib.suppress(WebSocketDisconnect, ConnectionError, RuntimeError):
+        text = {"type": "error", "status": refusal.status, "error": refusal.text}
+        await client.send_json(text)
+        await client.close(TOO_MUCH if refusal.status in (429, 503) else POLICY)

@@ -40,3 +40,5 @@ def start_logging(level: int = logging.INFO) -> None:
         logger.handlers = [handler]
         logger.setLevel(level)
         logger.propagate = False
+    # a client that sends no form is told so; it is no news for us
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)

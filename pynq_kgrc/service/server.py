@@ -31,6 +31,7 @@ TOO_SLOW = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: 59\r\n"
     b'connection: close\r\n\r\n{"error": "the head of the request did not arrive in time"}'
 )
+BACKLOG = 4096
 MAX_SOCKET = 4_000_000
 """Of a message on a WebSocket: a JPEG image."""
 
@@ -132,6 +133,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
+        bound.listen(BACKLOG)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
     return bound
@@ -154,7 +156,7 @@ def make_server(app: App, settings: Settings, **options: Any) -> Server:
         h11_max_incomplete_event_size=settings.max_header_bytes,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=round(settings.grace_seconds),
-        backlog=4096,
+        backlog=BACKLOG,
         log_config=None,
         access_log=False,
         server_header=False,

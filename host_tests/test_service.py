@@ -1,0 +1,628 @@
+"""The service as clients use it: videos, jobs, live frames, programs, keys, and its end."""
+
+import base64
+import json
+import struct
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av", reason="the service needs pynq_kgrc[serve]")
+pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
+
+import av
+import msgspec
+from serving import LABELS, Serving, write_program, write_video
+
+from pynq_kgrc.program import load
+from pynq_kgrc.runtime import Session
+from pynq_kgrc.service.decode import Frame, cut_windows, frame_offsets
+from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
+from pynq_kgrc.service.videos import merge
+from pynq_kgrc.video import load_windows
+
+KEY = "correct-horse-battery"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def program(folder):
+    write_program(folder / "tiny.kgrc")
+    return folder / "tiny.kgrc"
+
+
+@pytest.fixture(scope="module")
+def repository(folder):
+    """A folder of programs that may be loaded."""
+    (folder / "repository").mkdir()
+    write_program(folder / "repository" / "other.kgrc", seed=1)
+    (folder / "repository" / "broken.kgrc").write_bytes(b"nothing")
+    return folder / "repository"
+
+
+@pytest.fixture(scope="module")
+def video(folder):
+    return write_video(folder / "video.mp4")
+
+
+@pytest.fixture(scope="module")
+def service(folder, program, repository):
+    arguments = ["--repository", repository, "--queue", "4", "--max-bytes", "3000000"]
+    with Serving(*arguments, state=folder / "state", program=program) as serving:
+        yield serving
+        assert serving.ready()  # nothing that a test sent broke it
+    assert serving.process.returncode == 0
+    assert not [record for record in serving.records if record["level"] == "error"]
+
+
+# ---- videos ---------------------------------------------------------------------------------
+
+
+def test_a_video_is_classified_as_the_session_does(service, program, folder, video):
+    answer = service.classify(video, "?top_k=3")
+    assert answer.status == 200, answer.body
+    document = answer.json
+    chosen = load(program)
+    with Session(chosen) as session:
+        clips = list(load_windows(folder / "video.mp4", chosen.clip))
+        expected = [session.classify(clip.frames, 4).labels for clip in clips]
+    assert len(document["windows"]) == len(expected) == 5
+    for window, clip, labels in zip(document["windows"], clips, expected, strict=True):
+        assert window["start_ms"] == pytest.approx(clip.start_ms, abs=0.1)
+        assert window["end_ms"] == pytest.approx(clip.end_ms, abs=0.1)
+        assert len(window["labels"]) == 3
+        # FFmpeg of another version rounds colours otherwise
+        assert window["labels"][0]["label"] == labels[0].name
+        assert window["labels"][0]["confidence"] == pytest.approx(labels[0].score, abs=0.05)
+    mean = dict.fromkeys(LABELS, 0.0)
+    for labels in expected:
+        for label in labels:
+            mean[label.name] += label.score / len(expected)
+    assert document["labels"][0]["confidence"] == pytest.approx(max(mean.values()), abs=0.05)
+    assert document["segments"][0]["start_ms"] == 0
+    assert document["segments"][-1]["end_ms"] == pytest.approx(1600, abs=0.1)
+    assert document["backend"] == "emulate"
+    assert document["program"]["name"] == "tiny"
+    assert document["video"] | {"notes": []} == {
+        "duration_ms": 1600.0,
+        "frames": 40,
+        "width": 64,
+        "height": 48,
+        "codec": "mpeg4",
+        "container": "mov,mp4,m4a,3gp,3g2,mj2",
+        "notes": [],
+    }
+    assert document["timings_ms"]["run"] > 0
+    assert document["board"]["kind"] == "modelled"
+    assert document["board"]["latency_ms"] > 0
+    assert [layer["task"] for layer in document["layers"]] == [t.name for t in chosen.tasks]
+    layers = sum(layer["modelled_ms"] for layer in document["layers"])
+    assert layers == pytest.approx(document["board"]["latency_ms"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "container"),
+    [("a.avi", "mpeg4", None), ("a.mkv", "libx264", None), ("a.mov", "mjpeg", None),
+     ("a.ts", "mpeg2video", "mpegts"), ("a.webm", "libvpx", None)],
+)  # fmt: skip
+def test_containers_and_codecs(service, tmp_path, name, codec, container):
+    options = {"format": container} if container else {}
+    data = write_video(tmp_path / name, frames=20, codec=codec, **options)
+    document = service.classify(data, kind="application/octet-stream").json
+    assert document["video"]["frames"] == 20, document
+    assert len(document["windows"]) == 3
+
+
+def test_window_and_stride(service, video):
+    starts = [w["start_ms"] for w in service.classify(video, "?stride=4").json["windows"]]
+    assert starts == [160.0 * i for i in range(9)]
+    document = service.classify(video, "?window=40").json
+    assert [(w["start_ms"], w["end_ms"]) for w in document["windows"]] == [(0.0, 1600.0)]
+    for query in ("?window=7", "?window=1000000", "?stride=0", "?top_k=0", "?top_k=x"):
+        refused = service.classify(video, query)
+        assert refused.status == 422, query
+        assert query[1:].split("=")[0] in refused.json["error"]
+
+
+def test_a_short_video_starts_over(service, tmp_path):
+    data = write_video(tmp_path / "short.mp4", frames=3)
+    document = service.classify(data).json
+    assert len(document["windows"]) == 1
+    assert "starts over" in document["video"]["notes"][0]
+
+
+def test_a_rotated_video_is_upright(service, tmp_path):
+    """Marked to be shown turned, a video gives what its turned pixels give."""
+    plain = tmp_path / "plain.mp4"
+    write_video(plain, frames=8, size=(64, 48), codec="mjpeg")
+    turned = tmp_path / "turned.mp4"
+    data = bytearray(plain.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # the matrix of the track: a quarter turn
+    matrix = [0, 0x10000, 0, -0x10000, 0, 0, 48 << 16, 0, 0x40000000]
+    data[at : at + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
+    turned.write_bytes(data)
+    clip = load(service.errors.parent / "tiny.kgrc").clip
+    (upright,) = load_windows(turned, clip)
+    (lying,) = load_windows(plain, clip)
+    assert not np.array_equal(upright.frames, lying.frames)
+    with Session(load(service.errors.parent / "tiny.kgrc")) as session:
+        wanted = session.classify(upright.frames).labels[0].score
+        other = session.classify(lying.frames).labels[0].score
+    assert abs(wanted - other) > 0.05
+    found = service.classify(bytes(data)).json["labels"][0]["confidence"]
+    assert found == pytest.approx(wanted, abs=0.04)
+
+
+def test_multipart(service, video):
+    def form(*parts):
+        body = b""
+        for head, data in parts:
+            body += (
+                b"--xyz\r\nContent-Disposition: form-data; " + head + b"\r\n\r\n" + data + b"\r\n"
+            )
+        return body + b"--xyz--\r\n"
+
+    kind = "multipart/form-data; boundary=xyz"
+    body = form((b'name="top_k"', b"2"), (b'name="file"; filename="../../a.mp4"', video))
+    answer = service.classify(body, kind=kind)
+    assert answer.status == 200, answer.body
+    assert len(answer.json["labels"]) == 2
+    mistakes = {
+        "without a part named": form((b'name="top_k"', b"2")),
+        "more than one video": form((b'name="file"', video), (b'name="video"', video)),
+        "more than 1000 bytes": form((b'name="note"', b"x" * 2000), (b'name="file"', video)),
+        "more than 16 parts": form(*[(b'name="a"', b"1")] * 17, (b'name="file"', video)),
+        "cut off": body[:-20],
+        "not a form": b"hello",
+        "empty video": form((b'name="file"', b"")),
+    }
+    for text, wrong in mistakes.items():
+        refused = service.classify(wrong, kind=kind)
+        assert (refused.status, text in refused.json["error"]) == (400, True), refused.body
+    refused = service.classify(form((b'name="top_k"', b"many"), (b'name="file"', video)), kind=kind)
+    assert refused.status == 422
+    assert service.classify(body, kind="multipart/form-data").status == 400
+
+
+def test_what_is_no_video_is_refused_with_a_reason(service, video, tmp_path, folder):
+    secret = folder / "video.mp4"
+    sound = tmp_path / "sound.mp4"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    cases = {
+        "no video, only audio": sound.read_bytes(),
+        "not a video": f"ffconcat version 1.0\nfile '{secret}'\n".encode(),
+        "not a video that": f"#EXTM3U\n#EXTINF:10,\n{secret}\n#EXT-X-ENDLIST\n".encode(),
+        "empty video": b"",
+        "not a video that can": b"\x89PNG\r\n\x1a\n" + bytes(100),
+        "accepted are MP4": np.random.default_rng(0).bytes(50_000),
+        "can be read": video[:2000],
+        "be read": b"<html>no</html>",
+    }
+    for text, data in cases.items():
+        refused = service.classify(data)
+        assert refused.status in (400, 422), (text, refused)
+        assert text in refused.json["error"], refused.body
+        assert str(folder) not in refused.json["error"]
+    refused = service.classify(video, kind="text/html")
+    assert refused.status == 415
+    assert "video/mp4" in refused.json["error"]
+
+
+def test_a_cut_video_says_so(service, tmp_path):
+    data = write_video(tmp_path / "cut.avi", frames=60, codec="mjpeg")
+    document = service.classify(data[: len(data) // 2]).json
+    assert 10 < document["video"]["frames"] < 45
+    assert "cut off or damaged" in document["video"]["notes"][-1]
+
+
+def test_pixels_and_bytes_have_limits(service, tmp_path):
+    huge = write_video(tmp_path / "huge.mp4", frames=2, size=(4096, 2160), codec="mpeg4")
+    refused = service.classify(huge)
+    assert refused.status == 413
+    assert "more than the 2088960 pixels accepted" in refused.json["error"]
+    huge = write_video(tmp_path / "huge.mkv", frames=2, size=(4096, 2160), codec="libx264")
+    refused = service.classify(huge)
+    assert refused.status == 413
+    assert "4096 x 2160 pixels are larger than the 2088960 accepted" in refused.json["error"]
+    refused = service.classify(bytes(3_000_001))
+    assert refused.status == 413
+    assert refused.json["error"] == "a body of 3000001 bytes; accepted are 3000000"
+    long = write_video(tmp_path / "long.avi", frames=10, codec="mpeg4", rate=1)
+    at = long.index(b"strh") + 8 + 20  # one frame takes 100 s
+    slow = long[:at] + struct.pack("<II", 100, 1) + long[at + 8 :]
+    refused = service.classify(slow)
+    assert refused.status == 413, refused.body
+    assert "longer than the 600 s accepted" in refused.json["error"]
+
+
+# ---- windows and segments -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("stride", [1, 3, 8, 20])
+def test_windows_are_those_of_the_video_module(count, stride):
+    """The rule of video.load_windows: every stride, and one that ends with the video."""
+    frames = [Frame(40.0 * i, np.full(1, i)) for i in range(count)]
+    offsets = frame_offsets(4, 2, None)
+    assert offsets == [0, 2, 4, 6]
+    last = max(0, count - 7)
+    starts = [*range(0, last, stride), last]
+    wanted = [
+        [(start + o) % count if count < 7 else start + o for o in offsets] for start in starts
+    ]
+    found = [[int(p[0]) for p in w.pixels] for w in cut_windows(iter(frames), offsets, stride)]
+    assert found == wanted
+
+
+def test_offsets_of_a_window():
+    assert frame_offsets(4, 1, 10) == [0, 3, 6, 9]
+    assert frame_offsets(1, 1, 9) == [4]
+    assert frame_offsets(3, 5, None) == [0, 5, 10]
+
+
+def test_segments_share_out_the_overlap():
+    a, b = np.array([0.9, 0.1]), np.array([0.2, 0.8])
+    windows = [(0, 100, a), (50, 150, a), (100, 200, b)]
+    assert merge(windows, ["a", "b"]) == [
+        {"label": "a", "confidence": 0.9, "start_ms": 0, "end_ms": 125.0},
+        {"label": "b", "confidence": 0.8, "start_ms": 125.0, "end_ms": 200},
+    ]
+    gap = merge([(0, 100, a), (300, 400, b)], ["a", "b"])
+    assert [(s["start_ms"], s["end_ms"]) for s in gap] == [(0, 100), (300, 400)]
+
+
+# ---- jobs -----------------------------------------------------------------------------------
+
+
+def test_a_job_runs_by_itself(service, video):
+    answer = service.classify(video, headers={"Prefer": "respond-async"})
+    assert answer.status == 202
+    place = answer.headers["location"]
+    assert place == f"/v1/jobs/{answer.json['id']}"
+    service.until(lambda: service.get(place).json["state"] == "done")
+    document = service.get(place).json
+    direct = service.classify(video).json
+    assert document["result"]["windows"] == direct["windows"]
+    assert document["progress"]["windows"] == 5
+    text = service.get(f"{place}/events").body.decode()
+    assert text.startswith("event: done\ndata: {")
+    assert service.ask("DELETE", place).status == 200
+    assert service.get(place).status == 404
+    assert "no job" in service.get("/v1/jobs/nothing").json["error"]
+
+
+def test_progress_comes_as_events_and_a_job_can_be_cancelled(service, folder):
+    long = write_video(folder / "long.mp4", frames=1500)
+    place = service.classify(long, "?stride=1", headers={"Prefer": "wait=0"}).headers["location"]
+    with service.connect() as line:
+        line.sendall(f"GET {place}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        text = b""
+        while text.count(b"event: progress") < 4:
+            text += line.recv(1 << 16)
+    shares = [json.loads(x[6:])["progress"]["windows"] for x in text.decode().splitlines()
+              if x.startswith("data: ") and x.endswith("}")]  # fmt: skip
+    assert shares == sorted(shares)
+    assert service.ask("DELETE", place).json["state"] == "cancelled"
+    service.until(lambda: service.get(place).json["state"] == "cancelled")
+    service.until(lambda: metric(service, "kgrc_at_work") == 0, 5)
+
+
+def test_jobs_of_a_killed_service_are_lost_and_say_so(folder, program, video):
+    long = write_video(folder / "long2.mp4", frames=1500)
+    state = folder / "killed"
+    with Serving(state=state, program=program) as first:
+        done = first.classify(video, headers={"Prefer": "respond-async"}).headers["location"]
+        first.until(lambda: first.get(done).json["state"] == "done")
+        query = "?stride=1"
+        lost = first.classify(long, query, headers={"Prefer": "respond-async"}).headers["location"]
+        first.process.kill()
+        first.process.wait()
+    with Serving(state=state, program=program) as second:
+        assert second.get(done).json["state"] == "done"
+        assert second.get(lost).json["state"] == "lost"
+        assert "send it again" in second.get(lost).json["error"]
+
+
+def metric(service, name):
+    text = service.get("/metrics").body.decode()
+    (line,) = [line for line in text.splitlines() if line.startswith(name + " ")]
+    return float(line.split()[1])
+
+
+# ---- live -----------------------------------------------------------------------------------
+
+
+def jpeg(shade, size=(64, 48)):
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height = size
+    codec.pix_fmt, codec.time_base = "yuvj420p", Fraction(1, 25)
+    picture = np.full((size[1], size[0], 3), shade, np.uint8)
+    picture[: size[1] // 2, : size[0] // 3] = 255 - shade
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuvj420p")
+    return b"".join(bytes(p) for p in [*codec.encode(frame), *codec.encode(None)])
+
+
+def test_live_frames(service):
+    connect = pytest.importorskip("websockets.sync.client").connect
+    with connect(f"ws://127.0.0.1:{service.port}/v1/live?top_k=2") as client:
+        hello = json.loads(client.recv(10))
+        assert (hello["type"], hello["frames"]) == ("ready", 8)
+        seen = []
+        for i in range(12):
+            client.send(jpeg(20 * i))
+            seen.append(json.loads(client.recv(10)))
+        assert [m["type"] for m in seen] == ["filling"] * 7 + ["prediction"] * 5
+        assert seen[0]["have"] == 1
+        assert len(seen[-1]["labels"]) == 2
+        for i in range(300):  # faster than they can be decoded
+            client.send(jpeg(i % 200))
+        last = seen[-1]
+        while last["received"] < 312:
+            last = json.loads(client.recv(10))
+        assert last["dropped"] > 0
+        client.send(b"no picture")
+        while last["type"] != "error":
+            last = json.loads(client.recv(10))
+        assert "not a JPEG" in last["error"]
+    with connect(f"ws://127.0.0.1:{service.port}/v1/live?program=none") as client:
+        assert json.loads(client.recv(10))["status"] == 404
+    with (
+        pytest.raises(Exception, match="403"),
+        connect(f"ws://127.0.0.1:{service.port}/v1/live", origin="http://elsewhere.example"),
+    ):
+        pass
+
+
+# ---- programs -------------------------------------------------------------------------------
+
+
+def test_programs_are_listed_loaded_and_replaced(service, repository, video):
+    assert [p["name"] for p in service.get("/v1/programs").json["programs"]] == ["tiny"]
+    (listed,) = service.get("/v1/programs").json["programs"]
+    assert listed["labels"] == list(LABELS)
+    assert listed["tasks"][0]["modelled_ms"] > 0
+
+    index = {row["name"]: row for row in service.ask("POST", "/v2/repository/index").json}
+    assert {name: row["state"] for name, row in index.items()} == {
+        "tiny": "READY", "other": "UNAVAILABLE", "broken": "UNAVAILABLE"
+    }  # fmt: skip
+    assert service.classify(video, "?program=other").status == 404
+    refused = service.ask("POST", "/v2/repository/models/broken/load")
+    assert (refused.status, "not a whole program" in refused.json["error"]) == (400, True)
+    assert service.ask("POST", "/v2/repository/models/..%2Ftiny/load").status == 404
+
+    loaded = service.ask("POST", "/v2/repository/models/other/load").json
+    before = service.classify(video, "?program=other").json
+    assert before["program"] == loaded
+    (repository / "other.kgrc").write_bytes(b"corrupt")
+    assert service.ask("POST", "/v2/repository/models/other/load").status == 400
+    assert service.classify(video, "?program=other").json["windows"] == before["windows"]
+    write_program(repository / "other.kgrc", seed=2)
+    again = service.ask("POST", "/v2/repository/models/other/load").json
+    assert again["version"] != loaded["version"]
+    after = service.classify(video, "?program=other").json
+    assert after["program"] == again
+    assert after["windows"] != before["windows"]
+    assert service.ask("POST", "/v2/repository/models/other/unload").status == 200
+    assert service.classify(video, "?program=other").status == 404
+    assert service.ask("POST", "/v2/repository/models/other/unload").status == 404
+    copies = service.errors.with_suffix("") / "programs"
+    service.until(lambda: len(list(copies.iterdir())) == 1, 5)
+
+
+# ---- who may come in ------------------------------------------------------------------------
+
+
+def test_keys(folder, program, video, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(f"# ours\nanother-key-of-somebody\n{KEY}\n")
+    arguments = ["--api-key-file", keys, "--host", "127.0.0.1"]
+    with Serving(*arguments, state=tmp_path / "state", program=program) as serving:
+        for headers in ({}, {"Authorization": "Bearer wrong-wrong-wrong-wrong"},
+                        {"X-API-Key": KEY[:-1]}, {"Authorization": KEY}):  # fmt: skip
+            refused = serving.classify(video, headers=headers)
+            assert refused.status == 401, headers
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for headers in ({"Authorization": f"Bearer {KEY}"}, {"X-API-Key": KEY}):
+            assert serving.classify(video, headers=headers).status == 200
+        assert serving.get("/v2/health/ready").status == 200
+        assert serving.get("/").status == 200
+        for path in ("/metrics", "/v1/programs", "/v2/models/tiny", "/nowhere"):
+            assert serving.get(path).status == 401
+
+        # the body of a stranger is not read
+        with serving.connect() as line:
+            line.sendall(
+                b"POST /v1/videos:classify HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Length: 100000000\r\n\r\n"
+            )
+            assert send_until_closed(line, 100_000_000) < 20_000_000
+
+        connect = pytest.importorskip("websockets.sync.client").connect
+        place = f"ws://127.0.0.1:{serving.port}/v1/live"
+        coded = base64.urlsafe_b64encode(KEY.encode()).decode().rstrip("=")
+        with connect(place, subprotocols=[f"kgrc.key.{coded}"]) as client:
+            assert json.loads(client.recv(10))["type"] == "ready"
+        with pytest.raises(Exception, match="403"), connect(place):
+            pass
+    assert KEY not in serving.log
+    assert "wrong-wrong" not in serving.log
+
+
+def send_until_closed(line, most):
+    """How many bytes a service takes before it hangs up."""
+    sent = 0
+    try:
+        while sent < most:
+            sent += line.send(bytes(1 << 16))
+    except OSError:
+        pass
+    return sent
+
+
+def test_pages_elsewhere_and_other_names_are_refused(service, video):
+    origin = {"Origin": "http://elsewhere.example"}
+    assert service.classify(video, headers=origin).status == 403
+    ours = {"Origin": f"http://127.0.0.1:{service.port}"}
+    assert service.classify(video, headers=ours).status == 200
+    assert service.get("/v1/programs", headers={"Host": "elsewhere.example"}).status == 421
+
+
+def test_settings_that_are_refused(tmp_path, capsys):
+    from pynq_kgrc.cli import main
+
+    program = str(tmp_path / "x.kgrc")
+    short = tmp_path / "short"
+    short.write_text("abc\n")
+    empty = tmp_path / "empty"
+    empty.write_text("# nothing\n")
+    mistakes = {
+        "--host 0.0.0.0 can be reached from outside": ["--host", "0.0.0.0"],
+        "key 1 has 3 characters; use 16": ["--api-key-file", str(short)],
+        "holds no key": ["--api-key-file", str(empty)],
+        "no file of keys": ["--api-key-file", str(tmp_path / "gone")],
+        "--workers 2: a board takes one": ["--backend", "board", "--workers", "2"],
+        "--port 70000": ["--port", "70000"],
+        "there is no such folder": ["--repository", str(tmp_path / "gone")],
+    }
+    for text, arguments in mistakes.items():
+        state = ["--state", str(tmp_path / "state")]
+        assert main(["serve", "-p", program, *state, *arguments]) == 2, text
+        assert text in capsys.readouterr().err
+    settings = Settings(host="0.0.0.0")
+    check_settings(settings, insecure=True)
+    assert [is_loopback(h) for h in ("localhost", "127.9.9.9", "::1", "0.0.0.0", "a.b")] == [
+        True, True, True, False, False
+    ]  # fmt: skip
+    short.write_text("0123456789abcdef\n")
+    assert len(read_keys(short)) == 1
+
+
+def test_what_cannot_start_says_why(folder, program, service, tmp_path):
+    def error(*arguments, state=tmp_path / "s"):
+        with pytest.raises(RuntimeError) as found:
+            Serving(*arguments, state=state, log=tmp_path / "log")
+        return str(found.value)
+
+    broken = tmp_path / "broken.kgrc"
+    broken.write_bytes(b"nothing")
+    assert "not a whole program file" in error("-p", broken)
+    assert "no backend named 'gpu'" in error(
+        "-p", program, "--backend", "gpu", state=tmp_path / "g"
+    )
+    taken = error("-p", program, "--port", service.port, state=tmp_path / "t")
+    assert "Address already in use" in taken
+    used = error("-p", program, state=folder / "state")
+    assert "another service uses it" in used
+
+
+# ---- operation ------------------------------------------------------------------------------
+
+
+def test_every_answer_has_a_name_and_is_logged(service):
+    answer = service.get("/v1/programs", headers={"X-Request-Id": "abc-1"})
+    assert answer.headers["x-request-id"] == "abc-1"
+    strange = service.get("/v1/programs?key=secret-in-query", headers={"X-Request-Id": "a b"})
+    assert strange.headers["x-request-id"] != "a b"
+    (record,) = [r for r in service.records if r.get("request_id") == "abc-1"]
+    assert (record["method"], record["path"], record["status"]) == ("GET", "/v1/programs", 200)
+    assert "secret-in-query" not in service.log
+
+
+def test_errors_have_one_form(service):
+    for method, path, status in (
+        ("GET", "/nowhere", 404),
+        ("PUT", "/v1/videos:classify", 405),
+        ("GET", "/page/../secret", 404),
+        ("GET", "/page/secret.js", 404),
+        ("GET", "/v2/models/none", 404),
+        ("POST", "/v2/repository/models/none/load", 404),
+    ):
+        answer = service.ask(method, path)
+        assert answer.status == status, path
+        assert isinstance(answer.json["error"], str)
+
+
+def test_metrics(service, video):
+    before = metric(service, "kgrc_clip_seconds_count")
+    service.classify(video)
+    assert metric(service, "kgrc_clip_seconds_count") == before + 5
+    assert metric(service, "kgrc_ready") == 1
+    assert 'route="/v1/videos:classify"' in service.get("/metrics").body.decode()
+    for i in range(3):  # a stranger's paths and methods make no series
+        service.ask(f"M{i}", f"/random{i}")
+    assert "random" not in service.get("/metrics").body.decode()
+
+
+def test_one_process_answers_and_is_small(service, video):
+    service.classify(video)
+    assert service.memory() < 120e6
+
+
+def test_the_process_that_answers_wakes_no_network():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'cv2', 'pynq', 'av'): sys.modules[name] = None\n"
+        "import pynq_kgrc.service.app\n"
+        "assert 'pynq_kgrc.runtime' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sigterm_finishes_what_was_accepted(folder, program):
+    import threading
+
+    slow = folder / "slow.kgrc"
+    write_program(slow, size=(8, 48, 48), filters=32)
+    frames = np.zeros((4, 8, 48, 48, 3), np.uint8)
+    with Serving(state=folder / "drained", program=slow) as serving:
+        replies = []
+        ask = lambda: replies.append(serving.infer(frames, "slow"))  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        serving.until(lambda: metric(serving, "kgrc_at_work") >= 4)
+        began = time.monotonic()
+        serving.process.terminate()
+        serving.until(lambda: serving.get("/v2/health/ready").status == 503, 5)
+        assert serving.get("/v2/health/live").headers["connection"] == "close"
+        for thread in threads:
+            thread.join()
+        assert serving.process.wait(30) == 0
+        assert [reply.status for reply in replies] == [200] * 6
+        assert time.monotonic() - began < 20
+
+
+def test_every_message_of_the_wire_is_checked():
+    import io
+
+    from pynq_kgrc.errors import DeviceError
+    from pynq_kgrc.service import wire
+
+    file = io.BytesIO()
+    wire.send(file, wire.Order("run", "k"), b"abc")
+    whole = file.getvalue()
+    order, payload = wire.receive(io.BytesIO(whole), wire.Order)
+    assert (order.verb, order.key, payload) == ("run", "k", b"abc")
+    assert wire.receive(io.BytesIO(whole[:-1]), wire.Order) is None
+    assert wire.receive(io.BytesIO(b""), wire.Order) is None
+    huge = wire.LENGTHS.pack(10, 1 << 40)
+    with pytest.raises(DeviceError, match="at most"):
+        wire.receive(io.BytesIO(huge), wire.Order)
+    wrong = wire.LENGTHS.pack(2, 0) + msgspec.json.encode([])
+    with pytest.raises(DeviceError, match="not a message"):
+        wire.receive(io.BytesIO(wrong), wire.Order)
