@@ -6,11 +6,7 @@ module delay #(
   input [WIDTH-1:0] in,
   output [WIDTH-1:0] out
 );
-  reg [WIDTH-1:0] kept [1:CYCLES];
-  integer i;
-  always @(posedge clk) if (step) begin
-    kept[1] <= in;
-    for (i = 2; i <= CYCLES; i = i + 1) kept[i] <= kept[i-1];
-  end
-  assign out = kept[CYCLES];
+  reg [WIDTH*CYCLES-1:0] kept;
+  always @(posedge clk) if (step) kept <= {kept, in};
+  assign out = kept[WIDTH*CYCLES-1 -: WIDTH];
 endmodule

@@ -91,7 +91,7 @@ module dot #(
         else begin
           fields[p*OUT +: OUT] = fields[p*OUT +: OUT]
                                  + {{(OUT-FIELD){rest[FIELD-1]}}, rest[FIELD-1:0]};
-          rest = (rest >>> FIELD) + {47'd0, rest[FIELD-1]};
+          rest = (rest >>> FIELD) + $signed({1'b0, rest[FIELD-1]});
         end
     end
   end

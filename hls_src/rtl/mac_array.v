@@ -11,8 +11,8 @@
 //   item    struct Item: slot, mask, new_region, end_block, first, blocks
 //   region  struct RegionWord: last, valid[POSITIONS], {row, bank}[POSITIONS],
 //           code[POSITIONS][TN]
-//   word    struct WeightWord: code[GROUPS][ROWS][PK][TN], {row, bank}[GROUPS][PK],
-//           row[GROUPS][ROWS]
+//   word    struct WeightWord: code[GROUPS][ROWS][PK][TN], {row, bank}[GROUPS][PK] (of the first
+//           group only in a dense design), row[GROUPS][ROWS]
 //   sums    struct SumWord: sum[POSITIONS][TN]
 //
 // A job begins with `start` while not busy, and has ended when busy falls: LATENCY clocks after
@@ -58,7 +58,7 @@ module mac_array #(
   localparam ITEM = ITEM_BLOCKS + HANDED;
   localparam REGION_PLACE = 1 + POSITIONS, REGION_CODE = REGION_PLACE + POSITIONS * PLACE;
   localparam REGION = REGION_CODE + POSITIONS * CODES;
-  localparam WORD_PLACE = GROUPS * ROWS * PK * CODES, WORD_ROW = WORD_PLACE + GROUPS * PK * PLACE;
+  localparam WORD_PLACE = GROUPS * ROWS * PK * CODES, WORD_ROW = WORD_PLACE + READS * PLACE;
   localparam WORD = WORD_ROW + GROUPS * ROWS * FILTER;
 
   input clk, rst, start;
@@ -73,7 +73,7 @@ module mac_array #(
   input [REGION-1:0] region;
   input [WORD-1:0] word;
   output reg sums_valid;
-  output reg [POSITIONS*TN*SUM-1:0] sums;
+  output [POSITIONS*TN*SUM-1:0] sums;
 
   // ---- a trip: what it does, and what the next one finds ---------------------------------------
 
@@ -315,84 +315,87 @@ module mac_array #(
     region1 <= region;
   end
 
-  // ---- stage 2: rows of the banks --------------------------------------------------------------
+  // ---- stages 2 and 3: the regions -------------------------------------------------------------
 
-  // What PF outputs see at a column: bank b of the region holds the value of output b - offset.
-  // A word of the next region meets a bank twice at most.
-  reg [READS*PF*ROW-1:0] read_row, read_row2;
-  reg [PF-1:0] write_a, write_b, write_a2, write_b2;
-  reg [PF*ROW-1:0] write_row_a, write_row_b, write_row_a2, write_row_b2;
-  reg [PF*CODES-1:0] code_a, code_b, code_a2, code_b2;
-  reg [BANK-1:0] offset;
-  reg [ROW-1:0] offset_row;
-  integer b, i, r;
-  always @* begin
-    for (r = 0; r < READS; r = r + 1) begin
-      {offset, offset_row} = word1[WORD_PLACE + r*PLACE +: PLACE];
-      for (b = 0; b < PF; b = b + 1) begin
-        read_row[(r*PF + b)*ROW +: ROW] = {ROW{1'b0}};
-        for (i = 0; i < PF; i = i + 1)          // lanes; those beyond the bank have come round
-          if (offset == (b - i + PF) % PF)
-            read_row[(r*PF + b)*ROW +: ROW] =
-                lane_row1[i*ROW +: ROW] + offset_row + (i > b ? 1'b1 : 1'b0);
+  // Two of them, each in as many copies as two ports a bank need. What PF outputs see at a column:
+  // bank b holds the value of output b - offset. A word of the next region meets a bank twice at
+  // most.
+  wire [ROW-1:0] read_row1 [0:READS*PF-1];       // [read][bank]
+  wire [PF-1:0] write_a1, write_b1;
+  wire [ROW-1:0] write_row_a1 [0:PF-1];
+  wire [ROW-1:0] write_row_b1 [0:PF-1];
+  wire [CODES-1:0] code_a1 [0:PF-1];
+  wire [CODES-1:0] code_b1 [0:PF-1];
+  wire [CODES-1:0] read3 [0:2*READS*PF-1];       // [half][read][bank]
+  genvar half, copy, bank, read, l;
+  generate
+    for (read = 0; read < READS; read = read + 1) begin : reads
+      wire [BANK-1:0] offset = word1[WORD_PLACE + read*PLACE + ROW +: BANK];
+      wire [ROW-1:0] offset_row = word1[WORD_PLACE + read*PLACE +: ROW];
+      for (bank = 0; bank < PF; bank = bank + 1) begin : banks
+        reg [ROW-1:0] found;
+        integer i;
+        always @* begin
+          found = {ROW{1'b0}};
+          for (i = 0; i < PF; i = i + 1)         // lanes; those beyond the bank have come round
+            if (offset == (bank - i + PF) % PF)
+              found = lane_row1[i*ROW +: ROW] + offset_row + (i > bank ? 1'b1 : 1'b0);
+        end
+        assign read_row1[read*PF + bank] = found;
       end
     end
-    write_a = {PF{1'b0}};
-    write_b = {PF{1'b0}};
-    write_row_a = {PF*ROW{1'b0}};
-    write_row_b = {PF*ROW{1'b0}};
-    code_a = {PF*CODES{1'b0}};
-    code_b = {PF*CODES{1'b0}};
-    for (b = 0; b < PF; b = b + 1)
-      for (i = 0; i < POSITIONS; i = i + 1)
-        if (load1 && region1[1+i] && region1[REGION_PLACE + i*PLACE + ROW +: BANK] == b) begin
-          if (!write_a[b]) begin
-            write_a[b] = 1'b1;
-            write_row_a[b*ROW +: ROW] = region1[REGION_PLACE + i*PLACE +: ROW];
-            code_a[b*CODES +: CODES] = region1[REGION_CODE + i*CODES +: CODES];
-          end else begin
-            write_b[b] = 1'b1;
-            write_row_b[b*ROW +: ROW] = region1[REGION_PLACE + i*PLACE +: ROW];
-            code_b[b*CODES +: CODES] = region1[REGION_CODE + i*CODES +: CODES];
+    for (bank = 0; bank < PF; bank = bank + 1) begin : writes
+      reg a, b;
+      reg [ROW-1:0] row_a, row_b;
+      reg [CODES-1:0] in_a, in_b;
+      integer i;
+      always @* begin
+        {a, b, row_a, row_b, in_a, in_b} = {2 + 2*ROW + 2*CODES{1'b0}};
+        for (i = 0; i < POSITIONS; i = i + 1)
+          if (load1 && region1[1+i] && region1[REGION_PLACE + i*PLACE + ROW +: BANK] == bank) begin
+            b = a;
+            row_b = region1[REGION_PLACE + i*PLACE +: ROW];
+            in_b = region1[REGION_CODE + i*CODES +: CODES];
+            if (!a) begin
+              a = 1'b1;
+              row_a = row_b;
+              in_a = in_b;
+            end
           end
-        end
-  end
-
-  reg load_half2;
-  always @(posedge clk) if (step) begin
-    read_row2 <= read_row;
-    write_a2 <= write_a;
-    write_b2 <= write_b;
-    write_row_a2 <= write_row_a;
-    write_row_b2 <= write_row_b;
-    code_a2 <= code_a;
-    code_b2 <= code_b;
-    load_half2 <= load_half1;
-  end
-
-  // ---- stage 3: the regions; two of them, each in as many copies as two ports a bank need -------
-
-  wire [2*READS*PF*CODES-1:0] read3;    // [half][read][bank]
-  genvar half, copy, bank;
-  generate
+      end
+      assign write_a1[bank] = a;
+      assign write_b1[bank] = b;
+      assign write_row_a1[bank] = row_a;
+      assign write_row_b1[bank] = row_b;
+      assign code_a1[bank] = in_a;
+      assign code_b1[bank] = in_b;
+    end
     for (half = 0; half < 2; half = half + 1) begin : halves
       for (copy = 0; copy < COPIES; copy = copy + 1) begin : copies
         for (bank = 0; bank < PF; bank = bank + 1) begin : banks
           localparam READ_A = 2 * copy, READ_B = 2 * copy + 1 < READS ? 2 * copy + 1 : 2 * copy;
-          wire loads_a = load_half2 == half && write_a2[bank];
-          wire loads_b = load_half2 == half && write_b2[bank];
+          reg loads_a, loads_b;
+          reg [ROW-1:0] row_a, row_b;
+          reg [CODES-1:0] in_a, in_b;
+          always @(posedge clk) if (step) begin
+            loads_a <= load_half1 == half && write_a1[bank];
+            loads_b <= load_half1 == half && write_b1[bank];
+            row_a <= load_half1 == half && write_a1[bank] ? write_row_a1[bank]
+                                                          : read_row1[READ_A*PF + bank];
+            row_b <= load_half1 == half && write_b1[bank] ? write_row_b1[bank]
+                                                          : read_row1[READ_B*PF + bank];
+            in_a <= code_a1[bank];
+            in_b <= code_b1[bank];
+          end
           // an odd number of reads leaves a port of the last copy over
           /* verilator lint_off UNUSEDSIGNAL */
           wire [CODES-1:0] out_a, out_b;
           /* verilator lint_on UNUSEDSIGNAL */
-          region_bank #(.ROWS(REGION_ROWS), .WIDTH(CODES), .ROW(ROW)) memory (
-              clk, step, loads_a, loads_b,
-              loads_a ? write_row_a2[bank*ROW +: ROW] : read_row2[(READ_A*PF + bank)*ROW +: ROW],
-              loads_b ? write_row_b2[bank*ROW +: ROW] : read_row2[(READ_B*PF + bank)*ROW +: ROW],
-              code_a2[bank*CODES +: CODES], code_b2[bank*CODES +: CODES], out_a, out_b);
-          assign read3[((half*READS + READ_A)*PF + bank)*CODES +: CODES] = out_a;
+          region_bank #(.ROWS(REGION_ROWS), .WIDTH(CODES), .ROW(ROW)) memory
+              (clk, step, loads_a, loads_b, row_a, row_b, in_a, in_b, out_a, out_b);
+          assign read3[(half*READS + READ_A)*PF + bank] = out_a;
           if (READ_B != READ_A) begin : second
-            assign read3[((half*READS + READ_B)*PF + bank)*CODES +: CODES] = out_b;
+            assign read3[(half*READS + READ_B)*PF + bank] = out_b;
           end
         end
       end
@@ -402,22 +405,28 @@ module mac_array #(
   // ---- stage 4: back to the lanes --------------------------------------------------------------
 
   wire half3;
-  wire [READS*PLACE-1:0] offsets3;
-  delay #(.WIDTH(1 + READS*PLACE), .CYCLES(2)) to_rotation
-      (clk, step, {word1[WORD_PLACE +: READS*PLACE], half1}, {offsets3, half3});
+  delay #(.WIDTH(1), .CYCLES(2)) to_half (clk, step, half1, half3);
   wire [WORD_PLACE-1:0] weights4;
   delay #(.WIDTH(WORD_PLACE), .CYCLES(3)) to_dots
       (clk, step, word1[0 +: WORD_PLACE], weights4);
 
-  reg [READS*PF*CODES-1:0] seen4;       // [read][lane]
-  integer a, l, q;
-  always @(posedge clk) if (step)
-    for (q = 0; q < READS; q = q + 1)
-      for (l = 0; l < PF; l = l + 1)
-        for (a = 0; a < PF; a = a + 1)          // banks
-          if (offsets3[q*PLACE + ROW +: BANK] == (a - l + PF) % PF)
-            seen4[(q*PF + l)*CODES +: CODES] <= half3 ? read3[((READS + q)*PF + a)*CODES +: CODES]
-                                                      : read3[(q*PF + a)*CODES +: CODES];
+  wire [CODES-1:0] seen4 [0:READS*PF-1];         // [read][lane]
+  generate
+    for (read = 0; read < READS; read = read + 1) begin : rotations
+      wire [BANK-1:0] offset;
+      delay #(.WIDTH(BANK), .CYCLES(2)) to_rotation
+          (clk, step, word1[WORD_PLACE + read*PLACE + ROW +: BANK], offset);
+      for (l = 0; l < PF; l = l + 1) begin : lanes
+        reg [CODES-1:0] seen;
+        integer i;
+        always @(posedge clk) if (step)
+          for (i = 0; i < PF; i = i + 1)         // banks
+            if (offset == (i - l + PF) % PF)
+              seen <= half3 ? read3[(READS + read)*PF + i] : read3[read*PF + i];
+        assign seen4[read*PF + l] = seen;
+      end
+    end
+  endgenerate
 
   // What a trip does with the sums goes along with its products.
   localparam DRAINS = SUM_ROW + BANK + COUNT + BLOCK + 1;
@@ -433,7 +442,7 @@ module mac_array #(
 
   // ---- the dots, and their sums over the columns of a trip -------------------------------------
 
-  reg [GROUPS*ROWS*PF*TOTAL-1:0] totals;   // [group][row][lane]
+  wire [TOTAL-1:0] totals [0:GROUPS*ROWS*PF-1];  // [group][row][lane]
   genvar g, row, f, k, o, n;
   generate
     for (g = 0; g < GROUPS; g = g + 1) begin : groups
@@ -452,7 +461,7 @@ module mac_array #(
             end
             for (n = 0; n < FEATURES; n = n + 1) begin : positions
               if (f + n < PF)
-                assign x[n*CODES +: CODES] = seen4[(READ*PF + f + n)*CODES +: CODES];
+                assign x[n*CODES +: CODES] = seen4[READ*PF + f + n];
               else
                 assign x[n*CODES +: CODES] = {CODES{1'b0}};
             end
@@ -470,7 +479,7 @@ module mac_array #(
           for (o = 0; o < WEIGHTS * FEATURES; o = o + 1) begin : outputs
             localparam OF_ROW = row + o / FEATURES, OF_LANE = f + o % FEATURES;
             if (OF_ROW < ROWS && OF_LANE < PF) begin : there
-              reg signed [TOTAL-1:0] total;
+              reg signed [TOTAL-1:0] total, kept;
               reg signed [DOT-1:0] product_k;
               integer t;
               always @* begin
@@ -480,8 +489,8 @@ module mac_array #(
                   total = total + product_k;
                 end
               end
-              always @(posedge clk) if (step)
-                totals[((g*ROWS + OF_ROW)*PF + OF_LANE)*TOTAL +: TOTAL] <= total;
+              always @(posedge clk) if (step) kept <= total;
+              assign totals[(g*ROWS + OF_ROW)*PF + OF_LANE] = kept;
             end
           end
         end
@@ -503,27 +512,12 @@ module mac_array #(
   assign {last_d, wipe_d, sums_d, drain_row_d, drain_lane_d, count_d, block_d, handing_d,
           sum_row_d, exists_d, mask_d, filters_d} = tag_dot;
 
-  // each total to the bank of its filter
   reg [PF-1:0] exists_t;
   reg [GROUPS-1:0] mask_t;
   reg [GROUPS*ROWS*FILTER-1:0] filters_t;
   reg compute_t;
-  reg [TM*PF-1:0] add;
-  reg [TM*PF*TOTAL-1:0] addend;
-  integer m, y, z;
-  always @(posedge clk) if (step) begin
+  always @(posedge clk) if (step)
     {exists_t, mask_t, filters_t, compute_t} <= {exists_d, mask_d, filters_d, compute_d};
-    for (m = 0; m < TM; m = m + 1)
-      for (z = 0; z < PF; z = z + 1) begin
-        add[m*PF + z] <= 1'b0;
-        addend[(m*PF + z)*TOTAL +: TOTAL] <= {TOTAL{1'b0}};
-        for (y = 0; y < ROWS; y = y + 1)
-          if (filters_t[(m / GM * ROWS + y)*FILTER +: FILTER] == m % GM) begin
-            add[m*PF + z] <= compute_t && mask_t[m / GM] && exists_t[z];
-            addend[(m*PF + z)*TOTAL +: TOTAL] <= totals[((m / GM * ROWS + y)*PF + z)*TOTAL +: TOTAL];
-          end
-      end
-  end
 
   wire sums_2, handing_2, last_4;
   wire [BANK-1:0] drain_lane_2;
@@ -544,41 +538,52 @@ module mac_array #(
       handed_on[u] = handing_d && (u < drain_lane_d ? u + PF : u) < drain_lane_d + count_d;
     end
 
-  wire [2*TM*PF*SUM-1:0] found;          // [half][filter][lane]
-  genvar side, filter, at;
+  wire [SUM-1:0] found [0:2*TM*PF-1];            // [half][filter][lane]
+  genvar side, filter, at, p;
   generate
-    for (side = 0; side < 2; side = side + 1) begin : sides
-      for (filter = 0; filter < TM; filter = filter + 1) begin : filters
-        for (at = 0; at < PF; at = at + 1) begin : lanes
+    for (filter = 0; filter < TM; filter = filter + 1) begin : filters
+      for (at = 0; at < PF; at = at + 1) begin : lanes
+        // the total of the row that is this filter's, if one is
+        localparam GROUP = filter / GM;
+        reg add;
+        reg signed [TOTAL-1:0] total;
+        integer i;
+        always @(posedge clk) if (step) begin
+          add <= 1'b0;
+          for (i = 0; i < ROWS; i = i + 1)
+            if (filters_t[(GROUP*ROWS + i)*FILTER +: FILTER] == filter % GM) begin
+              add <= compute_t && mask_t[GROUP] && exists_t[at];
+              total <= totals[(GROUP*ROWS + i)*PF + at];
+            end
+        end
+        wire signed [SUM-1:0] addend = total;
+        for (side = 0; side < 2; side = side + 1) begin : sides
           wire used = sums_d == side || wipe_d;
-          wire signed [TOTAL-1:0] total = addend[(filter*PF + at)*TOTAL +: TOTAL];
-          wire signed [SUM-1:0] wide = total;
           sum_bank #(.ROWS(SUM_ROWS), .WIDTH(SUM), .ROW(SUM_ROW)) memory (
               clk, step, used ? sum_row_d : drain_rows[at*SUM_ROW +: SUM_ROW],
               wipe_d || (!used && handed_on[at] && block_d == filter / TN),
-              add[filter*PF + at] && sums_2 == side, wide,
-              found[((side*TM + filter)*PF + at)*SUM +: SUM]);
+              add && sums_2 == side, addend, found[(side*TM + filter)*PF + at]);
         end
       end
     end
+    for (p = 0; p < POSITIONS; p = p + 1) begin : positions
+      for (n = 0; n < TN; n = n + 1) begin : channels
+        reg [SUM-1:0] sum;
+        integer i, v;
+        always @(posedge clk) if (step) begin
+          sum <= {SUM{1'b0}};
+          for (i = 0; i < BLOCKS; i = i + 1)
+            for (v = 0; v < PF; v = v + 1)       // lanes
+              if (p < count_2 && block_2 == i && drain_lane_2 == (v - p + PF) % PF)
+                sum <= sums_2 ? found[(i*TN + n)*PF + v] : found[(TM + i*TN + n)*PF + v];
+        end
+        assign sums[(p*TN + n)*SUM +: SUM] = sum;
+      end
+    end
   endgenerate
-
-  integer p, c, j, v;
-  always @(posedge clk) begin
+  always @(posedge clk)
     if (rst) sums_valid <= 0;
     else if (step) sums_valid <= handing_2;
-    if (step)
-      for (p = 0; p < POSITIONS; p = p + 1)
-        for (c = 0; c < TN; c = c + 1) begin
-          sums[(p*TN + c)*SUM +: SUM] <= {SUM{1'b0}};
-          for (j = 0; j < BLOCKS; j = j + 1)
-            for (v = 0; v < PF; v = v + 1)      // lanes
-              if (p < count_2 && block_2 == j && drain_lane_2 == (v - p + PF) % PF)
-                sums[(p*TN + c)*SUM +: SUM] <=
-                    sums_2 ? found[((j*TN + c)*PF + v)*SUM +: SUM]
-                           : found[((TM + j*TN + c)*PF + v)*SUM +: SUM];
-        end
-  end
 
   // busy until the last trip has written its sums
   always @(posedge clk) begin

@@ -1,13 +1,11 @@
 // The array of ../compute.cpp and its twin mac_array.v, on the same streams, convolution by
 // convolution of a program: equal sums, and as many trips.
 //
-//   bench MAPS WEIGHTS TABLES TASKS SEED STALL EXTREME
+//   Vmac_array MAPS WEIGHTS TABLES TASKS SEED STALL EXTREME
 //
 // The files are the memory of a program. The processes of ../memory.cpp fill the streams; EXTREME
 // puts weights and inputs at the ends of their range. STALL is how many in 8 clocks a stream is not
 // there, on average. Prints for each convolution: task, trips here, trips there, clocks, sums.
-#include <verilated.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -15,6 +13,7 @@
 #include <vector>
 
 #include "Vmac_array.h"
+#include "bits.h"
 #include "design.h"
 
 using namespace kgrc;
@@ -62,41 +61,9 @@ const int kSize = bits_for(kPf * (kFeatureRows + 8));
 const int kFilter = bits_for(kGm - 1), kSlot = bits_for(kFilterTiles - 1);
 const int kHanded = bits_for(kFilterTiles * kBlocks);
 
-class Bits {
- public:
-  void put(long long value, int width) {
-    for (int i = 0; i < width; ++i, ++size) {
-      if (size % 32 == 0) words.push_back(0);
-      words.back() |= unsigned(value >> i & 1) << (size % 32);
-    }
-  }
-  void put(const Place& place) {
-    put(place.row, kRow);
-    put(place.bank, kBank);
-  }
-  template <size_t kWords>
-  void show(VlWide<kWords>& port) const {
-    if (words.size() != kWords) std::abort();
-    for (size_t i = 0; i < kWords; ++i) port[i] = words[i];
-  }
-  template <class Port>
-  void show(Port& port) const {
-    unsigned long long value = 0;
-    for (size_t i = 0; i < words.size(); ++i) value |= (unsigned long long)(words[i]) << (32 * i);
-    port = Port(value);
-  }
-
- private:
-  std::vector<unsigned> words;
-  int size = 0;
-};
-
-template <size_t kWords>
-long long field(const VlWide<kWords>& port, int at, int width) {
-  unsigned long long value = 0;
-  for (int i = 0; i < width; ++i)
-    value |= (unsigned long long)(port[(at + i) / 32] >> ((at + i) % 32) & 1) << i;
-  return (long long)(value << (64 - width)) >> (64 - width);
+void put(Bits& bits, const Place& place) {
+  bits.put(place.row, kRow);
+  bits.put(place.bank, kBank);
 }
 
 Bits bits_of(const Tile& tile) {
@@ -128,7 +95,7 @@ Bits bits_of(const RegionWord& word) {
   Bits bits;
   bits.put(word.last, 1);
   for (int i = 0; i < kPortPositions; ++i) bits.put(word.valid[i], 1);
-  for (int i = 0; i < kPortPositions; ++i) bits.put(word.place[i]);
+  for (int i = 0; i < kPortPositions; ++i) put(bits, word.place[i]);
   for (int i = 0; i < kPortPositions; ++i)
     for (int n = 0; n < kTn; ++n) bits.put(word.vector[i].code[n], kBits);
   return bits;
@@ -140,8 +107,8 @@ Bits bits_of(const WeightWord& word) {
     for (int r = 0; r < kRows; ++r)
       for (int k = 0; k < kPk; ++k)
         for (int n = 0; n < kTn; ++n) bits.put(word.code[g][r][k][n], kBits);
-  for (int g = 0; g < kGroups; ++g)
-    for (int k = 0; k < kPk; ++k) bits.put(word.offset[g][k]);
+  for (int g = 0; g < (kSparse ? kGroups : 1); ++g)
+    for (int k = 0; k < kPk; ++k) put(bits, word.offset[g][k]);
   for (int g = 0; g < kGroups; ++g)
     for (int r = 0; r < kRows; ++r) bits.put(word.row[g][r], kFilter);
   return bits;
