@@ -56,7 +56,7 @@ versions: ## the runtime on the oldest and newest Python and numpy
 	.ci/versions
 
 bench: $(VENV)/bench $(VENV)/dev ## emulation against other engines, interleaved; the driver's cost
-	$(BIN)/python benchmarks/emulation.py
+	$(BIN)/python benchmarks/emulation.py --csim
 	$(BIN)/python benchmarks/driver.py
 
 clean: ## remove the virtual environment and caches

@@ -42,6 +42,7 @@ BASE = "torch"
 LABELS = {
     "emulation": "pynq_kgrc emulation, int8, dense",
     "emulation_kgrc": "pynq_kgrc emulation, int8, KGRC recipe",
+    "csim_kgrc": "pynq_kgrc C-simulation, int8, KGRC recipe",
     "torch": "torch eager, fp32",
     "ort_fp32": "ONNX Runtime, fp32",
     "ort_int8": "ONNX Runtime, int8 (QDQ, static)",
@@ -115,13 +116,16 @@ Run = Callable[[], Result]
 
 
 def run_emulation(job: dict[str, Any]) -> Run:
-    """The emulation: frames in, labels out."""
+    """The emulation, or the C-simulation: frames in, labels out."""
+    from pynq_kgrc.backends.csim import CSimulation
     from pynq_kgrc.backends.emulate import Emulation
     from pynq_kgrc.program import load
     from pynq_kgrc.runtime import Session
 
     program = load(job["program"])
-    session = Session(program, Emulation(program.config, job["threads"]))
+    simulates = job["engine"].startswith("csim")
+    config, threads = program.config, job["threads"]
+    session = Session(program, CSimulation(config) if simulates else Emulation(config, threads))
     frames = noise(program.clip)
 
     def run() -> Result:
@@ -358,6 +362,7 @@ def noise(clip: Any, seed: int = 0) -> Any:
 ENGINES: dict[str, Callable[[dict[str, Any]], Run]] = {
     "emulation": run_emulation,
     "emulation_kgrc": run_emulation,
+    "csim_kgrc": run_emulation,
     "torch": run_torch,
     "ort_fp32": run_onnxruntime,
     "ort_int8": run_onnxruntime,
@@ -514,7 +519,7 @@ def interleave(outcome: Outcome, jobs: dict[str, dict[str, Any]], rounds: int) -
         outcome.engines = [measured for _, measured in live.values()]
 
 
-def compare_engines(network: str, rounds: int, threads: int) -> Outcome:
+def compare_engines(network: str, rounds: int, threads: int, simulate: bool) -> Outcome:
     """One network on all engines."""
     say(f"{network}: preparing (minutes on the first call)")
     folder = cache_folder()
@@ -536,6 +541,8 @@ def compare_engines(network: str, rounds: int, threads: int) -> Outcome:
         outcome.facts["programs"] = made["programs"]
         for engine in made["programs"]:
             jobs[engine] = {**common, "engine": engine, "program": files[engine]}
+        if simulate and "emulation_kgrc" in jobs:
+            jobs["csim_kgrc"] = {**jobs["emulation_kgrc"], "engine": "csim_kgrc"}
     except EngineError as error:
         outcome.leave_out("emulation", error)
     try:
@@ -767,7 +774,7 @@ def engine_table(rows: list[dict[str, Any]]) -> list[str]:
         spread = "-"
         if row["ratio_min"] is not None:
             spread = f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
-        pruned = row["engine"] == "emulation_kgrc"
+        pruned = row["engine"].endswith("_kgrc")
         lines.append(
             [
                 row["label"],
@@ -903,6 +910,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--tasks", action="store_true", help="also show the emulation's time task by task"
     )
     parser.add_argument(
+        "--csim", action="store_true", help="also time the C-simulation: some ten seconds a run"
+    )
+    parser.add_argument(
         "--scaling",
         action="store_true",
         help="time the emulation alone at several clip lengths: C3D's convolutions, or I3D",
@@ -940,7 +950,7 @@ def main(arguments: list[str]) -> int:
     outcomes = [
         scale_frames(network, sorted(set(options.frames)), options.rounds, options.threads)
         if options.scaling
-        else compare_engines(network, options.rounds, options.threads)
+        else compare_engines(network, options.rounds, options.threads, options.csim)
         for network in options.networks
     ]
     doc = document(options, outcomes)
