@@ -21,6 +21,8 @@ from pynq_kgrc.compress.admm import Admm, pruning_projections
 from pynq_kgrc.compress.augment import PLAIN, Augmentation, varied_batches, wide_spec
 from pynq_kgrc.compress.dataset import VideoSet, load_clips, read_index, utd_mhad
 from pynq_kgrc.compress.patterns import KernelGroups, Rates
+from pynq_kgrc.compress.pruning import Ground
+from pynq_kgrc.compress.quantizing import approach_codes
 from pynq_kgrc.compress.recipes import read_entries
 from pynq_kgrc.compress.reweighted import Reweighted
 from pynq_kgrc.compress.training import (
@@ -34,6 +36,7 @@ from pynq_kgrc.compress.training import (
 )
 from pynq_kgrc.errors import ConfigError, ModelError
 from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.models.checkpoint import load_state
 from pynq_kgrc.program import load
 
 CLIP = ClipSpec(frames=8, height=24, width=24, short_side=24)
@@ -340,6 +343,24 @@ def test_post_training_quantization_and_powers(movies, trained, capsys):
     assert document["emulated_top1"] > 0.4
     for task in load(movies / "powers" / "program.kgrc").tasks:
         assert set(np.unique(np.abs(task.weights.values))) <= {0, 1, 2, 4}
+
+
+def test_weights_are_drawn_to_codes(movies, trained, clips):
+    """ADMM, 16 then 8 then 4 bits: at most 15 values a filter, and the network still works."""
+    module = Small()
+    load_state(module, trained / "weights.safetensors")
+    with torch.no_grad():
+        module.conv2.weight[:, :, 1] = 0
+    config = msgspec.structs.replace(SHORT, epochs=9, lr=1e-3)
+    ground = Ground(*clips, CLIP)
+    before = measure_top1(module, clips[1], CLIP)
+    approach_codes(module, 4, config, ground, movies / "admm")
+    assert (movies / "admm" / "16-bit").is_dir() and (movies / "admm" / "4-bit").is_dir()
+    for name in ("conv1", "conv2", "conv3", "fc"):
+        for row in getattr(module, name).weight.detach().numpy():
+            assert len(np.unique(np.round(row / np.abs(row).max(), 5))) <= 15
+    assert (module.conv2.weight[:, :, 1] == 0).all()
+    assert measure_top1(module, clips[1], CLIP) >= before - 0.2
 
 
 def test_mistakes_are_one_line_and_leave_nothing(movies, trained, tmp_path, capsys):

@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pynq_kgrc.cli.arguments import Declare, progress
+from pynq_kgrc.cli.arguments import Declare, positive, progress
 from pynq_kgrc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ def declare(command: Declare) -> None:
     quantize.add_argument("--accelerator", default="8-sparse", help="design (default: 8-sparse)")
     quantize.add_argument("--method", default=None, help="ranges: minmax, percentile or mse")
     quantize.add_argument(
+        "--admm", type=positive, metavar="EPOCHS",
+        help="first draw the float weights towards codes by ADMM, width after width",
+    )  # fmt: skip
+    quantize.add_argument(
         "--powers", action="store_true",
         help="weights of 0 and powers of two, quantized in groups: 3 bits on a 4-bit design, "
         "4 bits on an 8-bit one",
@@ -120,6 +125,9 @@ def _learning(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("network", metavar="NETWORK", help="as for pynq-kgrc compile")
     command.add_argument("--data", type=Path, required=True, help="folder with index.csv")
     command.add_argument("-o", "--out", type=Path, required=True, help=out)
+    command.add_argument(
+        "--tensorboard", action="store_true", help="write its events too, where it is installed"
+    )
     command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     _cache(command)
 
@@ -191,23 +199,31 @@ def run_prune(options: argparse.Namespace) -> int:
 
 
 def run_quantize(options: argparse.Namespace) -> int:
+    import copy
+
+    import msgspec
+
     from pynq_kgrc.accelerator.config import preset
     from pynq_kgrc.accuracy import measure_accuracy
     from pynq_kgrc.compiler.lower import lower
     from pynq_kgrc.compress.quantize import DEFAULT_METHOD, choose_quant
-    from pynq_kgrc.compress.quantizing import QUANTIZE, train_quantized
+    from pynq_kgrc.compress.quantizing import QUANTIZE, approach_codes, train_quantized
     from pynq_kgrc.models.trace import trace
 
     accelerator = preset(options.accelerator)
     config = _changed(_settings(options, QUANTIZE), options)
     ground, videos = _ground(options)
     network, spec = _network(options, len(videos.classes))
+    teacher = copy.deepcopy(network)
+    if options.admm:
+        settings = msgspec.structs.replace(config, epochs=options.admm)
+        approach_codes(network, accelerator.bits, settings, ground, options.out / "admm", teacher)
     graph = trace(network.cpu(), spec, videos.classes, options.network)
     few = _calibration(ground.clips, spec)
     graph = choose_quant(graph, few, accelerator.bits, options.method or DEFAULT_METHOD)
     if options.epochs != 0:
         graph = train_quantized(
-            graph, config, ground, options.out, network, options.device, options.powers
+            graph, config, ground, options.out, teacher, options.device, options.powers
         )
     elif options.powers:
         raise ConfigError("--powers quantizes in training; --epochs has to be 1 or more")
@@ -283,7 +299,7 @@ def _ground(options: argparse.Namespace) -> tuple[Ground, VideoSet]:
     clips = load_clips(videos.only("train"), wide_spec(spec), cache, say=_say)
     test = load_clips(videos.only("test"), spec, cache, say=_say)
     quiet = options.json or share[0] != 0
-    watch = (lambda row: None) if quiet else _print_row
+    watch = _watch(options, quiet)
     return Ground(clips, test, spec, progress, watch, share), videos
 
 
@@ -402,6 +418,26 @@ def _default_cache() -> Path:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _watch(options: argparse.Namespace, quiet: bool) -> Callable[[Row], None]:
+    """What sees every row of a log: the terminal, and TensorBoard if asked for."""
+    events: Any = None
+    if options.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("--tensorboard needs it: pip install tensorboard") from error
+        events = SummaryWriter(options.out / "events")
+
+    def watch(row: Row) -> None:
+        if not quiet:
+            _print_row(row)
+        for name in row.__struct_fields__[1:] if events is not None else ():
+            if getattr(row, name) is not None:
+                events.add_scalar(name, getattr(row, name), row.epoch)
+
+    return watch
 
 
 def _print_row(row: Row) -> None:
