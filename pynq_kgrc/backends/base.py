@@ -107,6 +107,23 @@ def check_size(program: Program, slot: Slot, size: Size) -> None:
         raise ProgramError(f"buffer {slot.buffer} holds maps of {held}, not {size}")
 
 
+class Loaded:
+    """What every backend has: a program, or the refusal that there is none."""
+
+    _program: Program | None = None
+
+    @property
+    def program(self) -> Program:
+        """The loaded program.
+
+        Raises:
+            ProgramError: none is.
+        """
+        if self._program is None:
+            raise ProgramError("no program is loaded")
+        return self._program
+
+
 class Backend(Protocol):
     """Whatever can run a program. Maps are [channel, depth, height, width] codes.
 

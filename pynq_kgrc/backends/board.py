@@ -34,6 +34,7 @@ from pynq_kgrc.accelerator.header import (
 )
 from pynq_kgrc.backends.base import (
     Counters,
+    Loaded,
     check_codes,
     check_design,
     check_size,
@@ -191,7 +192,7 @@ class Held:
             self.lock.release()
 
 
-class Board:
+class Board(Loaded):
     """The accelerator `config` on a board with PYNQ; a context manager.
 
     One start runs all tasks that are asked for. A run that fails leaves the device programmed
@@ -228,7 +229,6 @@ class Board:
         if supply is not None and overlay is None:
             overlay = supply(config)
         self._found: FoundOverlay = find_overlay(config, overlay)
-        self._program: Program | None = None
         self._broken: str | None = None
         self._lost: str | None = None
         self._stale = False
@@ -356,17 +356,6 @@ class Board:
         self._counted = np.array([[getattr(c, n) for n in CHECKED] for c in costs], np.uint64)
         self._program = program
         self._fill(image.weights, image.tables)
-
-    @property
-    def program(self) -> Program:
-        """The loaded program.
-
-        Raises:
-            ProgramError: none is.
-        """
-        if self._program is None:
-            raise ProgramError("no program is loaded")
-        return self._program
 
     def _allocate(self, needs: dict[str, int]) -> None:
         """Buffers of at least those bytes; what is large enough stays."""

@@ -22,6 +22,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.header import ADDRESSES, MAP_PORTS, STATUS, TABLE_PORTS, config_header
 from pynq_kgrc.backends.base import (
     Counters,
+    Loaded,
     check_codes,
     check_design,
     check_size,
@@ -35,7 +36,7 @@ from pynq_kgrc.backends.image import (
     map_bytes,
     slot_beat,
 )
-from pynq_kgrc.errors import DeviceError, ProgramError
+from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.places import find_folder
 from pynq_kgrc.program import Program, Slot
@@ -109,14 +110,13 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-class CSimulation:
+class CSimulation(Loaded):
     """The accelerator `config` as its own C++ sources, compiled for this host."""
 
     def __init__(self, config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> None:
         self.config = config
         self._library = ctypes.CDLL(str(build_library(config, flags)))
         self._library.kgrc_run.restype = None
-        self._program: Program | None = None
 
     def load(self, program: Program) -> None:
         """Lay out the program's memory; a second call replaces the first.
@@ -129,17 +129,6 @@ class CSimulation:
         self._maps = np.zeros(-(-program.arena_bytes // 64) * 64 + 64, np.uint8)
         self._status = np.zeros((len(program.tasks), len(STATUS)), np.uint64)
         self._program = program
-
-    @property
-    def program(self) -> Program:
-        """The loaded program.
-
-        Raises:
-            ProgramError: none is.
-        """
-        if self._program is None:
-            raise ProgramError("no program is loaded")
-        return self._program
 
     def write(self, slot: Slot, codes: Array) -> None:
         """Codes [C, D, H, W] into a slot."""

@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.backends.base import (
     Counters,
+    Loaded,
     check_codes,
     check_design,
     check_size,
@@ -35,13 +36,13 @@ from pynq_kgrc.backends.exact import (
     scratch,
     split_evenly,
 )
-from pynq_kgrc.errors import DeviceError, ProgramError
+from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.graph import Size, WindowShape
 from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot, Task
 from pynq_kgrc.quant import Array, rshift
 
 
-class Emulation:
+class Emulation(Loaded):
     """The accelerator `config`, emulated bit for bit on this host.
 
     Args:
@@ -54,7 +55,6 @@ class Emulation:
         self.threads = threads or min(4, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self.threads, "emulate") if self.threads > 1 else None
         self._blas = ThreadpoolController()
-        self._program: Program | None = None
         self._steps: list[ConvStep | PoolStep] = []
         self._maps: list[Array] = []
 
@@ -85,17 +85,6 @@ class Emulation:
         with self._blas.limit(limits=1):
             made = map if self._pool is None else self._pool.map
             self._steps = list(made(ready, program.tasks))
-
-    @property
-    def program(self) -> Program:
-        """The loaded program.
-
-        Raises:
-            ProgramError: none is.
-        """
-        if self._program is None:
-            raise ProgramError("no program is loaded")
-        return self._program
 
     def write(self, slot: Slot, codes: Array) -> None:
         """Codes [C, D, H, W] into a slot.
