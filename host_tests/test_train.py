@@ -20,8 +20,8 @@ from pynq_kgrc.cli import main
 from pynq_kgrc.compress.admm import Admm, pruning_projections
 from pynq_kgrc.compress.augment import PLAIN, Augmentation, varied_batches, wide_spec
 from pynq_kgrc.compress.dataset import VideoSet, load_clips, read_index, utd_mhad
-from pynq_kgrc.compress.patterns import KernelGroups, Rates
-from pynq_kgrc.compress.pruning import Ground
+from pynq_kgrc.compress.patterns import KernelGroups, Rates, Weights, project_pattern
+from pynq_kgrc.compress.pruning import ALGORITHMS, Ground, PruneConfig, prune_network
 from pynq_kgrc.compress.quantizing import approach_codes
 from pynq_kgrc.compress.recipes import read_entries
 from pynq_kgrc.compress.reweighted import Reweighted
@@ -39,6 +39,7 @@ from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.models.checkpoint import load_state
 from pynq_kgrc.program import load
 
+HALF = Fraction(1, 2)
 CLIP = ClipSpec(frames=8, height=24, width=24, short_side=24)
 SHORT = TrainConfig(epochs=3, batch=8, augment=Augmentation(erase=0))
 
@@ -343,6 +344,32 @@ def test_post_training_quantization_and_powers(movies, trained, capsys):
     assert document["emulated_top1"] > 0.4
     for task in load(movies / "powers" / "program.kgrc").tasks:
         assert set(np.unique(np.abs(task.weights.values))) <= {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "incremental"])
+def test_each_algorithm_ends_on_the_pattern_and_still_works(trained, clips, tmp_path, algorithm):
+    module = Small()
+    load_state(module, trained / "weights.safetensors")
+    recipe = {"conv2": KernelGroups(Rates(Fraction(1, 2), Fraction(2, 3))), "fc": Weights(HALF)}
+    config = PruneConfig(
+        algorithm="one-shot" if algorithm == "incremental" else algorithm,
+        incremental=algorithm == "incremental",
+        factor=0.05,
+        rho=1.0,
+        prepare=msgspec.structs.replace(SHORT, epochs=4, lr=1e-3),
+        retrain=msgspec.structs.replace(SHORT, epochs=6, lr=1e-3),
+    )
+    prune_network(module, recipe, config, Ground(*clips, CLIP), tmp_path)
+    for name, pattern in recipe.items():
+        weight = getattr(module, name).weight.detach().numpy()
+        np.testing.assert_array_equal(project_pattern(weight, pattern), weight)
+        kept = np.count_nonzero(weight) / weight.size
+        assert kept == pytest.approx(1 / 6 if name == "conv2" else 1 / 2, abs=0.01)
+    assert measure_top1(module, clips[1], CLIP) > 0.5
+    folders = {path.name for path in tmp_path.iterdir()}
+    prepared = algorithm in ("lasso", "reweighted", "admm")
+    expected = {"retrain"} | ({"prepare"} if prepared else set())
+    assert folders == ({"00-conv2", "01-fc"} if algorithm == "incremental" else expected)
 
 
 def test_weights_are_drawn_to_codes(movies, trained, clips):
