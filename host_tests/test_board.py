@@ -207,11 +207,14 @@ def test_a_refused_program_leaves_the_loaded_one(board, program, clips):
     np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
 
 
-def test_inside_an_event_loop_it_polls(board, program, clips):
+def test_inside_an_event_loop_it_polls(device, program, clips):
     """As in a notebook, where a loop runs already."""
+    device.latency = 0.01
 
     async def cell():
-        return classify(board, program, clips[0][0])
+        with Board(program.config, device=device) as board:
+            board.load(program)
+            return classify(board, program, clips[0][0])
 
     np.testing.assert_array_equal(asyncio.run(cell()), clips[0][1])
 
@@ -505,6 +508,15 @@ def test_a_kernel_that_does_not_answer(device, program, monkeypatch):
     )
     with pytest.raises(DeviceError, match=r"does not answer within 0.03 s; registers CTRL=0x1"):
         Board(program.config, device=device, **QUICK)
+
+
+def test_the_simulated_board_needs_a_compiler(device, program, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        DeviceError, match=r"simulated board runs the C-simulation: no C\+\+ compiler"
+    ):
+        Board(program.config, device=device)
 
 
 @pytest.mark.parametrize(

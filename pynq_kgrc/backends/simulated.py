@@ -38,6 +38,7 @@ from pynq_kgrc.accelerator.header import ADDRESSES, FIELDS, KINDS, REGISTERS, ST
 from pynq_kgrc.backends.board import DONE, IDLE, START, VLNV
 from pynq_kgrc.backends.csim import build_library
 from pynq_kgrc.backends.manifest import BIT, HWH, MANIFEST, Manifest
+from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array
 
 MEMORY_BASE = 0x8_0000_0000
@@ -230,7 +231,11 @@ class Kernel(Registers):
         self.due, self._quiet = None, False
         self.config, self._control = config, IDLE if config else 0
         if config is not None:
-            self._library = ctypes.CDLL(str(build_library(config)))
+            try:
+                library = build_library(config)
+            except DeviceError as error:
+                raise DeviceError(f"the simulated board runs the C-simulation: {error}") from error
+            self._library = ctypes.CDLL(str(library))
             self._library.kgrc_run.restype = None
 
     def line(self) -> int:
