@@ -83,6 +83,7 @@ class Serving:
         timer.cancel()
         if not line:
             self.process.wait(30)
+            self.process.stdout.close()
             raise RuntimeError(self.log)
         self.started = json.loads(line)
         self.port = self.started["port"]
