@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ import pytest
 
 from pynq_kgrc.accelerator import header
 from pynq_kgrc.accelerator.boards import board
-from pynq_kgrc.accelerator.config import PRESETS, preset
+from pynq_kgrc.accelerator.config import PRESETS, preset, write_design
 from pynq_kgrc.accelerator.header import REGISTERS
 from pynq_kgrc.backends.csim import SOURCES
-from pynq_kgrc.backends.manifest import read_overlay
+from pynq_kgrc.backends.manifest import read_overlay, write_manifests
+from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.program import ConvTask
 
 HLS = Path(__file__).resolve().parents[1] / "hls_src"
@@ -57,10 +59,12 @@ def test_a_header_is_printed_or_written_if_it_says_something_new(tmp_path, capsy
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
     header.main(["--design", "8-dense", "-o", str(path)])
     assert path.read_text() == header.config_header(preset("8-dense"))
-    assert [p.name for p in tmp_path.iterdir()] == ["config.h"]
-    with pytest.raises(SystemExit):
+    assert [p.name for p in tmp_path.iterdir()] == ["config.h"], "nothing is left beside it"
+    with pytest.raises(ConfigError, match="no accelerator named '12-sparse'; there are 16-dense"):
         header.main(["--design", "12-sparse"])
-    assert "8-sparse" in capsys.readouterr().err
+    write_design(preset("16-sparse"), tmp_path / "mine.json")
+    header.main(["--design", str(tmp_path / "mine.json")])
+    assert capsys.readouterr().out == header.config_header(preset("16-sparse"))
 
 
 # ---- what is written twice agrees ------------------------------------------------------------
@@ -524,6 +528,8 @@ def road(tools, tmp_path):
 @needs_tclsh
 @needs_make
 def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
+    # there are manifests of designs that nobody has built, newer than all sources perhaps
+    write_manifests(tmp_path / "overlays")
     done = road("4-sparse")
     assert done.returncode == 0, done.stdout + done.stderr
     overlay = read_overlay(tmp_path / "overlays/4-sparse")
@@ -538,7 +544,8 @@ def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
     calls = calls_of(tools)
     assert with_name(calls, "set_part") == [[board("zcu102").part]]
     assert with_name(calls, "csynth_design") == [[]]
-    # again: nothing
+    # again: nothing; nor is a built one taken for one that is not
+    write_manifests(tmp_path / "overlays")
     assert road("4-sparse").returncode == 0
     assert calls_of(tools) == calls
     # another bitstream without another synthesis
@@ -550,6 +557,16 @@ def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
     assert road("clean").returncode == 0
     assert not (tmp_path / "build").exists()
     overlay.check_files()
+
+
+@needs_tclsh
+@needs_make
+def test_a_design_from_a_file_is_built(road, tools, tmp_path):
+    config = replace(preset("8-zcu102"), name="mine", pf=10)
+    write_design(config, tmp_path / "mine.json")
+    done = road("mine", "DESIGNS=mine", f"FILE={tmp_path / 'mine.json'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_overlay(tmp_path / "overlays/mine").manifest.config == config
 
 
 @needs_tclsh

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.accelerator.reports import (
     Loop,
     TimingSummary,
@@ -19,6 +20,7 @@ from pynq_kgrc.accelerator.reports import (
     read_timing,
     read_utilization,
 )
+from pynq_kgrc.accelerator.resources import estimate_resources
 from pynq_kgrc.errors import ConfigError
 
 CSYNTH = """<?xml version="1.0" encoding="UTF-8"?>
@@ -207,6 +209,10 @@ def test_the_command_prints_what_is_there(folder, capsys):
     assert "II = 2   multiply/flattened" in out
     assert "timing met: worst slack 0.412 ns (setup), 0.011 ns (hold)" in out
     assert "-0.4%" in out
+    main([str(folder), "--design", "8-sparse", "--estimate", "lut=1", "--json"])
+    rows = {row["resource"]: row for row in json.loads(capsys.readouterr().out)["resources"]}
+    assert rows["dsp"]["estimated"] == estimate_resources(preset("8-sparse")).dsp
+    assert rows["lut"]["estimated"] == 1
     (folder / "csynth.xml").unlink()
     (folder / "timing.rpt").write_text(TIMING.replace("0.412", "-1.25"))
     main([str(folder), "--json"])

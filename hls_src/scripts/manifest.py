@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from pynq_kgrc.accelerator.config import PRESETS, preset
+from pynq_kgrc.accelerator.config import read_design
 from pynq_kgrc.accelerator.header import REGISTERS
 from pynq_kgrc.accelerator.reports import SYNTHESIS, read_synthesis
 from pynq_kgrc.backends.manifest import BIT, HWH, MANIFEST, Manifest
@@ -54,13 +54,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--design", required=True, choices=PRESETS)
+    parser.add_argument("--design", required=True, help="a name, or the JSON file of a design")
     parser.add_argument("--board", default="zcu102")
     parser.add_argument("--clock", type=float, required=True, help="MHz that timing was met at")
     parser.add_argument("--build", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     chosen = parser.parse_args()
-    config = preset(chosen.design)
+    config = read_design(chosen.design)
     check_handoff(chosen.build / HWH)
     files = {name: (chosen.build / name).read_bytes() for name in (BIT, HWH)}
     synthesis = read_synthesis(chosen.build / "reports" / SYNTHESIS)
@@ -74,11 +74,11 @@ def main() -> None:
         board=chosen.board,
     )
     chosen.output.mkdir(parents=True, exist_ok=True)
+    encoded = msgspec.json.format(msgspec.json.encode(manifest))
+    files = {HWH: files[HWH], MANIFEST: encoded + b"\n", BIT: files[BIT]}
+    # the bitstream last: whatever comes between, its checksum refuses a mixture, and make goes on
     for name, content in files.items():
         write_file(chosen.output / name, content)
-    # last: until then a manifest of before refuses the new bitstream
-    encoded = msgspec.json.format(msgspec.json.encode(manifest))
-    write_file(chosen.output / MANIFEST, encoded + b"\n")
 
 
 if __name__ == "__main__":

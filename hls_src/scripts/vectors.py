@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
+from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.backends.emulate import Emulation
 from pynq_kgrc.backends.image import build_image, encode_map, slot_beat
@@ -130,11 +130,11 @@ def vectors(config: AcceleratorConfig, seed: int = 0) -> Array:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--design", default="8-sparse", choices=PRESETS)
+    parser.add_argument("--design", default="8-sparse", help="a name, or the JSON file of a design")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True)
     chosen = parser.parse_args()
-    words = vectors(preset(chosen.design), chosen.seed)
+    words = vectors(read_design(chosen.design), chosen.seed)
     beside = chosen.output.with_name(f".{chosen.output.name}.part")
     beside.write_bytes(words.astype("<u8").tobytes())
     beside.replace(chosen.output)

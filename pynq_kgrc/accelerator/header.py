@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
+from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
+from pynq_kgrc.errors import ConfigError
 
 FIELDS = (
     "kind",
@@ -137,14 +138,18 @@ def _camel(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print `config.h` of a published design, or write it; one that is the same is left alone."""
+    """Print `config.h` of a design, or write it; one that is the same is left alone.
+
+    Raises:
+        ConfigError: no design of that name, or no such file.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m pynq_kgrc.accelerator.header", description="Make config.h of a design."
     )
-    parser.add_argument("--design", default="8-sparse", choices=PRESETS)
+    parser.add_argument("--design", default="8-sparse", help="a name, or the JSON file of a design")
     parser.add_argument("-o", "--output", type=Path, help="file to write instead of printing")
     chosen = parser.parse_args(arguments)
-    text = config_header(preset(chosen.design))
+    text = config_header(read_design(chosen.design))
     path: Path | None = chosen.output
     if path is None:
         sys.stdout.write(text)
@@ -155,4 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(str(error))

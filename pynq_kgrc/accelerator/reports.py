@@ -1,6 +1,6 @@
 """What Vitis HLS and Vivado report of a design, laid beside what we estimate.
 
-``python -m pynq_kgrc.accelerator.reports hls_src/build/8-sparse/reports --estimate dsp=1642``
+``python -m pynq_kgrc.accelerator.reports hls_src/build/8-sparse/reports --design 8-sparse``
 
 The forms are those of csynth.xml (Vitis HLS 2020.2 and later) and of the texts of Vivado's
 report_utilization and report_timing_summary. No report of our own designs was ever read: neither
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pynq_kgrc.accelerator.config import read_design
+from pynq_kgrc.accelerator.resources import estimate_resources
 from pynq_kgrc.errors import ConfigError
 
 RESOURCES = ("dsp", "bram36", "uram", "lut", "ff")
@@ -313,12 +315,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help="such as hls_src/build/8-sparse/reports")
     parser.add_argument(
+        "--design", help="a name, or the JSON file of a design, to be estimated (resources.py)"
+    )
+    parser.add_argument(
         "--estimate",
         type=_parse_estimate,
         nargs="*",
         default=[],
         metavar="NAME=NUMBER",
-        help=f"of {', '.join(RESOURCES)}",
+        help=f"your own, of {', '.join(RESOURCES)}",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable")
     chosen = parser.parse_args(arguments)
@@ -329,9 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     synthesis = read_synthesis(paths[0]) if paths[0].is_file() else None
     placed = read_utilization(paths[1]) if paths[1].is_file() else None
     timing = read_timing(paths[2]) if paths[2].is_file() else None
-    rows = compare(
-        dict(chosen.estimate), None if synthesis is None else synthesis.resources, placed
-    )
+    estimate: dict[str, float] = {}
+    if chosen.design is not None:
+        estimate = asdict(estimate_resources(read_design(chosen.design)))
+    estimate |= dict(chosen.estimate)
+    rows = compare(estimate, None if synthesis is None else synthesis.resources, placed)
     if chosen.json:
         found = {
             "synthesis": synthesis and asdict(synthesis),
