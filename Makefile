@@ -7,7 +7,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 # beside the pynq of constraints.txt: what the images of boards carry
 OLDER_PYNQ := 3.0.1 3.1.2
 
-.PHONY: help demo test test-all matrix versions bench check clean
+.PHONY: help demo test test-all rtl-tools matrix versions bench check clean
 help: ## show this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -43,8 +43,17 @@ check: $(VENV)/dev ## format, lint and types
 test: check ## the tests, within minutes
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: check matrix versions ## every proof, the slow ones too
+test-all: check matrix versions rtl-tools ## every proof, the slow ones too
 	$(BIN)/python -m pytest
+
+# without them the tests of hls_src/rtl are skipped, and say so
+rtl-tools: ## Verilator and yosys, which simulate and synthesize hls_src/rtl
+	@if command -v verilator >/dev/null && command -v yosys >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -q && apt-get install -q -y --no-install-recommends verilator yosys make g++ \
+		|| echo 'rtl-tools: apt-get could not install verilator and yosys: RTL not tested'; \
+	else echo 'rtl-tools: RTL not tested; put verilator (5) and yosys (0.23) or later on PATH,' \
+		'on Debian with "sudo apt-get install verilator yosys"'; fi
 
 matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## the driver under older versions of pynq
 	for version in $(OLDER_PYNQ); do \
