@@ -244,7 +244,29 @@ def choose_rates(
         spent = fixed + sum(row[2] for row in chosen.values())
         low, high = (price, high) if spent * reduction > total else (low, price)
     chosen = {name: _cheapest(table, high) for name, table in tables.items()}
+    chosen = _relaxed(tables, chosen, total / reduction - fixed)
     return {name: entry for name, (entry, lost, _) in chosen.items() if lost > 0}
+
+
+def _relaxed(
+    tables: dict[str, list[Row]], chosen: dict[str, Row], allowed: float
+) -> dict[str, Row]:
+    """Spend what is left of the allowed cost where it saves most of the weights.
+
+    A price for all layers leaves gaps between what it can choose; single layers fill them.
+    """
+    while True:
+        left = allowed - sum(row[2] for row in chosen.values())
+        better = [
+            (chosen[name][1] - row[1], name, row)
+            for name, table in tables.items()
+            for row in table
+            if row[1] < chosen[name][1] and row[2] - chosen[name][2] <= left
+        ]
+        if not better:
+            return chosen
+        _, name, row = max(better, key=lambda found: found[0])
+        chosen = chosen | {name: row}
 
 
 Row = tuple[Entry, float, float]
