@@ -1,0 +1,261 @@
+"""The service under other people's clients: Triton's, schemathesis, and a browser."""
+
+import asyncio
+import gzip
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("av", reason="the service needs pynq_kgrc[serve]")
+pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
+
+from serving import LABELS, Serving, write_program, write_video
+
+from pynq_kgrc.program import load
+from pynq_kgrc.runtime import Session, softmax
+
+REASON = "Triton's client is not installed: pip install pynq_kgrc[clients]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("clients")
+
+
+@pytest.fixture(scope="module")
+def service(folder):
+    (folder / "repository").mkdir()
+    write_program(folder / "repository" / "other.kgrc", seed=1)
+    write_program(folder / "tiny.kgrc")
+    arguments = ["--repository", folder / "repository", "--max-bytes", "2000000"]
+    with Serving(*arguments, state=folder / "state", program=folder / "tiny.kgrc") as serving:
+        yield serving
+        assert serving.ready()
+    assert not [record for record in serving.records if record["level"] == "error"]
+
+
+@pytest.fixture(scope="module")
+def frames():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (2, 8, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def expected(folder, frames):
+    """Logits [2, classes] of the frames."""
+    with Session(load(folder / "tiny.kgrc")) as session:
+        rows = []
+        for clip in frames:
+            session.classify(clip)
+            rows.append(session.logits().astype("f4"))
+    return np.stack(rows)
+
+
+# ---- Triton's client ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def triton(service):
+    http = pytest.importorskip("tritonclient.http", reason=REASON)
+    client = http.InferenceServerClient(f"127.0.0.1:{service.port}")
+    yield http, client
+    client.close()
+
+
+def tensor(http, frames, binary=True):
+    made = http.InferInput("frames", list(frames.shape), "UINT8")
+    made.set_data_from_numpy(frames, binary_data=binary)
+    return [made]
+
+
+def test_triton_health_and_metadata(triton, service):
+    _, client = triton
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("tiny")
+    assert not client.is_model_ready("none")
+    assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
+    found = client.get_model_metadata("tiny")
+    assert found["inputs"] == [{"name": "frames", "datatype": "UINT8", "shape": [-1, 8, 32, 32, 3]}]
+    assert [output["name"] for output in found["outputs"]] == ["probabilities", "logits"]
+    (version,) = found["versions"]
+    assert client.get_model_metadata("tiny", version) == found
+    assert not client.is_model_ready("tiny", "7")
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False])
+@pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
+def test_triton_infers(triton, frames, expected, binary_in, binary_out, compression):
+    http, client = triton
+    outputs = [http.InferRequestedOutput(name, binary_data=binary_out)
+               for name in ("logits", "probabilities")]  # fmt: skip
+    result = client.infer(
+        "tiny",
+        tensor(http, frames, binary_in),
+        outputs=outputs,
+        request_id="7",
+        request_compression_algorithm=compression,
+        response_compression_algorithm=compression,
+    )
+    assert result.get_response()["id"] == "7"
+    np.testing.assert_array_equal(result.as_numpy("logits"), expected)
+    wanted = [softmax(row) for row in expected]
+    np.testing.assert_allclose(result.as_numpy("probabilities"), wanted, atol=1e-6)
+
+
+def test_triton_without_naming_outputs_and_without_a_batch(triton, frames, expected):
+    http, client = triton
+    result = client.infer("tiny", tensor(http, frames[0]))
+    np.testing.assert_array_equal(result.as_numpy("logits"), expected[:1])
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_classification(triton, frames, expected, binary):
+    http, client = triton
+    outputs = [http.InferRequestedOutput("logits", binary_data=binary, class_count=2)]
+    result = client.infer("tiny", tensor(http, frames), outputs=outputs)
+    found = result.as_numpy("logits")
+    assert found.shape == (2, 2)
+    for row, logits in zip(found, expected, strict=True):
+        for text, index in zip(row, np.argsort(-logits)[:2], strict=True):
+            score, at, label = (text.decode() if isinstance(text, bytes) else text).split(":")
+            assert (int(at), label) == (index, LABELS[index])
+            assert float(score) == pytest.approx(logits[index], abs=1e-5)
+
+
+def test_triton_asyncio(service, frames, expected):
+    aio = pytest.importorskip("tritonclient.http.aio", reason=REASON)
+    http = pytest.importorskip("tritonclient.http", reason=REASON)
+
+    async def run():
+        async with aio.InferenceServerClient(f"127.0.0.1:{service.port}") as client:
+            assert await client.is_server_ready()
+            calls = [client.infer("tiny", tensor(http, frames)) for _ in range(4)]
+            return [result.as_numpy("logits") for result in await asyncio.gather(*calls)]
+
+    for found in asyncio.run(run()):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_triton_errors_are_understood(triton, frames):
+    http, client = triton
+    from tritonclient.utils import InferenceServerException
+
+    wrong = {
+        "no program 'none'": ("none", frames),
+        r"shape \[2, 8, 32, 32\]": ("tiny", frames[..., 0]),
+        r"shape \[33, 8, 32, 32, 3\]": ("tiny", np.zeros((33, 8, 32, 32, 3), np.uint8)),
+    }
+    for text, (model, data) in wrong.items():
+        with pytest.raises(InferenceServerException, match=text):
+            client.infer(model, tensor(http, data))
+    with pytest.raises(InferenceServerException, match="no output 'nothing'"):
+        client.infer("tiny", tensor(http, frames), outputs=[http.InferRequestedOutput("nothing")])
+    made = http.InferInput("frames", [8, 32, 32, 3], "FP32")
+    made.set_data_from_numpy(np.zeros((8, 32, 32, 3), np.float32))
+    with pytest.raises(InferenceServerException, match="type FP32; accepted is UINT8"):
+        client.infer("tiny", [made])
+    with pytest.raises(InferenceServerException, match="not done within"):
+        client.infer("tiny", tensor(http, np.repeat(frames, 16, 0)), timeout=100)
+
+
+def test_triton_model_repository(triton, frames):
+    http, client = triton
+    states = lambda: {m["name"]: m["state"] for m in client.get_model_repository_index()}  # noqa: E731
+    assert states() == {"tiny": "READY", "other": "UNAVAILABLE"}
+    client.load_model("other")
+    assert states()["other"] == "READY"
+    assert client.infer("other", tensor(http, frames)).as_numpy("logits").shape == (2, 4)
+    client.unload_model("other")
+    assert states()["other"] == "UNAVAILABLE"
+
+
+def test_replacing_a_program_under_load_loses_no_request(service, folder, triton, frames):
+    http, client = triton
+    path = folder / "repository" / "other.kgrc"
+    client.load_model("other")
+    answers, stop = [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            answers.append(service.infer(frames, "other"))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    versions = set()
+    for seed in range(2, 7):
+        write_program(path, seed=seed)
+        client.load_model("other")
+        versions.update(client.get_model_metadata("other")["versions"])
+        time.sleep(0.1)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    client.unload_model("other")
+    assert len(versions) == 5
+    assert {answer.status for answer in answers} == {200}
+    seen = {answer.json["model_version"] for answer in answers}
+    assert len(seen) >= 3
+
+
+# ---- bodies that no client sends ------------------------------------------------------------
+
+
+def test_requests_that_are_wrong_are_refused_with_a_reason(service, frames):
+    place = "/v2/models/tiny/infer"
+    length = "Inference-Header-Content-Length"
+    good = {"name": "frames", "shape": [1, 8, 32, 32, 3], "datatype": "UINT8"}
+    size = 8 * 32 * 32 * 3
+
+    def wrapped(**changes):
+        return json.dumps({"inputs": [{**good, **changes}]}).encode()
+
+    cases = [
+        (b"", {}, 400, "not an inference request"),
+        (b"[]", {}, 400, "not an inference request"),
+        (b'{"inputs": []}', {}, 400, "inputs none"),
+        (wrapped(name="x"), {}, 400, "inputs x; tiny has one, frames"),
+        (wrapped(), {}, 400, "not 24576 whole numbers"),
+        (wrapped(data=[1, 2]), {}, 400, "data are 2 int64, not 24576"),
+        (wrapped(data=[[1], [2, 3]]), {}, 400, "data that cannot be read"),
+        (wrapped(data=[0.5] * size), {}, 400, "float64"),
+        (wrapped(data=[256] * size), {}, 400, "from 256 to 256, not uint8"),
+        (wrapped(data=[-1] * size), {}, 400, "from -1 to -1"),
+        (wrapped(shape=[-1, 8, 32, 32, 3]), {}, 400, "accepted are"),
+        (wrapped(shape=[]), {}, 400, "accepted are"),
+        (wrapped(parameters={"binary_data_size": 5}), {}, 400, "its shape takes 24576"),
+        (wrapped(), {length: "9999"}, 400, "9999 of a body"),
+        (wrapped(), {length: "-1"}, 400, "-1 of a body"),
+        (wrapped(), {"Content-Encoding": "br"}, 415, "accepted are gzip and deflate"),
+        (b"abc", {"Content-Encoding": "gzip"}, 400, "damaged"),
+        (gzip.compress(wrapped())[:-9], {"Content-Encoding": "gzip"}, 400, "cut off"),
+        (gzip.compress(bytes(100_000_000)), {"Content-Encoding": "gzip"}, 413, "inflates to more"),
+    ]
+    for body, headers, status, text in cases:
+        answer = service.ask("POST", place, body, headers)
+        assert answer.status == status, (text, answer)
+        assert text in answer.json["error"], answer.json
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_fault(service, tmp_path):
+    """Generated requests: every answer as the description says, none of status 500."""
+    pytest.importorskip("schemathesis", reason="pip install pynq_kgrc[clients]")
+    write_video(tmp_path / "a.mp4")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "schemathesis.cli", "run",
+            f"http://127.0.0.1:{service.port}/openapi.json",
+            "--max-examples", "40", "--seed", "1", "--exclude-path-regex", "events|unload",
+            "--phases", "examples,coverage,fuzzing", "--no-color",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
