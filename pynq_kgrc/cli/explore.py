@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,6 @@ from pynq_kgrc.cli.arguments import Declare, positive, progress
 if TYPE_CHECKING:
     from pynq_kgrc.accelerator.boards import Board
     from pynq_kgrc.accelerator.config import AcceleratorConfig
-    from pynq_kgrc.accelerator.cost import Work
     from pynq_kgrc.accelerator.explore import Candidate, Network
     from pynq_kgrc.program import Program
 
@@ -106,9 +104,8 @@ def _networks(programs: Sequence[Program], paths: Sequence[Path]) -> dict[str, N
     Raises:
         ConfigError: programs of other kernel groups or another width than the first.
     """
-    from pynq_kgrc.accelerator.explore import Network
     from pynq_kgrc.errors import ConfigError
-    from pynq_kgrc.program import ConvTask
+    from pynq_kgrc.timing import network_of
 
     first = programs[0].config
     networks = {}
@@ -120,25 +117,8 @@ def _networks(programs: Sequence[Program], paths: Sequence[Path]) -> dict[str, N
                 f"{path} is of {config.bits} bits and groups {config.group_size}, {paths[0]} of "
                 f"{first.bits} and {first.group_size}; explore programs of one kind together"
             )
-        kept = [
-            (task.shape, *task.weights.kept)
-            for task in program.tasks
-            if isinstance(task, ConvTask) and math.prod(task.shape.out_size) > 1
-        ]
-        if not kept:
-            raise ConfigError(f"{path} has no convolution to explore designs for")
-        networks[path.stem] = Network(kept, _work_on(program))
+        networks[path.stem] = network_of(program)
     return networks
-
-
-def _work_on(program: Program) -> Any:
-    import msgspec
-
-    def work(config: AcceleratorConfig) -> list[Work]:
-        moved = msgspec.structs.replace(program, config=config)
-        return [moved.work(task) for task in moved.tasks]
-
-    return work
 
 
 def _row(candidate: Candidate, board: Board, on_front: bool) -> dict[str, Any]:
@@ -203,32 +183,9 @@ def _plot(
     board: Board,
     options: argparse.Namespace,
 ) -> None:
-    """Latency against DSPs, the Pareto front, and the design that the programs have now."""
-    from matplotlib.figure import Figure
+    from pynq_kgrc.plots import plot_designs
 
-    from pynq_kgrc.accelerator.explore import pareto_front
-
-    front = pareto_front(c for c in candidates if c.resources.share(board) <= options.share)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.scatter(
-        [c.resources.dsp for c in candidates], [c.mean_ms for c in candidates], s=14, color="0.7"
-    )
-    axes.step(
-        [c.resources.dsp for c in front],
-        [c.mean_ms for c in front],
-        "o-",
-        where="post",
-        color="tab:blue",
-        label="Pareto front",
-    )
-    own = next(c for c in candidates if c.config == base)
-    axes.plot(own.resources.dsp, own.mean_ms, "s", color="tab:orange", label=base.name)
-    axes.axvline(options.share * board.dsp, color="tab:red", lw=1, ls="--")
-    axes.set_xlabel(f"DSP48E2 of {board.name} (dashed: {options.share:.0%} of {board.dsp})")
-    axes.set_ylabel(f"convolutions of a clip, ms at {options.clock:g} MHz")
-    axes.set_title("modelled; geometric mean of " + ", ".join(candidates[0].latency))
-    axes.legend()
+    figure = plot_designs(candidates, base, board, options.clock, options.share)
     beside = options.plot.with_name(f".{options.plot.name}")
     try:
         figure.savefig(beside, format=options.plot.suffix[1:], dpi=120)

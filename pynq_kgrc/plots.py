@@ -1,0 +1,208 @@
+"""Pictures for notebooks and commands, with matplotlib; every function returns a Figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pynq_kgrc.accelerator.boards import Board
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.explore import Candidate, macs_a_cycle, pareto_front
+from pynq_kgrc.backends.power import Recording
+from pynq_kgrc.fidelity import Fidelity
+from pynq_kgrc.groups import GroupSize, split
+from pynq_kgrc.quant import Array
+from pynq_kgrc.runtime import Prediction
+from pynq_kgrc.timing import LayerTime
+from pynq_kgrc.video import Clip
+
+PROCESSES = {
+    "array": "tab:blue",
+    "input": "tab:orange",
+    "weights": "tab:red",
+    "scale": "tab:green",
+    "store": "tab:purple",
+    "plan": "tab:gray",
+}
+"""The colour of each process that may be the slowest."""
+
+MOST_GROUPS = (4, 6)
+"""Kernel groups along filters and channels that a picture shows."""
+
+
+def plot_labels(prediction: Prediction) -> Figure:
+    """Bars of the best labels."""
+    names = [label.name for label in prediction.labels]
+    scores = [label.score for label in prediction.labels]
+    figure = Figure(figsize=(6, 0.4 * len(names) + 0.8), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(names, scores)
+    axes.bar_label(bars, [f"{score:.1%}" for score in scores], padding=3)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15)
+    axes.set_xlabel(f"probability ({prediction.backend})")
+    return figure
+
+
+def plot_timeline(found: Sequence[tuple[Clip, Prediction]], top: int = 4) -> Figure:
+    """Probabilities over a video: a step for each of its windows, a line for each of its labels.
+
+    Args:
+        found: windows in order with what was seen in them.
+        top: lines to draw, those that are likely the longest.
+    """
+    weight: dict[str, float] = {}
+    for _, prediction in found:
+        for label in prediction.labels:
+            weight[label.name] = weight.get(label.name, 0.0) + label.score
+    edges = [clip.start_ms / 1e3 for clip, _ in found] + [found[-1][0].end_ms / 1e3]
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for name in sorted(weight, key=lambda name: -weight[name])[:top]:
+        scores = [dict(prediction.labels).get(name, 0.0) for _, prediction in found]
+        axes.stairs(scores, edges, label=name, linewidth=2, baseline=None)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("seconds of the video")
+    axes.set_ylabel("probability")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_layers(layers: Sequence[LayerTime]) -> Figure:
+    """Modelled cycles of each task, coloured by what binds it, and what was counted."""
+    figure = Figure(figsize=(8, 0.3 * len(layers) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for process, color in PROCESSES.items():
+        bound = [(i, each) for i, each in enumerate(layers) if each.cost.bound == process]
+        if bound:
+            rows, those = zip(*bound, strict=True)
+            cycles = [each.cost.cycles / 1e3 for each in those]
+            axes.barh(rows, cycles, color=color, alpha=0.7, label=f"modelled, bound by {process}")
+    counted = [(i, each.counted) for i, each in enumerate(layers) if each.counted is not None]
+    if counted:
+        rows, trips = zip(*counted, strict=True)
+        axes.plot([t / 1e3 for t in trips], rows, "k|", ms=12, label="trips of the array, counted")
+    axes.set_yticks(range(len(layers)), [each.name for each in layers])
+    axes.invert_yaxis()
+    axes.set_xlabel("thousand cycles")
+    axes.legend()
+    return figure
+
+
+def plot_roofline(
+    layers: Sequence[LayerTime], config: AcceleratorConfig, board: Board, clock_mhz: float = 150.0
+) -> Figure:
+    """Modelled rates against traffic, under the array's peak and the memory's."""
+    peak = macs_a_cycle(config)
+    slope = board.ddr_bytes_per_second / (clock_mhz * 1e6)
+    reach = [each.intensity for each in layers] + [peak / slope]
+    x = np.geomspace(min(reach) / 2, max(reach) * 2, 100)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(x, np.minimum(peak, slope * x), color="0.4")
+    for each in layers:
+        if not each.cost.macs:
+            continue  # pools multiply nothing
+        color = PROCESSES[each.cost.bound]
+        axes.plot(each.intensity, each.rate, "o", color=color)
+        axes.annotate(each.name, (each.intensity, each.rate), (4, -9), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("multiply-accumulates for each byte of traffic")
+    axes.set_ylabel(f"multiply-accumulates a cycle (of {peak})")
+    axes.set_title(f"modelled: {config.name}, {board.name}'s memory at its peak, {clock_mhz:g} MHz")
+    return figure
+
+
+def plot_groups(weight: Array, size: GroupSize, title: str = "") -> Figure:
+    """Which rows and columns the first kernel groups of a weight [M, N, ...] keep.
+
+    Filters go down and taps to the right, for one channel tile after the other; white is pruned.
+    """
+    cut = split(weight.reshape(weight.shape[0], weight.shape[1], -1), size)
+    kept = np.any(cut != 0, axis=4)[: MOST_GROUPS[0], : MOST_GROUPS[1], 0]
+    p, q, gm, gk = kept.shape
+    figure = Figure(figsize=(1.2 * q + 1, 1.1 * p + 0.8), layout="constrained")
+    axes = figure.subplots()
+    picture = kept.transpose(0, 2, 1, 3).reshape(p * gm, q * gk)
+    axes.imshow(picture, cmap="Blues", vmin=0, vmax=1.4, aspect="auto", interpolation="nearest")
+    for row in range(1, p):
+        axes.axhline(row * gm - 0.5, color="k", lw=0.8)
+    for column in range(1, q):
+        axes.axvline(column * gk - 0.5, color="k", lw=0.8)
+    axes.set_xlabel(f"taps, {gk} to a group, of channels in tiles of {size.gn}")
+    axes.set_ylabel(f"filters, {gm} to a group")
+    axes.set_title(title)
+    return figure
+
+
+def plot_fidelity(found: Mapping[str, Fidelity]) -> Figure:
+    """Signal to noise of each task of some programs, in dB."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, report in found.items():
+        tasks = [task.task for task in report.tasks]
+        axes.plot(tasks, [task.snr_db for task in report.tasks], "o-", label=name)
+    axes.set_ylabel("signal to noise, dB")
+    axes.tick_params("x", rotation=45)
+    axes.legend()
+    return figure
+
+
+def plot_speedups(milliseconds: Mapping[str, float]) -> Figure:
+    """Modelled milliseconds of some programs, and how much faster than the first each is."""
+    first = next(iter(milliseconds.values()))
+    figure = Figure(figsize=(6, 0.45 * len(milliseconds) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(milliseconds), list(milliseconds.values()))
+    axes.bar_label(bars, [f"{first / ms:.2f}x" for ms in milliseconds.values()], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("modelled ms a clip")
+    return figure
+
+
+def plot_designs(
+    candidates: Sequence[Candidate],
+    own: AcceleratorConfig,
+    board: Board,
+    clock_mhz: float,
+    share: float,
+) -> Figure:
+    """Modelled latency against DSPs, the Pareto front, and the design that the programs have."""
+    front = pareto_front(c for c in candidates if c.resources.share(board) <= share)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    dsps, means = _places(candidates)
+    axes.scatter(dsps, means, s=14, color="0.7")
+    dsps, means = _places(front)
+    axes.step(dsps, means, "o-", where="post", color="tab:blue", label="Pareto front")
+    dsps, means = _places(c for c in candidates if c.config == own)
+    axes.plot(dsps, means, "s", color="tab:orange", label=own.name)
+    axes.axvline(share * board.dsp, color="tab:red", lw=1, ls="--")
+    axes.set_xlabel(f"DSP48E2 of {board.name} (dashed: {share:.0%} of {board.dsp})")
+    axes.set_ylabel(f"convolutions of a clip, ms at {clock_mhz:g} MHz")
+    axes.set_title("modelled; geometric mean of " + ", ".join(candidates[0].latency))
+    axes.legend()
+    return figure
+
+
+def _places(candidates: Iterable[Candidate]) -> tuple[list[int], list[float]]:
+    found = list(candidates)
+    return [c.resources.dsp for c in found], [c.mean_ms for c in found]
+
+
+def plot_power(recordings: Mapping[str, Recording]) -> Figure:
+    """Measured watts of every rail over time, one picture for each recording."""
+    figure = Figure(figsize=(8, 2.6 * len(recordings)), layout="constrained")
+    all_axes = figure.subplots(len(recordings), 1, squeeze=False)[:, 0]
+    for axes, (name, recording) in zip(all_axes, recordings.items(), strict=True):
+        for rail, watts in recording.watts.items():
+            axes.plot(recording.seconds, watts, label=rail)
+        axes.set_title(name)
+        axes.set_ylabel("W, measured")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    all_axes[-1].set_xlabel("seconds")
+    return figure

@@ -1,0 +1,122 @@
+"""Something to begin with: the clips that come with the project, and a program for them."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.quantize import choose_quant
+from pynq_kgrc.errors import VideoError
+from pynq_kgrc.graph import (
+    AVERAGE_POOL,
+    CONV,
+    INPUT,
+    MAX_POOL,
+    ClipSpec,
+    ConvShape,
+    Graph,
+    Layer,
+    Size,
+    WindowShape,
+)
+from pynq_kgrc.places import find_folder
+from pynq_kgrc.program import Program, load
+from pynq_kgrc.quant import Array
+from pynq_kgrc.video import load_clip
+
+PROGRAM = "PYNQ_KGRC_PROGRAM"
+"""Environment variable: a compiled .kgrc to use instead of the sample."""
+
+CLIP = ClipSpec(frames=16, height=64, width=64, short_side=64)
+
+CLASSES = 10
+
+VIDEOS = (".mp4", ".avi", ".gif")
+
+
+def sample_videos() -> list[Path]:
+    """The videos that come with the project.
+
+    Raises:
+        VideoError: they are not there.
+    """
+    folder = find_folder("clips")
+    found = sorted(path for path in folder.glob("*.*") if path.suffix in VIDEOS)
+    if not found:
+        raise VideoError(f"{folder}: no video there; they come with the project")
+    return found
+
+
+def sample_frames(spec: ClipSpec) -> list[Array]:
+    """A clip of each video to calibrate on, uint8 frames [D, H, W, 3]."""
+    videos = sorted((find_folder("clips") / "calibration").glob("*.avi"))
+    return [load_clip(path, spec).frames for path in videos]
+
+
+def cached_program(name: str) -> Path:
+    """Where a program of that name is kept between runs; it need not be there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pynq_kgrc"
+    return cache / "programs" / f"{name}.kgrc"
+
+
+def sample_program(config: AcceleratorConfig) -> Program:
+    """A program for that design: the one that PYNQ_KGRC_PROGRAM names, whatever design it is for;
+    else one that ships with the project; else an untrained network, which its labels say.
+
+    Raises:
+        ProgramError: the file that is named is no program.
+    """
+    if os.environ.get(PROGRAM):
+        return load(os.environ[PROGRAM])
+    for path in sorted((Path(__file__).parent / "programs").glob("*.kgrc")):
+        program = load(path)
+        if program.config.digest == config.digest:
+            return program
+    graph = sample_graph()
+    clips = (graph.clip.normalise(frames) for frames in sample_frames(graph.clip))
+    return lower(choose_quant(graph, clips, config.bits), config)
+
+
+def sample_graph(width: int = 16, seed: int = 0) -> Graph:
+    """A thin C3D with seeded random weights: made without torch, and good for no label.
+
+    Args:
+        width: filters of the first convolution.
+        seed: of the weights.
+    """
+    rng = np.random.default_rng(seed)
+    layers = [Layer("clip", INPUT, (), 3, (CLIP.frames, CLIP.height, CLIP.width))]
+
+    def conv(name: str, filters: int, kernel: Size, stride: Size, pad: Size, act: str) -> None:
+        last = layers[-1]
+        shape = ConvShape(last.channels, last.size, kernel, stride, pad, pad, filters=filters)
+        spread = math.sqrt(2 / (last.channels * shape.taps))
+        weight = rng.normal(0, spread, (filters, last.channels, *kernel)).astype(np.float32)
+        bias = np.zeros(filters)
+        where = (last.name,)
+        layers.append(Layer(name, CONV, where, filters, shape.out_size, shape, weight, bias, act))
+
+    def pool(name: str, op: str, kernel: Size) -> None:
+        last = layers[-1]
+        shape = WindowShape(last.channels, last.size, kernel, kernel)
+        layers.append(Layer(name, op, (last.name,), last.channels, shape.out_size, shape))
+
+    ones, threes = (1, 1, 1), (3, 3, 3)
+    conv("conv1", width, (3, 5, 5), (1, 2, 2), (1, 2, 2), "relu")
+    pool("pool1", MAX_POOL, (1, 2, 2))
+    conv("conv2", 2 * width, threes, ones, ones, "relu")
+    pool("pool2", MAX_POOL, (2, 2, 2))
+    conv("conv3a", 4 * width, threes, ones, ones, "relu")
+    conv("conv3b", 4 * width, threes, ones, ones, "relu")
+    pool("pool3", MAX_POOL, (2, 2, 2))
+    conv("conv4a", 8 * width, threes, ones, ones, "relu")
+    conv("conv4b", 8 * width, threes, ones, ones, "relu")
+    pool("pool4", AVERAGE_POOL, (1, *layers[-1].size[1:]))
+    conv("fc", CLASSES, layers[-1].size, ones, (0, 0, 0), "none")
+    labels = tuple(f"untrained class {i}" for i in range(CLASSES))
+    return Graph("untrained thin C3D", tuple(layers), "fc", CLIP, labels)

@@ -1,0 +1,76 @@
+"""Where the time of a program goes: what is modelled of each task, beside what a device counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.cost import Cost, Work, task_cost
+from pynq_kgrc.accelerator.explore import Network
+from pynq_kgrc.backends.base import Counters, count_task
+from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.program import ConvTask, Program
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """A task on its accelerator."""
+
+    name: str
+    cost: Cost
+    """Modelled: trips of each process, of which the longest counts."""
+    traffic: int
+    """Modelled bytes to and from memory."""
+    counted: int | None
+    """Trips of the array that a device or the C-simulation counted."""
+
+    @property
+    def intensity(self) -> float:
+        """Multiply-accumulates for each byte of traffic."""
+        return self.cost.macs / self.traffic
+
+    @property
+    def rate(self) -> float:
+        """Modelled multiply-accumulates for each cycle."""
+        return self.cost.macs / self.cost.cycles
+
+
+def time_layers(program: Program, counters: Sequence[Counters] = ()) -> list[LayerTime]:
+    """The tasks of a program, with the counters of a run of it where there are any."""
+    counted = {each.task: each.cycles for each in counters}
+    found = []
+    for task in program.tasks:
+        cost, bytes_ = task_cost(program.config, program.work(task)), count_task(program, task)
+        traffic = bytes_.bytes_in + bytes_.bytes_weight + bytes_.bytes_out
+        found.append(LayerTime(task.name, cost, traffic, counted.get(task.name)))
+    return found
+
+
+def modelled_ms(program: Program, clock_mhz: float = 150.0) -> float:
+    """Modelled milliseconds of one clip: the tasks one after the other."""
+    return sum(layer.cost.cycles for layer in time_layers(program)) / (clock_mhz * 1e3)
+
+
+def network_of(program: Program) -> Network:
+    """What the search for designs has to know of a program.
+
+    Raises:
+        ConfigError: it has no convolution with a map.
+    """
+    kept = [
+        (task.shape, *task.weights.kept)
+        for task in program.tasks
+        if isinstance(task, ConvTask) and math.prod(task.shape.out_size) > 1
+    ]
+    if not kept:
+        raise ConfigError(f"{program.name} has no convolution to explore designs for")
+
+    def work(config: AcceleratorConfig) -> list[Work]:
+        moved = msgspec.structs.replace(program, config=config)
+        return [moved.work(task) for task in moved.tasks]
+
+    return Network(kept, work)
