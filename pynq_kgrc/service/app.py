@@ -20,7 +20,9 @@ import msgspec
 from fastapi import FastAPI, Header, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from pynq_kgrc.errors import ConfigError, KgrcError
 from pynq_kgrc.service import protocol_v2
@@ -254,6 +256,15 @@ async def disconnected(request: Request) -> None:
             return
 
 
+def methods_of(app: FastAPI, path: str) -> set[str]:
+    """The methods that a path has."""
+    found: set[str] = set()
+    for route in app.routes:
+        if isinstance(route, Route | APIRoute) and route.path_regex.match(path):
+            found |= route.methods or set()
+    return found
+
+
 def wished_seconds(prefer: str | None, most: float) -> float:
     """How long the client wants to wait: ``respond-async`` or ``wait=SECONDS`` of RFC 7240."""
     for wish in (prefer or "").replace(";", ",").split(","):
@@ -291,6 +302,8 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
+        if error.status_code == 405:  # Starlette names the methods of one route, not of the path
+            headers["allow"] = ", ".join(sorted(methods_of(app, request.url.path)))
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=headers)
 
     @app.exception_handler(Exception)

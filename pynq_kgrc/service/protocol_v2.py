@@ -26,6 +26,7 @@ from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.settings import Settings
 
+OIP = "Open Inference Protocol"
 INPUT = "frames"
 OUTPUTS = ("probabilities", "logits")
 MAX_BATCH = 32
@@ -246,14 +247,12 @@ def make_router(
     router = APIRouter(prefix="/v2", responses=ERRORS)
     json_body = {"content": {"application/json": {"schema": {"type": "object"}}}}
 
-    @router.get("/health/live", tags=["Open Inference Protocol"])
+    @router.get("/health/live", tags=[OIP])
     async def live() -> dict[str, bool]:
         """Whether the service answers."""
         return {"live": True}
 
-    @router.get(
-        "/health/ready", tags=["Open Inference Protocol"], responses={503: {"model": ErrorDocument}}
-    )
+    @router.get("/health/ready", tags=[OIP], responses={503: {"model": ErrorDocument}})
     async def is_ready() -> Response:
         """Whether requests are served: a worker is there, with a program that it has run."""
         why = ready()
@@ -261,13 +260,13 @@ def make_router(
             return JSONResponse({"ready": False, "error": why}, 503, headers={"retry-after": "5"})
         return JSONResponse({"ready": True})
 
-    @router.get("", tags=["Open Inference Protocol"])
+    @router.get("", tags=[OIP])
     async def server() -> dict[str, Any]:
         """What this server is."""
         return {"name": "pynq_kgrc", "version": "2", "extensions": EXTENSIONS}
 
-    @router.get("/models/{name}/versions/{version}/ready", responses=GONE)
-    @router.get("/models/{name}/ready", tags=["Open Inference Protocol"], responses=GONE)
+    @router.get("/models/{name}/versions/{version}/ready", tags=[OIP], responses=GONE)
+    @router.get("/models/{name}/ready", tags=[OIP], responses=GONE)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model is served."""
         entry = catalogue.find(name, version)
@@ -275,18 +274,20 @@ def make_router(
             raise Refusal(503, ready(), 5)
         return {"name": entry.name, "ready": True}
 
-    @router.get("/models/{name}/versions/{version}", responses=GONE)
-    @router.get("/models/{name}", tags=["Open Inference Protocol"], responses=GONE)
+    @router.get("/models/{name}/versions/{version}", tags=[OIP], responses=GONE)
+    @router.get("/models/{name}", tags=[OIP], responses=GONE)
     async def model(name: str, version: str | None = None) -> dict[str, Any]:
         """A model's inputs and outputs."""
         return metadata(catalogue.find(name, version))
 
     @router.post(
-        "/models/{name}/versions/{version}/infer", openapi_extra={"requestBody": json_body}
+        "/models/{name}/versions/{version}/infer",
+        tags=[OIP],
+        openapi_extra={"requestBody": json_body},
     )
     @router.post(
         "/models/{name}/infer",
-        tags=["Open Inference Protocol"],
+        tags=[OIP],
         openapi_extra={"requestBody": json_body},
     )
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
