@@ -97,17 +97,16 @@ def plot_roofline(
     """Modelled rates against traffic, under the array's peak and the memory's."""
     peak = macs_a_cycle(config)
     slope = board.ddr_bytes_per_second / (clock_mhz * 1e6)
+    layers = [each for each in layers if each.cost.macs]  # pools multiply nothing
     reach = [each.intensity for each in layers] + [peak / slope]
     x = np.geomspace(min(reach) / 2, max(reach) * 2, 100)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(x, np.minimum(peak, slope * x), color="0.4")
-    for each in layers:
-        if not each.cost.macs:
-            continue  # pools multiply nothing
-        color = PROCESSES[each.cost.bound]
-        axes.plot(each.intensity, each.rate, "o", color=color)
-        axes.annotate(each.name, (each.intensity, each.rate), (4, -9), textcoords="offset points")
+    for i, each in enumerate(layers):
+        place, aside = (each.intensity, each.rate), (4, -12 if i % 2 else 5)
+        axes.plot(*place, "o", color=PROCESSES[each.cost.bound])
+        axes.annotate(each.name, place, aside, textcoords="offset points")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("multiply-accumulates for each byte of traffic")
@@ -147,7 +146,7 @@ def plot_fidelity(found: Mapping[str, Fidelity]) -> Figure:
         axes.plot(tasks, [task.snr_db for task in report.tasks], "o-", label=name)
     axes.set_ylabel("signal to noise, dB")
     axes.tick_params("x", rotation=45)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

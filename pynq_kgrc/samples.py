@@ -52,10 +52,14 @@ def sample_videos() -> list[Path]:
     return found
 
 
+def calibration_videos() -> list[Path]:
+    """Further videos, to calibrate on."""
+    return sorted((find_folder("clips") / "calibration").glob("*.avi"))
+
+
 def sample_frames(spec: ClipSpec) -> list[Array]:
     """A clip of each video to calibrate on, uint8 frames [D, H, W, 3]."""
-    videos = sorted((find_folder("clips") / "calibration").glob("*.avi"))
-    return [load_clip(path, spec).frames for path in videos]
+    return [load_clip(path, spec).frames for path in calibration_videos()]
 
 
 def cached_program(name: str) -> Path:
