@@ -51,8 +51,14 @@ lanes:
 void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
               Stream<RegionWord>& region, Stream<WeightWord>& words, Stream<SumWord>& sums,
               long& trips, long& macs) {
-#pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 0
-#pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 0
+  // the dimensions of the arrays, not the rows within a bank; a vector is one wide word of it
+#pragma HLS AGGREGATE variable = region_ram
+#pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 1
+#pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 2
+#pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 3
+#pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 1
+#pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 2
+#pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 3
   const bool convolves = is_convolution(task);
   const bool largest = task[kKind] == kMaxPool;
   const int taps = task[kKernelD] * task[kKernelH] * task[kKernelW];
@@ -67,6 +73,9 @@ void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
   bool have_next = false, active = false, block_done = false;
   int in_use = 1, sums_in_use = 0, words_left = 0, feature_row = 0, feature_rows = 0, word_number = 0;
   WeightWord word = WeightWord();
+#pragma HLS ARRAY_PARTITION variable = word.code complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = word.offset complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = word.row complete dim = 0
   int lane_at[kPf][3], lane_row[kPf];
   // load
   bool full[2] = {false, false};

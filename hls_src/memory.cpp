@@ -242,6 +242,10 @@ tiles:
     bool active = false;
     WeightWord out = WeightWord();
     Word chunk[kChunkWords];
+#pragma HLS ARRAY_PARTITION variable = out.code complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = out.offset complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = out.row complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = chunk complete dim = 0
     for (int i = 0; i < kChunkWords; ++i) chunk[i] = 0;
   chunks:
     while (items_left > 0 || active) {
@@ -355,7 +359,8 @@ wide:
 void store(const Task& task, Beat* maps, Stream<Tile>& tiles, Stream<CodeWord>& codes,
            long& trips, long& output_beats) {
   static Ram<Int<16>, kStoreRows> kept[kPortPositions][kTn];
-#pragma HLS ARRAY_PARTITION variable = kept complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = kept complete dim = 1
+#pragma HLS ARRAY_PARTITION variable = kept complete dim = 2
   const int pd = task[kPoolD], ph = task[kPoolH], pw = task[kPoolW];
   const int out_d = quotient(task[kOutD], pd), out_h = quotient(task[kOutH], ph);
   const int row_beats = beats_of_row(quotient(task[kOutW], pw));

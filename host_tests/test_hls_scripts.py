@@ -19,7 +19,7 @@ import pytest
 from pynq_kgrc.accelerator import header
 from pynq_kgrc.accelerator.boards import board
 from pynq_kgrc.accelerator.config import PRESETS, preset, write_design
-from pynq_kgrc.accelerator.header import REGISTERS
+from pynq_kgrc.accelerator.header import REGISTERS, VLNV
 from pynq_kgrc.backends.csim import SOURCES
 from pynq_kgrc.backends.manifest import read_overlay, write_manifests
 from pynq_kgrc.errors import ConfigError
@@ -28,7 +28,6 @@ from pynq_kgrc.program import ConvTask
 HLS = Path(__file__).resolve().parents[1] / "hls_src"
 TOP = (HLS / "top.cpp").read_text()
 BUNDLES = set(re.findall(r"m_axi .*bundle = (\w+)", TOP))
-VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
 
 needs_tclsh = pytest.mark.skipif(
     shutil.which("tclsh") is None, reason="no tclsh: the Tcl files are not run"
@@ -97,10 +96,18 @@ def test_the_bench_is_as_deep_as_the_ports():
     assert declared[1].split() == defined[1].split()
 
 
-def test_the_driver_looks_for_the_name_that_is_exported():
-    driver = (HLS.parent / "pynq_kgrc/backends/board.py").read_text()
-    assert f'VLNV = "{VLNV}"' in driver
-    assert f'VLNV = "{VLNV}"' in (HLS / "scripts/manifest.py").read_text()
+def test_the_scripts_export_what_the_driver_looks_for():
+    vendor, library, name, version = VLNV.split(":")
+    export = (HLS / "scripts/hls.tcl").read_text()
+    for option in (
+        f"-vendor {vendor}",
+        f"-library {library}",
+        f"-ipname {name} -version {version}",
+    ):
+        assert option in export
+    assert (
+        f"make_cell {name}_0 {vendor}:{library}:{name}" in (HLS / "scripts/overlay.tcl").read_text()
+    )
 
 
 # ---- the C test bench ------------------------------------------------------------------------

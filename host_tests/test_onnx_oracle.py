@@ -51,11 +51,11 @@ def with_shortcut(net):
 
 
 def with_concat(net):
-    """An Inception block: pools and convolutions into one buffer."""
+    """An Inception block: pools and convolutions into one buffer, where they begin at a vector."""
     a = net.conv("clip", 5)
     parts = [
-        net.conv(a, 3, 1, 1, 0),
-        net.conv(net.conv(a, 4, 1, 1, 0), 6),
+        net.conv(a, 4, 1, 1, 0),
+        net.conv(net.conv(a, 4, 1, 1, 0), 8),
         net.conv(net.pool(a, 3, 1, 1), 2, 1, 1, 0),
     ]
     return net.dense(net.pool(net.concat(*parts), 3, 3, 1), 5)

@@ -34,7 +34,7 @@ csim_design -O -argv "$build/vectors.bin"
 csynth_design
 # each port has a memory of its own there: tasks one by one, see bench.cpp
 cosim_design -rtl verilog -argv "$build/vectors.bin apart"
-# the name by which the driver finds it: pynq_kgrc/backends/board.py, VLNV
+# the name by which the driver finds it: VLNV in pynq_kgrc/accelerator/header.py
 export_design -rtl verilog -format ip_catalog -vendor pynq-kgrc -library hls \
   -ipname kgrc_run -version 1.0
 

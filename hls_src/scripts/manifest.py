@@ -15,13 +15,10 @@ from pathlib import Path
 import msgspec
 
 from pynq_kgrc.accelerator.config import read_design
-from pynq_kgrc.accelerator.header import REGISTERS
+from pynq_kgrc.accelerator.header import REGISTERS, VLNV
 from pynq_kgrc.accelerator.reports import SYNTHESIS, read_synthesis
 from pynq_kgrc.backends.manifest import BIT, HWH, MANIFEST, Manifest
 from pynq_kgrc.errors import DeviceError, KgrcError
-
-VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
-"""As the driver knows the kernel (backends/board.py, which needs pynq to be imported)."""
 
 
 def check_handoff(path: Path) -> None:

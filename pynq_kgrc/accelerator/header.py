@@ -53,6 +53,13 @@ ADDRESSES = (*MAP_PORTS, "weights", *TABLE_PORTS, "status")
 `task_count` follow them."""
 
 
+VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
+"""Vendor, library, name and version of the kernel, by which a driver finds it."""
+
+START, DONE, IDLE = 1, 2, 4
+"""Bits of CTRL; DONE clears when it is read."""
+
+
 def register_of(port: str) -> str:
     """The register of a port's address, less `_1` and `_2`: Verilog reserves some names."""
     return f"{port}_r" if port in ("input", "output") else port

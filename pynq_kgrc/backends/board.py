@@ -26,10 +26,14 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.accelerator.header import (
     ADDRESSES,
+    DONE,
+    IDLE,
     MAP_PORTS,
     REGISTERS,
+    START,
     STATUS,
     TABLE_PORTS,
+    VLNV,
     register_of,
 )
 from pynq_kgrc.backends.base import (
@@ -51,8 +55,6 @@ from pynq_kgrc.quant import Array
 SIMULATE = "PYNQ_KGRC_SIMULATE"
 """Environment variable: use a simulated board."""
 
-VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
-
 MARGIN = 20.0
 """How often a run may take what is modelled: the model knows no memory that stalls."""
 
@@ -60,9 +62,6 @@ FLOOR_SECONDS = 1.0
 """What a run may take beside that, for a host that is busy."""
 
 MIB = 1 << 20
-
-START, DONE, IDLE = 1, 2, 4
-"""Bits of CTRL; DONE clears when it is read."""
 
 CHECKED = ("macs", "input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words")
 """What the kernel counts and the cost model knows exactly."""

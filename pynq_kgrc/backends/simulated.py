@@ -34,8 +34,18 @@ from pynqmetadata.frontends import Metadata
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import beats_of_row
-from pynq_kgrc.accelerator.header import ADDRESSES, FIELDS, KINDS, REGISTERS, STATUS, register_of
-from pynq_kgrc.backends.board import DONE, IDLE, START, VLNV
+from pynq_kgrc.accelerator.header import (
+    ADDRESSES,
+    DONE,
+    FIELDS,
+    IDLE,
+    KINDS,
+    REGISTERS,
+    START,
+    STATUS,
+    VLNV,
+    register_of,
+)
 from pynq_kgrc.backends.csim import build_library
 from pynq_kgrc.backends.manifest import BIT, HWH, MANIFEST, Manifest
 from pynq_kgrc.errors import DeviceError
