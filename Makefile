@@ -7,7 +7,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.
 # beside the pynq of constraints.txt: what the images of boards carry
 OLDER_PYNQ := 3.0.1 3.1.2
 
-.PHONY: help demo test test-all rtl-tools matrix versions bench check clean
+.PHONY: help demo notebooks test test-all rtl-tools matrix versions bench check clean
 help: ## show this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -19,6 +19,10 @@ $(VENV)/base: setup.py constraints.txt
 $(VENV)/dev: $(VENV)/base
 	$(PIP) -e '.[train,dev,board,serve,clients]'
 	$(PIP) --no-deps hls4ml # only its ap_int headers, for the C-simulation's second set of types
+	@touch $@
+
+$(VENV)/jupyter: $(VENV)/base
+	$(PIP) -e '.[train,notebooks]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/base
@@ -34,6 +38,9 @@ $(VENV)/pynq-%/done: setup.py constraints.txt
 
 demo: $(VENV)/base ## recognize real clips with a real 3-D CNN at 8 bits, bit for bit as on the board
 	$(BIN)/python examples/demo.py
+
+notebooks: $(VENV)/jupyter ## open the notebooks in a browser
+	$(BIN)/jupyter notebook notebooks
 
 check: $(VENV)/dev ## format, lint and types
 	$(BIN)/ruff format --check .

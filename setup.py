@@ -23,7 +23,7 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*", "programs/*"],
-        "pynq_kgrc.hls_src": ["Makefile", "*.cpp", "*.h", "rtl/*.*", "scripts/*.*"],
+        "pynq_kgrc.hls_src": ["Makefile", "*.*", "rtl/*.*", "scripts/*.*"],
         # a bitstream and its .hwh too, where somebody has built them
         "pynq_kgrc.overlays": ["README.md", "*/manifest.json", "*/kgrc.bit", "*/kgrc.hwh"],
         "pynq_kgrc.notebooks": ["*.ipynb"],

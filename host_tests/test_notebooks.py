@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import time
+from types import SimpleNamespace as Made
 
 import nbformat
 import pytest
@@ -148,8 +150,6 @@ def test_in_full(tmp_path, monkeypatch, name):
 
 
 def test_power_is_recorded_while_something_runs():
-    import time
-
     readings = iter(range(1000))
     rails = {"VCCINT": lambda: float(next(readings)), "flat": lambda: 2.0}
     recording = power.record_power(rails, lambda: time.sleep(0.3), interval=0.01)
@@ -163,19 +163,21 @@ def test_power_is_recorded_while_something_runs():
 
 def test_power_that_cannot_be_read():
     def broken():
-        raise OSError("the chip is gone")
+        if next(readings):
+            raise OSError("the chip is gone")
+        return 1.0
 
+    readings = iter((0, 1))
     with pytest.raises(power.DeviceError, match="no sensors here"):
         power.record_power({}, lambda: None)
     with pytest.raises(power.DeviceError, match="a power sensor fails: the chip is gone"):
-        power.record_power({"VCCINT": broken}, lambda: None)
+        power.record_power({"VCCINT": broken}, lambda: time.sleep(0.2), interval=0.01)
     with pytest.raises(ZeroDivisionError):
         power.record_power({"flat": lambda: 2.0}, lambda: 1 / 0)
 
 
 def test_rails_of_every_kind(monkeypatch):
     """As pynq.pmbus gives them: with a sensor of power, or of voltage and current, or neither."""
-    from types import SimpleNamespace as Made
 
     def rail(**sensors):
         values = {kind: Made(value=value) for kind, value in sensors.items()}

@@ -1,0 +1,290 @@
+"""What is installed is whole: sources, overlays, notebooks and clips are in the wheel."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from importlib.util import find_spec
+
+import pytest
+from conftest import ROOT
+
+from pynq_kgrc import places
+from pynq_kgrc.accelerator.config import PRESETS, preset
+from pynq_kgrc.backends.manifest import (
+    BIT,
+    HWH,
+    MANIFEST,
+    describe_unbuilt,
+    find_overlay,
+    list_overlays,
+    read_overlay,
+    write_manifests,
+)
+from pynq_kgrc.errors import DeviceError
+
+LIMIT = 300
+
+PLACES_OF_PYNQ = {
+    "pynq.overlays": "overlays/__init__.py",
+    "pynq.notebooks": "notebooks/__init__.py",
+    "pynq.lib": "backends/board.py",
+}
+
+NEEDED = ("setup.py", "pyproject.toml", "README.md", "pynq_kgrc", *places.BESIDE.values())
+
+NOT_SHIPPED = shutil.ignore_patterns(
+    "__pycache__", ".*", "build", "*.orig", "*.rej", "*.so", "kgrc.bit", "kgrc.hwh"
+)
+
+
+def call(*command, **options):
+    """What a command prints; its end has to be a good one."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the checkout, so that building leaves nothing in it."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in NEEDED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=NOT_SHIPPED)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """The wheel, built by way of the source distribution, without a network."""
+    out = tmp_path_factory.mktemp("dist")
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
+    call("-c", code, cwd=source)
+    (archive,) = out.glob("*.tar.gz")
+    building = ("--no-index", "--no-deps", "--no-build-isolation", "-w", out)
+    call(*PIP, "wheel", *building, archive, cwd=out)
+    (built,) = out.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The folder that it is installed into."""
+    target = tmp_path_factory.mktemp("elsewhere") / "target"
+    call(*PIP, "install", "--no-index", "--no-deps", "--target", target, wheel)
+    return target
+
+
+def ask(installed, folder, code, **environment):
+    """What Python prints for `code` where the installed copy comes first; a JSON document."""
+    variables = {**os.environ, "PYTHONPATH": str(installed), **environment}
+    variables.pop("KGRC_HLS_SRC", None)
+    variables.pop("KGRC_OVERLAY", None)
+    return json.loads(call("-W", "ignore", "-c", code, cwd=folder, env=variables).splitlines()[-1])
+
+
+def test_nothing_is_left_behind(source, wheel):
+    """Every file of the package and of the four folders is in the wheel, and no other."""
+    wanted = set()
+    for name, place in {"": "pynq_kgrc", **places.BESIDE}.items():
+        for path in (source / place).rglob("*"):
+            if path.is_file():
+                inside = path.relative_to(source / place)
+                wanted.add(str("pynq_kgrc" / (name / inside if name else inside)))
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert found == wanted
+
+
+def test_setup_and_places_agree():
+    tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
+    (folders,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "FOLDERS"
+    )
+    assert folders == {f"pynq_kgrc.{name}": place for name, place in places.BESIDE.items()}
+
+
+def test_the_installed_copy_finds_its_folders(installed, tmp_path):
+    code = """
+import json, pynq_kgrc
+from pynq_kgrc import places, samples
+from pynq_kgrc.backends.csim import source_folder
+from pynq_kgrc.backends.manifest import list_overlays
+print(json.dumps({
+    "package": pynq_kgrc.__file__,
+    "folders": {name: str(places.find_folder(name)) for name in places.BESIDE},
+    "sources": str(source_folder()),
+    "overlays": [o.manifest.config.name for o in list_overlays(places.find_folder("overlays"))],
+    "videos": len(samples.sample_videos()) + len(samples.calibration_videos()),
+}))
+"""
+    found = ask(installed, tmp_path, code)
+    assert found["package"] == str(installed / "pynq_kgrc" / "__init__.py")
+    assert found["folders"] == {name: str(installed / "pynq_kgrc" / name) for name in places.BESIDE}
+    assert found["sources"] == str(installed / "pynq_kgrc" / "hls_src")
+    assert sorted(found["overlays"]) == sorted(PRESETS)
+    assert found["videos"] == 5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: installed sources are not built")
+def test_the_installed_sources_build(installed, tmp_path):
+    code = """
+import json
+from pynq_kgrc.accelerator.config import preset
+from pynq_kgrc.backends.csim import CSimulation
+simulation = CSimulation(preset("4-sparse"), ("-O0", "-DKGRC_PLAIN"))
+print(json.dumps(simulation._library._name))
+"""
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert ask(installed, tmp_path, code, **cache).startswith(str(tmp_path))
+
+
+def test_entry_points_lead_somewhere(installed, tmp_path):
+    pytest.importorskip("pynq", reason="no pynq: what it finds of an installed copy is not tested")
+    code = """
+import json
+from importlib import metadata
+(ours,) = [d for d in metadata.distributions(path=[INSTALLED]) if d.name == "pynq_kgrc"]
+points = {p.group: p for p in ours.entry_points if p.group.startswith("pynq.")}
+import pynq.overlay
+drivers = points["pynq.lib"].load()
+print(json.dumps({
+    **{group: list(points[group].load().__path__) for group in ("pynq.overlays", "pynq.notebooks")},
+    "driver": pynq.overlay._ip_drivers[drivers.VLNV].__module__,
+    "file": drivers.__file__,
+}))
+"""
+    found = ask(installed, tmp_path, code.replace("INSTALLED", repr(str(installed))))
+    package = installed / "pynq_kgrc"
+    assert found == {
+        "pynq.overlays": [str(package / "overlays")],
+        "pynq.notebooks": [str(package / "notebooks")],
+        "driver": "pynq_kgrc.backends.board",
+        "file": str(package / "backends" / "board.py"),
+    }
+
+
+def test_entry_points_of_this_very_installation():
+    """An editable one too: pynq imports them whenever it looks for an overlay."""
+    ours = [d for d in metadata.distributions() if d.metadata["Name"] == "pynq_kgrc"]
+    points = [point for point in ours[0].entry_points if point.group in PLACES_OF_PYNQ]
+    assert {point.group for point in points} == set(PLACES_OF_PYNQ)
+    for point in points:
+        assert find_spec(point.value).origin.endswith(PLACES_OF_PYNQ[point.group])
+
+
+def test_pynq_delivers_the_notebooks(installed, tmp_path):
+    pytest.importorskip("pynq", reason="no pynq: pynq get-notebooks is not run")
+    code = """
+import json, sys
+from pynq._cli.get_notebooks import main
+sys.argv = ["pynq get-notebooks", "pynq_kgrc", "--path", "here", "--ignore-overlays"]
+main()
+print(json.dumps(None))
+"""
+    ask(installed, tmp_path, code)
+    delivered = {path.name for path in (tmp_path / "here" / "pynq_kgrc").glob("*.ipynb")}
+    assert delivered == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+
+def test_pynq_finds_an_overlay_by_its_name(installed, tmp_path):
+    pytest.importorskip("pynq", reason="no pynq: its search for bitstreams is not run")
+    copy = tmp_path / "target"
+    shutil.copytree(installed, copy)
+    built = copy / "pynq_kgrc" / "overlays" / "8-sparse" / BIT
+    built.write_bytes(b"not really")
+    code = """
+import json
+from pynq.bitstream import Bitstream
+print(json.dumps(Bitstream("8-sparse/kgrc.bit", device=object()).bitfile_name))
+"""
+    assert ask(copy, tmp_path, code) == str(built)
+
+
+# ---- overlays -------------------------------------------------------------------------------
+
+
+def test_the_manifests_are_those_of_the_designs():
+    folder = ROOT / "overlays"
+    assert {path.parent.name for path in folder.glob(f"*/{MANIFEST}")} == set(PRESETS)
+    for config in PRESETS.values():
+        found = read_overlay(folder / config.name)
+        assert found.manifest.config == config
+        if not found.manifest.built:
+            text = (found.folder / MANIFEST).read_bytes()
+            assert text == describe_unbuilt(config), (
+                "stale: python -m pynq_kgrc.backends.manifest overlays"
+            )
+
+
+def test_an_overlay_that_is_not_built_is_none(tmp_path):
+    write_manifests(tmp_path)
+    assert len(list_overlays(tmp_path)) == len(PRESETS)
+    with pytest.raises(DeviceError, match=r"no overlay of 8-sparse .*there is none. Build one"):
+        find_overlay(preset("8-sparse"), tmp_path)
+
+
+def test_the_manifest_of_a_built_overlay_stays(tmp_path):
+    simulated = pytest.importorskip("pynq_kgrc.backends.simulated", reason="no pynq: not tested")
+    simulated.write_overlay(tmp_path / "8-sparse", preset("8-sparse"))
+    before = (tmp_path / "8-sparse" / MANIFEST).read_bytes()
+    write_manifests(tmp_path)
+    assert (tmp_path / "8-sparse" / MANIFEST).read_bytes() == before
+    assert find_overlay(preset("8-sparse"), tmp_path).folder == tmp_path / "8-sparse"
+    assert sorted(path.name for path in (tmp_path / "8-dense").iterdir()) == [MANIFEST]
+
+
+def test_git_has_no_bitstream():
+    done = subprocess.run(
+        ["git", "ls-files", "overlays"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    if done.returncode:
+        pytest.skip("no git checkout: what is in it is not looked at")
+    assert not [name for name in done.stdout.split() if name.endswith((BIT, HWH))]
+
+
+# ---- the board ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("python", ["3.10", "3.12"])
+def test_a_board_needs_no_compiler_and_no_torch(wheel, tmp_path, python):
+    """Of all that an aarch64 board with that Python would install there are wheels."""
+    resolve = [
+        *(sys.executable, *PIP, "install", "--dry-run", "--only-binary=:all:"),
+        *("--python-version", python, "--implementation", "cp", "--target", str(tmp_path / "none")),
+        *("--platform", "manylinux2014_aarch64", "--platform", "manylinux_2_28_aarch64"),
+        *("--constraint", str(ROOT / "constraints.txt"), "--report", str(tmp_path / "report")),
+    ]
+    probe = subprocess.run([*resolve, "tqdm"], capture_output=True, text=True, timeout=LIMIT)
+    if probe.returncode:
+        pytest.skip("no package index: the wheels for aarch64 are not resolved")
+    done = subprocess.run([*resolve, str(wheel)], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report").read_text())["install"]
+    files = {each["metadata"]["name"]: each["download_info"]["url"] for each in report}
+    assert {"pynq_kgrc", "numpy", "opencv-python-headless", "safetensors"} <= set(files)
+    assert all(url.endswith(".whl") for url in files.values())
+    native = [url for url in files.values() if not url.endswith("-any.whl")]
+    assert native and all("aarch64" in url for url in native)
+    assert not {"torch", "pynq", "fastapi"} & set(files)

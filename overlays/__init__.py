@@ -1,0 +1,1 @@
+"""A package, so that pynq finds overlays by its entry point `pynq.overlays`."""
