@@ -7,6 +7,7 @@ limits, decodes, and ends. It opens no file, so that a playlist dressed as a vid
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import signal
@@ -35,6 +36,9 @@ CODECS = (
     "h264,hevc,mpeg4,msmpeg4v1,msmpeg4v2,msmpeg4,h263,flv,vp8,vp9,libdav1d,av1,mpeg1video,"
     "mpeg2video,mjpeg,theora,gif,wmv1,wmv2,prores,dvvideo,rawvideo"
 )
+
+SMALLEST = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+"""A video of one frame of one pixel."""
 
 MAX_RATE = 240
 """Frames a second that a video may have."""
@@ -92,7 +96,10 @@ def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Ite
             last = following
             following += stride
     if not count:
-        raise VideoError("not one frame could be decoded; the video is cut off or damaged")
+        raise VideoError(
+            "not one frame could be decoded; the video is cut off or damaged, or decoding it takes "
+            "more memory than is accepted"
+        )
     if last != max(0, count - span):
         yield _window(kept, [i % len(kept) for i in offsets])
 
@@ -368,11 +375,19 @@ def run_child(source: int, target: int, job: Job) -> None:
         wire.send(out, Piece("error", status=413, text=text))
 
 
+def rehearse() -> None:
+    """Decode a picture, so that a child finds everything imported before its memory is limited."""
+    job = Job("clips", frames=1, height=1, width=1, short_side=1, step=1)
+    for _ in Video(io.BytesIO(SMALLEST), job).frames():
+        pass
+
+
 def main() -> None:
     """Fork a child for each message on the socket, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the children
     av.logging.set_level(None)
+    rehearse()
     orders = socket.socket(fileno=int(sys.argv[1]))
     while True:
         message, descriptors, _, _ = socket.recv_fds(orders, 1 << 16, 2)

@@ -40,8 +40,9 @@ OPEN_PATHS = re.compile(
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KEY_PROTOCOL = "kgrc.key."
 """A browser cannot set the head of a WebSocket; there the key comes as a subprotocol."""
-DRAINED_BYTES = 1 << 20
+DRAINED_BYTES = 10_000_000
 DRAIN_SECONDS = 2.0
+"""So much of a refused body is read, so that the client hears why: many send all, then listen."""
 SEND_SECONDS = 30.0
 """A client that reads nothing for so long is gone."""
 
@@ -99,8 +100,12 @@ class Guard:
         """Refuse what must not reach the application.
 
         Raises:
-            Refusal: 401, 403, 411, 413 or 421.
+            Refusal: 400, 401, 403, 413, 421 or 431.
         """
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size + len(scope.get("raw_path", b"")) > self.settings.max_header_bytes:
+            most = self.settings.max_header_bytes
+            raise Refusal(431, f"a head of more than the {most} bytes accepted", close=True)
         host = head.get("host", "")
         if self.local_only and not is_loopback(urlsplit(f"//{host}").hostname or ""):
             raise Refusal(421, "this service answers to localhost only", close=True)
@@ -189,8 +194,13 @@ class Exchange:
         """The next part of the answer, with the headers that all answers have."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if not self.body_done and "expect" not in self.head:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._drain(), DRAIN_SECONDS)
             headers = list(message.get("headers", []))
             headers += [(b"x-request-id", self.id.encode()), *SAFE_HEADERS]
+            if self.body_done:  # the connection is as good as new
+                headers = [pair for pair in headers if pair != (b"connection", b"close")]
             named = {name for name, _ in headers}
             if b"cache-control" not in named:
                 headers.append((b"cache-control", b"no-store"))
@@ -206,24 +216,21 @@ class Exchange:
         await asyncio.wait_for(self._send(message), SEND_SECONDS)
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Answer with a refusal; a small body is read first, so that the client hears of it."""
+        """Answer with a refusal."""
         if self.scope["type"] == "websocket":
             await self._receive()  # the connection's beginning
             self.status = refusal.status
             await self._send({"type": "websocket.close", "code": 1008, "reason": refusal.text})
             return
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._drain(), DRAIN_SECONDS)
         body = json.dumps({"error": refusal.text}).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body))}
-        if self.body_done:
-            refusal.headers.pop("connection", None)
         headers.update(refusal.headers)
         coded = [(k.encode(), v.encode()) for k, v in headers.items()]
         await self.send({"type": "http.response.start", "status": refusal.status, "headers": coded})
         await self.send({"type": "http.response.body", "body": body})
 
     async def _drain(self) -> None:
+        """Read and forget the rest of the body."""
         while not self.body_done and self.received < DRAINED_BYTES:
             message = await self._receive()
             self.received += len(message.get("body", b""))

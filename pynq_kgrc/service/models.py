@@ -132,6 +132,7 @@ ERRORS: Documented = {
         421: "Another host",
         422: "Not a video, or an option out of range",
         429: "Too many at a time; see Retry-After",
+        431: "The head is too large",
         500: "The service failed",
         503: "The device does not answer; see Retry-After",
         504: "Not done in the time asked for",

@@ -131,7 +131,7 @@ class Pool:
         self._revivals: set[asyncio.Task[None]] = set()
         self._loading = asyncio.Lock()
         self._closed = False
-        self._broken = False
+        self._broken = asyncio.Event()
         """Whether there is no worker, and the last attempt to start one failed."""
         self.mean_seconds = 0.0
         """Of a clip, the recent ones more."""
@@ -282,14 +282,27 @@ class Pool:
         """
         if self._closed:
             raise Refusal(503, "the service is stopping", 5)
-        if self._broken:
-            raise Refusal(503, self.trouble, 10)
         limit = self.clip_seconds + START_SECONDS
+        loop = asyncio.get_running_loop()
+        getting = loop.create_task(self._idle.get())
+        breaking = loop.create_task(self._broken.wait())
         try:
-            return await asyncio.wait_for(self._idle.get(), limit)
-        except asyncio.TimeoutError:
-            why = self.trouble or "all are busy"
-            raise Refusal(503, f"no worker within {limit:g} s: {why}", 30) from None
+            await asyncio.wait(
+                {getting, breaking}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+            )
+            if getting.done():
+                return getting.result()
+        except asyncio.CancelledError:
+            if getting.done():
+                self._return(getting.result())
+            raise
+        finally:
+            getting.cancel()
+            breaking.cancel()
+        if self._broken.is_set():
+            raise Refusal(503, self.trouble, 5)
+        why = self.trouble or "all are busy"
+        raise Refusal(503, f"no worker within {limit:g} s: {why}", 30)
 
     async def _started(self) -> Worker:
         worker = await Worker.start(self.backend)
@@ -305,7 +318,7 @@ class Pool:
     def _add(self, worker: Worker) -> None:
         self._workers.add(worker)
         self.trouble = ""
-        self._broken = False
+        self._broken.clear()
         self._idle.put_nowait(worker)
 
     def _return(self, worker: Worker) -> None:
@@ -333,11 +346,11 @@ class Pool:
                 return
             except KgrcError as error:
                 if not self._workers:
-                    self._broken = True
+                    self._broken.set()
                     self.trouble = f"the worker does not start: {error}"
                 log.error("worker does not start", extra={"reason": str(error)})
             await asyncio.sleep(pause)
-            pause = min(10.0, 2 * pause)
+            pause = min(2.0, 2 * pause)
 
 
 def _heard(task: asyncio.Task[tuple[Answer, bytes]]) -> None:
