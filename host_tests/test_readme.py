@@ -62,19 +62,18 @@ def test_functions_named_in_equations_exist():
     """Each `module.name` in the equations page is there."""
     import importlib
 
-    places = {
-        "QuantParams": "pynq_kgrc.quant",
-        "quant": "pynq_kgrc.quant",
-        "lower": "pynq_kgrc.compiler.lower",
-        "pack": "pynq_kgrc.compiler.pack",
-        "emulate": "pynq_kgrc.backends.emulate",
-        "program": "pynq_kgrc.program",
-        "patterns": "pynq_kgrc.compress.patterns",
-    }
+    package = ROOT / "pynq_kgrc"
+    places = {}
+    for path in package.rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        places[path.stem] = module
+        for kind in re.findall(r"^class (\w+)", path.read_text("utf-8"), re.MULTILINE):
+            places[kind] = module
     text = (ROOT / "docs" / "equations.md").read_text("utf-8")
     named = re.findall(r"`(\w+)\.(\w+)`", text)
     assert len(named) > 10
     for owner, name in named:
+        assert owner in places, f"{owner}.{name}: no module or class of that name"
         module = importlib.import_module(places[owner])
         holder = getattr(module, owner) if owner[0].isupper() else module
         assert hasattr(holder, name), f"{owner}.{name}"
