@@ -5,6 +5,7 @@ import shutil
 import time
 from types import SimpleNamespace as Made
 
+import msgspec
 import nbformat
 import pytest
 from conftest import ROOT
@@ -122,7 +123,8 @@ def test_power_without_sensors(tmp_path, monkeypatch):
 @pytest.mark.network
 def test_classify_with_i3d(tmp_path, monkeypatch, i3d):
     """The fixture has fetched the weights, or has skipped."""
-    i3d[1].save(tmp_path / "i3d.kgrc")
+    names = (ROOT / "pynq_kgrc/labels/kinetics400.txt").read_text("utf-8").splitlines()
+    msgspec.structs.replace(i3d[1], labels=tuple(names)).save(tmp_path / "i3d.kgrc")
     program = {"PYNQ_KGRC_PROGRAM": str(tmp_path / "i3d.kgrc")}
     text, pictures = run("01_classify", tmp_path, monkeypatch, seconds=900, **program)
     assert re.search(r"^arm wrestling, (9\d|100)\.\d%", text, re.MULTILINE)
