@@ -23,7 +23,7 @@ from pynq_kgrc.runtime import Session
 from pynq_kgrc.service.decode import Frame, cut_windows, frame_offsets
 from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
 from pynq_kgrc.service.videos import merge
-from pynq_kgrc.video import load_windows
+from pynq_kgrc.video import load_clip, load_windows
 
 KEY = "correct-horse-battery"
 
@@ -130,6 +130,23 @@ def test_window_and_stride(service, video):
         refused = service.classify(video, query)
         assert refused.status == 422, query
         assert query[1:].split("=")[0] in refused.json["error"]
+
+
+def test_uniform_sampling_is_that_of_the_video_module(service, folder, video):
+    clip = load(folder / "tiny.kgrc").clip
+    wanted = load_clip(folder / "video.mp4", clip, sampling="uniform")
+    document = service.classify(video, "?sampling=uniform").json
+    (window,) = document["windows"]
+    assert window["start_ms"] == pytest.approx(wanted.start_ms, abs=0.1) != 0
+    assert window["end_ms"] == pytest.approx(wanted.end_ms, abs=0.1)
+    with Session(load(folder / "tiny.kgrc")) as session:
+        label = session.classify(wanted.frames).labels[0]
+    assert window["labels"][0]["confidence"] == pytest.approx(label.score, abs=0.05)
+    assert service.classify(video, "?sampling=some").status == 422
+    short = write_video(folder / "short.mp4", frames=5)
+    document = service.classify(short, "?sampling=uniform").json
+    assert [len(document[key]) for key in ("windows", "segments")] == [1, 1]
+    assert "starts over" in document["video"]["notes"][0]
 
 
 def test_a_short_video_starts_over(service, tmp_path):
@@ -545,6 +562,7 @@ def test_every_answer_has_a_name_and_is_logged(service):
 def test_errors_have_one_form(service):
     for method, path, status in (
         ("GET", "/nowhere", 404),
+        ("PUT", "/v1/jobs/x", 405),
         ("PUT", "/v1/videos:classify", 405),
         ("GET", "/page/../secret", 404),
         ("GET", "/page/secret.js", 404),
@@ -554,6 +572,7 @@ def test_errors_have_one_form(service):
         answer = service.ask(method, path)
         assert answer.status == status, path
         assert isinstance(answer.json["error"], str)
+    assert service.ask("PUT", "/v1/jobs/x").headers["allow"] == "DELETE, GET"
 
 
 def test_metrics(service, video):

@@ -82,7 +82,7 @@ def together(*calls):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(580)
     return results
 
 
@@ -412,7 +412,7 @@ def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
                 {"Content-Type": "video/mp4"}, encode_chunked=True,
             )  # fmt: skip
             answer = connection.getresponse()
-            assert answer.status == 507
+            assert (answer.status, b"no room" in answer.read()) == (507, True)
             connection.close()
             (state / "ballast").unlink()
             assert os.statvfs(state).f_bfree >= before - 8
@@ -553,7 +553,7 @@ def send_random(service, videos, count, seed):
     return seen
 
 
-@pytest.mark.parametrize("count", [120, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(4000, marks=pytest.mark.slow)])
 def test_random_uploads_are_answered_with_a_reason(folder, tmp_path, count):
     """Always 200 (it still is a video) or 4xx, and memory stays where it was."""
     kinds = {"a.mp4": "mpeg4", "a.avi": "mjpeg", "a.mkv": "libx264", "a.webm": "libvpx"}

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import FastAPI, Header, Query, Request, WebSocket
@@ -326,6 +326,10 @@ def make_app(service: Service) -> FastAPI:
         stride: Annotated[
             int | None, Query(ge=1, le=1_000_000, description="frames between two clips")
         ] = None,
+        sampling: Annotated[
+            Literal["windows", "uniform"],
+            Query(description="clips one after the other, or one spread over the whole video"),
+        ] = "windows",
         program: Annotated[str | None, Query(max_length=200, description="a loaded one")] = None,
         prefer: Annotated[str | None, Header(description="respond-async, or wait=SECONDS")] = None,
     ) -> Response:
@@ -340,6 +344,7 @@ def make_app(service: Service) -> FastAPI:
                 "top_k": top_k,
                 "window": window,
                 "stride": stride,
+                "sampling": sampling,
                 "program": program,
             }
             chosen.update((k, v) for k, v in upload.fields.items() if k in chosen and v)
@@ -464,7 +469,13 @@ async def run_service(settings: Settings, announce: Any = print) -> None:
     service = Service(settings)
     began = time.perf_counter()
     await service.start()
-    guard = Guard(make_app(service), settings, service.metrics, lambda: service.draining)
+    guard = Guard(
+        make_app(service),
+        settings,
+        service.metrics,
+        lambda: service.draining,
+        service.queue,
+    )
     service.server = make_server(guard, settings)
     log.info("started", extra={"port": port, "seconds": round(time.perf_counter() - began, 2)})
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

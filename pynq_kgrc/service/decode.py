@@ -7,14 +7,16 @@ limits, decodes, and ends. It opens no file, so that a playlist dressed as a vid
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import resource
+import select
 import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import av
@@ -51,6 +53,10 @@ class Frame(NamedTuple):
     pixels: Array
 
 
+NOTHING: Array = np.empty(0, np.uint8)
+"""The pixels of a frame that nobody looks at."""
+
+
 class Window(NamedTuple):
     """Frames of one clip; `end_ms` is when its last frame begins to be shown."""
 
@@ -76,6 +82,17 @@ def frame_offsets(frames: int, step: int, window: int | None) -> list[int]:
     return [round(i * (window - 1) / (frames - 1)) for i in range(frames)]
 
 
+def spread_offsets(frames: int, count: int) -> list[int]:
+    """The middles of as many parts of the video as a clip has frames; none if it is shorter.
+
+    As `video.load_clip` with sampling="uniform".
+    """
+    if count < frames:
+        return []
+    edges = np.linspace(0, count, frames + 1)
+    return [int(i) for i in (edges[:-1] + edges[1:]) / 2]
+
+
 def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Iterator[Window]:
     """Windows that begin every `stride` frames; the last ends with the video.
 
@@ -92,7 +109,7 @@ def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Ite
         kept.append(frame)
         count += 1
         if count == following + span:
-            yield _window(kept, offsets)
+            yield _window([kept[i] for i in offsets])
             last = following
             following += stride
     if not count:
@@ -101,11 +118,10 @@ def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Ite
             "more memory than is accepted"
         )
     if last != max(0, count - span):
-        yield _window(kept, [i % len(kept) for i in offsets])
+        yield _window([kept[i % len(kept)] for i in offsets])
 
 
-def _window(kept: deque[Frame], offsets: list[int]) -> Window:
-    chosen = [kept[i] for i in offsets]
+def _window(chosen: list[Frame]) -> Window:
     times = [frame.ms for frame in chosen]
     return Window(min(times), max(times), [frame.pixels for frame in chosen])
 
@@ -122,6 +138,7 @@ class Video:
 
     def __init__(self, file: BinaryIO, job: Job) -> None:
         self.job, self.spec = job, clip_spec(job)
+        file.seek(0)
         options = {
             "protocol_whitelist": "none",
             "format_whitelist": FORMATS,
@@ -179,8 +196,12 @@ class Video:
                 f"{MAX_ELONGATION} to 1"
             )
 
-    def frames(self) -> Iterator[Frame]:
-        """Every frame, upright and as large as the network wants it."""
+    def frames(self, wanted: Container[int] | None = None) -> Iterator[Frame]:
+        """Every frame, upright and as large as the network wants it.
+
+        Args:
+            wanted: numbers of the frames whose pixels matter; all if none. Others are empty.
+        """
         first: float | None = None
         ms = -self.frame_ms
         limit = self.job.max_seconds
@@ -197,7 +218,8 @@ class Video:
                     raise TooLong(f"a video longer than the {limit:g} s accepted")
                 self.count += 1
                 self.end_ms = ms + self.frame_ms
-                yield Frame(ms, fit(upright(frame), self.spec))
+                looked_at = wanted is None or self.count - 1 in wanted
+                yield Frame(ms, fit(upright(frame), self.spec) if looked_at else NOTHING)
         except (av.error.FFmpegError, ValueError) as error:
             if not self.count and not all(self.size):  # FFmpeg hides a size beyond max_pixels
                 raise TooLarge(
@@ -241,8 +263,18 @@ def send_clips(file: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
     """Decode an upload; a message for each clip, and one at the end."""
     video = Video(file, job)
     offsets = frame_offsets(job.frames, job.step, job.window)
-    stride = job.stride or offsets[-1] + 1
-    for number, window in enumerate(cut_windows(video.frames(), offsets, stride)):
+    windows = cut_windows(while_wanted(video.frames(), out), offsets, job.stride or offsets[-1] + 1)
+    if job.uniform:
+        for _ in while_wanted(video.frames(wanted=()), out):
+            pass  # frames are counted, the container is not believed
+        spread = spread_offsets(job.frames, video.count)
+        video = Video(file, job)
+        if spread:
+            frames = while_wanted(video.frames(wanted=set(spread)), out)
+            windows = iter([_window([frame for frame in frames if frame.pixels.size])])
+        else:  # too short to spread
+            windows = cut_windows(while_wanted(video.frames(), out), offsets, 1)
+    for number, window in enumerate(windows):
         head = Piece(
             "clip",
             number=number,
@@ -253,7 +285,7 @@ def send_clips(file: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
         )
         with timer.paused():  # whoever waits for the device must not run out of time
             wire.send(out, head, np.stack(window.pixels).tobytes())
-    if video.count < offsets[-1] + 1:
+    if video.count < (job.frames if job.uniform else offsets[-1] + 1):
         video.notes.append(
             f"the video has {video.count} frames, the network looks at {offsets[-1] + 1}: "
             f"it starts over to fill the clip"
@@ -270,6 +302,20 @@ def send_clips(file: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
         notes=video.notes,
     )
     wire.send(out, end)
+
+
+def while_wanted(frames: Iterator[Frame], out: BinaryIO) -> Iterator[Frame]:
+    """The frames, for as long as somebody is there to read what comes of them.
+
+    Raises:
+        BrokenPipeError: nobody is.
+    """
+    reader = select.poll()
+    reader.register(out, 0)  # that the other end is closed is told unasked
+    for frame in frames:
+        if reader.poll(0):
+            raise BrokenPipeError
+        yield frame
 
 
 def send_frames(images: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
@@ -388,6 +434,7 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the children
     av.logging.set_level(None)
     rehearse()
+    gc.freeze()  # a child that collects garbage would copy every page
     orders = socket.socket(fileno=int(sys.argv[1]))
     while True:
         message, descriptors, _, _ = socket.recv_fds(orders, 1 << 16, 2)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import contextlib
 import hashlib
 import hmac
 import json
@@ -21,6 +20,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from pynq_kgrc.service.jobs import Admission
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.settings import Settings, is_loopback
@@ -37,12 +37,11 @@ OPEN_PATHS = re.compile(
     r"/(|docs|openapi\.json|page/[a-z.]+|v2/health/(live|ready)|v2/models/[^/]+/ready)"
 )
 """These ask for no key: they tell nothing but whether the service is there."""
+WORK_PATHS = re.compile(r"/v1/videos:classify|/v2/models/.+/infer")
+"""These need a place in the queue."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KEY_PROTOCOL = "kgrc.key."
 """A browser cannot set the head of a WebSocket; there the key comes as a subprotocol."""
-DRAINED_BYTES = 10_000_000
-DRAIN_SECONDS = 2.0
-"""So much of a refused body is read, so that the client hears why: many send all, then listen."""
 SEND_SECONDS = 30.0
 """A client that reads nothing for so long is gone."""
 
@@ -67,13 +66,19 @@ class Guard:
         settings: keys and limits.
         metrics: counts requests.
         draining: whether the service is about to stop; then connections are closed politely.
+        queue: if it is full, who wants to come in is refused here, which costs least.
     """
 
     def __init__(
-        self, app: App, settings: Settings, metrics: Metrics, draining: Callable[[], bool]
+        self,
+        app: App,
+        settings: Settings,
+        metrics: Metrics,
+        draining: Callable[[], bool],
+        queue: Admission,
     ) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self.draining = draining
+        self.draining, self.queue = draining, queue
         # a page elsewhere may give its name our address; without a key the name must be ours
         self.local_only = is_loopback(settings.host) and not settings.keys
 
@@ -100,7 +105,7 @@ class Guard:
         """Refuse what must not reach the application.
 
         Raises:
-            Refusal: 400, 401, 403, 413, 421 or 431.
+            Refusal: 400, 401, 403, 413, 421, 429 or 431.
         """
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size + len(scope.get("raw_path", b"")) > self.settings.max_header_bytes:
@@ -125,6 +130,8 @@ class Guard:
                 f"a body of {length[:30]} bytes; accepted are {self.settings.max_bytes}",
                 close=True,
             )
+        if WORK_PATHS.fullmatch(path) and unsafe:
+            self.queue.check()
 
     def knows(self, head: dict[str, str]) -> bool:
         """Whether a request brings one of the keys; takes as long for each wrong one."""
@@ -194,9 +201,6 @@ class Exchange:
         """The next part of the answer, with the headers that all answers have."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if not self.body_done and "expect" not in self.head:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._drain(), DRAIN_SECONDS)
             headers = list(message.get("headers", []))
             headers += [(b"x-request-id", self.id.encode()), *SAFE_HEADERS]
             if self.body_done:  # the connection is as good as new
@@ -228,14 +232,6 @@ class Exchange:
         coded = [(k.encode(), v.encode()) for k, v in headers.items()]
         await self.send({"type": "http.response.start", "status": refusal.status, "headers": coded})
         await self.send({"type": "http.response.body", "body": body})
-
-    async def _drain(self) -> None:
-        """Read and forget the rest of the body."""
-        while not self.body_done and self.received < DRAINED_BYTES:
-            message = await self._receive()
-            self.received += len(message.get("body", b""))
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                self.body_done = True
 
     def close(self) -> None:
         """Count and log it."""

@@ -70,6 +70,8 @@ class Worker:
             start_new_session=True,
             limit=1 << 20,
         )
+        if process.stdin is not None:
+            wire.widen(process.stdin.get_extra_info("pipe").fileno())
         return cls(process)
 
     async def call(self, order: Order, payload: bytes, seconds: float) -> tuple[Answer, bytes]:

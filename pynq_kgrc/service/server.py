@@ -13,9 +13,9 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -32,8 +32,49 @@ TOO_SLOW = (
     b'connection: close\r\n\r\n{"error": "the head of the request did not arrive in time"}'
 )
 BACKLOG = 4096
+LINGER_SECONDS = 5.0
+LINGER_BYTES = 10_000_000
+"""So much of a refused body is taken."""
 MAX_SOCKET = 4_000_000
 """Of a message on a WebSocket: a JPEG image."""
+
+
+class LingeringTransport:
+    """A transport that, told to close, first takes what the client is still sending.
+
+    A client that sends its whole body before it listens would otherwise hear of a reset instead of
+    the answer. What arrives is thrown away before anything looks at it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, body_arrived: Callable[[], bool]) -> None:
+        self._transport, self._body_arrived = transport, body_arrived
+        self.discarded: int | None = None
+        """Bytes since the answer; none before it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing more can be said."""
+        return self.discarded is not None or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close; if the client is still sending, say so and wait until it is done."""
+        if self.is_closing():
+            return
+        if self._body_arrived():
+            self._transport.close()
+            return
+        self.discarded = 0
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.close)
+
+    def discard(self, data: bytes) -> None:
+        """Count what nobody wants."""
+        self.discarded = (self.discarded or 0) + len(data)
+        if self.discarded > LINGER_BYTES:
+            self._transport.abort()
 
 
 class TimedProtocol(H11Protocol):
@@ -41,14 +82,22 @@ class TimedProtocol(H11Protocol):
 
     header_seconds = 10.0
     _head_timer: asyncio.TimerHandle | None = None
+    _lingering: LingeringTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the time for the first head."""
-        super().connection_made(transport)  # type: ignore[arg-type]
+        self._lingering = LingeringTransport(cast(asyncio.Transport, transport), self._has_body)
+        super().connection_made(cast(asyncio.Transport, self._lingering))
         self._start_timer()
+
+    def _has_body(self) -> bool:
+        return self.conn.their_state is not h11.SEND_BODY
 
     def data_received(self, data: bytes) -> None:
         """Stop the time if the head is whole, start it if another one begins."""
+        if self._lingering.discarded is not None:
+            self._lingering.discard(data)
+            return
         super().data_received(data)
         waiting = self.cycle is None or self.cycle.response_complete
         if not waiting:

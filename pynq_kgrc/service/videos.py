@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -91,6 +91,7 @@ class Decoder:
         """
         source = upload.open()
         ours, theirs = os.pipe2(os.O_CLOEXEC)
+        wire.widen(ours)
         try:
             self.fork(job, source, theirs)
         except BaseException:
@@ -146,6 +147,7 @@ class Options(msgspec.Struct, frozen=True):
     window: int | None = None
     stride: int | None = None
     program: str | None = None
+    sampling: Literal["windows", "uniform"] = "windows"
 
 
 def decode_job(entry: Entry, settings: Settings, options: Options, verb: str = "clips") -> Job:
@@ -160,6 +162,7 @@ def decode_job(entry: Entry, settings: Settings, options: Options, verb: str = "
         step=clip["step"],
         window=options.window,
         stride=options.stride,
+        uniform=options.sampling == "uniform",
         max_pixels=settings.max_pixels,
         max_seconds=settings.max_seconds,
         decode_seconds=settings.decode_seconds,

@@ -198,7 +198,7 @@ async function look(file) {
   $("another").hidden = true;
   const stop = new AbortController();
   running = { stop, place: null };
-  const query = new URLSearchParams({ top_k: "5" });
+  const query = new URLSearchParams({ top_k: "5", sampling: $("sampling").value });
   if ($("program").value) query.set("program", $("program").value);
   if ($("stride").value) query.set("stride", $("stride").value);
   try {

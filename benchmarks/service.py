@@ -1,0 +1,224 @@
+"""How the service behaves under load, on this computer, over loopback.
+
+Starts `pynq-kgrc serve` with a program and asks four questions, each bounded in time:
+
+1. overhead: how much longer does a clip take through HTTP than in a bare Session?
+2. crowd: 1,000 clients at once; is everybody answered 200, 429 or 503, and how fast is health?
+3. overload: how many clips a second at the peak, and at ten times as many clients?
+4. memory: how much does the process take that answers clients?
+
+The clients run on the same cores as the service, so that speeds are lower than they could be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pynq_kgrc.program import load
+from pynq_kgrc.runtime import Session
+
+LIMIT_SECONDS = 60.0
+"""A client that waits longer counts as timed out."""
+
+
+@dataclass
+class Tally:
+    """What clients saw."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    without_retry_after: int = 0
+
+    def count(self, status: str, seconds: float, head: bytes = b"") -> None:
+        self.statuses[status] += 1
+        if status == "200":
+            self.seconds.append(seconds)
+        elif status in ("429", "503") and b"retry-after:" not in head.lower():
+            self.without_retry_after += 1
+
+
+async def ask(port: int, request: bytes, tally: Tally) -> str:
+    """One request on a connection of its own; its status, or what went wrong."""
+    began = time.perf_counter()
+    head, status = b"", "timeout"
+    try:
+        async with asyncio.timeout(LIMIT_SECONDS):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(request)
+                await writer.drain()
+                head = await reader.readuntil(b"\r\n\r\n")
+                status = head.split(b" ", 2)[1].decode()
+                await reader.read(-1)
+            finally:
+                writer.close()
+    except TimeoutError:
+        pass
+    except (OSError, asyncio.IncompleteReadError) as error:
+        status = type(error).__name__
+    tally.count(status, time.perf_counter() - began, head)
+    return status
+
+
+def infer_request(name: str, frames: Any) -> bytes:
+    """A clip by the Open Inference Protocol, as bytes on the wire."""
+    tensor = {
+        "name": "frames",
+        "shape": list(frames.shape),
+        "datatype": "UINT8",
+        "parameters": {"binary_data_size": frames.nbytes},
+    }
+    head = json.dumps({"inputs": [tensor]}).encode()
+    return (
+        (
+            f"POST /v2/models/{name}/infer HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            f"Inference-Header-Content-Length: {len(head)}\r\n"
+            f"Content-Length: {len(head) + frames.nbytes}\r\n\r\n"
+        ).encode()
+        + head
+        + frames.tobytes()
+    )
+
+
+HEALTH = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+async def measure_crowd(port: int, request: bytes, clients: int) -> dict[str, Any]:
+    """So many clients at once, while another asks for health all the time."""
+    crowd, health = Tally(), Tally()
+    stop = asyncio.Event()
+
+    async def watch() -> None:
+        while not stop.is_set():
+            await ask(port, HEALTH, health)
+            await asyncio.sleep(0.02)
+
+    watching = asyncio.create_task(watch())
+    began = time.perf_counter()
+    await asyncio.gather(*(ask(port, request, crowd) for _ in range(clients)))
+    took = time.perf_counter() - began
+    stop.set()
+    await watching
+    return {
+        "clients": clients,
+        "statuses": dict(crowd.statuses),
+        "without_retry_after": crowd.without_retry_after,
+        "seconds": took,
+        "health_p99_ms": 1e3 * float(np.percentile(health.seconds, 99)),
+        "health_requests": len(health.seconds),
+    }
+
+
+async def measure_goodput(port: int, request: bytes, clients: int, seconds: float) -> float:
+    """Clips a second that clients get who come back as soon as they are answered."""
+    tally = Tally()
+    end = time.perf_counter() + seconds
+
+    async def client() -> None:
+        while time.perf_counter() < end:
+            if await ask(port, request, tally) != "200":
+                await asyncio.sleep(0.5)  # as Retry-After says, but impatient
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return tally.statuses["200"] / (time.perf_counter() - began)
+
+
+async def measure_overhead(
+    port: int, request: bytes, session: Session, frames: Any, rounds: int
+) -> dict[str, float]:
+    """A clip in a bare session and through the service, in turns; medians in ms."""
+    bare, served, tally = [], [], Tally()
+    for _ in range(rounds):
+        began = time.perf_counter()
+        session.classify(frames)
+        bare.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        await ask(port, request, tally)
+        served.append(time.perf_counter() - began)
+    extra = [1e3 * (s - b) for s, b in zip(served, bare, strict=True)]
+    return {
+        "bare_ms": 1e3 * statistics.median(bare),
+        "served_ms": 1e3 * statistics.median(served),
+        "overhead_ms": statistics.median(extra),
+    }
+
+
+def resident_mb(pid: int) -> float:
+    """Resident memory of a process."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) / 1000
+
+
+def measure(program_path: Path, clients: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """All four answers."""
+    program = load(program_path)
+    clip = program.clip
+    shape = (clip.frames, clip.height, clip.width, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    request = infer_request(program_path.stem, frames)
+    with tempfile.TemporaryDirectory() as state:
+        command = [sys.executable, "-m", "pynq_kgrc.cli", "serve", "--json", "--port", "0"]
+        command += ["--program", str(program_path), "--state", state]
+        with open(os.devnull, "wb") as nowhere:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=nowhere)
+        assert process.stdout is not None
+        try:
+            started = json.loads(process.stdout.readline())
+            port = started["port"]
+            document: dict[str, Any] = {
+                "program": program.name,
+                "clip": list(shape),
+                "load_average": os.getloadavg()[0],
+                "memory_idle_mb": resident_mb(process.pid),
+            }
+            with Session(program) as session:
+                session.classify(frames)
+                document["overhead"] = asyncio.run(
+                    measure_overhead(port, request, session, frames, rounds)
+                )
+            document["crowd"] = asyncio.run(measure_crowd(port, request, clients))
+            peak = max(asyncio.run(measure_goodput(port, request, n, seconds)) for n in (1, 4, 12))
+            overload = asyncio.run(measure_goodput(port, request, 160, seconds))
+            document["goodput"] = {
+                "peak_per_s": peak,
+                "at_160_clients_per_s": overload,
+                "ratio": overload / peak,
+            }
+            document["memory_after_mb"] = resident_mb(process.pid)
+        finally:
+            process.terminate()
+            process.wait(60)
+            process.stdout.close()
+    return document
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--program", type=Path, required=True, help="a compiled .kgrc")
+    parser.add_argument("--clients", type=int, default=1000, help="of the crowd (default: 1000)")
+    parser.add_argument("--seconds", type=float, default=10, help="of each load (default: 10)")
+    parser.add_argument("--rounds", type=int, default=20, help="clips compared (default: 20)")
+    options = parser.parse_args()
+    found = measure(options.program, options.clients, options.seconds, options.rounds)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
