@@ -72,6 +72,7 @@ QUICK = {"PYNQ_KGRC_QUICK": "1"}
 
 def test_classify(tmp_path, monkeypatch):
     text, pictures = run("01_classify", tmp_path, monkeypatch, **QUICK)
+    assert "means nothing" in text
     assert "measured on this computer" in text
     assert pictures == 2
 
@@ -128,6 +129,7 @@ def test_classify_with_i3d(tmp_path, monkeypatch, i3d):
     program = {"PYNQ_KGRC_PROGRAM": str(tmp_path / "i3d.kgrc")}
     text, pictures = run("01_classify", tmp_path, monkeypatch, seconds=900, **program)
     assert re.search(r"^arm wrestling, (9\d|100)\.\d%", text, re.MULTILINE)
+    assert "means nothing" not in text
     assert pictures == 2
 
 

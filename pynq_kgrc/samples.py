@@ -70,7 +70,8 @@ def cached_program(name: str) -> Path:
 
 def sample_program(config: AcceleratorConfig) -> Program:
     """A program for that design: the one that PYNQ_KGRC_PROGRAM names, whatever design it is for;
-    else one that ships with the project; else an untrained network, which its labels say.
+    else one that ships with the project (programs/README.md says what for); else an untrained
+    network, which its labels say.
 
     Raises:
         ProgramError: the file that is named is no program.
