@@ -10,9 +10,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
+from pynq_kgrc.accelerator.header import VLNV
 from pynq_kgrc.cli.arguments import Declare
 from pynq_kgrc.errors import KgrcError
 
@@ -191,9 +192,8 @@ def _pynq(_: argparse.Namespace) -> str:
 
     if int(np.__version__.split(".")[0]) > 1:
         raise MissingError(f"{version} with numpy {np.__version__}", "pip install 'numpy<2'")
-    from pynq_kgrc.backends import board
-
-    return f"{version}; the driver is {board.VLNV}"
+    import_module("pynq_kgrc.backends.board")
+    return f"{version}; the driver is for {VLNV}"
 
 
 def _image(_: argparse.Namespace) -> str:
