@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pynq_kgrc.cli.arguments import Declare, positive, progress
 from pynq_kgrc.cli.info import describe, print_description, summary
 from pynq_kgrc.errors import ModelError
 
 if TYPE_CHECKING:
-    from pynq_kgrc.graph import ClipSpec, Graph
+    from pynq_kgrc.graph import Graph
 
 
 def declare(command: Declare) -> None:
@@ -100,20 +99,12 @@ def _trace(options: argparse.Namespace) -> Graph:
     """The network of the command line, with its weights, as a graph."""
     import torch
 
-    from pynq_kgrc.models import NETWORKS
+    from pynq_kgrc.models import find_network
     from pynq_kgrc.models.checkpoint import load_state
     from pynq_kgrc.models.pretrained import RELEASES, pull
     from pynq_kgrc.models.trace import trace
 
-    place = NETWORKS.get(options.network) or tuple(options.network.split(":"))
-    try:
-        module = import_module(place[0])
-        build, clip = getattr(module, place[1]), _clip_spec(module)
-    except (ImportError, AttributeError, IndexError, ValueError) as error:
-        raise ModelError(
-            f"{options.network!r} is no network ({error}); use {', '.join(NETWORKS)}, "
-            f"or MODULE:FUNCTION of a module with a ClipSpec named CLIP"
-        ) from error
+    build, clip = find_network(options.network)
     torch.manual_seed(0)
     network = build(options.classes) if options.classes else build()
     if options.weights:
@@ -121,11 +112,6 @@ def _trace(options: argparse.Namespace) -> Graph:
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
     labels = _labels(options, options.weights == "i3d-kinetics400")
     return trace(network, clip, labels, options.network)
-
-
-def _clip_spec(module: Any) -> ClipSpec:
-    spec: ClipSpec = module.CLIP
-    return spec
 
 
 def _labels(options: argparse.Namespace, kinetics: bool) -> tuple[str, ...]:
