@@ -4,11 +4,13 @@ import asyncio
 import gzip
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
 
 from serving import LABELS, Serving, write_program, write_video
 
+from pynq_kgrc.cli import main
+from pynq_kgrc.compress.dataset import utd_mhad
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session, softmax
 
@@ -263,6 +267,58 @@ def test_schemathesis_finds_no_fault(service, tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+# ---- real programs and real videos -----------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def readme_request(port):
+    """The curl command of the README, sent to this port."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("curl --data-binary")]
+    return shlex.split(line.replace(":8000", f":{port}"))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_readme_s_request_names_the_action_with_i3d(folder, example_clips):
+    """Pretrained weights, compiled on the calibration clips as the README says."""
+    program = folder / "i3d.kgrc"
+    clips = [str(path) for path in sorted((example_clips / "calibration").glob("*.avi"))]
+    compile_ = ["compile", "i3d", "--weights", "i3d-kinetics400", "-o", str(program)]
+    if main([*compile_, "--clips", *clips]):
+        pytest.skip("NETWORK: the pretrained weights could not be fetched; I3D was not served")
+    assert shutil.which("curl"), "curl is not on this machine"
+    with Serving("--wait", "300", state=folder / "i3d", program=program) as serving:
+        done = subprocess.run(
+            readme_request(serving.port), cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        document = json.loads(done.stdout)
+        assert document["labels"][0]["label"] == "arm wrestling", document
+        assert document["labels"][0]["confidence"] > 0.9
+        assert document["segments"] == [
+            {**document["segments"][0], "start_ms": 0.0, "end_ms": pytest.approx(10_000, abs=50)}
+        ]
+        assert len(document["labels"]) == 3
+        assert len(document["windows"]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_the_shipped_program_knows_people_it_has_not_seen(folder, shared_data):
+    """The service without --program, over real depth videos of its test people."""
+    videos = utd_mhad(shared_data / "utd_mhad_depth").only("test")
+    right, chosen = 0, videos.samples[::12]
+    with Serving(state=folder / "shipped") as serving:
+        assert serving.started["programs"] == ["utd_mhad27"]
+        for sample in chosen:
+            data = (videos.folder / sample.file).read_bytes()
+            document = serving.classify(data, "?sampling=uniform&top_k=1").json
+            right += document["labels"][0]["label"] == videos.classes[sample.label]
+    assert len(chosen) == 27
+    assert right / len(chosen) > 0.7
 
 
 # ---- a browser ------------------------------------------------------------------------------
