@@ -1,6 +1,7 @@
 """The service as clients use it: videos, jobs, live frames, programs, keys, and its end."""
 
 import base64
+import http.client
 import json
 import struct
 import subprocess
@@ -337,6 +338,7 @@ def test_progress_comes_as_events_and_a_job_can_be_cancelled(service, folder):
     service.until(lambda: metric(service, "kgrc_at_work") == 0, 5)
 
 
+@pytest.mark.slow
 def test_jobs_of_a_killed_service_are_lost_and_say_so(folder, program, video):
     long = write_video(folder / "long2.mp4", frames=1500)
     state = folder / "killed"
@@ -528,6 +530,7 @@ def test_settings_that_are_refused(tmp_path, capsys):
     assert len(read_keys(short)) == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_start_says_why(folder, program, service, tmp_path):
     def error(*arguments, state=tmp_path / "s"):
         with pytest.raises(RuntimeError) as found:
@@ -584,6 +587,19 @@ def test_metrics(service, video):
     for i in range(3):  # a stranger's paths and methods make no series
         service.ask(f"M{i}", f"/random{i}")
     assert "random" not in service.get("/metrics").body.decode()
+
+
+def test_small_answers_are_sent_at_once(service):
+    """On a kept connection no answer waits 40 ms for an acknowledgement (Nagle)."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+    times = []
+    for _ in range(15):
+        began = time.monotonic()
+        connection.request("GET", "/v2/health/live")
+        connection.getresponse().read()
+        times.append(time.monotonic() - began)
+    connection.close()
+    assert sorted(times)[7] < 0.035
 
 
 def test_one_process_answers_and_is_small(service, video):

@@ -104,6 +104,7 @@ def test_a_killed_worker_costs_no_request(service, frames):
     assert service.infer(frames).status == 200
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_again_and_again_gives_503(service):
     stop = threading.Event()
 
@@ -266,6 +267,7 @@ def test_a_head_that_is_too_long_is_refused(service):
     assert service.get("/v2/health/live").status == 200
 
 
+@pytest.mark.slow
 def test_chunked_bodies_are_counted(folder, video):
     with Serving(
         "--max-bytes", "100000", state=folder / "small", program=folder / "tiny.kgrc"
@@ -343,6 +345,7 @@ def test_no_accepted_request_is_lost_at_the_end(folder):
     assert len(lost) <= 1, lost
 
 
+@pytest.mark.slow
 def test_a_second_signal_hurries(folder):
     with Serving(state=folder / "hurry", program=folder / "slow.kgrc") as serving:
         thread = threading.Thread(target=_quiet, args=(serving,))
@@ -361,6 +364,7 @@ def _quiet(serving):
         serving.infer(slow_frames(32), "slow")
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_service_is_killed(folder, video):
     """kill -9 of the service: its processes end, and no upload stays on the disk."""
     serving = Serving(state=folder / "gone", program=folder / "slow.kgrc")
@@ -389,6 +393,7 @@ def zombie(pid):
 # ---- the disk -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
     state = tmp_path / "tiny-disk"
     state.mkdir()
@@ -553,7 +558,7 @@ def send_random(service, videos, count, seed):
     return seen
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(4000, marks=pytest.mark.slow)])
 def test_random_uploads_are_answered_with_a_reason(folder, tmp_path, count):
     """Always 200 (it still is a video) or 4xx, and memory stays where it was."""
     kinds = {"a.mp4": "mpeg4", "a.avi": "mjpeg", "a.mkv": "libx264", "a.webm": "libvpx"}

@@ -32,6 +32,9 @@ TOO_SLOW = (
     b'connection: close\r\n\r\n{"error": "the head of the request did not arrive in time"}'
 )
 BACKLOG = 4096
+"""Connections that may wait to be accepted."""
+AT_ONCE = 32
+"""Connections accepted in one turn of the loop."""
 LINGER_SECONDS = 5.0
 LINGER_BYTES = 10_000_000
 """So much of a refused body is taken."""
@@ -140,6 +143,12 @@ class Server(uvicorn.Server):
         self.drain_seconds = drain_seconds
         self._stop_at: float | None = None
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept a few connections a turn, though many may wait: who is there already goes on."""
+        await super().startup(sockets)
+        for bound in sockets or []:
+            bound.listen(BACKLOG)
+
     @property
     def draining(self) -> bool:
         """Whether the end is near."""
@@ -179,7 +188,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sends small answers at once only where the protocol is named
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
         bound.listen(BACKLOG)
@@ -205,7 +215,7 @@ def make_server(app: App, settings: Settings, **options: Any) -> Server:
         h11_max_incomplete_event_size=settings.max_header_bytes,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=round(settings.grace_seconds),
-        backlog=BACKLOG,
+        backlog=AT_ONCE,
         log_config=None,
         access_log=False,
         server_header=False,
