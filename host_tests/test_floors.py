@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pynq_kgrc"
 
 FLOORS = {
     "errors": 1,
+    "storage": 1,
     "quant": 2,
     "graph": 2,
     "groups": 2,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +44,7 @@ from pynq_kgrc.quant import (
     unpack_int4,
     weight_limit,
 )
+from pynq_kgrc.storage import written_beside
 
 VERSION = 1
 """Version of the container that this file reads and writes."""
@@ -271,17 +270,8 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
             DIGEST_KEY: _digest(document, stored),
         }
         payload = to_safetensors(stored, metadata)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(payload)
-            os.chmod(beside, 0o644)
-            os.replace(beside, path)
-        except BaseException:
-            Path(beside).unlink(missing_ok=True)
-            raise
+        with written_beside(Path(path)) as beside:
+            beside.write_bytes(payload)
 
     def _tensors(self) -> dict[str, Array]:
         tensors: dict[str, Array] = {}

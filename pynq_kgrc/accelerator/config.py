@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.groups import GroupSize
 from pynq_kgrc.quant import BITS
+from pynq_kgrc.storage import written_beside
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,5 @@ def read_design(name: str) -> AcceleratorConfig:
 
 def write_design(config: AcceleratorConfig, path: Path) -> None:
     """Write a design as JSON beside its place, and rename it there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_beside(path) as beside:
         beside.write_text(json.dumps(asdict(config), indent=2) + "\n", "utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.storage import written_beside
 
 FIELDS = (
     "kind",
@@ -161,9 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if path is None:
         sys.stdout.write(text)
     elif not path.is_file() or path.read_text("utf-8") != text:
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(text, "utf-8")
-        beside.replace(path)
+        with written_beside(path) as beside:
+            beside.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import msgspec
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig
 from pynq_kgrc.errors import ConfigError, DeviceError
 from pynq_kgrc.places import find_folder
+from pynq_kgrc.storage import written_beside
 
 OVERLAY = "KGRC_OVERLAY"
 """Environment variable: a bitstream, its folder, or a folder of such folders."""
@@ -160,13 +161,8 @@ def write_manifests(place: Path) -> None:
         path = place / config.name / MANIFEST
         if path.is_file() and read_overlay(path.parent).manifest.built:
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with written_beside(path) as beside:
             beside.write_bytes(describe_unbuilt(config))
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

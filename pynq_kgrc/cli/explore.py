@@ -184,11 +184,8 @@ def _plot(
     options: argparse.Namespace,
 ) -> None:
     from pynq_kgrc.plots import plot_designs
+    from pynq_kgrc.storage import written_beside
 
     figure = plot_designs(candidates, base, board, options.clock, options.share)
-    beside = options.plot.with_name(f".{options.plot.name}")
-    try:
+    with written_beside(options.plot) as beside:
         figure.savefig(beside, format=options.plot.suffix[1:], dpi=120)
-        beside.replace(options.plot)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -403,7 +403,7 @@ def _keep(network: nn.Module, path: Path, ground: Ground) -> None:
     """The weights as a safetensors file, written by one process."""
     from safetensors.torch import save_file
 
-    from pynq_kgrc.compress.storage import written_beside
+    from pynq_kgrc.storage import written_beside
 
     if ground.share[0] == 0:
         state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pynq_kgrc.compress.storage import written_beside
 from pynq_kgrc.errors import DataError, VideoError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.quant import Array
+from pynq_kgrc.storage import written_beside
 from pynq_kgrc.video import load_clip
 
 INDEX = "index.csv"

@@ -30,9 +30,9 @@ from pynq_kgrc.compress.patterns import (
     Weights,
     keep_mask,
 )
-from pynq_kgrc.compress.storage import written_beside
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import ConvShape, Graph, Layer
+from pynq_kgrc.storage import written_beside
 
 Recipe = Mapping[str, Pattern]
 """For each layer that is pruned, its pattern."""

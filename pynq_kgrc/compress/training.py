@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from pynq_kgrc.compress.augment import Augmentation, plain_batches, varied_batches
 from pynq_kgrc.compress.dataset import Clips
 from pynq_kgrc.compress.masks import Masks
-from pynq_kgrc.compress.storage import written_beside
 from pynq_kgrc.errors import ConfigError, ModelError
 from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.storage import written_beside
 
 T = TypeVar("T")
 
