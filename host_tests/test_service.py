@@ -1,5 +1,6 @@
 """The service as clients use it: videos, jobs, live frames, programs, keys, and its end."""
 
+import asyncio
 import base64
 import http.client
 import json
@@ -24,6 +25,7 @@ from pynq_kgrc.runtime import Session
 from pynq_kgrc.service.decode import Frame, cut_windows, frame_offsets
 from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
 from pynq_kgrc.service.videos import merge
+from pynq_kgrc.service.waiting import within
 from pynq_kgrc.video import load_clip, load_windows
 
 KEY = "correct-horse-battery"
@@ -640,6 +642,29 @@ def test_sigterm_finishes_what_was_accepted(folder, program):
         assert serving.process.wait(30) == 0
         assert [reply.status for reply in replies] == [200] * 6
         assert time.monotonic() - began < 20
+
+
+def test_a_wait_with_a_limit_loses_no_cancellation():
+    """What it waits for is done in the moment in which it is cancelled."""
+
+    async def run():
+        ready = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(within(ready, 5))
+        await asyncio.sleep(0.01)
+        ready.set_result(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await within(asyncio.sleep(0, "done"), 5) == "done"
+        with pytest.raises(asyncio.TimeoutError):
+            await within(asyncio.sleep(5), 0.01)
+        with pytest.raises(ZeroDivisionError):
+            await within(fail(), 5)
+
+    async def fail():
+        return 1 / 0
+
+    asyncio.run(run())
 
 
 def test_every_message_of_the_wire_is_checked():

@@ -383,7 +383,7 @@ class Pause:
         self.left = signal.setitimer(signal.ITIMER_REAL, 0)[0]
 
     def __exit__(self, *_: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, max(0.01, self.left))
+        signal.setitimer(signal.ITIMER_REAL, max(0.001, self.left))
 
 
 def limit_process(job: Job) -> Timer:

@@ -24,6 +24,7 @@ from pynq_kgrc.service.jobs import Admission
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.settings import Settings, is_loopback
+from pynq_kgrc.service.waiting import within
 
 log = logging.getLogger("pynq_kgrc.service")
 
@@ -179,7 +180,7 @@ class Exchange:
         earned = self.received / settings.body_rate
         left = settings.body_seconds + earned - (time.perf_counter() - self.began)
         try:
-            message = await asyncio.wait_for(self._receive(), max(0.001, left))
+            message = await within(self._receive(), max(0.001, left))
         except asyncio.TimeoutError:
             raise Refusal(
                 408,
@@ -217,7 +218,7 @@ class Exchange:
             self.status = 101
         elif message["type"] == "websocket.close" and not self.status:
             self.status = 403
-        await asyncio.wait_for(self._send(message), SEND_SECONDS)
+        await within(self._send(message), SEND_SECONDS)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a refusal."""

@@ -22,6 +22,7 @@ import msgspec
 
 from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.service.refusal import Refusal, refusal_of
+from pynq_kgrc.service.waiting import within
 
 log = logging.getLogger("pynq_kgrc.service")
 
@@ -94,7 +95,7 @@ class Job:
     async def changed(self, seconds: float) -> None:
         """Wait for a change, or so long."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            await within(self._changed.wait(), seconds)
 
     def document(self) -> dict[str, Any]:
         """As a client sees it."""
@@ -174,7 +175,7 @@ class Jobs:
             async with self._turns:
                 job.change("running")
                 report: Report = lambda progress: job.change(progress=progress)  # noqa: E731
-                job.result = await asyncio.wait_for(work(report), self.seconds)
+                job.result = await within(work(report), self.seconds)
             state = "done"
         except asyncio.CancelledError:
             state = "cancelled"

@@ -25,6 +25,7 @@ from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.videos import Decoder, Options, best, decode_job
+from pynq_kgrc.service.waiting import within
 from pynq_kgrc.service.wire import Piece
 
 IDLE_SECONDS = 30.0
@@ -85,7 +86,7 @@ class LiveSession:
 
     async def _take(self) -> None:
         while True:
-            message = await asyncio.wait_for(self.client.receive(), IDLE_SECONDS)
+            message = await within(self.client.receive(), IDLE_SECONDS)
             if message["type"] == "websocket.disconnect":
                 return
             image = message.get("bytes")
@@ -113,7 +114,7 @@ class LiveSession:
                 writer.write(wire.pack_head({}, len(image)) + image)
                 await writer.drain()
                 reading = wire.read(stream, Piece, self.frame_bytes)
-                answer = await asyncio.wait_for(reading, self.job.decode_seconds + 5)
+                answer = await within(reading, self.job.decode_seconds + 5)
                 if answer is None:
                     raise Refusal(422, "decoding a frame took too long, or too much memory")
                 piece, pixels = answer

@@ -21,6 +21,7 @@ from typing import Any
 from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError
 from pynq_kgrc.service import wire
 from pynq_kgrc.service.refusal import Refusal
+from pynq_kgrc.service.waiting import within
 from pynq_kgrc.service.wire import Answer, Order
 
 log = logging.getLogger("pynq_kgrc.service")
@@ -82,7 +83,7 @@ class Worker:
             KgrcError: what the worker could not do.
         """
         try:
-            return await asyncio.wait_for(self._exchange(order, payload), seconds)
+            return await within(self._exchange(order, payload), seconds)
         except asyncio.TimeoutError:
             raise Hung(f"no answer to {order.verb} within {seconds:g} s") from None
 
@@ -112,7 +113,7 @@ class Worker:
             self.process.stdin.close()
         if seconds:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.process.wait(), seconds)
+                await within(self.process.wait(), seconds)
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         await self.process.wait()

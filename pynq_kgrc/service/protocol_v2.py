@@ -25,6 +25,7 @@ from pynq_kgrc.service.models import ERRORS, GONE, ErrorDocument
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.settings import Settings
+from pynq_kgrc.service.waiting import within
 
 OIP = "Open Inference Protocol"
 INPUT = "frames"
@@ -306,7 +307,7 @@ def make_router(
 
             began = time.perf_counter()
             try:
-                values = np.stack(await watched(request, asyncio.wait_for(run(), seconds)))
+                values = np.stack(await watched(request, within(run(), seconds)))
             except asyncio.TimeoutError:
                 waited = time.perf_counter() - began
                 raise Refusal(504, f"not done within the {waited:.3f} s asked for") from None

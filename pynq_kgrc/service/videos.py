@@ -22,6 +22,7 @@ from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.uploads import Upload
+from pynq_kgrc.service.waiting import within
 from pynq_kgrc.service.wire import Job, Piece
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
@@ -121,7 +122,7 @@ async def _pieces(stream: asyncio.StreamReader, job: Job, clip_bytes: int) -> Cl
     while True:
         try:
             reading = wire.read(stream, Piece, clip_bytes)
-            message = await asyncio.wait_for(reading, job.decode_seconds + 5)
+            message = await within(reading, job.decode_seconds + 5)
         except (asyncio.TimeoutError, DeviceError):
             message = None
         if message is None:
