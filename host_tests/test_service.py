@@ -4,11 +4,13 @@ import asyncio
 import base64
 import http.client
 import json
+import shlex
 import struct
 import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ import av
 import msgspec
 from serving import LABELS, Serving, write_program, write_video
 
+from pynq_kgrc.cli import _parser, main
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.service.decode import Frame, cut_windows, frame_offsets
@@ -503,8 +506,6 @@ def test_pages_elsewhere_and_other_names_are_refused(service, video):
 
 
 def test_settings_that_are_refused(tmp_path, capsys):
-    from pynq_kgrc.cli import main
-
     program = str(tmp_path / "x.kgrc")
     short = tmp_path / "short"
     short.write_text("abc\n")
@@ -642,6 +643,21 @@ def test_sigterm_finishes_what_was_accepted(folder, program):
         assert serving.process.wait(30) == 0
         assert [reply.status for reply in replies] == [200] * 6
         assert time.monotonic() - began < 20
+
+
+def test_what_is_deployed_are_commands_of_ours():
+    """The unit and the container file name options that there are."""
+    deploy = Path(__file__).resolve().parent.parent / "deploy"
+    unit = (deploy / "pynq-kgrc.service").read_text()
+    (line,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
+    container = (deploy / "Containerfile").read_text().replace("\\\n", "")
+    command = json.loads(container[container.rindex("CMD [") + 4 :].strip())
+    for words in (shlex.split(line.removeprefix("ExecStart=")), command):
+        assert words[0].endswith("pynq-kgrc")
+        options = _parser().parse_args(words[1:])
+        assert options.run is not None
+        assert (options.host, options.insecure) == ("0.0.0.0", False)
+        assert options.api_key_file is not None
 
 
 def test_a_wait_with_a_limit_loses_no_cancellation():

@@ -321,6 +321,24 @@ def test_the_shipped_program_knows_people_it_has_not_seen(folder, shared_data):
     assert right / len(chosen) > 0.7
 
 
+@pytest.mark.slow
+def test_the_simulated_board_answers_as_the_emulation(folder):
+    """Also where two programs take turns on it: a device holds one at a time."""
+    shipped = ROOT / "pynq_kgrc" / "programs" / "utd_mhad27.kgrc"
+    shutil.copy(shipped, folder / "twin.kgrc")
+    data = write_video(folder / "moving.mp4", size=(128, 128))
+    found = {}
+    for backend in ("emulate", "board"):
+        arguments = ["--backend", backend, "--program", folder / "twin.kgrc"]
+        with Serving(*arguments, state=folder / backend, program=shipped) as serving:
+            answers = [serving.classify(data, f"?program={name}").json
+                       for name in ("utd_mhad27", "twin", "utd_mhad27")]  # fmt: skip
+        assert [answer["backend"] for answer in answers] == [backend] * 3
+        assert len(answers[0]["windows"]) == 3
+        found[backend] = [answer["windows"] for answer in answers]
+    assert found["emulate"] == found["board"]
+
+
 # ---- a browser ------------------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -236,7 +236,6 @@ class Service:
             if job.state == "done":
                 return JSONResponse(job.result)
             if leaving.done():
-                job.task.cancel()
                 raise Refusal(408, "the client left")
             self.jobs.keep(job)
             place = f"/v1/jobs/{job.id}"
