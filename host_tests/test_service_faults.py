@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -395,12 +396,12 @@ def zombie(pid):
 
 @pytest.mark.slow
 def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
-    state = tmp_path / "tiny-disk"
-    state.mkdir()
+    state = Path(tempfile.mkdtemp())  # pytest's own folders must not hold a disk
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=100m", "none", str(state)], capture_output=True
     )
     if mounted.returncode:
+        state.rmdir()
         pytest.skip("no small disk can be mounted here: 507 not tested on a full one")
     try:
         with Serving(state=state, program=folder / "tiny.kgrc", log=tmp_path / "log") as serving:
@@ -429,7 +430,8 @@ def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
         assert full.value.status == 507
         upload.close()
     finally:
-        subprocess.run(["umount", str(state)], check=True)
+        subprocess.run(["umount", "--lazy", str(state)], check=True)
+        state.rmdir()
 
 
 # ---- bad videos, many of them ---------------------------------------------------------------
