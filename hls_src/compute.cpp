@@ -87,11 +87,13 @@ void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
 
 flattened:
   while (items_left > 0 || active || block_done || draining) {
-    // II = 1. The sums of a run over the features are at least kMinFeatureRows trips apart, so
-    // that a read meets the write before it; the state is a few counters, each one add a trip.
+    // II = 1. A sum is visited again after kMinFeatureRows trips at the earliest, so that a read
+    // meets the write before it; the state is a few counters, each one add a trip. Of a region the
+    // first read may follow the last write in the next trip: that is left to the tool to see.
+    // One case is open: where blocks are so short that the array waits for sums to be handed on, a
+    // sum that was cleared may be read in the next trip. rtl/mac_array.v compares rows for that.
 #pragma HLS PIPELINE II = 1
-#pragma HLS DEPENDENCE variable = sum_ram inter false
-#pragma HLS DEPENDENCE variable = region_ram inter false
+#pragma HLS DEPENDENCE variable = sum_ram inter RAW distance = 4 true
     KGRC_TRIP();
     ++trips;
 

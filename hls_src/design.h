@@ -31,7 +31,7 @@ static_assert(kTm % kTn == 0, "a filter tile (T_M) has to be made of whole outpu
 static_assert(kPk <= kTk, "P_K cannot exceed the taps of a tile (T_K)");
 static_assert(kGroups <= 16, "an item of the plan has room for 16 groups in a filter tile");
 static_assert(kPortPositions * kTn * kBits % 64 == 0, "a beat has to be made of 64-bit words");
-static_assert(kPortPositions <= 2 * kPf, "a beat would meet a bank of the region three times");
+static_assert(kPortPositions <= kPf, "a beat of sums would meet a bank more than once");
 static_assert(kWeightPortWords >= 1 && kChunkWords % kWeightPortWords == 0,
               "a chunk of weights has to be made of whole beats of the weight port");
 

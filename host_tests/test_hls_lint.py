@@ -63,7 +63,7 @@ DIRECTIVES = {
     "DATAFLOW": "",
     "STABLE": "variable",
     "STREAM": "variable depth",
-    "DEPENDENCE": "variable inter intra false",
+    "DEPENDENCE": "variable inter intra RAW WAR WAW distance true false",
     "ARRAY_PARTITION": "variable complete cyclic block factor dim",
     "AGGREGATE": "variable",
     "BIND_OP": "variable op impl",
@@ -557,7 +557,7 @@ SLIPS = {
     "directives": [
         (
             "compute.cpp",
-            "#pragma HLS DEPENDENCE variable = sum_ram inter false",
+            "#pragma HLS DEPENDENCE variable = sum_ram inter RAW distance = 4 true",
             "#pragma omp parallel",
             "compute.cpp: omp parallel: no such directive",
         ),
@@ -569,9 +569,9 @@ SLIPS = {
         ),
         (
             "compute.cpp",
-            "variable = region_ram inter false",
-            "variables = region_ram inter false",
-            "compute.cpp: DEPENDENCE: no option variables",
+            "variable = region_ram complete dim = 1",
+            "variables = region_ram complete dim = 1",
+            "compute.cpp: ARRAY_PARTITION: no option variables",
         ),
         (
             "memory.cpp",
