@@ -1,4 +1,4 @@
-"""The table of docs/accuracy.md: dense, pruned and quantized networks on people never seen.
+"""The tables of docs/accuracy.md: dense, pruned and quantized networks on people never seen.
 
 Each row is a command of pynq-kgrc in a folder of its own; what is done already is not done again,
 and what was killed goes on. Top-1 of programs is that of the compiled integers, emulated.
@@ -18,16 +18,16 @@ NETWORK = "thin_c3d"
 LAYERS = "conv1,conv2,conv3a,conv3b,conv4a,conv4b"
 """The first one too: with three frames to a kernel it is a quarter of the operations."""
 
-PRUNED = {
-    "kgrc": ["--recipe", "kgrc"],
-    "kgr": ["--recipe", "kgr"],
-    "kgc": ["--recipe", "kgc"],
-    "kgrc-3x": ["--pattern", "kgrc", "--reduction", "3", "--layers", LAYERS],
-}
-"""The paper's rates for the layers that bear C3D's names; and rates searched for 3x in all."""
+SEARCHED = ["--reduction", "3", "--layers", LAYERS]
+
+PAPER = ("kgr", "kgc", "kgrc")
+"""Recipes: the paper's rates for the layers that bear C3D's names."""
 
 EQUAL = {
-    **{f"{p}, one-shot": (p, "one-shot") for p in ("kgrc", "vanilla", "blockwise", "filter")},
+    **{
+        f"{pattern}, one-shot": (pattern, "one-shot")
+        for pattern in ("kgrc", "kgc", "kgr", "vanilla", "blockwise", "filter", "krp")
+    },
     **{f"kgrc, {a}": ("kgrc", a) for a in ("heuristic", "lasso", "reweighted", "admm")},
 }
 """At equal operations: patterns by one algorithm, and algorithms on one pattern."""
@@ -61,9 +61,9 @@ class Study:
         settings = ["--config", SETTINGS / "train.toml", "--seed", self.seed]
         return folder, run(folder, "train", NETWORK, *self.data, "-o", folder, *settings)
 
-    def prune(self, dense, name, *how):
+    def prune(self, dense, name, settings, *how):
         folder = self.folder / name.replace(", ", "-")
-        settings = ["--config", SETTINGS / "prune.toml", "--seed", self.seed]
+        settings = ["--config", SETTINGS / settings, "--seed", self.seed]
         weights = ["--weights", dense / "weights.safetensors"]
         return folder, run(
             folder, "prune", NETWORK, *self.data, "-o", folder, *weights, *settings, *how
@@ -81,39 +81,70 @@ class Study:
         )
 
 
-def first_table(options):
-    """Rows of the first table: name, reduction, float top-1, then 16, 8, 8 after and 4 bits."""
+def add(rows, name, reduction, **found):
+    """Another seed's results of a row; a column holds one value a seed."""
+    row = rows.setdefault(name, {"operations": []})
+    row["operations"].append(reduction)
+    for column, value in found.items():
+        row.setdefault(column.replace("_", " "), []).append(value)
+
+
+def long_table(options):
+    """Dense, and KGRC at 3 times fewer operations, trained to the end; bits trained too."""
+    rows = {}
+    for seed in options.seeds:
+        study = Study(options, seed)
+        dense, found = study.train()
+        how = ["--pattern", "kgrc", *SEARCHED]
+        folder, pruned = study.prune(dense, "kgrc-3x", "prune.toml", *how)
+        sources = {
+            "dense": (dense, 1.0, found["test_top1"]),
+            "kgrc-3x": (folder, pruned["reduction"], pruned["test_top1"]),
+        }
+        for name, (source, reduction, top1) in sources.items():
+            add(
+                rows,
+                *(name, reduction),
+                float=top1,
+                **{"8_after": study.quantize(source, 8, 0)["emulated_top1"]},
+                **{f"{bits}": study.quantize(source, bits)["emulated_top1"] for bits in (8, 4)},
+            )
+    return rows
+
+
+def rates_table(options):
+    """The paper's rates, few epochs of training; bits without training."""
     rows = {}
     for seed in options.seeds:
         study = Study(options, seed)
         dense, found = study.train()
         sources = {"dense": (dense, 1.0, found["test_top1"])}
-        for name in options.patterns:
-            folder, pruned = study.prune(dense, name, *PRUNED[name])
+        for name in PAPER:
+            folder, pruned = study.prune(dense, name, "short.toml", "--recipe", name)
             sources[name] = (folder, pruned["reduction"], pruned["test_top1"])
-        for name, (folder, reduction, top1) in sources.items():
-            row = rows.setdefault(name, {"reduction": reduction, "float": [], "bytes": {}})
-            row["float"].append(top1)
-            for key, bits, epochs in (("8 after", 8, 0), ("8", 8, None), ("4", 4, None)):
-                coded = study.quantize(folder, bits, epochs)
-                row.setdefault(key, []).append(coded["emulated_top1"])
-                row["bytes"][key] = coded["bytes"]
+        for name, (source, reduction, top1) in sources.items():
+            after = {
+                f"{bits}_after": study.quantize(source, bits, 0)["emulated_top1"]
+                for bits in (16, 8, 4)
+            }
+            add(rows, name, reduction, float=top1, **after)
     return rows
 
 
-def second_table(options):
-    """Rows of the second table: name, reduction, float top-1 by seed."""
+def equal_table(options):
+    """Patterns and algorithms at 3 times fewer operations, few epochs of training."""
     rows = {}
     for seed in options.seeds:
         study = Study(options, seed)
         dense, _ = study.train()
         for name, (pattern, algorithm) in EQUAL.items():
-            how = ["--pattern", pattern, "--reduction", "3", "--layers", LAYERS]
-            how += ["--algorithm", algorithm]
-            _, pruned = study.prune(dense, f"equal-{name}", *how)
-            row = rows.setdefault(name, {"reduction": pruned["reduction"], "float": []})
-            row["float"].append(pruned["test_top1"])
+            how = ["--pattern", pattern, *SEARCHED, "--algorithm", algorithm]
+            _, pruned = study.prune(dense, f"equal-{name}", "short.toml", *how)
+            add(rows, name, pruned["reduction"], float=pruned["test_top1"])
     return rows
+
+
+TABLES = {"long": long_table, "rates": rates_table, "equal": equal_table}
 
 
 def spread(values):
@@ -122,15 +153,17 @@ def spread(values):
     return f"{mean:.1f}" + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def write(rows, columns):
+def write(rows):
     """A table in Markdown."""
+    columns = [name for name in next(iter(rows.values())) if name != "operations"]
     lines = [
         "| network | operations | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 2) + "|",
     ]
     for name, row in rows.items():
         cells = [spread(row[c]) for c in columns]
-        lines.append(f"| {name} | {row['reduction']:.2f}x fewer | " + " | ".join(cells) + " |")
+        reduction = statistics.mean(row["operations"])
+        lines.append(f"| {name} | {reduction:.2f}x fewer | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -139,12 +172,10 @@ def main():
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("out/accuracy"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--patterns", nargs="+", default=list(PRUNED), choices=PRUNED)
-    parser.add_argument("--equal", action="store_true", help="the second table too")
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES)
     options = parser.parse_args()
-    print(write(first_table(options), ["float", "8 after", "8", "4"]))
-    if options.equal:
-        print(write(second_table(options), ["float"]))
+    for name in options.tables:
+        print(f"{TABLES[name].__doc__}\n\n{write(TABLES[name](options))}\n", flush=True)
 
 
 if __name__ == "__main__":
