@@ -105,18 +105,18 @@ def test_the_measured_proof_refuses_and_float64_takes_over(monkeypatch):
     values = 255 - rng.integers(0, 3, (6, 6, 6, 512))
     values = values[: form.in_size[0], : form.in_size[1], : form.in_size[2]]
     kinds = []
-    compute = exact._WinogradSums.compute
+    compute = exact._WinogradPlan.compute
 
     def watched(self, slab):
         kinds.append(self.dtype)
         return compute(self, slab)
 
-    monkeypatch.setattr(exact._WinogradSums, "compute", watched)
+    monkeypatch.setattr(exact._WinogradPlan, "compute", watched)
     np.testing.assert_array_equal(run(form, values), by_hand(values, weight, shape))
     assert np.dtype(np.float64) in kinds
     kinds.clear()
-    monkeypatch.setattr(exact._WinogradSums, "_later_sums", lambda self: 0.0)
-    monkeypatch.setattr(exact._WinogradSums, "_parts", lambda self, values, position: 1)
+    monkeypatch.setattr(exact._WinogradPlan, "_later_sums", lambda self: 0.0)
+    monkeypatch.setattr(exact._WinogradPlan, "_parts", lambda self, values, position: 1)
     assert (run(form, values) != by_hand(values, weight, shape)).any()
 
 
@@ -155,3 +155,29 @@ def test_the_forms_are_chosen_where_they_pay():
     assert chosen(64, (6, 20, 20), (3, 3, 3), (2, 2, 2)) is GemmConvolution
     assert chosen(64, (6, 20, 20), (1, 1, 1)) is GemmConvolution
     assert chosen(64, (1, 1, 1), (1, 1, 1)) is GemmConvolution
+
+
+def test_a_plan_is_laid_out_once_and_again_when_its_scratch_has_moved(monkeypatch):
+    """A later block uses the calls of an earlier one; scratch that grew in between is not used."""
+    made = []
+    lay = exact._WinogradPlan.__init__
+
+    def watched(self, *arguments):
+        made.append(self)
+        lay(self, *arguments)
+
+    monkeypatch.setattr(exact._WinogradPlan, "__init__", watched)
+    rng = np.random.default_rng(2)
+    kernel = (1, 3, 3)
+    shape = ConvShape(16, (6, 32, 32), kernel, filters=8)  # a block for each of the depths
+    weight = extreme_weight("normal", 8, 16, kernel, rng)
+    form = WinogradConvolution(weight, shape, (0, 255), F32, 1)
+    values = extreme_values("random", shape, weight, rng)
+    wanted = by_hand(values, weight, shape)
+    np.testing.assert_array_equal(run(form, values), wanted)
+    assert len(form.jobs) > 1
+    assert len(made) == 1
+    exact.scratch("phases", (2 * made[0].phases.size,), F32)
+    np.testing.assert_array_equal(run(form, values), wanted)
+    assert len(made) == 2
+    assert not np.shares_memory(made[0].phases, made[1].phases)

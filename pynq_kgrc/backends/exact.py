@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ def scratch(key: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Ar
     array = arrays.get((key, dtype))
     if array is None or array.size < count:
         array = arrays[key, dtype] = np.empty(count, dtype)
+        _scratch.moved = _scratch.__dict__.get("moved", 0) + 1
     return array[:count].reshape(shape)
 
 
@@ -379,6 +381,7 @@ class WinogradConvolution:
             nd = min(nd, -(-d // threads))
             nh = min(nh, -(-h // threads)) if d == 1 else nh
         self.block = (nd, nh)
+        self.plans: dict[tuple[int, Size, int, np.dtype[np.generic]], _WinogradPlan] = {}
 
     @property
     def tiles(self) -> Size:
@@ -418,12 +421,19 @@ class WinogradConvolution:
                 for axis, (f, n) in enumerate(zip(first, tiles, strict=True))
             )
         ]
-        filters = self.filters[part]
-        phases = _WinogradSums(self, tiles, part, self.dtype).compute(slab)
+        phases = self._plan(tiles, part, self.dtype).compute(slab)
         if phases is None:
-            phases = _WinogradSums(self, tiles, part, WIDE).compute(slab)
+            phases = self._plan(tiles, part, WIDE).compute(slab)
             assert phases is not None
-        self._finish(phases, first, tiles, filters, finish, pool)
+        self._finish(phases, first, tiles, self.filters[part], finish, pool)
+
+    def _plan(self, tiles: Size, part: int, dtype: np.dtype[np.generic]) -> _WinogradPlan:
+        """The plan for blocks of this size, made anew when this thread's scratch has moved."""
+        key = threading.get_ident(), tiles, part, dtype
+        plan = self.plans.get(key)
+        if plan is None or plan.moved != _scratch.__dict__.get("moved"):
+            plan = self.plans[key] = _WinogradPlan(self, tiles, part, dtype)
+        return plan
 
     def _finish(
         self,
@@ -453,8 +463,12 @@ class WinogradConvolution:
             finish(sums.reshape(*tiles, -1), (d, h, w), filters)
 
 
-class _WinogradSums:
-    """The sums of one block of tiles: the recursion over the axes, its scratch and its proof.
+class _WinogradPlan:
+    """The sums of one block of tiles: every call of numpy, laid out once, and the proof.
+
+    Between two calls of numpy a thread holds the interpreter, and another that comes back from
+    one must wait, and be woken. So nothing but the calls is left to do while a block is computed:
+    their operands lie in this thread's scratch and never move.
 
     The proof on values, where the one for every input fails: a partial sum of ``u . v`` is at most
     |u| |v| (Cauchy-Schwarz; channels are halved until that suffices), and the sums of the output
@@ -478,31 +492,37 @@ class _WinogradSums:
         self.exact = True
         channels, count = convolution.shape.channels, math.prod(tiles)
         values = convolution.map_dtype
-        self.values = scratch("values", (count, channels), dtype)
         size = [2 * n + 2 if axis in self.axes else n for axis, n in enumerate(tiles)]
+        self.slab = scratch("slab", (*size, channels), values)
         self.components, self.others = {}, {}
         for inner, axis in reversed(list(enumerate(self.axes))):
             size[axis] = tiles[axis]
-            self.components[axis] = scratch(f"component{axis}", (*size, channels), values)
+            kind = dtype if inner == 0 else values
+            self.components[axis] = scratch(f"component{axis}", (*size, channels), kind)
             self.others[axis] = scratch(f"other{axis}", (2**inner, count, filters), dtype)
         self.phases = scratch("phases", (2 ** len(self.axes), count, filters), dtype)
+        self.moved = _scratch.moved
+        self.calls: list[Callable[[], object]] = []
+        self._sum(self.slab, self.axes, self.phases, 0)
 
     def compute(self, slab: Array) -> Array | None:
         """The phases [2^a, tiles, M], the last axis slowest; none if they may not be exact."""
-        self._sum(slab, self.axes, self.phases, 0)
+        self.exact = True
+        np.copyto(self.slab, slab)
+        for call in self.calls:
+            call()
         if self.largest is not None and self.exact:
             self.exact = self._later_sums() < self.limit
         return self.phases if self.exact else None
 
     def _sum(self, slab: Array, axes: list[int], out: Array, position: int) -> None:
-        """Phases of the sums over `axes`, the last one outermost.
+        """Lay out the phases of the sums over `axes`, the last one outermost.
 
         m1 + m2 and m1 - m2 come first: they are multiples of a unit twice as coarse, so that they
         are exact whenever m1 and m2 are; the proof counts on this order.
         """
         if not axes:
-            np.copyto(self.values, slab.reshape(self.values.shape))
-            self._multiply(self.values, out[0], position)
+            self._multiply(slab.reshape(-1, slab.shape[-1]), out[0], position)
             return
         *inner, axis = axes
         lead = (slice(None),) * axis
@@ -513,31 +533,48 @@ class _WinogradSums:
         near, far = out[:half], out[half:]
         # positions count in the order of the weights, [d, h, w]: the last axis varies fastest
         step = 4 ** (len(self.axes) - len(axes))
-        np.add(row1, row2, out=component)
+        # the innermost axis goes straight from the map's integers to the floats of the product
+        narrow = {"dtype": slab.dtype}
+        self._call(np.add, row1, row2, out=component, **narrow)
         self._sum(component, inner, near, position + step)
-        np.subtract(row2, row1, out=component)
+        self._call(np.subtract, row2, row1, out=component, **narrow)
         self._sum(component, inner, other, position + 2 * step)
-        np.subtract(near, other, out=far)
-        np.add(near, other, out=near)
-        np.subtract(row0, row2, out=component)
+        self._call(np.subtract, near, other, out=far)
+        self._call(np.add, near, other, out=near)
+        self._call(np.subtract, row0, row2, out=component, **narrow)
         self._sum(component, inner, other, position)
-        np.add(near, other, out=near)
-        np.subtract(row1, row3, out=component)
+        self._call(np.add, near, other, out=near)
+        self._call(np.subtract, row1, row3, out=component, **narrow)
         self._sum(component, inner, other, position + 3 * step)
-        np.subtract(far, other, out=far)
+        self._call(np.subtract, far, other, out=far)
+
+    def _call(self, function: Callable[..., object], *operands: object, **how: object) -> None:
+        self.calls.append(partial(function, *operands, **how))
 
     def _multiply(self, values: Array, out: Array, position: int) -> None:
-        """One product of the block, and what the proof has to know of it."""
+        """Lay out one product of the block, and what the proof has to know of it."""
         weight = self.weights[position].astype(self.dtype, copy=False).T
-        parts = self._parts(values, position) if position in self.norms else 1
+        if position in self.norms:
+            self._call(self._multiply_in_parts, values, weight, out, position)
+        else:
+            self._call(np.matmul, values, weight, out=out)
+        if self.largest is not None:
+            self._call(self._see, out, position)
+
+    def _multiply_in_parts(self, values: Array, weight: Array, out: Array, position: int) -> None:
+        """A product over as few parts of the channels as the values at hand need."""
+        parts = self._parts(values, position)
         if parts == 1:
             np.matmul(values, weight, out=out)
-        else:
-            out[...] = 0
-            for part in split_evenly(values.shape[1], parts):
-                out += values[:, part] @ weight[part]
-        if self.largest is not None:
-            self.largest[position] = max(float(out.max()), -float(out.min()))
+            return
+        out[...] = 0
+        for part in split_evenly(values.shape[1], parts):
+            out += values[:, part] @ weight[part]
+
+    def _see(self, out: Array, position: int) -> None:
+        """Note the largest product of a position."""
+        assert self.largest is not None
+        self.largest[position] = max(float(out.max()), -float(out.min()))
 
     def _parts(self, values: Array, position: int) -> int:
         """In how many parts of the channels every partial sum is exact; notes it if in none."""
