@@ -275,7 +275,7 @@ def test_every_task_kind_is_covered():
     assert [isinstance(task, ConvTask) for task in program.tasks] == [True, False]
 
 
-@pytest.mark.parametrize("shift", [0, 1, 8, 20, 25, 40, 62])
+@pytest.mark.parametrize("shift", [0, 1, 8, 17, 18, 20, 25, 40, 62])
 def test_scaling_rounds_every_sum_as_the_integers_do(shift):
     one = 1 << shift
     # multipliers that bring some sum as close below the next code as can be
@@ -291,7 +291,9 @@ def test_scaling_rounds_every_sum_as_the_integers_do(shift):
         bias=np.zeros(len(mult), np.int64),
         in_zero=0,
     )
-    scaling = Scaling(task, 8, np.full((len(mult), 3, 1), 127))
+    scaling = Scaling(task, 8, np.full((len(mult), 3, 1), 127), (-255, 255))
+    # the largest sums here, 3 * 127 * 255, are of either sign: twice that must stay below 2^15
+    assert scaling.whole == (np.int16 if shift >= 18 else np.int32)
     sums = np.arange(-97_000, 97_000.0, dtype=np.float32).reshape(50, -1, 1)
     sums = np.repeat(sums, len(mult), axis=2)
     codes = np.empty(sums.shape, task.out.dtype)

@@ -162,27 +162,41 @@ class Scaling:
     """Sums to codes: ``clamp(rshift((acc + bias) * mult, shift) + shortcut + Z_y, lo, hi)``.
 
     In float64, where it is exact: a shift is a scaling by a power of two, a floor rounds half up
-    once 0.5 is added, and a power of two above all values makes them positive, so that truncation
-    is the floor. From that power down to 2^-shift there must be no more than 52 bits; where there
-    are, and at 16 bits, in int64.
+    once 0.5 is added, and a lift above all values makes them positive, so that truncation is the
+    floor. From their largest down to 2^-shift there must be no more than 52 bits; where there are,
+    and at 16 bits, in int64. Truncated, they fit int16 in nearly every network.
     """
 
-    def __init__(self, task: ConvTask, bits: int, weight: Array) -> None:
+    def __init__(self, task: ConvTask, bits: int, weight: Array, interval: tuple[int, int]) -> None:
         self.task = task
+        axes = (1, 2)
         # the sums here are of x - Z_x, the task's bias is for sums of x
-        self.bias = task.bias + task.in_zero * weight.sum(axis=(1, 2), dtype=np.int64)
+        self.bias = task.bias + task.in_zero * weight.sum(axis=axes, dtype=np.int64)
         self.codes = np.dtype(np.int16 if task.out.bits == 16 else np.int8)
         self.unsigned = np.dtype(np.uint16 if task.out.bits == 16 else np.uint8)
         scale = task.mult.astype(np.float64) * np.exp2(-task.shift.astype(np.float64))
         half = np.where(task.shift > 0, 0.5, 0.0)
-        sums = np.abs(weight).sum(axis=(1, 2), dtype=np.int64) << bits
-        reach = float(((sums + np.abs(self.bias)) * scale).max())
-        self.lift = 1 << max(18, math.ceil(math.log2(2 * reach + 1)))
-        fits = self.lift < 1 << 30 and int(task.shift.max()) + self.lift.bit_length() <= 52
+        offset = self.bias * scale + half + task.out.zero_point
+        # what any input of the interval, which holds 0, and any shortcut can come to
+        total = np.abs(weight).sum(axis=axes, dtype=np.int64)
+        signed = weight.sum(axis=axes, dtype=np.int64)
+        plus, minus = (total + signed) / 2, (total - signed) / 2
+        low, high = interval
+        added = 0.0
+        if task.shortcut is not None:
+            added = (task.shortcut.mult << bits) / (1 << task.shortcut.shift) + 1
+        least = float(((plus * low - minus * high) * scale + offset).min()) - added
+        most = float(((plus * high - minus * low) * scale + offset).max()) + added
+        # 0 modulo a code, so that it falls away when codes are cut out
+        width = 8 * self.unsigned.itemsize
+        self.lift = max(1, math.ceil(-least / (1 << width)) + 1) << width
+        most = max(most, task.hi) + self.lift
+        self.whole = np.dtype(np.int16 if most < 1 << 15 else np.int32)
+        fits = most < 1 << 30 and int(task.shift.max()) + int(most).bit_length() <= 52
         self.in_float = bits != 16 and fits and (task.shortcut is None or task.shortcut.shift < 30)
         # as often as REPEAT in a row: numpy is slow to go round a short row again
-        offset = self.bias * scale + half + (task.out.zero_point + self.lift)
-        self.scale, self.offset = np.tile(scale, (REPEAT, 1)), np.tile(offset, (REPEAT, 1))
+        self.scale = np.tile(scale, (REPEAT, 1))
+        self.offset = np.tile(offset + self.lift, (REPEAT, 1))
 
     def store(self, sums: Array, target: Array, filters: slice, shortcut: Array | None) -> None:
         """Write the codes of exact sums [..., M] of some filters to `target` of that shape."""
@@ -195,11 +209,10 @@ class Scaling:
         rows = values.reshape(-1, repeat * sums.shape[-1])
         rows *= self.scale[:repeat, filters].reshape(-1)
         rows += self.offset[:repeat, filters].reshape(-1)
-        codes = scratch("codes", sums.shape, INT32)
+        codes = scratch("codes", sums.shape, self.whole)
         np.copyto(codes, values, casting="unsafe")
         if shortcut is not None:
-            codes += self._scaled_shortcut(shortcut)
-        # the lift is 0 modulo a code
+            np.add(codes, self._scaled_shortcut(shortcut), out=codes, casting="unsafe")
         np.clip(codes, self.task.lo + self.lift, self.task.hi + self.lift, out=codes)
         np.copyto(target.view(self.unsigned), codes, casting="unsafe")
 
@@ -248,7 +261,7 @@ class ConvStep:
         interval = (-limit - task.in_zero, limit - 1 - task.in_zero)
         dtype = np.dtype(np.float64 if config.bits == 16 else np.float32)
         weight = task.weights.expand(shape, config.gm, program.group_columns(task))
-        self.scaling = Scaling(task, config.bits, weight)
+        self.scaling = Scaling(task, config.bits, weight, interval)
         weight = weight.reshape(shape.filters, shape.channels, *shape.kernel)
         self.exact: ExactConvolution = choose_convolution(weight, shape, interval, dtype, threads)
         self.pool_size: Size = (1, 1, 1) if task.pool is None else task.pool.kernel
