@@ -1,13 +1,14 @@
 # Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
 PYTHON ?= python3
 VENV   := .venv
+CLUSTER := .venv-cluster
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # beside the pynq of constraints.txt: what the images of boards carry
 OLDER_PYNQ := 3.0.1 3.1.2
 
-.PHONY: help demo notebooks test test-all rtl-tools matrix versions bench check clean
+.PHONY: help demo notebooks test test-all rtl-tools matrix versions cluster bench check clean
 help: ## show this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -23,6 +24,13 @@ $(VENV)/dev: $(VENV)/base
 
 $(VENV)/jupyter: $(VENV)/base
 	$(PIP) -e '.[train,notebooks]'
+	@touch $@
+
+# Ray is large: apart, so that the tests of everything else need not wait for it
+$(CLUSTER)/done: setup.py constraints.txt
+	$(PYTHON) -m venv $(CLUSTER)
+	$(CLUSTER)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[cluster,serve]' pytest pytest-timeout
 	@touch $@
 
 $(VENV)/bench: $(VENV)/base
@@ -50,7 +58,7 @@ check: $(VENV)/dev ## format, lint and types
 test: check ## the tests, within minutes
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-all: check matrix versions rtl-tools ## every proof, the slow ones too
+test-all: check matrix versions cluster rtl-tools ## every proof, the slow ones too
 	$(BIN)/python -m pytest
 
 # without them the tests of hls_src/rtl are skipped, and say so
@@ -71,9 +79,12 @@ matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## the driver under older versions o
 versions: ## the runtime on the oldest and newest Python and numpy
 	.ci/versions
 
+cluster: $(CLUSTER)/done ## batches and many boards, with Ray in an environment of its own
+	$(CLUSTER)/bin/python -m pytest host_tests/test_cluster.py
+
 bench: $(VENV)/bench $(VENV)/dev ## emulation against other engines, interleaved; the driver's cost
 	$(BIN)/python benchmarks/emulation.py --csim
 	$(BIN)/python benchmarks/driver.py
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLUSTER) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -51,6 +51,8 @@ setup(
             "prometheus-client>=0.20",
             "python-multipart>=0.0.32",  # below: unbounded headers of parts (CVE-2026-42561)
         ],
+        # many boards or processes as one; needs serve. pyarrow 26 refuses the numpy of pynq (<2)
+        "cluster": ["ray[data,serve]>=2.60", "pyarrow>=17,<26", "aiohttp>=3.12"],
         # the service as its clients see it
         "clients": ["tritonclient[http]", "schemathesis", "playwright"],
         "plots": ["matplotlib>=3.6"],

@@ -31,6 +31,7 @@ FLOORS = {
     "accuracy": 7,
     "service": 7,
     "plots": 8,
+    "cluster": 8,
     "cli": 9,
     "__init__": 10,
 }
@@ -42,10 +43,13 @@ WALLS = {
     "cv2": ("video",),
     "matplotlib": ("plots",),
     "fastapi": ("service",),
-    "starlette": ("service",),
+    "starlette": ("service", "cluster"),
     "uvicorn": ("service",),
     "av": ("service",),
     "prometheus_client": ("service",),
+    "ray": ("cluster",),
+    "pyarrow": ("cluster",),
+    "aiohttp": ("cluster",),
 }
 
 INSIDE_FUNCTIONS = {"cli", "__init__"}
@@ -93,7 +97,7 @@ def test_imports_go_down(path):
             assert FLOORS[there] < FLOORS[here], f"{path}: floor {here} imports {there}"
 
 
-ASLEEP = ("torch", "pynq", "cv2", "fastapi", "matplotlib")
+ASLEEP = ("torch", "pynq", "cv2", "fastapi", "matplotlib", "ray")
 
 
 @pytest.mark.parametrize(

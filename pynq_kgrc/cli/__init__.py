@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pynq_kgrc.cli import board as doctor
 from pynq_kgrc.cli import build as build_road
-from pynq_kgrc.cli import explore, info, serve
+from pynq_kgrc.cli import cluster, explore, info, serve
 from pynq_kgrc.cli import run as run_road
 from pynq_kgrc.cli import train as training
 from pynq_kgrc.cli.arguments import Run
@@ -65,6 +65,6 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON for a script to read")
         return added
 
-    for family in (run_road, build_road, training, info, explore, doctor, serve):
+    for family in (run_road, build_road, training, info, explore, doctor, serve, cluster):
         family.declare(command)
     return parser
