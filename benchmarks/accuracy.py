@@ -18,7 +18,9 @@ NETWORK = "thin_c3d"
 LAYERS = "conv1,conv2,conv3a,conv3b,conv4a,conv4b"
 """The first one too: with three frames to a kernel it is a quarter of the operations."""
 
-SEARCHED = ["--reduction", "3", "--layers", LAYERS]
+THREE_TIMES = ["--reduction", "3", "--layers", LAYERS]
+EQUALLY = ["--reduction", "2.5", "--layers", LAYERS]
+"""The rates of `kgc` under eq. (9) reach 2.94 at most; those of `kgr` only 2."""
 
 PAPER = ("kgr", "kgc", "kgrc")
 """Recipes: the paper's rates for the layers that bear C3D's names."""
@@ -26,7 +28,7 @@ PAPER = ("kgr", "kgc", "kgrc")
 EQUAL = {
     **{
         f"{pattern}, one-shot": (pattern, "one-shot")
-        for pattern in ("kgrc", "kgc", "kgr", "vanilla", "blockwise", "filter", "krp")
+        for pattern in ("kgrc", "kgc", "vanilla", "blockwise", "filter", "krp")
     },
     **{f"kgrc, {a}": ("kgrc", a) for a in ("heuristic", "lasso", "reweighted", "admm")},
 }
@@ -95,7 +97,7 @@ def long_table(options):
     for seed in options.seeds:
         study = Study(options, seed)
         dense, found = study.train()
-        how = ["--pattern", "kgrc", *SEARCHED]
+        how = ["--pattern", "kgrc", *THREE_TIMES]
         folder, pruned = study.prune(dense, "kgrc-3x", "prune.toml", *how)
         sources = {
             "dense": (dense, 1.0, found["test_top1"]),
@@ -132,13 +134,13 @@ def rates_table(options):
 
 
 def equal_table(options):
-    """Patterns and algorithms at 3 times fewer operations, few epochs of training."""
+    """Patterns and algorithms at 2.5 times fewer operations, few epochs of training."""
     rows = {}
     for seed in options.seeds:
         study = Study(options, seed)
         dense, _ = study.train()
         for name, (pattern, algorithm) in EQUAL.items():
-            how = ["--pattern", pattern, *SEARCHED, "--algorithm", algorithm]
+            how = ["--pattern", pattern, *EQUALLY, "--algorithm", algorithm]
             _, pruned = study.prune(dense, f"equal-{name}", "short.toml", *how)
             add(rows, name, pruned["reduction"], float=pruned["test_top1"])
     return rows

@@ -1,5 +1,6 @@
 """One battery of checks that every backend passes: its codes are those of the plain loops."""
 
+import dataclasses
 from fractions import Fraction
 
 import msgspec
@@ -276,7 +277,8 @@ def test_every_task_kind_is_covered():
 
 
 @pytest.mark.parametrize("shift", [0, 1, 8, 17, 18, 20, 25, 40, 62])
-def test_scaling_rounds_every_sum_as_the_integers_do(shift):
+@pytest.mark.parametrize("bits", [8, 16])
+def test_scaling_rounds_every_sum_as_the_integers_do(shift, bits):
     one = 1 << shift
     # multipliers that bring some sum as close below the next code as can be
     close = (((one >> 1) - 1) * pow(s, -1, one) % one for s in range(1, 97_000, 2))
@@ -290,10 +292,13 @@ def test_scaling_rounds_every_sum_as_the_integers_do(shift):
         shift=np.full(len(mult), shift, np.uint8),
         bias=np.zeros(len(mult), np.int64),
         in_zero=0,
+        out=dataclasses.replace(program.tasks[0].out, bits=bits),
+        lo=-(1 << (bits - 1)),
+        hi=(1 << (bits - 1)) - 1,
     )
     scaling = Scaling(task, 8, np.full((len(mult), 3, 1), 127), (-255, 255))
     # the largest sums here, 3 * 127 * 255, are of either sign: twice that must stay below 2^15
-    assert scaling.whole == (np.int16 if shift >= 18 else np.int32)
+    assert scaling.whole == (np.int16 if shift >= 18 and bits == 8 else np.int32)
     sums = np.arange(-97_000, 97_000.0, dtype=np.float32).reshape(50, -1, 1)
     sums = np.repeat(sums, len(mult), axis=2)
     codes = np.empty(sums.shape, task.out.dtype)
