@@ -5,13 +5,18 @@ every process that Ray is part of is a child, so that it can be killed like any 
 """
 
 import contextlib
+import http.client
+import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +25,7 @@ import pytest
 
 pytest.importorskip("av", reason="PyAV is not installed: scale-out not tested")
 
-from serving import THREADS, write_program, write_video
+from serving import THREADS, Reply, Serving, write_program, write_video
 
 from pynq_kgrc.backends.emulate import Emulation
 from pynq_kgrc.cli import main
@@ -323,7 +328,7 @@ def descendants(pid):
                 (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
             )
             command = (folder / "cmdline").read_bytes().decode("utf-8", "replace")
-            commands[int(folder.name)] = command
+            commands[int(folder.name)] = command.rstrip("\0 ")
     found, more = [], [pid]
     while more:
         parent = more.pop()
@@ -461,3 +466,320 @@ def test_a_device_that_fails_ends_the_run_and_is_named(archive, program, tmp_pat
     assert done.returncode == 2 and not done.stdout
     assert "conv3: 1024 taps; the accelerator has 512" in done.stderr
     assert not out.exists()
+
+
+# ---------------------------------------------------------------- Ray Serve
+
+KEY = "a key of the cluster's clients"
+
+
+class FakeBoard:
+    """An HTTP server that behaves as it is told, and remembers what it was asked."""
+
+    def __init__(self):
+        self.mode, self.ready, self.seconds = "good", True, 0.0
+        self.asked, self.busy, self.most = [], 0, 0
+        self.lock = threading.Lock()
+        board = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def answer(self, status, document, **headers):
+                body = json.dumps(document).encode()
+                self.send_response(status)
+                heads = {"content-type": "application/json", "content-length": len(body)}
+                for name, value in {**heads, **headers}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                if self.path == "/v2/health/ready":
+                    self.answer(200 if board.ready else 503, {"ready": board.ready})
+                elif board.mode == "job":
+                    board.mode = "good"
+                    self.answer(200, {"state": "running", "result": None, "error": None})
+                else:
+                    self.answer(200, {"state": "done", "result": {"job": True}, "error": None})
+
+            def do_POST(self):
+                with board.lock:
+                    board.busy += 1
+                    board.most = max(board.most, board.busy)
+                body = self.rfile.read(int(self.headers["content-length"]))
+                board.asked.append((self.path, dict(self.headers), body))
+                try:
+                    time.sleep(board.seconds)
+                    if board.mode == "silent":
+                        self.close_connection = True
+                    elif board.mode == "job":
+                        self.answer(202, {}, location="/v1/jobs/x")
+                    elif board.mode == "good":
+                        self.answer(200, {"bytes": len(body), "path": self.path})
+                    else:
+                        self.answer(int(board.mode), {"error": "as told"})
+                finally:
+                    with board.lock:
+                        board.busy -= 1
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def reset(self, **changes):
+        self.mode, self.ready, self.seconds = "good", True, 0.0
+        self.asked.clear()
+        self.most = 0
+        vars(self).update(changes)
+
+
+class Cluster:
+    """`pynq-kgrc cluster`; a context manager."""
+
+    def __init__(self, log, *arguments, key=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.headers = {"x-api-key": key} if key else {}
+        command = [sys.executable, "-m", "pynq_kgrc.cli", "cluster", "--json"]
+        command += ["--port", str(self.port), *map(str, arguments)]
+        self.log = log
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **THREADS}
+            )
+        timer = threading.Timer(120, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        if not line:
+            self.stop()
+            raise RuntimeError(log.read_text())
+        assert json.loads(line) == {"url": f"http://127.0.0.1:{self.port}"}
+
+    def ask(self, method, path, body=None, headers=None, timeout=60):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, self.headers if headers is None else headers)
+            answer = connection.getresponse()
+            heads = {k.lower(): v for k, v in answer.getheaders()}
+            return Reply(answer.status, heads, answer.read())
+        finally:
+            connection.close()
+
+    def classify(self, body=b"video", query="?top_k=2"):
+        heads = {**self.headers, "content-type": "video/mp4"}
+        return self.ask("POST", f"/v1/videos:classify{query}", body, heads)
+
+    def crowd(self, count, body=b"video"):
+        """So many requests at a time; the replies."""
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(lambda _: self.classify(body), range(count)))
+
+    def states(self):
+        return [d["state"] for d in self.ask("GET", "/v1/devices").json["devices"]]
+
+    def settle(self):
+        """Wait until every device is in the rotation."""
+        until(lambda: set(self.states()) == {"idle"}, 60)
+
+    def replica(self, name):
+        """The process of a replica."""
+        below = descendants(self.process.pid)  # at work, a process adds .METHOD to its title
+        found = [pid for pid, its in below if "ServeReplica" in its and f"{name}." in its + "."]
+        return found[0] if found else None
+
+    def stop(self):
+        """SIGTERM, or worse; the exit status."""
+        self.process.terminate()
+        try:
+            return self.process.wait(90)
+        finally:
+            self.process.kill()
+            self.process.stdout.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.stop()
+
+
+@pytest.fixture(scope="module")
+def boards():
+    made = [FakeBoard(), FakeBoard()]
+    yield made
+    for board in made:
+        board.server.shutdown()
+        board.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def two_boards(boards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "keys").write_text(KEY + "\n")
+    arguments = [part for board in boards for part in ("--board", board.url)]
+    arguments += ["--limit", 3, "--queue", 8, "--max-bytes", 100_000]
+    arguments += ["--api-key-file", folder / "keys"]
+    with Cluster(folder / "log", *arguments, key=KEY) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(two_boards, boards):
+    """The two boards behind one endpoint, all well."""
+    for board in boards:
+        board.reset()
+    two_boards.settle()
+    return two_boards
+
+
+@needs_ray
+def test_boards_share_work_and_each_has_one_video_at_a_time(cluster, boards):
+    for board in boards:
+        board.seconds = 0.3
+    replies = cluster.crowd(6)
+    assert [reply.status for reply in replies] == [200] * 6
+    assert replies[0].json == {"bytes": 5, "path": "/v1/videos:classify?top_k=2"}
+    assert [board.most for board in boards] == [1, 1]
+    assert sum(len(board.asked) for board in boards) == 6
+    path, headers, body = boards[0].asked[0]
+    heads = {name.lower(): value for name, value in headers.items()}
+    assert heads["content-type"] == "video/mp4" and heads["x-api-key"] == KEY
+
+
+@needs_ray
+@pytest.mark.parametrize("mode", ["503", "429", "silent"])
+def test_a_board_in_trouble_leaves_and_returns(cluster, boards, mode):
+    bad, good = boards
+    bad.reset(mode=mode, ready=False)
+    replies = [cluster.classify() for _ in range(6)]  # one of them meets it, and is sent on
+    assert [reply.status for reply in replies] == [200] * 6
+    assert (len(bad.asked), len(good.asked)) == (1, 6)
+    assert sorted(cluster.states()) == ["idle", "resting"]
+    assert cluster.ask("GET", "/v2/health/ready").status == 200
+
+    bad.reset()
+    cluster.settle()
+    assert [cluster.classify().status for _ in range(4)] == [200] * 4
+    assert len(bad.asked) == 2
+
+
+@needs_ray
+def test_a_board_that_hangs_leaves_and_its_video_goes_elsewhere(cluster, boards):
+    bad, good = boards
+    bad.reset(seconds=6, ready=False)
+    began = time.monotonic()
+    replies = cluster.crowd(3)
+    assert [reply.status for reply in replies] == [200] * 3
+    assert 2.5 < time.monotonic() - began < 15
+    assert (len(bad.asked), len(good.asked)) == (1, 3)
+    assert sorted(cluster.states()) == ["idle", "resting"]
+
+
+@needs_ray
+def test_no_board_is_an_answer_too(cluster, boards):
+    for board in boards:
+        board.reset(mode="503", ready=False)
+    reply = cluster.classify()  # meets both, and no third
+    assert reply.status == 503 and reply.json == {"error": "as told"}
+    assert reply.headers["retry-after"]
+    assert [len(board.asked) for board in boards] == [1, 1]
+    began = time.monotonic()
+    reply = cluster.classify()
+    assert reply.status == 503 and reply.json == {"error": "no device is ready"}
+    assert time.monotonic() - began < 5
+    assert cluster.ask("GET", "/v2/health/ready").status == 503
+    assert cluster.ask("GET", "/v2/health/live").status == 200
+
+
+@needs_ray
+def test_what_is_the_clients_fault_is_tried_once_and_costs_no_board(cluster, boards):
+    for board in boards:
+        board.mode = "422"
+    reply = cluster.classify(query="?top_k=%ff&x=%0d%0a&stride=" + "9" * 500)
+    assert reply.status == 422 and reply.json == {"error": "as told"}
+    assert sum(len(board.asked) for board in boards) == 1
+    assert cluster.states() == ["idle", "idle"]
+
+
+@needs_ray
+def test_a_long_video_is_waited_for(cluster, boards):
+    for board in boards:
+        board.mode = "job"
+    assert cluster.classify().json == {"job": True}
+
+
+@needs_ray
+def test_the_endpoint_has_the_limits_of_the_service(cluster, boards):
+    assert cluster.ask("POST", "/v1/videos:classify", b"x", headers={}).status == 401
+    assert cluster.classify(b"x" * 100_001).status == 413
+    assert cluster.ask("GET", "/v1/jobs/x").status == 404
+    for board in boards:
+        board.seconds = 1.0
+    replies = cluster.crowd(16)
+    counts = Counter(reply.status for reply in replies)
+    assert counts.keys() == {200, 429} and counts[200] >= 8, counts
+    refused = next(reply for reply in replies if reply.status == 429)
+    assert refused.headers["retry-after"] and "at a time" in refused.json["error"]
+
+
+@needs_ray
+def test_a_killed_replica_loses_and_doubles_no_answer(cluster, boards):
+    for board in boards:
+        board.seconds = 0.5
+    with ThreadPoolExecutor(1) as pool:
+        crowd = pool.submit(cluster.crowd, 6)
+        until(lambda: any(board.busy for board in boards), 10)
+        victim = cluster.replica("board-0")
+        os.kill(victim, signal.SIGKILL)
+        replies = crowd.result(60)
+    assert [reply.status for reply in replies] == [200] * 6
+    cluster.settle()
+    assert cluster.replica("board-0") not in (None, victim)
+
+
+def steady(document):
+    """An answer without what differs from run to run."""
+    layers = [{**layer, "ms": 0} for layer in document["layers"]]
+    return {**document, "timings_ms": 0, "layers": layers}
+
+
+@needs_ray
+def test_emulators_answer_as_one_service_does_and_survive_a_kill(archive, program, tmp_path):
+    video = (archive / "c" / "video 11.mp4").read_bytes()
+    with Serving(state=tmp_path / "state", program=program) as alone:
+        expected = steady(alone.classify(video, "?top_k=2").json)
+        refused = alone.classify(b"no video", "?top_k=2")
+    with Cluster(tmp_path / "log", "--emulators", 2, "--program", program) as cluster:
+        cluster.settle()
+        bad = cluster.classify(b"no video")
+        assert (bad.status, bad.body) == (refused.status, refused.body)
+        with ThreadPoolExecutor(1) as pool:
+            crowd = pool.submit(lambda: [cluster.crowd(4, video) for _ in range(4)])
+            time.sleep(0.3)
+            os.kill(cluster.replica("emulator-0"), signal.SIGKILL)
+            replies = [reply for group in crowd.result(120) for reply in group]
+        assert [reply.status for reply in replies] == [200] * 16, cluster.ask("GET", "/v1/devices")
+        assert all(steady(reply.json) == expected for reply in replies)
+        cluster.settle()
+        below = [pid for pid, _ in descendants(cluster.process.pid)]
+        assert cluster.stop() == 0, cluster.log.read_text()
+        until(lambda: gone(below), 30)
+
+
+@needs_ray
+def test_a_cluster_that_cannot_be_is_refused(tmp_path, capsys):
+    for arguments, text in (
+        ((), "no device"),
+        (("--board", "ftp://x"), "is no address"),
+        (("--emulators", "1", "--program", str(tmp_path / "x.kgrc")), "no such program file"),
+        (("--board", "http://x", "--host", "0.0.0.0"), "--api-key-file"),
+    ):
+        command = [sys.executable, "-m", "pynq_kgrc.cli", "cluster", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and text in done.stderr, done.stderr

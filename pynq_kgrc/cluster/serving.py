@@ -399,21 +399,20 @@ class Gateway:
         """
         device = await self._take()
         trouble = "its request was given up"  # it may still be busy with it, and is asked first
-        answer = device.handle.classify.remote(query, headers, video)
+        answer = None
         try:
+            answer = device.handle.classify.remote(query, headers, video)
             reply = Reply(*await within(answer, self.layout.answer_seconds + READY_SECONDS))
             trouble = f"answered {reply.status}" if reply.status in LEAVING else ""
         except asyncio.TimeoutError:
             trouble = f"no answer within {self.layout.answer_seconds:g} s"
-            answer.cancel()
             reply = no_answer(f"{device.name}: {trouble}")
-        except asyncio.CancelledError:
-            answer.cancel()
-            raise
         except (RayError, RayServeException) as error:
             trouble = failure_of(error)
             reply = no_answer(f"{device.name}: {trouble}")
         finally:
+            if trouble and answer is not None:
+                answer.cancel()
             if trouble:
                 self._rest(device, trouble)
             else:
@@ -456,13 +455,13 @@ class Gateway:
 
     async def _probe(self, device: Device) -> None:
         while True:
-            answer = device.handle.ready.remote()
             try:
+                answer = device.handle.ready.remote()
                 trouble = await within(answer, START_SECONDS)
             except asyncio.TimeoutError:
                 answer.cancel()
                 trouble = "its replica does not answer"
-            except (RayError, RayServeException) as error:
+            except Exception as error:  # whatever it is, the next answer may be a better one
                 trouble = failure_of(error)
             if not trouble:
                 log.info("a device is back", extra={"device": device.name})
@@ -485,15 +484,16 @@ def build(args: dict[str, Any]) -> Any:
         layout = msgspec.convert(args, Layout, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"cluster: {error}") from error
-    replicas = []
+    replicas: list[tuple[str, Any]] = []
     for url in filter(None, (part.strip() for part in layout.boards.split(","))):
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ConfigError(f"board {url!r}: is no address such as http://board:8000")
-        replicas.append((url, _replica(Board, url, 0).bind(url, layout.answer_seconds)))
+        board = _replica(Board, f"board-{len(replicas)}", 0)
+        replicas.append((url, board.bind(url, layout.answer_seconds)))
     for number in range(layout.emulators):
         program = str(Path(layout.program or _shipped()).absolute())
         load(program)
-        name = f"{layout.backend}-{number}"
+        name = f"emulator-{number}"
         emulator = _replica(Emulator, name, 1).bind(
             program, layout.backend, layout.max_bytes, layout.answer_seconds
         )
@@ -514,7 +514,7 @@ def build(args: dict[str, Any]) -> Any:
 def _replica(kind: type, name: str, cpus: int) -> Any:
     """A deployment of one replica that takes one request at a time."""
     return serve.deployment(
-        name=name.replace("/", "_").replace("#", "_"),
+        name=name,
         num_replicas=1,
         max_ongoing_requests=1,
         max_queued_requests=4,
