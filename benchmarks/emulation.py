@@ -12,25 +12,22 @@ import hashlib
 import json
 import math
 import os
-import platform
 import select
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from reports import ROOT, circumstances, markdown_table, version, where, write
+
 # What an engine needs is imported in its own process, so that its memory is its own.
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 NETWORKS = ("c3d", "r2plus1d_18", "i3d")
 SCALING_NETWORKS = ("c3d", "i3d")
@@ -686,55 +683,12 @@ def scaling_rows(outcome: Outcome) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> dict[str, Any]:
-    """What this ran on."""
-    model, flags = platform.processor() or platform.machine(), set[str]()
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-    telling = ("avx2", "avx512f", "avx512_vnni", "amx_int8", "neon", "asimd", "asimddp")
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": model,
-        "instructions": [flag for flag in telling if flag in flags],
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": pages,
-        "system": platform.platform(),
-    }
-
-
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def revision() -> str:
-    """The commit of this checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-        )
-    except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
 def document(options: argparse.Namespace, outcomes: list[Outcome]) -> dict[str, Any]:
     """Everything measured, as plain data."""
     table = scaling_rows if options.scaling else engine_rows
     return {
         "what": "scaling with frames" if options.scaling else "engines",
-        "command": "python " + shlex.join([os.path.relpath(__file__, ROOT), *sys.argv[1:]]),
-        "when": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "revision": revision(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        **circumstances(__file__, PACKAGES),
         "threads": options.threads,
         "rounds": options.rounds,
         "networks": [
@@ -745,21 +699,6 @@ def document(options: argparse.Namespace, outcomes: list[Outcome]) -> dict[str, 
 
 
 # ---- words ----------------------------------------------------------------------------------
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table; all columns but the first are numbers."""
-    cells = [head, *rows]
-    wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
-
-    def line(row: list[str]) -> str:
-        padded = (
-            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True))
-        )
-        return "| " + " | ".join(padded) + " |"
-
-    rule = [("-" * (w - 1) + ":") if i else "-" * w for i, w in enumerate(wide)]
-    return [line(head), line(rule), *map(line, rows)]
 
 
 def number(value: float | None, form: str, unit: str = "") -> str:
@@ -866,35 +805,8 @@ def markdown(doc: dict[str, Any], tasks: bool) -> str:
             ]
         if tasks:
             lines += task_tables(found["rows"])
-    host = doc["machine"]
-    versions = ", ".join(f"{name} {text}" for name, text in doc["versions"].items())
-    instructions = ", ".join(host["instructions"]) or "unknown"
-    lines += [
-        "",
-        "## Where",
-        "",
-        f"- {host['cpu']}, {host['cores']} cores, {host['memory_bytes'] / 1e9:.0f} GB; "
-        f"instructions: {instructions}; {host['system']}",
-        f"- {versions}; revision {doc['revision']}",
-    ]
+    lines += where(doc)
     return "\n".join(lines) + "\n"
-
-
-def write(folder: Path, name: str, text: str) -> None:
-    """Write beside, then rename, so that a report is whole or the old one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with beside(folder / name) as path:
-        path.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

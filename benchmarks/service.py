@@ -8,6 +8,7 @@ Starts `pynq-kgrc serve` with a program and asks four questions, each bounded in
 4. memory: how much does the process take that answers clients?
 
 The clients run on the same cores as the service, so that speeds are lower than they could be.
+Writes service.md and service.json to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reports import ROOT, circumstances, markdown_table, where, write
 
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
+
+SHIPPED = ROOT / "pynq_kgrc" / "programs" / "utd_mhad27.kgrc"
+RESULTS = ROOT / "benchmarks" / "results"
 
 LIMIT_SECONDS = 60.0
 """A client that waits longer counts as timed out."""
@@ -246,17 +251,59 @@ def measure(program_path: Path, clients: int, seconds: float, rounds: int) -> di
     return document
 
 
+def lines_of(doc: dict[str, Any]) -> list[str]:
+    """The report in Markdown: each question, what was found, and the target set beforehand."""
+    crowd, goodput, overhead = doc["crowd"], doc["goodput"], doc["overhead"]
+    statuses = ", ".join(f"{n} x {status}" for status, n in sorted(crowd["statuses"].items()))
+    rows = [
+        ["clips through HTTP, above a bare Session", "15 ms", f"{overhead['overhead_ms']:.1f} ms"],
+        ["of it, processor time of the process that answers", "", f"{overhead['cpu_ms']:.1f} ms"],
+        [f"{crowd['clients']:,} clients at once", "200, 429 or 503", statuses],
+        ["429 and 503 without Retry-After", "0", str(crowd["without_retry_after"])],
+    ]
+    for name in ("kept_connection", "new_connections"):
+        health = crowd[f"health_{name}"]
+        words = f"health meanwhile, 99th percentile, {name.replace('_', ' ')}"
+        rows.append([words, "100 ms", f"{health['p99_ms']:.0f} ms of {health['requests']}"])
+    rows += [
+        ["clips a second at the peak", "", f"{goodput['peak_per_s']:.1f}"],
+        ["at ten times as many clients, of the peak", "90 %", f"{100 * goodput['ratio']:.0f} %"],
+        ["memory before the first clip", "120 MB", f"{doc['memory_idle_mb']:.0f} MB"],
+        ["memory after all this", "", f"{doc['memory_after_mb']:.0f} MB"],
+    ]
+    return [
+        "# The service under load",
+        "",
+        f"Every figure is measured, on {doc['when']}, by `{doc['command']}`, over loopback,",
+        "clients and service on the same cores. Memory is that of the process that answers clients.",
+        "",
+        f"Program {doc['program']}, clips of {' x '.join(map(str, doc['clip'][:3]))}.",
+        "",
+        *markdown_table(["question", "target", "found"], rows),
+        "",
+        f"Load average of the last minute before: {doc['load_average']:.1f}.",
+        *where(doc),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--program", type=Path, required=True, help="a compiled .kgrc")
+    parser.add_argument(
+        *("-p", "--program"), type=Path, default=SHIPPED, help="default: the one that is shipped"
+    )
     parser.add_argument("--clients", type=int, default=1000, help="of the crowd (default: 1000)")
     parser.add_argument("--seconds", type=float, default=10, help="of each load (default: 10)")
     parser.add_argument("--rounds", type=int, default=20, help="clips compared (default: 20)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
     options = parser.parse_args()
-    found = measure(options.program, options.clients, options.seconds, options.rounds)
-    print(json.dumps(found, indent=2))
+    found = circumstances(__file__, ("pynq_kgrc", "numpy", "fastapi", "uvicorn"))
+    found |= measure(options.program, options.clients, options.seconds, options.rounds)
+    text = "\n".join(lines_of(found)) + "\n"
+    print(text)
+    write(options.out, "service.json", json.dumps(found, indent=1) + "\n")
+    write(options.out, "service.md", text)
 
 
 if __name__ == "__main__":
