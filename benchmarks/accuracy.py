@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 SETTINGS = Path(__file__).with_name("accuracy")
-NETWORK = "thin_c3d"
-LAYERS = "conv1,conv2,conv3a,conv3b,conv4a,conv4b"
-"""The first one too: with three frames to a kernel it is a quarter of the operations."""
+LAYERS = {
+    "thin_c3d": ["--layers", "conv1,conv2,conv3a,conv3b,conv4a,conv4b"],
+    "thin_r2plus1d": [],
+}
+"""Of thin_c3d the first one too: with three frames to a kernel it is a quarter of the operations."""
 
-THREE_TIMES = ["--reduction", "3", "--layers", LAYERS]
-EQUALLY = ["--reduction", "2.5", "--layers", LAYERS]
+EQUAL_REDUCTION = "2.5"
 """The rates of `kgc` under eq. (9) reach 2.94 at most; those of `kgr` only 2."""
 
 PAPER = ("kgr", "kgc", "kgrc")
@@ -55,20 +56,22 @@ class Study:
     """The runs of one seed."""
 
     def __init__(self, options, seed):
-        self.folder, self.seed = options.out / f"seed{seed}", seed
+        self.network, self.seed = options.network, seed
+        of_network = "" if options.network == "thin_c3d" else f"{options.network}-"
+        self.folder = options.out / f"{of_network}seed{seed}"
         self.data = ["--data", options.data, "--cache", options.out / "cache"]
 
     def train(self):
         folder = self.folder / "dense"
         settings = ["--config", SETTINGS / "train.toml", "--seed", self.seed]
-        return folder, run(folder, "train", NETWORK, *self.data, "-o", folder, *settings)
+        return folder, run(folder, "train", self.network, *self.data, "-o", folder, *settings)
 
     def prune(self, dense, name, settings, *how):
         folder = self.folder / name.replace(", ", "-")
         settings = ["--config", SETTINGS / settings, "--seed", self.seed]
         weights = ["--weights", dense / "weights.safetensors"]
         return folder, run(
-            folder, "prune", NETWORK, *self.data, "-o", folder, *weights, *settings, *how
+            folder, "prune", self.network, *self.data, "-o", folder, *weights, *settings, *how
         )
 
     def quantize(self, source, bits, epochs=None):
@@ -78,7 +81,7 @@ class Study:
         weights = ["--weights", source / "weights.safetensors"]
         return run(
             folder,
-            *("quantize", NETWORK, *self.data, "-o", folder, *weights, *settings),
+            *("quantize", self.network, *self.data, "-o", folder, *weights, *settings),
             *("--accelerator", f"{bits}-sparse"),
         )
 
@@ -97,7 +100,7 @@ def long_table(options):
     for seed in options.seeds:
         study = Study(options, seed)
         dense, found = study.train()
-        how = ["--pattern", "kgrc", *THREE_TIMES]
+        how = ["--pattern", "kgrc", "--reduction", "3", *LAYERS[options.network]]
         folder, pruned = study.prune(dense, "kgrc-3x", "prune.toml", *how)
         sources = {
             "dense": (dense, 1.0, found["test_top1"]),
@@ -140,7 +143,8 @@ def equal_table(options):
         study = Study(options, seed)
         dense, _ = study.train()
         for name, (pattern, algorithm) in EQUAL.items():
-            how = ["--pattern", pattern, *EQUALLY, "--algorithm", algorithm]
+            how = ["--pattern", pattern, "--algorithm", algorithm]
+            how += ["--reduction", EQUAL_REDUCTION, *LAYERS[options.network]]
             _, pruned = study.prune(dense, f"equal-{name}", "short.toml", *how)
             add(rows, name, pruned["reduction"], float=pruned["test_top1"])
     return rows
@@ -172,6 +176,7 @@ def write(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
+    parser.add_argument("--network", default="thin_c3d", choices=LAYERS)
     parser.add_argument("--out", type=Path, default=Path("out/accuracy"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES)
