@@ -18,7 +18,7 @@ LAYERS = {
     "thin_c3d": ["--layers", "conv1,conv2,conv3a,conv3b,conv4a,conv4b"],
     "thin_r2plus1d": [],
 }
-"""Of thin_c3d the first one too: with three frames to a kernel it is a quarter of the operations."""
+"""Of thin_c3d the first one too: with three frames to a kernel it has a quarter of the MACs."""
 
 EQUAL_REDUCTION = "2.5"
 """The rates of `kgc` under eq. (9) reach 2.94 at most; those of `kgr` only 2."""

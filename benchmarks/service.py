@@ -275,7 +275,7 @@ def lines_of(doc: dict[str, Any]) -> list[str]:
         "# The service under load",
         "",
         f"Every figure is measured, on {doc['when']}, by `{doc['command']}`, over loopback,",
-        "clients and service on the same cores. Memory is that of the process that answers clients.",
+        "clients and service on the same cores. Memory: of the process that answers clients.",
         "",
         f"Program {doc['program']}, clips of {' x '.join(map(str, doc['clip'][:3]))}.",
         "",
