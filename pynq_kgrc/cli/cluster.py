@@ -75,7 +75,10 @@ def declare(command: Declare) -> None:
         help="a worker that takes longer for a file is replaced (default: 600)",
     )
     batch.add_argument(
-        "--address", default="local", metavar="HOST:PORT", help="of a Ray cluster that runs already"
+        "--address",
+        default="local",
+        metavar="HOST:PORT",
+        help="of a Ray cluster that runs already; RAY_AUTH_MODE=token where it asks for its token",
     )
     batch.add_argument(
         "--anew", action="store_true", help="throw away what is at RESULTS.parquet, and start over"
@@ -130,7 +133,10 @@ def declare(command: Declare) -> None:
         help="a device that takes longer for a video rests (default: 600)",
     )
     cluster.add_argument(
-        "--address", default="local", metavar="HOST:PORT", help="of a Ray cluster that runs already"
+        "--address",
+        default="local",
+        metavar="HOST:PORT",
+        help="of a Ray cluster that runs already; RAY_AUTH_MODE=token where it asks for its token",
     )
 
 
@@ -154,9 +160,13 @@ def run_batch(options: argparse.Namespace) -> int:
         address=options.address,
         anew=options.anew,
     )
-    found = classify_archive(
-        batch, lambda rows, total: progress(rows, options.folder.name or "videos", total)
-    )
+    try:
+        found = classify_archive(
+            batch, lambda rows, total: progress(rows, options.folder.name or "videos", total)
+        )
+    except KeyboardInterrupt:
+        print("pynq-kgrc: stopped; what was found is kept for the next run", file=sys.stderr)
+        return 130
     if options.json:
         print(json.dumps({"out": str(options.out), **vars(found)}))
     else:

@@ -558,4 +558,7 @@ def run_cluster(
         except (RayError, RayServeException, RuntimeError) as error:
             raise DeviceError(f"Ray Serve failed: {error}") from error
         finally:
-            serve.shutdown()
+            if address == "local":
+                serve.shutdown()
+            else:  # others may serve there as well
+                serve.delete("pynq_kgrc")
