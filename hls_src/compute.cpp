@@ -11,6 +11,7 @@ namespace kgrc {
 #ifdef KGRC_PORTS
 long current_trip = 0;
 long port_conflicts = 0;
+long early_reads = 0;
 #endif
 
 #ifdef KGRC_PACKED
@@ -20,7 +21,8 @@ typedef DotDirect<kBits, kTn> Element;
 #endif
 
 static Ram<Vector, kRegionRows> region_ram[2][kCopies][kPf];
-static Ram<Sum, kSumRows> sum_ram[2][kTm][kPf];
+typedef Ram<Sum, kSumRows, kMinFeatureRows> SumBank;
+static SumBank sum_ram[2][kTm][kPf];
 
 // Sums are cleared as they are handed on; this is for the first time, and after a reset.
 void clear_sums() {
@@ -82,7 +84,7 @@ void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
   int load_into = 0;
   // hand on
   bool draining = false;
-  int blocks_left = 0, block = 0, d = 0, h = 0, j = 0, sum_row = 0, sum_lane = 0;
+  int blocks_left = 0, settling = 0, block = 0, d = 0, h = 0, j = 0, sum_row = 0, sum_lane = 0;
   int drain_size[3] = {1, 1, 1};
 
 flattened:
@@ -90,8 +92,8 @@ flattened:
     // II = 1. A sum is visited again after kMinFeatureRows trips at the earliest, so that a read
     // meets the write before it; the state is a few counters, each one add a trip. Of a region the
     // first read may follow the last write in the next trip: that is left to the tool to see.
-    // One case is open: where blocks are so short that the array waits for sums to be handed on, a
-    // sum that was cleared may be read in the next trip. rtl/mac_array.v compares rows for that.
+    // A sum that was cleared is as far from being read: where a tile has few rows, the array waits
+    // after the last was handed on (`settling`) before it adds to those sums again.
 #pragma HLS PIPELINE II = 1
 #pragma HLS DEPENDENCE variable = sum_ram inter RAW distance = 4 true
     KGRC_TRIP();
@@ -102,6 +104,8 @@ flattened:
       block_done = false;
       sums_in_use ^= 1;
       blocks_left = item.blocks;
+      // row r is cleared rows - 2 - r trips before the last, or earlier, and read r trips later
+      settling = larger(0, kMinFeatureRows + 1 - tile.feature_rows);
       block = d = h = j = sum_row = sum_lane = 0;
       for (int axis = 0; axis < 3; ++axis) drain_size[axis] = tile.size[axis];
     }
@@ -188,7 +192,7 @@ flattened:
                 for (int a = 0; a < Element::kWeights; ++a)
                   for (int b = 0; b < Element::kFeatures; ++b) {
                     if (r + a >= kRows || lane + b >= kPf || !exists[lane + b]) continue;
-                    Ram<Sum, kSumRows>& bank =
+                    SumBank& bank =
                         sum_ram[sums_in_use][group * kGm + word.row[group][r + a]][lane + b];
                     bank.write(row, Sum(bank.read(row) + total[a][b]));
                   }
@@ -239,7 +243,9 @@ flattened:
       }
     }
 
-    if (draining) {
+    if (draining && blocks_left == 0) {
+      draining = --settling > 0;
+    } else if (draining) {
       SumWord out;
       const int count = smaller(kPortPositions, drain_size[2] - j * kPortPositions);
       const int filter = block % kBlocks * kTn;
@@ -254,7 +260,7 @@ flattened:
         // sums of B neighbours lie in B lanes; the lanes that come round belong to the next row
         const int turns = (sum_lane + i) / kPf, lane = (sum_lane + i) % kPf;
         for (int n = 0; n < kTn; ++n) {
-          Ram<Sum, kSumRows>& bank = sum_ram[sums_in_use ^ 1][filter + n][lane];
+          SumBank& bank = sum_ram[sums_in_use ^ 1][filter + n][lane];
           out.sum[i][n] = bank.read(row + turns);
           bank.write(row + turns, Sum(0));
         }
@@ -270,7 +276,7 @@ flattened:
           if (++d == drain_size[0]) {
             d = sum_row = sum_lane = 0;
             ++block;
-            if (--blocks_left == 0) draining = false;
+            if (--blocks_left == 0) draining = settling > 0;
           }
         }
       }

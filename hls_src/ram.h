@@ -1,7 +1,8 @@
 // A memory bank with two ports, and the streams between processes.
 //
 // With KGRC_PORTS a simulation counts the accesses of every bank in each trip of the pipelined
-// loop around it, and remembers when there were more than two: then II = 1 would be a lie.
+// loop around it, and remembers when there were more than two: then II = 1 would be a lie. So would
+// it be if a cell were read fewer than kDistance trips after it was written; that is counted too.
 #pragma once
 
 #include "types.h"
@@ -16,23 +17,26 @@ namespace kgrc {
 #ifdef KGRC_PORTS
 extern long current_trip;    // of whichever pipelined loop is running
 extern long port_conflicts;  // banks asked for more than two accesses in one trip
+extern long early_reads;     // cells read before what was written to them can be there
 #define KGRC_TRIP() (++current_trip)
 #else
 #define KGRC_TRIP() ((void)0)
 #endif
 
-template <class Value, int kDepth>
+template <class Value, int kDepth, int kDistance = 0>
 class Ram {
  public:
   Value read(int address) {
 #pragma HLS INLINE
     count();
+    look(address);
     return cells[address];
   }
   void write(int address, const Value& value) {
 #pragma HLS INLINE
     count();
     cells[address] = value;
+    note(address);
   }
 
  private:
@@ -40,6 +44,11 @@ class Ram {
 #ifdef KGRC_PORTS
   long trip;
   int accesses;
+  long written[kDepth];  // the trip after it
+  void look(int address) {
+    if (written[address] > 0 && current_trip < written[address] - 1 + kDistance) ++early_reads;
+  }
+  void note(int address) { written[address] = current_trip + 1; }
   void count() {
     if (trip != current_trip) {
       trip = current_trip;
@@ -49,6 +58,8 @@ class Ram {
   }
 #else
   void count() {}
+  void look(int) {}
+  void note(int) {}
 #endif
 };
 

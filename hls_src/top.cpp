@@ -130,4 +130,5 @@ tasks:
 
 #ifdef KGRC_PORTS
 extern "C" long kgrc_port_conflicts() { return kgrc::port_conflicts; }
+extern "C" long kgrc_early_reads() { return kgrc::early_reads; }
 #endif

@@ -86,6 +86,7 @@ def test_no_bank_is_asked_for_more_than_two_accesses_a_trip(bits, sparse):
     codes = random_codes(program)
     found = outputs(backend, program, codes)
     assert backend._library.kgrc_port_conflicts() == 0
+    assert backend._library.kgrc_early_reads() == 0
     wanted = run_program(program, codes)
     for name, codes_ in found.items():
         np.testing.assert_array_equal(codes_, wanted[name], err_msg=name)
@@ -122,14 +123,32 @@ def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
     assert backend._library.kgrc_port_conflicts() > 0
 
 
-def test_sums_are_left_alone_long_enough(monkeypatch, tmp_path):
-    """Fewer trips between two visits of a sum than the pipeline needs: the model would notice."""
-    changes = [("design.h", "kMinFeatureRows = 4", "kMinFeatureRows = 1")]
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        # fewer trips between two words that add to a sum than its read, add and write take
+        ("design.h", "kMinFeatureRows = 4", "kMinFeatureRows = 1"),
+        # a block that begins as soon as the sums of the one before the last are handed on
+        ("compute.cpp", "larger(0, kMinFeatureRows + 1 - tile.feature_rows)", "0"),
+    ],
+)
+def test_sums_are_left_alone_long_enough(monkeypatch, tmp_path, name, old, new):
+    changes = [(name, old, new), ("compute.cpp", "kSumRows, kMinFeatureRows>", "kSumRows, 4>")]
+    if name == "compute.cpp":
+        changes = changes[:1]
+    # blocks of four trips, whose sums are handed on in four: the shortest there are
+    net = Net(size=(1, 1, 1))
+    net.conv("clip", 96, 1, pad=0)
+    program, _ = compiled(net, small_config(8, tm=16, pm=16, pk=2, pf=3, filter_tiles=1))
+    codes = random_codes(program)
+    clean = csim.CSimulation(program.config, PORTS)
+    outputs(clean, program, codes)
+    assert clean._library.kgrc_early_reads() == 0
     with_sources(monkeypatch, tmp_path / "hls", changes)
-    program = program_of(8, True)
     backend = csim.CSimulation(program.config, PORTS)
-    outputs(backend, program, random_codes(program))
-    with pytest.raises(AssertionError):
+    outputs(backend, program, codes)
+    assert backend._library.kgrc_early_reads() > 0
+    with pytest.raises(AssertionError):  # the model counts those trips, too
         assert_costs_agree(backend, program)
 
 

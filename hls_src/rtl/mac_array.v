@@ -79,7 +79,7 @@ module mac_array #(
 
   reg [31:0] items_left, regions_left;
   reg [15:0] item_words, words_left;
-  reg have_next, active, block_done, draining, in_use, sums_in_use, load_into, in_flight;
+  reg have_next, active, block_done, draining, emptied, in_use, sums_in_use, load_into, in_flight;
   reg [1:0] full;
   reg [ITEM-1:0] held_item, next_item;
   reg [TILE-1:0] held_tile;
@@ -91,6 +91,7 @@ module mac_array #(
   reg [SIZE-1:0] d, h, left, drain_d, drain_h, drain_w;
   reg [SUM_ROW-1:0] drain_slot, drain_row;
   reg [BANK-1:0] drain_lane;
+  reg [FEATURE-1:0] settling;
   reg wiping;
   reg [SUM_ROW-1:0] wipe_row;
 
@@ -103,6 +104,7 @@ module mac_array #(
   wire begin_drain = block_done && !draining;
   wire waits = block_done && draining;
   wire drain_now = draining || begin_drain;
+  wire handing = drain_now && !emptied;
   wire sums_now = sums_in_use ^ begin_drain;
 
   // the next item
@@ -197,7 +199,13 @@ module mac_array #(
   wire row_ends = left_now <= POSITIONS;
   wire plane_ends = row_ends && h_now + 1'b1 == drain_h_now;
   wire block_ends = plane_ends && d_now + 1'b1 == drain_d_now;
-  wire drain_ends = drain_now && block_ends && blocks_now == 1;
+  wire last_handed = handing && block_ends && blocks_now == 1;
+  // where a tile has few rows, sums that were cleared settle before they are added to again
+  wire [FEATURE-1:0] rows_drained = held_tile[TILE_ROWS +: FEATURE];
+  wire [FEATURE-1:0] settling_now = !begin_drain ? settling
+                                  : rows_drained > MIN_ROWS ? {FEATURE{1'b0}}
+                                  : MIN_ROWS + 1 - rows_drained;
+  wire drain_ends = emptied ? settling == 1 : last_handed && settling_now == 0;
   wire [BANK-1:0] lane_next = wraps ? lanes_on - PF : lanes_on;
 
   wire region_ends = take_region && region[0];
@@ -214,6 +222,7 @@ module mac_array #(
       active <= 0;
       block_done <= 0;
       draining <= 0;
+      emptied <= 0;
     end else if (start && !busy) begin
       items_left <= item_count;
       regions_left <= region_count;
@@ -244,10 +253,12 @@ module mac_array #(
       end
 
       draining <= drain_now && !drain_ends;
+      emptied <= (emptied || last_handed) && !drain_ends;
+      settling <= emptied ? settling - 1'b1 : settling_now;
       drain_w <= drain_w_now;
       drain_h <= drain_h_now;
       drain_d <= drain_d_now;
-      if (drain_now) begin
+      if (handing) begin
         left <= row_ends ? drain_w_now : left_now - POSITIONS;
         h <= plane_ends ? {SIZE{1'b0}} : row_ends ? h_now + 1'b1 : h_now;
         d <= block_ends ? {SIZE{1'b0}} : plane_ends ? d_now + 1'b1 : d_now;
@@ -294,7 +305,7 @@ module mac_array #(
   integer e;
   always @(posedge clk) if (step) begin
     compute1 <= go && active_now && feature_now < feature_rows;
-    drain1 <= go && drain_now;
+    drain1 <= go && handing;
     load1 <= go && take_region;
     wipe1 <= wiping && !rst;
     last1 <= !rst && (go ? trip_is_last : wiping && wipe_row == SUM_ROWS - 1);

@@ -3,8 +3,8 @@
 //   edge 1   the cells are read       edge 3   the addend is added, or the sum cleared
 //   edge 2   the RAM's own register   edge 4   the cells are written
 //
-// So a sum may be added to again, or handed on, MIN_ROWS = 4 steps later, which mac_array keeps.
-// A sum that was cleared may be asked for at once: it is known to be zero.
+// So a sum may be added to again, or handed on, MIN_ROWS = 4 steps later, and a sum that was cleared
+// be added to; mac_array keeps to that.
 module sum_bank #(
   parameter ROWS = 64, WIDTH = 32, ROW = 6
 ) (
@@ -18,20 +18,17 @@ module sum_bank #(
   reg [WIDTH-1:0] cells [0:ROWS-1];
   reg [WIDTH-1:0] read, old, next;
   reg [ROW-1:0] row1, row2, row3;
-  reg clear1, clear2, clear3, write3, zero1, zero2;
-  assign sum = zero2 ? {WIDTH{1'b0}} : old;
+  reg clear1, clear2, write3;
+  assign sum = old;
   always @(posedge clk) if (step) begin
     read <= cells[row];
     row1 <= row;
     clear1 <= clear;
-    zero1 <= (clear1 && row == row1) || (clear2 && row == row2) || (clear3 && row == row3);
     old <= read;
     row2 <= row1;
     clear2 <= clear1;
-    zero2 <= zero1;
     next <= clear2 ? {WIDTH{1'b0}} : sum + addend;
     row3 <= row2;
-    clear3 <= clear2;
     write3 <= clear2 || add;
     if (write3) cells[row3] <= next;
   end

@@ -312,7 +312,10 @@ def _array_trips(config: AcceleratorConfig, work: Work) -> int:
             now += passed
             continue
         settled = regions >= 2
-        rows = max(MIN_FEATURE_ROWS, -(-math.prod(extent) // config.pf))
+        filled = -(-math.prod(extent) // config.pf)
+        rows = max(MIN_FEATURE_ROWS, filled)
+        # sums that were cleared are not added to at once
+        settling = max(0, MIN_FEATURE_ROWS + 1 - filled)
         handed_on = extent[0] * extent[1] * beats_of_row(config, extent[2])
         time = 0
         for step in steps:
@@ -324,7 +327,7 @@ def _array_trips(config: AcceleratorConfig, work: Work) -> int:
             time += step.busy * work.words * rows + step.idle
             if step.blocks:
                 time = max(time, handed)
-                handed = time + step.blocks * handed_on
+                handed = time + step.blocks * handed_on + settling
         begun, handed = begun - time, max(0, handed - time)
         if settled:
             seen[key] = (time, (begun, handed))
