@@ -13,6 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pynq_kgrc.program import load
+from pynq_kgrc.timing import modelled_ms
+
 SETTINGS = Path(__file__).with_name("accuracy")
 LAYERS = {
     "thin_c3d": ["--layers", "conv1,conv2,conv3a,conv3b,conv4a,conv4b"],
@@ -86,12 +89,19 @@ class Study:
         )
 
 
-def add(rows, name, reduction, **found):
-    """Another seed's results of a row; a column holds one value a seed."""
-    row = rows.setdefault(name, {"operations": []})
-    row["operations"].append(reduction)
+def add(rows, name, reduction, top1, coded):
+    """Another seed's results of a row; a column holds one value a seed.
+
+    `coded` has the result of `quantize` under the name of each column.
+    """
+    row = rows.setdefault(name, {})
+    found = {"operations": reduction, "float": 100 * top1}
+    for column, result in coded.items():
+        found[column] = 100 * result["emulated_top1"]
+        found[f"{result['bits']} bits: kB"] = result["bytes"] / 1000
+        found[f"{result['bits']} bits: ms"] = modelled_ms(load(result["path"]))
     for column, value in found.items():
-        row.setdefault(column.replace("_", " "), []).append(value)
+        row.setdefault(column, []).append(value)
 
 
 def long_table(options):
@@ -107,13 +117,9 @@ def long_table(options):
             "kgrc-3x": (folder, pruned["reduction"], pruned["test_top1"]),
         }
         for name, (source, reduction, top1) in sources.items():
-            add(
-                rows,
-                *(name, reduction),
-                float=top1,
-                **{"8_after": study.quantize(source, 8, 0)["emulated_top1"]},
-                **{f"{bits}": study.quantize(source, bits)["emulated_top1"] for bits in (8, 4)},
-            )
+            coded = {"8 after": study.quantize(source, 8, 0)}
+            coded |= {f"{bits}": study.quantize(source, bits) for bits in (8, 4)}
+            add(rows, name, reduction, top1, coded)
     return rows
 
 
@@ -128,11 +134,8 @@ def rates_table(options):
             folder, pruned = study.prune(dense, name, "short.toml", "--recipe", name)
             sources[name] = (folder, pruned["reduction"], pruned["test_top1"])
         for name, (source, reduction, top1) in sources.items():
-            after = {
-                f"{bits}_after": study.quantize(source, bits, 0)["emulated_top1"]
-                for bits in (16, 8, 4)
-            }
-            add(rows, name, reduction, float=top1, **after)
+            coded = {f"{bits} after": study.quantize(source, bits, 0) for bits in (16, 8, 4)}
+            add(rows, name, reduction, top1, coded)
     return rows
 
 
@@ -146,7 +149,7 @@ def equal_table(options):
             how = ["--pattern", pattern, "--algorithm", algorithm]
             how += ["--reduction", EQUAL_REDUCTION, *LAYERS[options.network]]
             _, pruned = study.prune(dense, f"equal-{name}", "short.toml", *how)
-            add(rows, name, pruned["reduction"], float=pruned["test_top1"])
+            add(rows, name, pruned["reduction"], pruned["test_top1"], {})
     return rows
 
 
@@ -154,22 +157,25 @@ TABLES = {"long": long_table, "rates": rates_table, "equal": equal_table}
 
 
 def spread(values):
-    """Mean and, of several seeds, the standard deviation, in per cent."""
-    mean = 100 * statistics.mean(values)
-    return f"{mean:.1f}" + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    """Mean and, of several seeds, the standard deviation."""
+    text = f"{statistics.mean(values):.1f}"
+    return text + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def write(rows):
-    """A table in Markdown."""
-    columns = [name for name in next(iter(rows.values())) if name != "operations"]
+    """A table in Markdown; sizes and modelled latencies are those of the first seed."""
+    every = list(next(iter(rows.values())))
+    columns = [name for name in every if name != "operations" and ":" not in name]
+    sizes = list(dict.fromkeys(name.partition(":")[0] for name in every if ":" in name))
     lines = [
-        "| network | operations | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 2) + "|",
+        "| " + " | ".join(["network", "operations", *columns, *sizes]) + " |",
+        "|---" * (len(columns) + len(sizes) + 2) + "|",
     ]
     for name, row in rows.items():
-        cells = [spread(row[c]) for c in columns]
-        reduction = statistics.mean(row["operations"])
-        lines.append(f"| {name} | {reduction:.2f}x fewer | " + " | ".join(cells) + " |")
+        cells = [f"{statistics.mean(row['operations']):.2f}x fewer"]
+        cells += [spread(row[column]) for column in columns]
+        cells += [f"{row[f'{s}: kB'][0]:.0f} kB, {row[f'{s}: ms'][0]:.2f} ms" for s in sizes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
