@@ -36,8 +36,8 @@ from reports import ROOT, circumstances, markdown_table, where, write
 
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
+from pynq_kgrc.service.settings import shipped_program
 
-SHIPPED = ROOT / "pynq_kgrc" / "programs" / "utd_mhad27.kgrc"
 RESULTS = ROOT / "benchmarks" / "results"
 
 LIMIT_SECONDS = 60.0
@@ -291,7 +291,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        *("-p", "--program"), type=Path, default=SHIPPED, help="default: the one that is shipped"
+        *("-p", "--program"),
+        type=Path,
+        default=shipped_program(),
+        help="default: the one that is shipped",
     )
     parser.add_argument("--clients", type=int, default=1000, help="of the crowd (default: 1000)")
     parser.add_argument("--seconds", type=float, default=10, help="of each load (default: 10)")

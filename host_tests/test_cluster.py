@@ -169,15 +169,16 @@ def test_a_row_is_what_a_session_says(archive, program, stride):
         assert row["scores"][0] == pytest.approx(mean, abs=1e-12)
 
 
-def test_a_device_at_fault_is_no_fault_of_the_file(archive, program, monkeypatch):
+@pytest.mark.parametrize("fault", [DeviceError("hung"), ValueError("a fault of ours")])
+def test_a_device_at_fault_is_no_fault_of_the_file(archive, program, monkeypatch, fault):
     from pynq_kgrc.program import load
 
     def broken(*_):
-        raise DeviceError("hung")
+        raise fault
 
     with Session(load(program)) as session:
         monkeypatch.setattr(Emulation, "run", broken)
-        with pytest.raises(DeviceError):
+        with pytest.raises(type(fault), match=str(fault)):
             look(session, find_files(archive)[1], Question(""))
 
 
@@ -435,10 +436,13 @@ def test_a_killed_run_goes_on_where_it_was(archive, program, tmp_path):
 
 
 @needs_ray
-def test_a_run_that_is_interrupted_says_so_and_leaves_nothing_running(archive, program, tmp_path):
-    out = tmp_path / "results.parquet"
-    command = [sys.executable, "-m", "pynq_kgrc.cli", "batch", str(archive), "--out", str(out)]
-    command += ["--program", str(program), "--workers", "1"]
+def test_a_run_that_is_interrupted_says_so_and_leaves_nothing_running(program, tmp_path):
+    folder, out = tmp_path / "videos", tmp_path / "table" / "results.parquet"
+    folder.mkdir()
+    out.parent.mkdir()
+    write_video(folder / "long.mp4", frames=3000)  # a window each: it does not end by itself
+    command = [sys.executable, "-m", "pynq_kgrc.cli", "batch", str(folder), "--out", str(out)]
+    command += ["--program", str(program), "--workers", "1", "--stride", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         try:
             until(lambda: any("ray::MapWorker" in its for _, its in descendants(run.pid)), 60)
@@ -449,7 +453,7 @@ def test_a_run_that_is_interrupted_says_so_and_leaves_nothing_running(archive, p
             run.kill()
     assert run.returncode == 130 and "kept for the next run" in errors, errors
     until(lambda: gone(below), 30)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.parquet.partial"]
+    assert [path.name for path in out.parent.iterdir()] == ["results.parquet.partial"]
 
 
 @needs_ray

@@ -78,9 +78,7 @@ class Session:
         self.write(frames)
         layers = self.backend.run()
         scores = softmax(self.logits())
-        best = np.argsort(-scores, kind="stable")[: max(1, top)]
-        names = self.program.labels or tuple(str(i) for i in range(scores.size))
-        labels = tuple(Label(names[i], float(scores[i])) for i in best)
+        labels = best_labels(scores, self.program.labels, top)
         seconds = time.perf_counter() - start
         return Prediction(labels, tuple(layers), self.backend_name, seconds)
 
@@ -149,6 +147,12 @@ def compare(left: Session, right: Session, frames: Array) -> Difference | None:
             at = (c, d, h, w)
             return Difference(name, at, int(ours[at]), int(theirs[at]), len(differing))
     return None
+
+
+def best_labels(scores: Array, names: tuple[str, ...], top: int) -> tuple[Label, ...]:
+    """The `top` best classes, one at least; without names they are called by their numbers."""
+    order = np.argsort(-scores, kind="stable")[: max(1, top)]
+    return tuple(Label(names[i] if names else str(i), float(scores[i])) for i in order)
 
 
 def softmax(logits: Array) -> Array:

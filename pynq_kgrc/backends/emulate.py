@@ -169,24 +169,23 @@ class Scaling:
 
     def __init__(self, task: ConvTask, bits: int, weight: Array, interval: tuple[int, int]) -> None:
         self.task = task
-        axes = (1, 2)
+        signed = weight.sum(axis=(1, 2), dtype=np.int64)
         # the sums here are of x - Z_x, the task's bias is for sums of x
-        self.bias = task.bias + task.in_zero * weight.sum(axis=axes, dtype=np.int64)
+        self.bias = task.bias + task.in_zero * signed
         self.codes = np.dtype(np.int16 if task.out.bits == 16 else np.int8)
         self.unsigned = np.dtype(np.uint16 if task.out.bits == 16 else np.uint8)
         scale = task.mult.astype(np.float64) * np.exp2(-task.shift.astype(np.float64))
         half = np.where(task.shift > 0, 0.5, 0.0)
         offset = self.bias * scale + half + task.out.zero_point
-        # what any input of the interval, which holds 0, and any shortcut can come to
-        total = np.abs(weight).sum(axis=axes, dtype=np.int64)
-        signed = weight.sum(axis=axes, dtype=np.int64)
-        plus, minus = (total + signed) / 2, (total - signed) / 2
+        # what any input of the interval and any shortcut can come to
         low, high = interval
+        centre = signed * (low + high) / 2
+        reach = np.abs(weight).sum(axis=(1, 2), dtype=np.int64) * (high - low) / 2
         added = 0.0
         if task.shortcut is not None:
             added = (task.shortcut.mult << bits) / (1 << task.shortcut.shift) + 1
-        least = float(((plus * low - minus * high) * scale + offset).min()) - added
-        most = float(((plus * high - minus * low) * scale + offset).max()) + added
+        least = float(((centre - reach) * scale + offset).min()) - added
+        most = float(((centre + reach) * scale + offset).max()) + added
         # 0 modulo a code, so that it falls away when codes are cut out
         width = 8 * self.unsigned.itemsize
         self.lift = max(1, math.ceil(-least / (1 << width)) + 1) << width

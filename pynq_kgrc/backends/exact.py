@@ -489,7 +489,6 @@ class _WinogradPlan:
         proved = convolution.proved or dtype == WIDE
         self.norms = {} if proved else convolution.norms[part]
         self.largest = None if proved else np.zeros(4 ** len(self.axes))
-        self.exact = True
         channels, count = convolution.shape.channels, math.prod(tiles)
         values = convolution.map_dtype
         size = [2 * n + 2 if axis in self.axes else n for axis, n in enumerate(tiles)]
@@ -507,7 +506,7 @@ class _WinogradPlan:
 
     def compute(self, slab: Array) -> Array | None:
         """The phases [2^a, tiles, M], the last axis slowest; none if they may not be exact."""
-        self.exact = True
+        self.exact = True  # until a sum is seen that may not be
         np.copyto(self.slab, slab)
         for call in self.calls:
             call()

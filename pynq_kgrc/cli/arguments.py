@@ -27,6 +27,19 @@ def positive(text: str) -> int:
     return value
 
 
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    """The options that say which frames of a video are looked at."""
+    command.add_argument(
+        "--stride", type=positive, metavar="FRAMES", help="look every FRAMES frames of each video"
+    )
+    command.add_argument(
+        "--sampling",
+        choices=("centre", "uniform"),
+        default="centre",
+        help="frames of the middle, or spread over the whole video (default: centre)",
+    )
+
+
 def progress(items: Iterable[T], text: str, total: int | None = None) -> Iterator[T]:
     """The items, with a bar on a terminal."""
     from tqdm import tqdm

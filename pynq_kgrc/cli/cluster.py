@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from pynq_kgrc.cli.arguments import Declare, positive, progress
+from pynq_kgrc.cli.arguments import Declare, add_sampling, positive, progress
 from pynq_kgrc.errors import ConfigError
 
 BATCH = """\
@@ -58,15 +58,7 @@ def declare(command: Declare) -> None:
         "--workers", type=positive, help="processes (default: one a core; one for a board)"
     )
     batch.add_argument("--top", type=positive, default=5, help="labels of a row (default: 5)")
-    batch.add_argument(
-        "--stride", type=positive, metavar="FRAMES", help="look every FRAMES frames of each video"
-    )
-    batch.add_argument(
-        "--sampling",
-        choices=("centre", "uniform"),
-        default="centre",
-        help="frames of the middle, or spread over the whole video (default: centre)",
-    )
+    add_sampling(batch)
     batch.add_argument(
         "--file-limit",
         type=positive,
@@ -74,12 +66,7 @@ def declare(command: Declare) -> None:
         metavar="SECONDS",
         help="a worker that takes longer for a file is replaced (default: 600)",
     )
-    batch.add_argument(
-        "--address",
-        default="local",
-        metavar="HOST:PORT",
-        help="of a Ray cluster that runs already; RAY_AUTH_MODE=token where it asks for its token",
-    )
+    _add_address(batch)
     batch.add_argument(
         "--anew", action="store_true", help="throw away what is at RESULTS.parquet, and start over"
     )
@@ -132,7 +119,11 @@ def declare(command: Declare) -> None:
         metavar="SECONDS",
         help="a device that takes longer for a video rests (default: 600)",
     )
-    cluster.add_argument(
+    _add_address(cluster)
+
+
+def _add_address(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--address",
         default="local",
         metavar="HOST:PORT",
@@ -145,6 +136,7 @@ def run_batch(options: argparse.Namespace) -> int:
         from pynq_kgrc.cluster.batch import Batch, classify_archive
     except ImportError as error:
         raise needs_ray(error) from error
+    from pynq_kgrc.service.settings import shipped_program
 
     workers = options.workers or (1 if options.backend == "board" else len(os.sched_getaffinity(0)))
     batch = Batch(
@@ -213,18 +205,3 @@ def needs_ray(error: ImportError) -> ConfigError:
         f"this needs Ray, which is large and not installed by default ({error}): "
         f"pip install pynq_kgrc[cluster,serve]"
     )
-
-
-def shipped_program() -> Path:
-    """The one program that comes with this package.
-
-    Raises:
-        ConfigError: there is none, or more than one.
-    """
-    from pynq_kgrc.service.settings import shipped_programs
-
-    programs = shipped_programs()
-    if len(programs) != 1:
-        names = ", ".join(str(path) for path in programs) or "none"
-        raise ConfigError(f"say which program: --program FILE (shipped are: {names})")
-    return programs[0]

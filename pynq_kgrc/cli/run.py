@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pynq_kgrc.cli.arguments import Declare, positive, progress
+from pynq_kgrc.cli.arguments import Declare, add_sampling, positive, progress
 
 if TYPE_CHECKING:
     from pynq_kgrc.runtime import Prediction
@@ -27,15 +27,7 @@ def declare(command: Declare) -> None:
     classify.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
     classify.add_argument("--backend", default="emulate", help="what runs it (default: emulate)")
     classify.add_argument("--top", type=positive, default=5, help="labels to print (default: 5)")
-    classify.add_argument(
-        "--stride", type=positive, metavar="FRAMES", help="look every FRAMES frames of the video"
-    )
-    classify.add_argument(
-        "--sampling",
-        choices=("centre", "uniform"),
-        default="centre",
-        help="frames of the middle, or spread over the whole video (default: centre)",
-    )
+    add_sampling(classify)
 
     compare = command(
         "compare",

@@ -18,8 +18,9 @@ import msgspec
 import numpy as np
 
 from pynq_kgrc.errors import ConfigError, DataError, KgrcError, VideoError
+from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.quant import Array
-from pynq_kgrc.runtime import Session, softmax
+from pynq_kgrc.runtime import Session, best_labels, softmax
 from pynq_kgrc.video import Clip, load_clip, load_windows
 
 VERSION = 1
@@ -135,15 +136,9 @@ def look(session: Session, file: File, question: Question) -> Row:
         KgrcError: the device or the program is at fault, not the file.
     """
     path = Path(os.fsdecode(file.place))
-    spec = session.program.clip
     windows: list[tuple[Clip, Array]] = []
     try:
-        clips: Iterable[Clip] = (
-            load_windows(path, spec, stride=question.stride)
-            if question.stride
-            else [load_clip(path, spec, sampling=question.sampling)]
-        )
-        for clip in clips:
+        for clip in _clips(path, session.program.clip, question):
             session.write(clip.frames)
             session.backend.run()
             # the frames are not kept: a long video has many windows
@@ -151,28 +146,34 @@ def look(session: Session, file: File, question: Question) -> Row:
             windows.append((seen, softmax(session.logits())))
     except VideoError as error:
         return failed(file, str(error).removeprefix(f"{path}: "))
-    except KgrcError:
-        raise
-    except Exception as error:  # whatever a decoder thinks of: one file must not end the others
-        return failed(file, f"cannot be decoded: {type(error).__name__}: {error}")
     names = session.program.labels
-    labels, scores = _best(np.mean([s for _, s in windows], axis=0), names, question.top)
-    found = [
-        Window(clip.start_ms, clip.end_ms, *_best(s, names, question.top)) for clip, s in windows
-    ]
+
+    def best(scores: Array) -> tuple[list[str], list[float]]:
+        labels = best_labels(scores, names, question.top)
+        return [label.name for label in labels], [label.score for label in labels]
+
+    labels, scores = best(np.mean([s for _, s in windows], axis=0))
+    found = [Window(clip.start_ms, clip.end_ms, *best(s)) for clip, s in windows]
     notes = list(dict.fromkeys(note for clip, _ in windows for note in clip.notes))
     return Row(file.path, file.size, file.modified_ns, labels, scores, found, notes)
+
+
+def _clips(path: Path, spec: ClipSpec, question: Question) -> Iterator[Clip]:
+    """The clips to look at; whatever a decoder thinks of is the file's fault, not the archive's."""
+    try:
+        if question.stride:
+            yield from load_windows(path, spec, stride=question.stride)
+        else:
+            yield load_clip(path, spec, sampling=question.sampling)
+    except KgrcError:
+        raise
+    except Exception as error:
+        raise VideoError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 def failed(file: File, why: str) -> Row:
     """The row of a file of which nothing is known but why."""
     return Row(file.path, file.size, file.modified_ns, error=why)
-
-
-def _best(scores: Array, names: tuple[str, ...], top: int) -> tuple[list[str], list[float]]:
-    """The best labels and their probabilities, in the order of `Session.classify`."""
-    order = np.argsort(-scores, kind="stable")[:top]
-    return [names[i] if names else str(i) for i in order], [float(scores[i]) for i in order]
 
 
 class Journal:

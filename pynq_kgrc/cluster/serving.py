@@ -39,7 +39,7 @@ from pynq_kgrc.service.jobs import FINAL, Admission
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.refusal import Refusal, refusal_of
-from pynq_kgrc.service.settings import Settings, read_keys, shipped_programs
+from pynq_kgrc.service.settings import Settings, read_keys, shipped_program
 from pynq_kgrc.service.waiting import within
 
 log = logging.getLogger("pynq_kgrc.service")
@@ -490,9 +490,10 @@ def build(args: dict[str, Any]) -> Any:
             raise ConfigError(f"board {url!r}: is no address such as http://board:8000")
         board = _replica(Board, f"board-{len(replicas)}", 0)
         replicas.append((url, board.bind(url, layout.answer_seconds)))
-    for number in range(layout.emulators):
-        program = str(Path(layout.program or _shipped()).absolute())
+    if layout.emulators:
+        program = str(Path(layout.program or shipped_program()).absolute())
         load(program)
+    for number in range(layout.emulators):
         name = f"emulator-{number}"
         emulator = _replica(Emulator, name, 1).bind(
             program, layout.backend, layout.max_bytes, layout.answer_seconds
@@ -521,17 +522,6 @@ def _replica(kind: type, name: str, cpus: int) -> Any:
         graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": cpus},
     )(kind)
-
-
-def _shipped() -> Path:
-    """The program that comes with this package.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for path in shipped_programs():
-        return path
-    raise ConfigError("no program ships with this release: give one to the emulators")
 
 
 def run_cluster(

@@ -132,3 +132,16 @@ def state_folder(port: int) -> Path:
 def shipped_programs() -> tuple[Path, ...]:
     """The programs that come with this package."""
     return tuple(sorted((Path(__file__).parent.with_name("programs")).glob("*.kgrc")))
+
+
+def shipped_program() -> Path:
+    """The one program that comes with this package.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    programs = shipped_programs()
+    if len(programs) != 1:
+        names = ", ".join(str(path) for path in programs) or "none"
+        raise ConfigError(f"say which program: --program FILE (shipped are: {names})")
+    return programs[0]
