@@ -4,7 +4,7 @@ Starts `pynq-kgrc serve` with a program and asks four questions, each bounded in
 
 1. overhead: how much longer does a clip take through HTTP than in a bare Session?
 2. crowd: 1,000 clients at once; is everybody answered 200, 429 or 503, and how fast is health?
-3. overload: how many clips a second at the peak, and at ten times as many clients?
+3. overload: how many clips a second at the peak, and with ten times as many clients or more?
 4. memory: how much does the process take that answers clients?
 
 The clients run on the same cores as the service, so that speeds are lower than they could be.
@@ -40,6 +40,10 @@ from pynq_kgrc.service.settings import shipped_program
 
 RESULTS = ROOT / "benchmarks" / "results"
 
+FEW = (4, 16)
+"""Clients, of which the service can take as many as it gets: the peak is at one of these."""
+MANY = 160
+
 LIMIT_SECONDS = 60.0
 """A client that waits longer counts as timed out."""
 
@@ -60,8 +64,12 @@ class Tally:
             self.without_retry_after += 1
 
 
-async def ask(port: int, request: bytes, tally: Tally) -> str:
-    """One request on a connection of its own; its status, or what went wrong."""
+async def ask(port: int, request: bytes, tally: Tally) -> tuple[str, float]:
+    """One request on a connection of its own.
+
+    Returns:
+        Its status, or what went wrong, and the seconds after which to come again.
+    """
     began = time.perf_counter()
     head, status = b"", "timeout"
     try:
@@ -80,7 +88,8 @@ async def ask(port: int, request: bytes, tally: Tally) -> str:
     except (OSError, asyncio.IncompleteReadError) as error:
         status = type(error).__name__
     tally.count(status, time.perf_counter() - began, head)
-    return status
+    _, _, after = head.lower().partition(b"retry-after:")
+    return status, float(after.split(b"\r\n")[0]) if after else 1.0
 
 
 def infer_request(name: str, frames: Any) -> bytes:
@@ -159,14 +168,15 @@ async def measure_crowd(port: int, request: bytes, clients: int) -> dict[str, An
 
 
 async def measure_goodput(port: int, request: bytes, clients: int, seconds: float) -> float:
-    """Clips a second that clients get who come back as soon as they are answered."""
+    """Clips a second that clients get who come back at once, or when they were told to."""
     tally = Tally()
     end = time.perf_counter() + seconds
 
     async def client() -> None:
         while time.perf_counter() < end:
-            if await ask(port, request, tally) != "200":
-                await asyncio.sleep(1)  # what Retry-After says at least
+            status, pause = await ask(port, request, tally)
+            if status != "200":
+                await asyncio.sleep(min(pause, max(0.0, end - time.perf_counter())))
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
@@ -236,11 +246,16 @@ def measure(program_path: Path, clients: int, seconds: float, rounds: int) -> di
                 # of the process that answers; it hardly depends on what else the computer does
                 document["overhead"]["cpu_ms"] = (cpu_ms(process.pid) - used) / rounds
             document["crowd"] = asyncio.run(measure_crowd(port, request, clients))
-            peak = max(asyncio.run(measure_goodput(port, request, n, seconds)) for n in (1, 4, 12))
-            overload = asyncio.run(measure_goodput(port, request, 160, seconds))
+            rates: dict[int, list[float]] = {n: [] for n in (*FEW, MANY)}
+            for _ in range(3):  # in turns: what else the computer does meets all of them
+                for n, found in rates.items():
+                    found.append(asyncio.run(measure_goodput(port, request, n, seconds)))
+            peak = max(statistics.median(rates[n]) for n in FEW)
+            overload = statistics.median(rates[MANY])
             document["goodput"] = {
+                "per_s": rates,
                 "peak_per_s": peak,
-                "at_160_clients_per_s": overload,
+                "overload_per_s": overload,
                 "ratio": overload / peak,
             }
             document["memory_after_mb"] = resident_mb(process.pid)
@@ -266,8 +281,8 @@ def lines_of(doc: dict[str, Any]) -> list[str]:
         words = f"health meanwhile, 99th percentile, {name.replace('_', ' ')}"
         rows.append([words, "100 ms", f"{health['p99_ms']:.0f} ms of {health['requests']}"])
     rows += [
-        ["clips a second at the peak", "", f"{goodput['peak_per_s']:.1f}"],
-        ["at ten times as many clients, of the peak", "90 %", f"{100 * goodput['ratio']:.0f} %"],
+        ["clips a second at the peak (4 or 16 clients)", "", f"{goodput['peak_per_s']:.1f}"],
+        [f"with {MANY} clients, of the peak", "90 %", f"{100 * goodput['ratio']:.0f} %"],
         ["memory before the first clip", "120 MB", f"{doc['memory_idle_mb']:.0f} MB"],
         ["memory after all this", "", f"{doc['memory_after_mb']:.0f} MB"],
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -90,9 +91,6 @@ class Service:
             settings.keep_seconds,
         )
         self.pool.on_run = self._count_run
-        self.queue.estimate = lambda: (
-            self.queue.inside * max(0.05, self.pool.mean_seconds) / settings.workers
-        )
 
     def _open_state(self, folder: Path) -> int:
         """Make the folder ours alone, and sweep what a killed service left in it.
@@ -476,6 +474,8 @@ async def run_service(settings: Settings, announce: Any = print) -> None:
         service.queue,
     )
     service.server = make_server(guard, settings)
+    gc.collect()
+    gc.freeze()  # what is here now stays; to look through it again takes 0.1 s of everybody's time
     log.info("started", extra={"port": port, "seconds": round(time.perf_counter() - began, 2)})
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     announce(

@@ -43,8 +43,6 @@ WORK_PATHS = re.compile(r"/v1/videos:classify|/v2/models/.+/infer")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KEY_PROTOCOL = "kgrc.key."
 """A browser cannot set the head of a WebSocket; there the key comes as a subprotocol."""
-SEND_SECONDS = 30.0
-"""A client that reads nothing for so long is gone."""
 
 SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -218,7 +216,10 @@ class Exchange:
             self.status = 101
         elif message["type"] == "websocket.close" and not self.status:
             self.status = 403
-        await within(self._send(message), SEND_SECONDS)
+        if self.scope["type"] == "websocket":  # else the connection has a timer for this
+            await within(self._send(message), self.guard.settings.send_seconds)
+        else:
+            await self._send(message)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a refusal."""

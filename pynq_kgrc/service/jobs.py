@@ -29,20 +29,28 @@ log = logging.getLogger("pynq_kgrc.service")
 FINAL = ("done", "failed", "cancelled", "lost")
 MAX_KEPT = 10_000
 """Jobs in the database; the oldest go first."""
+MAX_RETRY_SECONDS = 60
+"""Nobody is told to stay away for longer."""
 
 Report = Callable[[dict[str, Any]], None]
 Work = Callable[[Report], Awaitable[dict[str, Any]]]
 
 
 class Admission:
-    """So many requests at a time; the next one is refused at once."""
+    """So many requests at a time; the next one is refused at once, and told when to come again.
+
+    Who is refused is told to come when those refused before have had their turn. If all were told
+    the same, they would all come back together, and be refused again.
+    """
 
     def __init__(self, limit: int, what: str) -> None:
         self.limit, self.what = limit, what
         self.inside = 0
         self.refused = 0
-        self.estimate: Callable[[], float] = lambda: 1.0
-        """Seconds until there may be room."""
+        self._stay = 1.0
+        """Seconds that a request is inside, the recent ones more."""
+        self._promised = 0.0
+        """The moment that was promised last."""
 
     def check(self) -> None:
         """Refuse if there is no room.
@@ -52,7 +60,11 @@ class Admission:
         """
         if self.inside >= self.limit:
             self.refused += 1
-            seconds = min(60, max(1, math.ceil(self.estimate())))
+            now = time.monotonic()
+            # where all places are taken, one gets free every so often
+            moment = max(self._promised, now) + self._stay / self.limit
+            self._promised = min(moment, now + MAX_RETRY_SECONDS)
+            seconds = max(1, math.ceil(self._promised - now))
             raise Refusal(429, f"{self.inside} {self.what} are the most at a time", seconds)
 
     @contextlib.contextmanager
@@ -64,10 +76,12 @@ class Admission:
         """
         self.check()
         self.inside += 1
+        began = time.monotonic()
         try:
             yield
         finally:
             self.inside -= 1
+            self._stay += 0.1 * (time.monotonic() - began - self._stay)
 
 
 class Job:

@@ -136,8 +136,6 @@ class Pool:
         self._closed = False
         self._broken = asyncio.Event()
         """Whether there is no worker, and the last attempt to start one failed."""
-        self.mean_seconds = 0.0
-        """Of a clip, the recent ones more."""
 
     @property
     def ready(self) -> bool:
@@ -196,7 +194,6 @@ class Pool:
                 continue
             except DeviceError as error:
                 raise Refusal(503, f"the device failed: {error}", 5) from error
-            self.mean_seconds += 0.2 * (answer.seconds - self.mean_seconds)
             run = Run(body, answer.seconds, waited, answer.layers)
             self.on_run(run)
             return run

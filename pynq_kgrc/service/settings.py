@@ -54,6 +54,8 @@ class Settings:
     body_seconds: float = 30.0
     """For a body, plus a second for every `body_rate` bytes that arrived."""
     body_rate: int = 50_000
+    send_seconds: float = 30.0
+    """A client that reads nothing of its answer for so long is gone."""
     wait_seconds: float = 25.0
     """A request waits so long for its result; then it becomes a job."""
     clip_seconds: float = 120.0
