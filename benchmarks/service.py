@@ -247,7 +247,7 @@ def measure(program_path: Path, clients: int, seconds: float, rounds: int) -> di
                 document["overhead"]["cpu_ms"] = (cpu_ms(process.pid) - used) / rounds
             document["crowd"] = asyncio.run(measure_crowd(port, request, clients))
             rates: dict[int, list[float]] = {n: [] for n in (*FEW, MANY)}
-            for _ in range(3):  # in turns: what else the computer does meets all of them
+            for _ in range(5):  # in turns: what else the computer does meets all of them
                 for n, found in rates.items():
                     found.append(asyncio.run(measure_goodput(port, request, n, seconds)))
             peak = max(statistics.median(rates[n]) for n in FEW)

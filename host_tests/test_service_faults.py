@@ -290,7 +290,7 @@ def test_chunked_bodies_are_counted(folder, video):
         assert requests()[-1]["received"] < 12_000_000
         assert small.classify(video[:2000]).status == 422
         connection = http.client.HTTPConnection("127.0.0.1", small.port, timeout=20)
-        for _ in range(2):  # who sends all before it listens still hears why; http.client reconnects
+        for _ in range(2):  # who sends all before it listens still hears why
             connection.request("POST", "/v1/videos:classify", bytes(3_000_000))
             answer = connection.getresponse()
             assert (answer.status, answer.headers["connection"]) == (413, "close")
