@@ -5,6 +5,9 @@ CLUSTER := .venv-cluster
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# a file of tests stays in one process: its tests share what they build
+PARALLEL := -n 2 --dist loadfile
+
 # beside the pynq of constraints.txt: what the images of boards carry
 OLDER_PYNQ := 3.0.1 3.1.2
 
@@ -56,10 +59,10 @@ check: $(VENV)/dev ## format, lint and types
 	$(BIN)/mypy
 
 test: check ## the tests, within minutes
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
 
-test-all: check matrix versions cluster rtl-tools ## every proof, the slow ones too
-	$(BIN)/python -m pytest
+test-all: test matrix versions cluster rtl-tools ## every proof, the slow ones too
+	$(BIN)/python -m pytest -m slow
 
 # without them the tests of hls_src/rtl are skipped, and say so
 rtl-tools: ## Verilator and yosys, which simulate and synthesize hls_src/rtl

@@ -60,7 +60,8 @@ setup(
         "notebooks": ["notebook", "matplotlib>=3.6"],
         "bench": ["onnx", "onnxruntime", "openvino", "psutil"],
         "dev": [
-            *("matplotlib", "pytest", "pytest-timeout", "ruff", "mypy", "onnx", "onnxruntime"),
+            *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy"),
+            *("matplotlib", "onnx", "onnxruntime"),
             # run the notebooks
             *("nbclient", "nbformat", "ipykernel"),
             # reads hls_src for the lint (host_tests/test_hls_lint.py)
