@@ -453,6 +453,7 @@ def test_hard_pruning_of_a_module():
     prune_weights(network, {"0": PATTERNS["kgrc"], "2": Weights(HALF)})
     assert (network[0].weight == 0).float().mean() == pytest.approx(0.5)
     assert (network[2].weight == 0).float().mean() == pytest.approx(0.5)
+    network = nn.Sequential(nn.Conv3d(8, 8, 3))
     scores = {"0": np.zeros((8, 8, 3, 3, 3))}
     scores["0"][3] = 1
     prune_weights(network, {"0": Filters(Fraction(7, 8))}, scores)
