@@ -33,12 +33,13 @@ from pynq_kgrc.backends.exact import (
     Region,
     WinogradConvolution,
     choose_convolution,
+    forget_scratch,
     scratch,
     split_evenly,
 )
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.graph import Size, WindowShape
-from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot, Task
+from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot
 from pynq_kgrc.quant import Array, rshift
 
 
@@ -53,7 +54,8 @@ class Emulation(Loaded):
     def __init__(self, config: AcceleratorConfig, threads: int | None = None) -> None:
         self.config = config
         self.threads = threads or min(4, len(os.sched_getaffinity(0)))
-        self._pool = ThreadPoolExecutor(self.threads, "emulate") if self.threads > 1 else None
+        others = self.threads - 1  # whoever calls works as well
+        self._pool = ThreadPoolExecutor(others, "emulate") if others else None
         self._blas = ThreadpoolController()
         self._steps: list[ConvStep | PoolStep] = []
         self._maps: list[Array] = []
@@ -77,14 +79,18 @@ class Emulation(Loaded):
             self._maps.append(raw.reshape(*buffer.size, buffer.channels))
         workspace = Workspace()
 
-        def ready(task: Task) -> ConvStep | PoolStep:
+        steps: dict[int, ConvStep | PoolStep] = {}
+
+        def prepare(place: int) -> None:
+            task = program.tasks[place]
             if isinstance(task, ConvTask):
-                return ConvStep(task, program, self._maps, workspace, self.threads)
-            return PoolStep(task, program, self._maps)
+                steps[place] = ConvStep(task, program, self._maps, workspace, self.threads)
+            else:
+                steps[place] = PoolStep(task, program, self._maps)
 
         with self._blas.limit(limits=1):
-            made = map if self._pool is None else self._pool.map
-            self._steps = list(made(ready, program.tasks))
+            self._each(prepare, range(len(program.tasks)))
+        self._steps = [steps[place] for place in sorted(steps)]
 
     def write(self, slot: Slot, codes: Array) -> None:
         """Codes [C, D, H, W] into a slot.
@@ -116,6 +122,7 @@ class Emulation(Loaded):
     def close(self) -> None:
         """Give memory and threads back."""
         self._program, self._steps, self._maps = None, [], []
+        forget_scratch()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -124,16 +131,28 @@ class Emulation(Loaded):
         return self._maps[slot.buffer][..., slot.channel : slot.channel + channels]
 
     def _each(self, work: Callable[[Any], None], jobs: Iterable[Any]) -> None:
-        """Do `work` for every job, on all threads; the first error is raised."""
-        if self._pool is None:
-            for job in jobs:
+        """Do `work` for every job, here and on the other threads; an error is raised.
+
+        Each takes the next job when it is done with one, so that a thread is woken once, not for
+        every job.
+        """
+        queue = iter(list(jobs))  # the next of a list is one step, under the interpreter's lock
+
+        def drain() -> None:
+            for job in queue:
                 work(job)
-            return
+
+        helpers = []
+        if self._pool is not None:
+            try:
+                helpers = [self._pool.submit(drain) for _ in range(self.threads - 1)]
+            except RuntimeError as error:
+                raise DeviceError(f"the emulation stopped: {error}") from error
         try:
-            for _ in self._pool.map(work, jobs):
-                pass
-        except RuntimeError as error:
-            raise DeviceError(f"the emulation stopped: {error}") from error
+            drain()
+        finally:
+            for helper in helpers:
+                helper.result()
 
 
 Each = Callable[[Callable[[Any], None], Iterable[Any]], None]

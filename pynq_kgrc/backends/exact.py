@@ -70,6 +70,11 @@ def scratch(key: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Ar
     return array[:count].reshape(shape)
 
 
+def forget_scratch() -> None:
+    """Give this thread's scratch back."""
+    _scratch.__dict__.get("a", {}).clear()
+
+
 def largest_integer(dtype: np.dtype[np.generic]) -> int:
     """Every integer up to this is exact in `dtype`: 2^24 or 2^53."""
     return 1 << (24 if dtype == np.float32 else 53)
