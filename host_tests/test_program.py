@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_failed_save_leaves_the_old_file(program, tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", broken)
+    monkeypatch.setattr(Path, "replace", broken)
     with pytest.raises(OSError, match="disk full"):
         program.save(path)
     assert path.read_bytes() == before
