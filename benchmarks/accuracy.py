@@ -29,7 +29,9 @@ REDUCTION = {"thin_c3d": "3", "thin_r2plus1d": "2.9"}
 EQUAL_REDUCTION = "2.5"
 """`kgc` reaches 2.94 at most, blocks 2.35, `kgr` 2: those two are in `patterns` only."""
 
-PATTERNS = ("kgr", "kgc", "kgrc", "vanilla", "blockwise", "filter", "krp")
+PATTERNS = {
+    p: (p, "one-shot") for p in ("kgr", "kgc", "kgrc", "vanilla", "blockwise", "filter", "krp")
+}
 PATTERNS_REDUCTION = {"thin_c3d": "1.9", "thin_r2plus1d": "1.7"}
 """What each of them can reach."""
 
@@ -148,34 +150,27 @@ def rates_table(options):
     return rows
 
 
-def equal_table(options):
-    """Patterns and algorithms at 2.5 times fewer operations, few epochs of training."""
+def compare_briefly(options, kind, reduction, runs):
+    """Each of `runs` (name: pattern and algorithm) at one reduction, few epochs of training."""
     rows = {}
     for seed in options.seeds:
         study = Study(options, seed)
         dense, _ = study.train()
-        for name, (pattern, algorithm) in EQUAL.items():
-            how = [*searched(options, pattern, EQUAL_REDUCTION), "--algorithm", algorithm]
-            _, pruned = study.prune(dense, f"equal-{name}", "short.toml", *how)
+        for name, (pattern, algorithm) in runs.items():
+            how = [*searched(options, pattern, reduction), "--algorithm", algorithm]
+            _, pruned = study.prune(dense, f"{kind}-{name}", "short.toml", *how)
             add(rows, name, pruned["reduction"], pruned["test_top1"], {})
     return rows
 
 
+def equal_table(options):
+    """Patterns and algorithms at 2.5 times fewer operations, few epochs of training."""
+    return compare_briefly(options, "equal", EQUAL_REDUCTION, EQUAL)
+
+
 def patterns_table(options):
     """Every pattern at the operations that all can reach, one-shot, few epochs of training."""
-    rows = {}
-    for seed in options.seeds:
-        study = Study(options, seed)
-        dense, _ = study.train()
-        for pattern in PATTERNS:
-            how = [
-                *searched(options, pattern, PATTERNS_REDUCTION[options.network]),
-                "--algorithm",
-                "one-shot",
-            ]
-            _, pruned = study.prune(dense, f"patterns-{pattern}", "short.toml", *how)
-            add(rows, pattern, pruned["reduction"], pruned["test_top1"], {})
-    return rows
+    return compare_briefly(options, "patterns", PATTERNS_REDUCTION[options.network], PATTERNS)
 
 
 TABLES = {

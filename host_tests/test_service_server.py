@@ -80,10 +80,11 @@ def test_who_is_at_the_door_when_the_service_ends_is_answered():
                 await asyncio.sleep(0.01)
             for _, writer in lines:
                 writer.write(POST)
-            at_door = lambda: [c for c in server.server_state.connections if c._at_door]  # noqa: E731
-            while not at_door():
+            at_door = []
+            while not at_door:
                 await asyncio.sleep(0)
-            assert len(at_door()) > HEADS_AT_ONCE
+                at_door = [c for c in server.server_state.connections if c._at_door]
+            assert len(at_door) > HEADS_AT_ONCE
             for connection in list(server.server_state.connections):
                 connection.shutdown()
             for reader, writer in lines:
@@ -98,15 +99,15 @@ def test_a_client_that_does_not_read_its_answer_is_gone():
 
     async def app(scope, receive, send):
         nonlocal sent
+        await receive()
+        gone = asyncio.ensure_future(receive())
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        while (await asyncio.sleep(0)) is None and sent < 1 << 30:
+        while not gone.done() and sent < 1 << 30:
             await send({"type": "http.response.body", "body": bytes(1 << 20), "more_body": True})
             sent += 1 << 20
-            if not server.server_state.connections:
-                break
+            await asyncio.sleep(0)
 
     async def run():
-        nonlocal server
         async with serving(app, Settings(send_seconds=0.5)) as (server, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 10)
             writer.write(GET)
@@ -115,7 +116,6 @@ def test_a_client_that_does_not_read_its_answer_is_gone():
                 await asyncio.sleep(0.05)
             writer.close()
 
-    server = None
     asyncio.run(asyncio.wait_for(run(), 60))
     assert sent < 1 << 28
 
