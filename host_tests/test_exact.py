@@ -87,6 +87,9 @@ def test_no_sum_is_ever_off_by_one(kernel, channels, kind):
         GemmConvolution(weight, shape, (0, 255), F32, 1),
         WinogradConvolution(weight, shape, (0, 255), F32, 1),
     ]
+    if kernel[1:] == (3, 3):  # the width in runs
+        axes = [axis for axis in (0, 1) if kernel[axis] == 3]
+        forms.append(WinogradConvolution(weight, shape, (0, 255), F32, 1, axes))
     for values_kind in ("against", "stripes", "random"):
         values = extreme_values(values_kind, shape, weight, rng)
         wanted = by_hand(values, weight, shape)
@@ -118,6 +121,94 @@ def test_the_measured_proof_refuses_and_float64_takes_over(monkeypatch):
     monkeypatch.setattr(exact._WinogradPlan, "_later_sums", lambda self: 0.0)
     monkeypatch.setattr(exact._WinogradPlan, "_parts", lambda self, values, position: 1)
     assert (run(form, values) != by_hand(values, weight, shape)).any()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (1, 3, 3)])
+def test_exact_products_with_too_large_a_sum_are_seen(kernel, turned):
+    """m0 and m1 are just below the limit, m0 + m1 above; turned around, m1 and m3.
+
+    With two axes the first is one of the other's products, so that the second adds them up.
+    """
+    rng = np.random.default_rng(4)
+    shape = ConvShape(512, (4, 1, 1) if kernel[0] == 3 else (1, 4, 4), kernel, filters=16)
+    taps, values = np.zeros((3, 16, 512), int), np.zeros((4, 512), int)
+    taps[:2] = rng.integers(126, 128, (2, 16, 512))
+    values[0], values[1] = 255 - rng.integers(0, 2, 512), 127 - rng.integers(0, 2, 512)
+    if turned:
+        taps, values = taps[::-1], values[::-1]
+    weight = np.zeros((16, 512, *kernel), int)
+    if kernel[0] == 3:
+        weight[..., 0, 0] = taps.transpose(1, 2, 0)
+        values = values[:, None, None]
+    else:
+        weight[..., 0, 0, :] = taps.transpose(1, 2, 0)
+        values = np.concatenate([values[None, None], np.zeros((1, 3, 4, 512), int)], axis=1)
+    wanted = by_hand(values, weight, shape)
+    assert (wanted % 2 * wanted > 1 << 24).any()  # which a float32 cannot hold
+    form = WinogradConvolution(weight, shape, (0, 255), F32, 1)
+    np.testing.assert_array_equal(run(form, values), wanted)
+
+
+@pytest.mark.parametrize("size", [(5, 5, 6), (6, 8, 9), (4, 7, 12)])
+@pytest.mark.parametrize("pool", [(2, 2, 2), (1, 2, 2), (1, 1, 2), (2, 2, 1)])
+@pytest.mark.parametrize("axes", [[0, 1, 2], [0, 1]])
+def test_windows_of_a_pool_lie_within_tiles_and_rows(axes, pool, size):
+    rng = np.random.default_rng(5)
+    shape = ConvShape(16, tuple(n + 2 for n in size), (3, 3, 3), filters=6)
+    weight = extreme_weight("normal", 6, 16, (3, 3, 3), rng)
+    values = extreme_values("random", shape, weight, rng)
+    form = WinogradConvolution(weight, shape, (0, 255), F32, 1, axes)
+    assert form.pools(pool)
+    assert not form.pools((1, 3, 1))
+    padded = np.zeros((*form.in_size, 16), form.map_dtype)
+    padded[tuple(map(slice, values.shape))] = values
+    found = np.full((*(n // p for n, p in zip(size, pool, strict=True)), 6), np.nan)
+
+    def finish(sums, region, filters):
+        target = found[(*region, filters)]
+        target[...] = sums[: target.shape[0], : target.shape[1], : target.shape[2]]
+
+    for job in form.jobs:
+        form.run(padded, job, finish, pool)
+    d, h, w, _ = found.shape
+    windows = by_hand(values, weight, shape)[: d * pool[0], : h * pool[1], : w * pool[2]]
+    windows = windows.reshape(d, pool[0], h, pool[1], w, pool[2], 6)
+    np.testing.assert_array_equal(found, windows.max(axis=(1, 3, 5)))
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1)])
+def test_parts_that_add_up_to_too_much_and_cancel_are_seen(kernel):
+    """Each part of the channels is exact and so is their sum, but not what lies in between."""
+    rng = np.random.default_rng(3)
+    shape = ConvShape(512, (4, 4, 4), kernel, filters=4)
+    weight = rng.integers(125, 128, (4, 512, *kernel))
+    weight[:, 256:] *= -1
+    form = WinogradConvolution(weight, shape, (0, 255), F32, 1)
+    values = 255 - rng.integers(0, 3, (*form.in_size, 512))
+    np.testing.assert_array_equal(run(form, values), by_hand(values, weight, shape))
+
+
+@pytest.mark.parametrize("largest", [3, 127])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (2, 3, 1), (5, 1, 1)])
+@pytest.mark.parametrize("depth", [1, 2, 3, 7])
+def test_taps_that_see_padding_only_are_left_out(monkeypatch, depth, kernel, largest):
+    """Sums in one chunk and in several, blocks of one depth and of all."""
+    rng = np.random.default_rng(depth)
+    before = (kernel[0] // 2, 0, 0)
+    after = ((kernel[0] - 1) // 2, 0, 0)
+    shape = ConvShape(512, (depth, 5, 6), kernel, (1, 1, 1), before, after, filters=4)
+    weight = rng.integers(-largest, largest + 1, (4, 512, *kernel))
+    values = np.zeros((depth + sum(before + after), 5, 6, 512), np.int64)
+    values[before[0] : before[0] + depth] = rng.integers(0, 256, (depth, 5, 6, 512))
+    wanted = by_hand(values, weight, shape)
+    for block in (1 << 10, 1 << 22):
+        monkeypatch.setattr(exact, "BLOCK_BYTES", block)
+        monkeypatch.setattr(exact, "FEWEST_ROWS", 1)
+        form = GemmConvolution(weight, shape, (0, 255), F32, 1)
+        np.testing.assert_array_equal(run(form, values), wanted)
+    if depth < 3:
+        assert form.depth_chunks
 
 
 @pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 1, 3)])

@@ -38,14 +38,17 @@ Finish = Callable[[Array, Region, slice], None]
 WIDE = np.dtype(np.float64)
 
 BLOCK_BYTES = 2 << 20
-"""Scratch of one block of the unfolded input. Smaller ones fit the second-level cache, but each
-call of numpy ends in a struggle of the threads for the interpreter: fewer calls are faster."""
+"""Scratch of one block of the unfolded input. Half of it or twice as much is about as fast; where
+threads share the work, each call of numpy ends in a struggle for the interpreter."""
 
 FEW_CHANNELS = 4
 """Up to so many channels a pixel's run is too short to copy, and the planar form is faster."""
 
 FEW_ROWS = 128
-"""With fewer rows of a GEMM for each thread, the threads share out the filters instead."""
+"""With fewer rows of a GEMM for each core, the cores share out the filters instead."""
+
+MUCH_SEEN = 0.8
+"""Where fewer of the taps along depth see the map, products with padding are worth leaving out."""
 
 FEWEST_ROWS = 128
 """Rows of a GEMM below which reading its weights costs more than the products."""
@@ -54,7 +57,10 @@ BLOCK_TILES = 800
 """Winograd tiles of a block; a compromise as that of BLOCK_BYTES."""
 
 FEW_TILES = 400
-"""With so few tiles the threads share out the filters instead."""
+"""With so few tiles the cores share out the filters instead."""
+
+WIDTH = 2
+"""The axis along which the channels of neighbours are contiguous."""
 
 _scratch = threading.local()
 
@@ -106,12 +112,16 @@ def split_evenly(count: int, parts: int) -> list[slice]:
 class GemmConvolution:
     """Unfold blocks of the input, one GEMM a block (im2col); a 1x1x1 kernel needs no unfolding.
 
+    A kernel that is deep only, or one on a map so shallow that much of what it sees is padding,
+    is unfolded in the plane at most: the products of its taps along depth are added up, and those
+    with nothing but padding are left out.
+
     Args:
         weight: [M, N, kd, kh, kw] codes.
         shape: the convolution.
         interval: range of the input values, zero point removed.
         dtype: float32 or float64.
-        threads: how many blocks may be worked on at once.
+        cores: how many blocks may be worked on at once.
     """
 
     def __init__(
@@ -120,25 +130,30 @@ class GemmConvolution:
         shape: ConvShape,
         interval: Interval,
         dtype: np.dtype[np.generic],
-        threads: int,
+        cores: int,
     ) -> None:
         self.shape, self.dtype, self.map_dtype = shape, dtype, dtype
         # rows in the order (kd, kh, kw, n): a run of kw * n is contiguous in a channel-last map
         matrix = weight.transpose(2, 3, 4, 1, 0).reshape(-1, shape.filters).astype(dtype)
         self.chunks = _fewest_chunks(matrix, interval, dtype)
-        # nothing to unfold where a tap sees whole rows of the map
-        self.along_depth = (
-            shape.kernel[1:] == (1, 1) and shape.stride == (1, 1, 1) and len(self.chunks) == 1
-        )
         d, h, w = shape.out_size
-        few = d * h * w < FEW_ROWS * threads and shape.filters >= 64 * threads
-        parts = threads if few else 1
+        kd = shape.kernel[0]
+        self.sum_dtype = dtype if len(self.chunks) == 1 else WIDE
+        self.depth_chunks: list[list[slice]] = []
+        if kd > 1 and shape.stride[0] == 1:
+            deep_only = shape.kernel[1:] == shape.stride[1:] == (1, 1)
+            seen = sum(len(self._outputs(tap, 0, d)) for tap in range(kd))
+            if deep_only or seen < MUCH_SEEN * kd * d:
+                taps = np.split(matrix, kd)
+                self.depth_chunks = [_fewest_chunks(tap, interval, dtype) for tap in taps]
+        few = d * h * w < FEW_ROWS * cores and shape.filters >= 64 * cores
+        parts = cores if few else 1
         self.filters = split_evenly(shape.filters, parts)
         self.matrices = [np.asfortranarray(matrix[:, part]) for part in self.filters]
         rows = max(FEWEST_ROWS, BLOCK_BYTES // (matrix.shape[0] * dtype.itemsize))
         self.block = (1, max(1, min(h, rows // w)), w)
         if self.block[1] == h:
-            self.block = (max(1, min(d if few else -(-d // threads), rows // (h * w))), h, w)
+            self.block = (max(1, min(d if few else -(-d // cores), rows // (h * w))), h, w)
 
     @property
     def in_size(self) -> Size:
@@ -169,34 +184,55 @@ class GemmConvolution:
         d, h, w = self.shape.out_size
         nd, nh = min(self.block[0], d - d0), min(self.block[1], h - h0)
         matrix = self.matrices[part]
-        filters = matrix.shape[1]
-        if self.along_depth:
-            sums = self._add_depths(padded[d0:, h0 : h0 + nh], nd, matrix)
+        if self.depth_chunks:
+            sums = self._add_depths(padded, (d0, h0), (nd, nh), matrix)
         else:
-            sums = _exact_product(self._unfold(padded, d0, h0, nd, nh), matrix, self.chunks)
+            unfolded = self._unfold(padded, (d0, h0), (nd, nh), self.shape.kernel[0])
+            sums = _exact_product(unfolded, matrix, self.chunks)
         region = (slice(d0, d0 + nd), slice(h0, h0 + nh), slice(0, w))
-        finish(sums.reshape(nd, nh, w, filters), region, self.filters[part])
+        finish(sums.reshape(nd, nh, w, matrix.shape[1]), region, self.filters[part])
 
-    def _add_depths(self, rows: Array, nd: int, matrix: Array) -> Array:
-        """One product for each tap along depth, straight from the map, added up."""
-        taps, channels = self.shape.kernel[0], self.shape.channels
-        total, product_ = None, None
-        for a in range(taps):
-            values = rows[a : a + nd].reshape(-1, channels)
-            weights = matrix[a * channels : (a + 1) * channels]
-            if total is None:
-                total = scratch("sums", (len(values), matrix.shape[1]), self.dtype)
-                np.matmul(values, weights, out=total)
-            else:
-                product_ = scratch("product", total.shape, self.dtype)
-                np.matmul(values, weights, out=product_)
-                total += product_
-        assert total is not None
+    def _outputs(self, tap: int, first: int, last: int) -> range:
+        """Of the outputs [first, last) along depth those whose tap sees the map, no padding."""
+        shift = self.shape.pad_before[0] - tap
+        return range(max(first, shift), min(last, self.shape.in_size[0] + shift))
+
+    def _add_depths(
+        self, padded: Array, first: tuple[int, int], count: tuple[int, int], matrix: Array
+    ) -> Array:
+        """The sums of a block, added up over the taps along depth, for stride 1 there."""
+        (d0, h0), (nd, nh), taps = first, count, self.shape.kernel[0]
+        seen = {tap: self._outputs(tap, d0, d0 + nd) for tap in range(taps)}
+        seen = {tap: outputs for tap, outputs in seen.items() if outputs}
+        depths = [outputs[i] + tap for tap, outputs in seen.items() for i in (0, -1)]
+        low, high = min(depths, default=0), max(depths, default=0)
+        values = self._unfold(padded, (low, h0), (high - low + 1, nh), 1)
+        pixels, run = nh * self.shape.out_size[2], len(matrix) // taps
+        total = scratch("total", (nd * pixels, matrix.shape[1]), self.sum_dtype)
+        begun = False
+        for tap in sorted(seen, key=lambda tap: -len(seen[tap])):
+            outputs = seen[tap]
+            rows = values[pixels * (outputs[0] + tap - low) :][: pixels * len(outputs)]
+            target = total[pixels * (outputs[0] - d0) :][: pixels * len(outputs)]
+            weights, chunks = matrix[tap * run :][:run], self.depth_chunks[tap]
+            if not begun and len(outputs) == nd and len(chunks) == 1 and total.dtype == rows.dtype:
+                np.matmul(rows, weights, out=total)
+                begun = True
+                continue
+            if not begun:
+                total[...] = 0
+                begun = True
+            target += _exact_product(rows, weights, chunks)
+        if not begun:
+            total[...] = 0
         return total
 
-    def _unfold(self, padded: Array, d0: int, h0: int, nd: int, nh: int) -> Array:
-        """[nd * nh * w, kd * kh * kw * n]: what each output of the block sees."""
-        (kd, kh, kw), (sd, sh, sw) = self.shape.kernel, self.shape.stride
+    def _unfold(
+        self, padded: Array, first: tuple[int, int], count: tuple[int, int], kd: int
+    ) -> Array:
+        """[nd * nh * w, kd * kh * kw * n]: what each output of a block sees over `kd` depths."""
+        (d0, h0), (nd, nh) = first, count
+        (_, kh, kw), (sd, sh, sw) = self.shape.kernel, self.shape.stride
         w, n = self.shape.out_size[2], self.shape.channels
         block = padded[d0 * sd :, h0 * sh :]
         step = block.strides
@@ -257,7 +293,7 @@ class PlanarConvolution:
         shape: ConvShape,
         interval: Interval,
         dtype: np.dtype[np.generic],
-        threads: int,
+        cores: int,
     ) -> None:
         self.shape, self.dtype, self.map_dtype = shape, dtype, dtype
         self.lattices = _lattices(shape)
@@ -338,14 +374,21 @@ def _lattices(shape: ConvShape) -> list[tuple[slice, slice, slice]]:
 
 
 class WinogradConvolution:
-    """F(2,3) along every axis whose kernel is 3, for stride 1; the other axes have kernel 1.
+    """F(2,3) along axes whose kernel is 3, for stride 1; the other axes have kernel 1.
 
     Works through the positions depth first, so that what is alive fits the caches: at each axis a
     position's input is one sum or difference of two slabs, and its result is added to or taken
     from the two outputs of that axis. Where exactness is not proved for every input, it is
     measured on the values at hand, and a block that fails is done again in float64.
 
-    Takes the arguments of `GemmConvolution`.
+    The width may be left out: its three taps then lie side by side in a channel-last row and are
+    one run of 3 N channels of the product. Every third output starts such a run, so that three
+    products, each a pixel further on, give them all; a row is as wide as 3 goes into.
+
+    Takes the arguments of `GemmConvolution`, and
+
+    Args:
+        axes: the axes to transform; by default all that have a kernel of 3.
 
     Raises:
         Inexact: not even float64 is exact for every input; use the GEMM.
@@ -357,14 +400,18 @@ class WinogradConvolution:
         shape: ConvShape,
         interval: Interval,
         dtype: np.dtype[np.generic],
-        threads: int,
+        cores: int,
+        axes: list[int] | None = None,
     ) -> None:
         self.shape, self.dtype = shape, dtype
-        self.axes = [axis for axis in range(3) if shape.kernel[axis] == 3]
+        self.axes = three_taps(shape) if axes is None else axes
+        self.run_length = 1 if WIDTH in self.axes else shape.kernel[WIDTH]
         widest = max(-interval[0], interval[1]) << len(self.axes)
         # the transform of the input moves memory more than it computes: the narrower the better
         self.map_dtype = np.dtype(np.int16) if widest < 1 << 15 else dtype
         taps = weight.transpose(2, 3, 4, 0, 1).astype(dtype)  # [kd, kh, kw, M, N]
+        if self.run_length > 1:
+            taps = taps.transpose(0, 1, 3, 2, 4).reshape(*taps.shape[:2], 1, shape.filters, -1)
         transformed = transform_weights(taps, self.axes)
         bounds = winograd_bounds(taps, transformed, self.axes, interval)
         if max(bounds.partial.max(), bounds.later) >= largest_integer(WIDE):
@@ -373,29 +420,34 @@ class WinogradConvolution:
         suspects = np.flatnonzero(bounds.partial >= limit)
         self.proved = suspects.size == 0 and bounds.later < limit
         d, h, w = self.tiles
-        few = d * h * w <= FEW_TILES and threads > 1 and shape.filters >= 32 * threads
-        self.filters = split_evenly(shape.filters, threads if few else 1)
+        few = d * h * w <= FEW_TILES and cores > 1 and shape.filters >= 32 * cores
+        self.filters = split_evenly(shape.filters, cores if few else 1)
         flat = transformed.reshape(-1, *transformed.shape[3:])
         self.weights = [np.ascontiguousarray(flat[:, part]) for part in self.filters]
         self.norms = [
             {int(i): _longest_filters(part[i]) for i in suspects} for part in self.weights
         ]
-        nh = -(-h // max(1, round(h * w / BLOCK_TILES)))  # blocks of equal height
-        nd = max(1, BLOCK_TILES // (h * w)) if nh == h else 1
-        if not few:  # a block for every thread
-            nd = min(nd, -(-d // threads))
-            nh = min(nh, -(-h // threads)) if d == 1 else nh
+        wanted = BLOCK_TILES * self.run_length  # each product of a run has its share of them
+        nh = -(-h // max(1, round(h * w / wanted)))  # blocks of equal height
+        nd = max(1, wanted // (h * w)) if nh == h else 1
+        if not few:  # a block for every core
+            nd = min(nd, -(-d // cores))
+            nh = min(nh, -(-h // cores)) if d == 1 else nh
         self.block = (nd, nh)
         self.plans: dict[tuple[int, Size, int, np.dtype[np.generic]], _WinogradPlan] = {}
 
     @property
     def tiles(self) -> Size:
-        """Tiles of outputs along each axis: 2 outputs a tile on a transformed axis."""
+        """Tiles of outputs along each axis: 2 outputs a tile on a transformed axis.
+
+        With runs along the width the last two or more outputs of a row are no outputs.
+        """
         d, h, w = (
             -(-size // 2) if axis in self.axes else size
             for axis, size in enumerate(self.shape.out_size)
         )
-        return d, h, w
+        length = self.run_length
+        return d, h, -(-(w + length - 1) // length) * length
 
     @property
     def in_size(self) -> Size:
@@ -412,11 +464,16 @@ class WinogradConvolution:
         blocks = product(range(0, d, self.block[0]), range(0, h, self.block[1]))
         return [(d0, h0, part) for d0, h0 in blocks for part in range(len(self.filters))]
 
-    def run(self, padded: Array, job: tuple[int, int, int], finish: Finish, pool: Size) -> None:
-        """The sums of one block of tiles, the largest of each pool window of `pool` outputs.
+    def pools(self, size: Size) -> bool:
+        """Whether a pool's window of `size` outputs lies within a tile, or within a row."""
+        whole_rows = [WIDTH] if self.run_length > 1 else []
+        return all(
+            window == 1 or (window == 2 and axis in [*self.axes, *whole_rows])
+            for axis, window in enumerate(size)
+        )
 
-        `pool` is 1 or 2 along transformed axes and 1 along the others.
-        """
+    def run(self, padded: Array, job: tuple[int, int, int], finish: Finish, pool: Size) -> None:
+        """The sums of one block of tiles, the largest of each window of a pool that `pools`."""
         d0, h0, part = job
         nd, nh = (min(b, t - f) for b, t, f in zip(self.block, self.tiles, (d0, h0), strict=False))
         tiles, first = (nd, nh, self.tiles[2]), (d0, h0, 0)
@@ -451,6 +508,9 @@ class WinogradConvolution:
     ) -> None:
         """Pool over the phases of the tiles, and hand each remaining phase on with its place."""
         shape = [2 if axis in self.axes else 1 for axis in range(3)]
+        along_rows = pool[WIDTH] > shape[WIDTH]
+        if along_rows:
+            pool = (pool[0], pool[1], 1)
         merged: dict[tuple[int, ...], Array] = {}
         # phases vary slowest along the last axis, which is the outermost of the recursion
         for phase, sums in zip(np.ndindex(*reversed(shape)), phases, strict=True):
@@ -465,7 +525,12 @@ class WinogradConvolution:
                 slice(first[i] * step[i] + place[i], (first[i] + tiles[i]) * step[i], step[i])
                 for i in range(3)
             )
-            finish(sums.reshape(*tiles, -1), (d, h, w), filters)
+            sums = sums.reshape(*tiles, -1)
+            if along_rows:
+                pairs = sums[:, :, : tiles[WIDTH] // 2 * 2]
+                sums = np.maximum(pairs[:, :, ::2], pairs[:, :, 1::2])
+                w = slice(0, sums.shape[WIDTH])
+            finish(sums, (d, h, w), filters)
 
 
 class _WinogradPlan:
@@ -476,8 +541,9 @@ class _WinogradPlan:
     their operands lie in this thread's scratch and never move.
 
     The proof on values, where the one for every input fails: a partial sum of ``u . v`` is at most
-    |u| |v| (Cauchy-Schwarz; channels are halved until that suffices), and the sums of the output
-    transform are at most the sums of the largest products that were seen.
+    |u| |v| (Cauchy-Schwarz; channels are halved until that suffices). What the first axis undone
+    makes of exact products is exact if it is below the limit, and it is looked at: m1 + m2 is, and
+    to that one product is added. Later sums are at most the sums of the largest that were seen.
     """
 
     def __init__(
@@ -493,7 +559,9 @@ class _WinogradPlan:
         self.limit = largest_integer(dtype)
         proved = convolution.proved or dtype == WIDE
         self.norms = {} if proved else convolution.norms[part]
-        self.largest = None if proved else np.zeros(4 ** len(self.axes))
+        # of the two results of the first axis undone, at each position of the others
+        self.largest = None if proved else np.zeros((2, 4 ** (len(self.axes) - 1)))
+        self.run_length = convolution.run_length
         channels, count = convolution.shape.channels, math.prod(tiles)
         values = convolution.map_dtype
         size = [2 * n + 2 if axis in self.axes else n for axis, n in enumerate(tiles)]
@@ -502,7 +570,11 @@ class _WinogradPlan:
         for inner, axis in reversed(list(enumerate(self.axes))):
             size[axis] = tiles[axis]
             kind = dtype if inner == 0 else values
-            self.components[axis] = scratch(f"component{axis}", (*size, channels), kind)
+            # the last runs of a block, which give no outputs, end behind it
+            beyond = (self.run_length - 1) * channels if inner == 0 else 0
+            place = scratch(f"component{axis}", (math.prod(size) * channels + beyond,), kind)
+            self.beyond = place[place.size - beyond :]
+            self.components[axis] = place[: place.size - beyond].reshape(*size, channels)
             self.others[axis] = scratch(f"other{axis}", (2**inner, count, filters), dtype)
         self.phases = scratch("phases", (2 ** len(self.axes), count, filters), dtype)
         self.moved = _scratch.moved
@@ -513,6 +585,7 @@ class _WinogradPlan:
         """The phases [2^a, tiles, M], the last axis slowest; none if they may not be exact."""
         self.exact = True  # until a sum is seen that may not be
         np.copyto(self.slab, slab)
+        self.beyond[:] = 0
         for call in self.calls:
             call()
         if self.largest is not None and self.exact:
@@ -526,7 +599,7 @@ class _WinogradPlan:
         are exact whenever m1 and m2 are; the proof counts on this order.
         """
         if not axes:
-            self._multiply(slab.reshape(-1, slab.shape[-1]), out[0], position)
+            self._multiply(slab, out[0], position)
             return
         *inner, axis = axes
         lead = (slice(None),) * axis
@@ -551,19 +624,27 @@ class _WinogradPlan:
         self._call(np.subtract, row1, row3, out=component, **narrow)
         self._sum(component, inner, other, position + 3 * step)
         self._call(np.subtract, far, other, out=far)
+        if self.largest is not None and not inner:
+            self._call(self._see, near, 0, position)
+            self._call(self._see, far, 1, position)
 
     def _call(self, function: Callable[..., object], *operands: object, **how: object) -> None:
         self.calls.append(partial(function, *operands, **how))
 
-    def _multiply(self, values: Array, out: Array, position: int) -> None:
-        """Lay out one product of the block, and what the proof has to know of it."""
+    def _multiply(self, slab: Array, out: Array, position: int) -> None:
+        """Lay out one product of the block, or those of its runs as one."""
         weight = self.weights[position].astype(self.dtype, copy=False).T
+        channels, length = slab.shape[-1], self.run_length
+        values = slab.reshape(-1, channels)
+        if length > 1:
+            rows, pixel, item = len(values) // length, *values.strides
+            shape, strides = (length, rows, length * channels), (pixel, length * pixel, item)
+            values = as_strided(values, shape, strides)
+            out = out.reshape(rows, length, -1).transpose(1, 0, 2)
         if position in self.norms:
             self._call(self._multiply_in_parts, values, weight, out, position)
         else:
             self._call(np.matmul, values, weight, out=out)
-        if self.largest is not None:
-            self._call(self._see, out, position)
 
     def _multiply_in_parts(self, values: Array, weight: Array, out: Array, position: int) -> None:
         """A product over as few parts of the channels as the values at hand need."""
@@ -572,20 +653,24 @@ class _WinogradPlan:
             np.matmul(values, weight, out=out)
             return
         out[...] = 0
-        for part in split_evenly(values.shape[1], parts):
-            out += values[:, part] @ weight[part]
+        for part in split_evenly(values.shape[-1], parts):
+            out += values[..., part] @ weight[part]
+            # each part was proved, their sum was not
+            if _largest_magnitude(out) * 2.0 ** middle_positions(position) >= self.limit:
+                self.exact = False
+                return
 
-    def _see(self, out: Array, position: int) -> None:
-        """Note the largest product of a position."""
+    def _see(self, sums: Array, result: int, position: int) -> None:
+        """Note the largest of the sums of one axis, at a position of the others."""
         assert self.largest is not None
-        self.largest[position] = max(float(out.max()), -float(out.min()))
+        self.largest[result, position] = _largest_magnitude(sums)
 
     def _parts(self, values: Array, position: int) -> int:
         """In how many parts of the channels every partial sum is exact; notes it if in none."""
         unit = 2.0 ** middle_positions(position)
         for parts, norms in self.norms[position].items():
-            slices = split_evenly(values.shape[1], parts)
-            lengths = [_longest(values[:, part]) for part in slices]
+            slices = split_evenly(values.shape[-1], parts)
+            lengths = [_longest(values[..., part]) for part in slices]
             if max(a * b for a, b in zip(lengths, norms, strict=True)) * unit < self.limit:
                 return parts
         self.exact = False
@@ -594,22 +679,25 @@ class _WinogradPlan:
     def _later_sums(self) -> float:
         """Bound of the output transform's sums, in units; each step undoes the first axis left."""
         assert self.largest is not None
-        units = 2.0 ** np.array([middle_positions(i) for i in range(self.largest.size)])
-        worst = float((self.largest * units).max())
-        largest = self.largest.reshape(4, -1)
+        largest, worst = self.largest, 0.0
+        units = 2.0 ** np.array([middle_positions(i) for i in range(largest.shape[1])])
         while True:
-            summed = np.concatenate([largest[:3].sum(axis=0), largest[1:].sum(axis=0)])
             count = largest.shape[1]
-            worst = max(worst, float((summed.reshape(2, count) * units[:count]).max()))
+            worst = max(worst, float((largest * units[:count]).max()))
             if count == 1:
                 return worst
             # outputs of one axis are bounded alike, whichever of its two they are
-            largest = summed.reshape(2, count).max(axis=0).reshape(4, -1)
+            left = largest.max(axis=0).reshape(4, -1)
+            largest = np.stack([left[:3].sum(axis=0), left[1:].sum(axis=0)])
+
+
+def _largest_magnitude(sums: Array) -> float:
+    return max(float(sums.max()), -float(sums.min()))
 
 
 def _longest(rows: Array) -> float:
     """The largest length of a row; the factor covers the rounding of squares and their sums."""
-    return math.sqrt(float(np.einsum("ij,ij->i", rows, rows).max())) * 1.001
+    return math.sqrt(float(np.einsum("...j,...j", rows, rows).max())) * 1.001
 
 
 def _longest_filters(weight: Array) -> dict[int, list[float]]:
@@ -692,23 +780,46 @@ def choose_convolution(
     shape: ConvShape,
     interval: Interval,
     dtype: np.dtype[np.generic],
-    threads: int,
+    cores: int,
 ) -> ExactConvolution:
     """The faster exact form of a convolution, by an estimate of its work."""
     if shape.channels <= FEW_CHANNELS and shape.taps > 1 and shape.out_size[2] >= 16:
-        return PlanarConvolution(weight, shape, interval, dtype, threads)
-    axes = [axis for axis in range(3) if shape.kernel[axis] == 3]
+        return PlanarConvolution(weight, shape, interval, dtype, cores)
+    axes = three_taps(shape)
     others = [axis for axis in range(3) if shape.kernel[axis] != 3]
     plain = all(shape.kernel[axis] == 1 for axis in others) and shape.stride == (1, 1, 1)
     if axes and plain and math.prod(shape.out_size) >= 16 and shape.channels >= 16:
-        try:
-            fast = WinogradConvolution(weight, shape, interval, dtype, threads)
-        except Inexact:
-            pass
-        else:
-            a, n, m = len(axes), shape.channels, shape.filters
-            reading = WEIGHT_COST * n * m / math.prod(shape.out_size)
-            work = 2**a * (n * m + ELEMENT_COST * (3 * n + 4 * m)) + 4**a * reading
-            if work < 3**a * (n * m + ELEMENT_COST * n + reading):
-                return fast
-    return GemmConvolution(weight, shape, interval, dtype, threads)
+        direct = _gemm_work(shape)
+        works = {tuple(axes): _winograd_work(shape, axes)}
+        if len(axes) > 1 and WIDTH in axes:
+            works[tuple(axes[:-1])] = _winograd_work(shape, axes[:-1])
+        best = min(works, key=lambda axes: works[axes])
+        if works[best] < direct:
+            try:
+                return WinogradConvolution(weight, shape, interval, dtype, cores, list(best))
+            except Inexact:
+                pass
+    return GemmConvolution(weight, shape, interval, dtype, cores)
+
+
+def three_taps(shape: ConvShape) -> list[int]:
+    """The axes along which the kernel is 3."""
+    return [axis for axis in range(3) if shape.kernel[axis] == 3]
+
+
+def _gemm_work(shape: ConvShape) -> float:
+    """MACs for an output, and as many as its share of moving memory takes the time of."""
+    n, m = shape.channels, shape.filters
+    return shape.taps * (n * m + ELEMENT_COST * n + WEIGHT_COST * n * m / math.prod(shape.out_size))
+
+
+def _winograd_work(shape: ConvShape, axes: list[int]) -> float:
+    """The same for F(2,3) along these axes."""
+    n, m, a = shape.channels, shape.filters, len(axes)
+    length = shape.taps // 3**a
+    width = shape.out_size[WIDTH]
+    wasted = 1.0 if length == 1 else (-(-(width + length - 1) // length) * length) / width
+    reading = length * WEIGHT_COST * n * m / math.prod(shape.out_size)
+    moved = ELEMENT_COST * (3 * n + 4 * m)
+    work: float = 2**a * wasted * (length * n * m + moved) + 4**a * reading
+    return work
