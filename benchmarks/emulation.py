@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,24 +88,50 @@ def work(job: dict[str, Any]) -> None:
             run()
         say(ready=run())
         for _ in sys.stdin:
-            cpu, start = time.process_time(), time.perf_counter()
+            cpu, start = cpu_seconds(), time.perf_counter()
             result = run()
-            seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+            seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
             say(seconds=seconds, cpu=cpu, peak_rss=peak_rss(), tasks=result.get("tasks"))
     except Exception as error:  # any engine may fail in its own way; the parent goes on without it
         first = (str(error).strip() or "no message").splitlines()[0]
         say(error=f"{type(error).__name__}: {first}")
 
 
+def cpu_seconds() -> float:
+    """Of this process and of those it forked, which share its work."""
+    total = time.process_time()
+    for child in children():
+        with suppress(OSError):  # it has just ended
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 def peak_rss() -> int:
-    """Bytes. The kernel's mark of this very program: getrusage also counts the parent's."""
+    """Bytes: this process at its peak, and what those it forked do not share with it now.
+
+    The kernel's mark of this very program: getrusage also counts the parent's.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+        peak = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    for child in children():
+        with suppress(OSError):
+            for line in Path(f"/proc/{child}/smaps_rollup").read_text().splitlines():
+                peak += int(line.split()[1]) << 10 if line.startswith("Private_") else 0
+    return peak
+
+
+def children() -> list[str]:
+    """The processes that this one has forked."""
+    with suppress(OSError):
+        lists = Path("/proc/self/task").glob("*/children")
+        return [child for file in lists for child in file.read_text().split()]
+    return []
 
 
 Result = dict[str, Any]
@@ -121,8 +147,8 @@ def run_emulation(job: dict[str, Any]) -> Run:
 
     program = load(job["program"])
     simulates = job["engine"].startswith("csim")
-    config, threads = program.config, job["threads"]
-    session = Session(program, CSimulation(config) if simulates else Emulation(config, threads))
+    config, cores = program.config, job["threads"]
+    session = Session(program, CSimulation(config) if simulates else Emulation(config, cores))
     frames = noise(program.clip)
 
     def run() -> Result:

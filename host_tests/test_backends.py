@@ -9,20 +9,24 @@ import pytest
 from networks import Net, compiled, random_codes, small_config, stretched
 from reference import run_program
 
+from pynq_kgrc.backends import exact
 from pynq_kgrc.backends.base import BACKENDS, open_backend
-from pynq_kgrc.backends.emulate import Scaling
+from pynq_kgrc.backends.emulate import Emulation, Scaling
 from pynq_kgrc.errors import ConfigError, DeviceError, ProgramError
 from pynq_kgrc.program import ConvTask
 
 DESIGNS = [(bits, sparse) for bits in (16, 8, 4) for sparse in (True, False)]
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+@pytest.fixture(params=[*sorted(BACKENDS), "team"])
 def run(request):
     """Run codes through a program on this backend; the output codes of every task by name."""
 
     def outputs(program, codes):
-        backend = open_backend(request.param, program.config)
+        if request.param == "team":  # blocks and filters are cut for more than one core
+            backend = Emulation(program.config, cores=2, fork=True)
+        else:
+            backend = open_backend(request.param, program.config)
         try:
             backend.load(program)
             backend.write(program.source, codes)
@@ -91,13 +95,19 @@ def test_kernels_strides_and_padding(run, shape):
 @pytest.mark.parametrize("channels", [16, 24])
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_transformed_convolutions(run, kernel, channels, bits):
-    """Wide enough for the Winograd form, at odd and even sizes."""
+def test_transformed_convolutions(run, kernel, channels, bits, monkeypatch):
+    """Wide enough for the Winograd form, if moving memory were free; at odd and even sizes."""
+    monkeypatch.setattr(exact, "ELEMENT_COST", 0)
+    monkeypatch.setattr(exact, "WEIGHT_COST", 0)
     net = Net(size=(5, 6, 7))
     source = net.conv("clip", channels, 1, pad=0)
     pad = tuple(k // 2 for k in kernel)
     net.conv(source, 18, kernel, pad=pad, kept=0.5)
     program, _ = compiled(net, small_config(bits))
+    form = exact.choose_convolution(
+        np.ones((18, channels, *kernel), int), program.tasks[-1].shape, (0, 15), exact.WIDE, 1
+    )
+    assert isinstance(form, exact.WinogradConvolution)
     assert_as_reference(run, program)
 
 

@@ -25,7 +25,7 @@ def small_net():
 
 
 def outputs(program: Program) -> np.ndarray:
-    backend = Emulation(program.config, threads=1)
+    backend = Emulation(program.config, cores=1)
     backend.load(program)
     backend.write(program.source, random_codes(program))
     backend.run()

@@ -119,7 +119,7 @@ def test_refusals(network, frames):
 
 def test_an_open_backend_stays_open(network, frames):
     program, _ = network
-    backend = Emulation(program.config, threads=1)
+    backend = Emulation(program.config, cores=1)
     with Session(program, backend) as session:
         labels = session.classify(frames).labels
     with Session(program, backend) as session:

@@ -6,11 +6,10 @@ The arithmetic is that of docs/equations.md, element by element. How it is made 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +25,7 @@ from pynq_kgrc.backends.base import (
     check_size,
     count_task,
 )
+from pynq_kgrc.backends.crew import Crew, Each, Team, Threads, may_fork, shared_array
 from pynq_kgrc.backends.exact import (
     WIDE,
     ExactConvolution,
@@ -37,10 +37,12 @@ from pynq_kgrc.backends.exact import (
     scratch,
     split_evenly,
 )
-from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.graph import Size, WindowShape
 from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot
 from pynq_kgrc.quant import Array, rshift
+
+ALONE_MACS = 1 << 27
+"""Of a program with fewer MACs another core has nothing to gain: some milliseconds on one."""
 
 
 class Emulation(Loaded):
@@ -48,15 +50,20 @@ class Emulation(Loaded):
 
     Args:
         config: the design to be; programs made for another are refused.
-        threads: blocks worked on at once; by default one a core, 4 at most.
+        cores: blocks worked on at once; by default as many as there are, 4 at most, and 1 for a
+            small program.
+        fork: let forked processes share the work, which is faster, rather than threads; by
+            default where `may_fork` says so when a program is loaded.
     """
 
-    def __init__(self, config: AcceleratorConfig, threads: int | None = None) -> None:
+    def __init__(
+        self, config: AcceleratorConfig, cores: int | None = None, fork: bool | None = None
+    ) -> None:
         self.config = config
-        self.threads = threads or min(4, len(os.sched_getaffinity(0)))
-        others = self.threads - 1  # whoever calls works as well
-        self._pool = ThreadPoolExecutor(others, "emulate") if others else None
+        self._wanted_cores, self._fork = cores, fork
+        self.cores = 1
         self._blas = ThreadpoolController()
+        self._crew: Crew | None = None
         self._steps: list[ConvStep | PoolStep] = []
         self._maps: list[Array] = []
 
@@ -67,30 +74,37 @@ class Emulation(Loaded):
             ProgramError: the program is for another accelerator.
         """
         check_design(program, self.config)
+        self._dismiss()
         self._program = program
         # a 4-bit code takes a whole byte here, so the arena is twice as large
         stretch = 2 if self.config.bits == 4 else 1
-        arena = np.zeros(program.arena_bytes * stretch, np.uint8)
+        arena = shared_array(program.arena_bytes * stretch)
         self._maps = []
         for buffer in program.buffers:
             start, count = buffer.offset * stretch, buffer.channels * math.prod(buffer.size)
             dtype = np.dtype(np.int16 if buffer.bits == 16 else np.int8)
             raw = arena[start : start + count * dtype.itemsize].view(dtype)
             self._maps.append(raw.reshape(*buffer.size, buffer.channels))
+        self.cores = self._wanted_cores or _useful_cores(program)
         workspace = Workspace()
-
         steps: dict[int, ConvStep | PoolStep] = {}
 
         def prepare(place: int) -> None:
             task = program.tasks[place]
             if isinstance(task, ConvTask):
-                steps[place] = ConvStep(task, program, self._maps, workspace, self.threads)
+                steps[place] = ConvStep(task, program, self._maps, workspace, self.cores)
             else:
                 steps[place] = PoolStep(task, program, self._maps)
 
-        with self._blas.limit(limits=1):
-            self._each(prepare, range(len(program.tasks)))
+        threads = Threads(self.cores)
+        try:
+            with self._blas.limit(limits=1):
+                threads.each(prepare, range(len(program.tasks)))
+        finally:
+            threads.close()
+        workspace.allocate()
         self._steps = [steps[place] for place in sorted(steps)]
+        self._crew = self._gather()
 
     def write(self, slot: Slot, codes: Array) -> None:
         """Codes [C, D, H, W] into a slot.
@@ -109,68 +123,72 @@ class Emulation(Loaded):
         return view.transpose(3, 0, 1, 2).copy()
 
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
-        """Run the tasks [first, last) in order."""
-        steps = self._steps[first : len(self.program.tasks) if last is None else last]
+        """Run the tasks [first, last) in order.
+
+        Raises:
+            DeviceError: a process that shares the work was killed; the next run starts it anew.
+        """
+        last = len(self.program.tasks) if last is None else last
+        crew = self._crew = self._crew or self._gather()
         counters = []
-        with self._blas.limit(limits=1):  # threads are ours: one BLAS thread to each
-            for step in steps:
-                start = time.perf_counter()
-                step.run(self._each)
-                counters.append(replace(step.counters, seconds=time.perf_counter() - start))
+        try:
+            with self._blas.limit(limits=1):  # the cores are shared out here: one to each call
+                crew.begin(first, last)
+                for step in self._steps[first:last]:
+                    start = time.perf_counter()
+                    step.run(crew.each)
+                    seconds = time.perf_counter() - start
+                    counters.append(replace(step.counters, seconds=seconds))
+        except BaseException:  # the others are at another step
+            self._dismiss()
+            raise
         return counters
 
     def close(self) -> None:
-        """Give memory and threads back."""
+        """Give memory, threads and processes back."""
+        self._dismiss()
         self._program, self._steps, self._maps = None, [], []
         forget_scratch()
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
 
     def _slot(self, slot: Slot, channels: int) -> Array:
         return self._maps[slot.buffer][..., slot.channel : slot.channel + channels]
 
-    def _each(self, work: Callable[[Any], None], jobs: Iterable[Any]) -> None:
-        """Do `work` for every job, here and on the other threads; an error is raised.
+    def _gather(self) -> Crew:
+        """Those who share the work: processes, or threads where none can be forked."""
+        if self.cores > 1 and (may_fork() if self._fork is None else self._fork):
+            with contextlib.suppress(OSError), self._blas.limit(limits=1):
+                return Team(self._steps, self.cores)
+        return Threads(self.cores)
 
-        Each takes the next job when it is done with one, so that a thread is woken once, not for
-        every job.
-        """
-        queue = iter(list(jobs))  # the next of a list is one step, under the interpreter's lock
-
-        def drain() -> None:
-            for job in queue:
-                work(job)
-
-        helpers = []
-        if self._pool is not None:
-            try:
-                helpers = [self._pool.submit(drain) for _ in range(self.threads - 1)]
-            except RuntimeError as error:
-                raise DeviceError(f"the emulation stopped: {error}") from error
-        try:
-            drain()
-        finally:
-            for helper in helpers:
-                helper.result()
+    def _dismiss(self) -> None:
+        if self._crew is not None:
+            self._crew.close()
+            self._crew = None
 
 
-Each = Callable[[Callable[[Any], None], Iterable[Any]], None]
+def _useful_cores(program: Program) -> int:
+    macs = sum(task.shape.macs for task in program.tasks if isinstance(task, ConvTask))
+    return 1 if macs < ALONE_MACS else min(4, len(os.sched_getaffinity(0)))
 
 
 class Workspace:
-    """One piece of memory that the tasks use in turn; it grows to the largest wish."""
+    """One piece of memory that the tasks use in turn, as large as the largest wish."""
 
     def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
+        self._wanted = 0
+        self._bytes = shared_array(0)
+
+    def reserve(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Say before `allocate` what will be taken."""
+        self._wanted = max(self._wanted, math.prod(shape) * dtype.itemsize)
+
+    def allocate(self) -> None:
+        """Make room for the largest reservation."""
+        self._bytes = shared_array(self._wanted)
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An uninitialised array, valid until the next call."""
-        wanted = math.prod(shape) * dtype.itemsize
-        if self._bytes.size < wanted:
-            self._bytes = np.empty(0, np.uint8)  # let go of the old one first
-            self._bytes = np.empty(wanted, np.uint8)
-        return self._bytes[:wanted].view(dtype).reshape(shape)
+        return self._bytes[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 INT32 = np.dtype(np.int32)
@@ -265,10 +283,10 @@ class ConvStep:
         program: Program,
         maps: list[Array],
         workspace: Workspace,
-        threads: int,
+        cores: int,
     ) -> None:
         config, shape = program.config, task.shape
-        self.task, self.workspace, self.threads = task, workspace, threads
+        self.task, self.workspace, self.cores = task, workspace, cores
         self.source = _view(maps, task.source, shape.channels)
         self.target = _view(maps, task.target, shape.filters)
         self.shortcut: Array | None = None
@@ -281,20 +299,22 @@ class ConvStep:
         weight = task.weights.expand(shape, config.gm, program.group_columns(task))
         self.scaling = Scaling(task, config.bits, weight, interval)
         weight = weight.reshape(shape.filters, shape.channels, *shape.kernel)
-        self.exact: ExactConvolution = choose_convolution(weight, shape, interval, dtype, threads)
+        self.exact: ExactConvolution = choose_convolution(weight, shape, interval, dtype, cores)
         self.pool_size: Size = (1, 1, 1) if task.pool is None else task.pool.kernel
         # scaling is monotone, so the largest sum gives the largest code; a shortcut breaks that,
         # and a window that does not lie within a tile cannot be pooled there
         self.pools_sums = task.pool is None or task.shortcut is None
         if isinstance(self.exact, WinogradConvolution):
-            axes = self.exact.axes
-            fits = (p == 1 or (p == 2 and axis in axes) for axis, p in enumerate(self.pool_size))
-            self.pools_sums = self.pools_sums and all(fits)
+            self.pools_sums = self.pools_sums and self.exact.pools(self.pool_size)
         elif self.pools_sums:
             self.exact.align(self.pool_size[0], self.pool_size[1])
         self.codes = self.target
         if not self.pools_sums:
-            self.codes = np.empty((*shape.out_size, shape.filters), self.target.dtype)
+            size = (*shape.out_size, shape.filters)
+            codes = shared_array(math.prod(size) * self.target.itemsize)
+            self.codes = codes.view(self.target.dtype).reshape(size)
+        self.padded_shape = (*self.exact.in_size, shape.channels)
+        workspace.reserve(self.padded_shape, self.exact.map_dtype)
 
     def run(self, each: Each) -> None:
         """Read the source, write the target."""
@@ -337,9 +357,8 @@ class ConvStep:
 
     def _pad(self, each: Each) -> Array:
         """The input as floats without its zero point, in zeros as wide as the exact form wants."""
-        exact, shape = self.exact, self.task.shape
-        size = exact.in_size
-        padded = self.workspace.take((*size, shape.channels), exact.map_dtype)
+        exact = self.exact
+        padded = self.workspace.take(self.padded_shape, exact.map_dtype)
         if isinstance(exact, PlanarConvolution):
             # [D / sd, sd, H / sh, sh, W / sw, sw, N]: axes can only be merged in a copy
             split = exact.map_view(padded)
@@ -347,7 +366,7 @@ class ConvStep:
             return padded
         each(
             lambda depths: _fill(padded[depths], depths.start, self.source, self.task),
-            split_evenly(size[0], 4 * self.threads),
+            split_evenly(len(padded), 4 * self.cores),
         )
         return padded
 

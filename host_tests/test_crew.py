@@ -1,0 +1,281 @@
+"""Those who share the emulation's work: the same codes from any number of them, and no one lost."""
+
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import Net, compiled, random_codes, small_config
+from reference import run_program
+
+from pynq_kgrc.backends import crew, emulate, exact
+from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.errors import DeviceError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="teams are forked on Linux only")
+
+
+def members():
+    """The processes that this one has forked and not yet waited for."""
+    lists = Path("/proc/self/task").glob("*/children")
+    return {int(child) for file in lists for child in file.read_text().split()}
+
+
+def gone(process, seconds=20.0):
+    """Whether a process ends within some seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":  # it waits to be asked after
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def a_program(bits=8):
+    """Winograd and unfolded layers, a shortcut, pools within a tile, across tiles and apart."""
+    net = Net(size=(3, 6, 6))
+    first = net.conv(net.conv("clip", 16), 24)
+    joined = net.add(first, net.conv(first, 24, (1, 3, 3), pad=(0, 1, 1)))
+    pooled = net.pool(net.conv(joined, 18), (1, 3, 2))
+    net.conv(net.pool(pooled, 3, stride=1, pad=1), 9, 1, pad=0)
+    return compiled(net, small_config(bits))[0]
+
+
+@pytest.fixture(scope="module")
+def program():
+    return a_program()
+
+
+@pytest.fixture(autouse=True)
+def moving_memory_is_free(monkeypatch):
+    """So that small convolutions are transformed as large ones are."""
+    monkeypatch.setattr(exact, "ELEMENT_COST", 0)
+    monkeypatch.setattr(exact, "WEIGHT_COST", 0)
+
+
+def run(emulation, program, seed=0):
+    codes = random_codes(program, seed)
+    emulation.write(program.source, codes)
+    emulation.run()
+    last = program.tasks[-1]
+    found = emulation.read(last.target, last.shape.out_channels, last.out_size)
+    np.testing.assert_array_equal(found, run_program(program, codes)[last.name])
+
+
+def run_often(emulation):
+    """Until everyone has had a job."""
+    for _ in range(100):
+        emulation.run()
+
+
+@pytest.fixture
+def team(program):
+    emulation = Emulation(program.config, cores=2, fork=True)
+    before = members()
+    emulation.load(program)
+    (emulation.other,) = members() - before
+    yield emulation
+    emulation.close()
+    assert not members() - before
+
+
+@pytest.mark.parametrize("fork", [True, False])
+@pytest.mark.parametrize("cores", [2, 3])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_any_number_of_them_gives_the_same_codes(bits, cores, fork):
+    program = a_program(bits)
+    before = members()
+    emulation = Emulation(program.config, cores=cores, fork=fork)
+    emulation.load(program)
+    convolutions = [step for step in emulation._steps if isinstance(step, emulate.ConvStep)]
+    assert len({type(step.exact) for step in convolutions}) == 2
+    assert {step.pools_sums for step in convolutions} == {True, False}
+    assert len(members() - before) == (cores - 1 if fork else 0)
+    for seed in range(3):
+        run(emulation, program, seed)
+    emulation.close()
+    assert not members() - before
+
+
+def test_jobs_are_done_once_by_whoever_is_free():
+    """More jobs than members, fewer, and none."""
+    counts = (100, 1, 0, 2, 7)
+    done = crew.shared_array(8 * sum(counts)).view(np.int64)
+
+    class Count:
+        def run(self, each):
+            start = 0
+            for count in counts:
+                each(self.note, range(start, start + count))
+                start += count
+
+        def note(self, job):
+            time.sleep(0.001)
+            done[job] += os.getpid()
+
+    step = Count()
+    team = crew.Team([step], 3)
+    team.begin(0, 1)
+    step.run(team.each)
+    others = set(team._members)
+    team.close()
+    assert set(done.tolist()) <= others | {os.getpid()}
+    assert len(set(done[:100].tolist())) > 1
+
+
+def test_another_program_takes_the_place_of_the_first(team):
+    run(team, team.program)
+    other = a_program(8)
+    first = team.other
+    team.load(other)
+    assert gone(first)
+    run(team, other)
+
+
+@pytest.mark.parametrize("when", ["before a run", "in a run"])
+def test_a_killed_process_is_an_error_and_the_next_run_is_right(team, program, monkeypatch, when):
+    run(team, program)
+    if when == "before a run":
+        os.kill(team.other, signal.SIGKILL)
+        assert gone(team.other)
+    else:
+        each = crew.Team.each
+
+        def deadly(self, work, jobs):
+            os.kill(team.other, signal.SIGKILL)
+            each(self, work, jobs)
+
+        monkeypatch.setattr(crew.Team, "each", deadly)
+    with pytest.raises(DeviceError, match=f"lost: process {team.other} has ended.*cores=1"):
+        team.run()
+    monkeypatch.undo()
+    run(team, program)
+
+
+def test_a_process_that_stands_still_is_an_error(team, program, monkeypatch):
+    monkeypatch.setattr(crew, "STALL_SECONDS", 0.5)
+    os.kill(team.other, signal.SIGSTOP)
+    with pytest.raises(DeviceError, match=r"lost: no end after 0\.5 s"):
+        team.run()
+    run(team, program)
+
+
+def test_a_fault_in_a_process_is_printed_and_an_error_here(program, monkeypatch, capfd):
+    ours = os.getpid()
+    store = emulate.ConvStep._store
+
+    def faulty(self, *arguments):
+        if os.getpid() != ours:
+            raise ZeroDivisionError("planted")
+        store(self, *arguments)
+
+    monkeypatch.setattr(emulate.ConvStep, "_store", faulty)
+    emulation = Emulation(program.config, cores=2, fork=True)
+    emulation.load(program)
+    with pytest.raises(DeviceError, match="has ended"):
+        run_often(emulation)
+    emulation.close()
+    assert "ZeroDivisionError: planted" in capfd.readouterr().err
+
+
+def test_an_interrupted_run_is_over_for_all(team, program, monkeypatch):
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(emulate.ConvStep, "_store", interrupted)  # here; it was forked before
+    with pytest.raises(KeyboardInterrupt):
+        run_often(team)
+    assert gone(team.other)
+    monkeypatch.undo()
+    run(team, program)
+
+
+def test_nobody_is_left_when_it_is_forgotten(program):
+    before = members()
+    emulation = Emulation(program.config, cores=3, fork=True)
+    emulation.load(program)
+    started = members() - before
+    del emulation
+    gc.collect()
+    assert len(started) == 2
+    assert all(map(gone, started))
+
+
+def test_nobody_outlives_a_killed_parent(program, tmp_path):
+    path = tmp_path / "small.kgrc"
+    program.save(path)
+    code = (
+        "import sys, time\n"
+        "from pynq_kgrc.backends.emulate import Emulation\n"
+        "from pynq_kgrc.program import load\n"
+        "program = load(sys.argv[1])\n"
+        "emulations = [Emulation(program.config, cores=2, fork=True) for _ in range(2)]\n"
+        "for emulation in emulations: emulation.load(program)\n"
+        "print(*[e._crew._members[0] for e in emulations], flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)
+    others = list(map(int, parent.stdout.readline().split()))
+    parent.kill()
+    parent.wait(20)
+    parent.stdout.close()
+    assert len(others) == 2
+    assert all(map(gone, others))
+
+
+def test_they_hold_nothing_of_their_parent_open(program):
+    """A connection that the parent closes is closed, and its port is free."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    sockets[1].close()  # between two others there is room for its pipe
+    emulation = Emulation(program.config, cores=2, fork=True)
+    before = members()
+    emulation.load(program)
+    (other,) = members() - before
+    run(emulation, program)  # by now it has let go of them
+    held = {os.readlink(f"/proc/{other}/fd/{fd}") for fd in os.listdir(f"/proc/{other}/fd")}
+    assert not [name for name in held if name.startswith("socket")]
+    emulation.close()
+    for one in sockets:
+        one.close()
+
+
+def test_a_process_with_threads_is_not_forked():
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    alone = crew.may_fork()
+    thread.start()
+    assert not crew.may_fork()
+    stop.set()
+    thread.join()
+    assert crew.may_fork() is alone
+
+
+def test_threads_do_it_where_no_process_can_be_had(program, monkeypatch):
+    def refused():
+        raise BlockingIOError(11, "planted")
+
+    monkeypatch.setattr(os, "fork", refused)
+    before = members()
+    emulation = Emulation(program.config, cores=2, fork=True)
+    emulation.load(program)
+    run(emulation, program)
+    emulation.close()
+    assert members() == before
+
+
+def test_a_small_program_is_run_alone(program):
+    emulation = Emulation(program.config)
+    emulation.load(program)
+    assert emulation.cores == 1
+    emulation.close()
