@@ -768,7 +768,7 @@ def winograd_bounds(taps: Array, transformed: Array, axes: list[int], interval: 
 
 ExactConvolution = GemmConvolution | PlanarConvolution | WinogradConvolution
 
-ELEMENT_COST = 16
+ELEMENT_COST = 22
 """An element-wise operation on one value takes about as long as this many MACs of a GEMM."""
 
 WEIGHT_COST = 120
@@ -810,7 +810,10 @@ def three_taps(shape: ConvShape) -> list[int]:
 def _gemm_work(shape: ConvShape) -> float:
     """MACs for an output, and as many as its share of moving memory takes the time of."""
     n, m = shape.channels, shape.filters
-    return shape.taps * (n * m + ELEMENT_COST * n + WEIGHT_COST * n * m / math.prod(shape.out_size))
+    reading = WEIGHT_COST * n * m / math.prod(shape.out_size)
+    # a tap's channels are copied, or its products written and added up
+    moved = 2 * m if shape.kernel[1:] == (1, 1) else n
+    return shape.taps * (n * m + reading + ELEMENT_COST * moved)
 
 
 def _winograd_work(shape: ConvShape, axes: list[int]) -> float:
@@ -818,8 +821,9 @@ def _winograd_work(shape: ConvShape, axes: list[int]) -> float:
     n, m, a = shape.channels, shape.filters, len(axes)
     length = shape.taps // 3**a
     width = shape.out_size[WIDTH]
-    wasted = 1.0 if length == 1 else (-(-(width + length - 1) // length) * length) / width
+    wasted = -(-(width + length - 1) // length) * length / width
     reading = length * WEIGHT_COST * n * m / math.prod(shape.out_size)
-    moved = ELEMENT_COST * (3 * n + 4 * m)
-    work: float = 2**a * wasted * (length * n * m + moved) + 4**a * reading
+    # an axis doubles the values: all are made on the way in, written, and added up on the way out
+    moved = (2 ** (a + 1) - 2) * (n + m) + 2**a * m
+    work: float = wasted * (2**a * length * n * m + ELEMENT_COST * moved) + 4**a * reading
     return work
