@@ -201,6 +201,22 @@ def test_an_interrupted_run_is_over_for_all(team, program, monkeypatch):
     run(team, program)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_the_parents_to_answer(team, program, number):
+    """Ctrl-C and a service that is stopped reach all; who is at work ends with the parent."""
+    os.kill(team.other, number)
+    time.sleep(0.2)
+    run(team, program)
+    assert team.other in members()
+
+
+def test_cores_are_counted_where_linux_is_not(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert crew.available_cores() == os.cpu_count()
+    assert not crew.may_fork()
+
+
 def test_nobody_is_left_when_it_is_forgotten(program):
     before = members()
     emulation = Emulation(program.config, cores=3, fork=True)

@@ -78,6 +78,13 @@ def shared_array(count: int) -> Array:
     return np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def may_fork() -> bool:
     """Whether this process is safely forked: on Linux, while Python runs but one thread in it."""
     return sys.platform == "linux" and threading.active_count() == 1
@@ -214,6 +221,8 @@ class Team:
     def _add_member(self) -> None:
         theirs, ours = os.pipe()
         self._orders.append(ours)
+        # the parent's to answer: a member ends when the parent does
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             with warnings.catch_warnings():
                 # the threads of libraries are left behind; a member calls numpy and no other
@@ -224,14 +233,12 @@ class Team:
             self._members.append(member)
         finally:
             os.close(theirs)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _serve(self, orders: int) -> NoReturn:
         """Go through the steps when told to, as long as the parent is there."""
         try:
             gc.disable()  # nothing of the parent's is finalized here
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
             # nothing of the parent's is held open: sockets, files, the pipes of other teams
             most = os.sysconf("SC_OPEN_MAX")
             os.closerange(3, orders)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,15 @@ from pynq_kgrc.backends.base import (
     check_size,
     count_task,
 )
-from pynq_kgrc.backends.crew import Crew, Each, Team, Threads, may_fork, shared_array
+from pynq_kgrc.backends.crew import (
+    Crew,
+    Each,
+    Team,
+    Threads,
+    available_cores,
+    may_fork,
+    shared_array,
+)
 from pynq_kgrc.backends.exact import (
     WIDE,
     ExactConvolution,
@@ -168,7 +175,7 @@ class Emulation(Loaded):
 
 def _useful_cores(program: Program) -> int:
     macs = sum(task.shape.macs for task in program.tasks if isinstance(task, ConvTask))
-    return 1 if macs < ALONE_MACS else min(4, len(os.sched_getaffinity(0)))
+    return 1 if macs < ALONE_MACS else min(4, available_cores())
 
 
 class Workspace:

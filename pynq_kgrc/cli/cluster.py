@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -136,9 +135,10 @@ def run_batch(options: argparse.Namespace) -> int:
         from pynq_kgrc.cluster.batch import Batch, classify_archive
     except ImportError as error:
         raise needs_ray(error) from error
+    from pynq_kgrc.backends.crew import available_cores
     from pynq_kgrc.service.settings import shipped_program
 
-    workers = options.workers or (1 if options.backend == "board" else len(os.sched_getaffinity(0)))
+    workers = options.workers or (1 if options.backend == "board" else available_cores())
     batch = Batch(
         folder=options.folder,
         program=options.program or shipped_program(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import queue
 import threading
 import traceback
@@ -25,6 +24,7 @@ import ray
 import ray.data
 
 from pynq_kgrc.backends.base import BACKENDS
+from pynq_kgrc.backends.crew import available_cores
 from pynq_kgrc.backends.emulate import Emulation
 from pynq_kgrc.cluster.archive import (
     File,
@@ -178,7 +178,7 @@ def _dataset(files: list[File], batch: Batch, question: Question) -> Any:
         [{"file": msgspec.json.encode(file)} for file in files], override_num_blocks=len(files)
     )
     tries = ray.remote(Tries).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     return items.map_batches(
         Looker,
         fn_constructor_args=(
