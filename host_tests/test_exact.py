@@ -222,6 +222,28 @@ def test_the_planar_form(stride, kernel):
     np.testing.assert_array_equal(run(form, values), by_hand(values, weight, shape))
 
 
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "channels", "filters"), [(784, 64, 144), (97, 64, 144), (8, 3, 5)]
+)
+def test_products_in_parts_of_their_rows(monkeypatch, small, rows, channels, filters):
+    """Rows or channels side by side in memory, results in every third row: nothing is copied."""
+    monkeypatch.setattr(exact, "has_small_kernels", lambda: small)
+    monkeypatch.setattr(exact, "SMALL_PRODUCT", 100 * channels * filters)
+    rng = np.random.default_rng(6)
+    values = rng.integers(-99, 99, (3, rows, channels)).astype(np.float32)
+    matrix = rng.integers(-99, 99, (channels, filters)).astype(np.float32)
+    weights = exact.lay_out_weights(matrix)
+    np.testing.assert_array_equal(weights, matrix)
+    for given in (values, values.transpose(2, 0, 1).copy().transpose(1, 2, 0), values[0]):
+        room = np.full((rows, 3, filters), np.nan, np.float32)
+        out = room.transpose(1, 0, 2) if given.ndim == 3 else room[:, 1]
+        call = exact.multiply(given, weights, out)
+        assert (call.args[0].ndim > given.ndim) == (small and rows == 784)
+        call()
+        np.testing.assert_array_equal(out, given.astype(int) @ matrix.astype(int))
+
+
 def test_the_bound_is_reached_and_never_passed():
     rng = np.random.default_rng(2)
     weight = rng.integers(-5, 6, (7, 3)).astype(np.float32)

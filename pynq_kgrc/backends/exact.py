@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
+from threadpoolctl import threadpool_info
 
 from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import Array
@@ -35,7 +36,7 @@ Region = tuple[slice, slice, slice]
 Finish = Callable[[Array, Region, slice], None]
 """Takes exact sums [d, h, w, M] for a strided region of outputs and a slice of the filters."""
 
-WIDE = np.dtype(np.float64)
+FLOAT32, WIDE = np.dtype(np.float32), np.dtype(np.float64)
 
 BLOCK_BYTES = 2 << 20
 """Scratch of one block of the unfolded input. Half of it or twice as much is about as fast; where
@@ -59,6 +60,17 @@ BLOCK_TILES = 800
 FEW_TILES = 400
 """With so few tiles the cores share out the filters instead."""
 
+SMALL_KERNELS = ("SkylakeX", "Cooperlake", "SapphireRapids")
+"""Processors, as OpenBLAS calls them, for which it has products that do not pack operands."""
+
+SMALL_PRODUCT = 1_000_000
+"""MACs up to which it uses them."""
+
+SMALL_WEIGHTS = 15_000
+"""With more of them a part of the rows is too short, and packing is worth it."""
+
+FEWEST_SMALL_ROWS = 16
+
 WIDTH = 2
 """The axis along which the channels of neighbours are contiguous."""
 
@@ -74,6 +86,58 @@ def scratch(key: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Ar
         array = arrays[key, dtype] = np.empty(count, dtype)
         _scratch.moved = _scratch.__dict__.get("moved", 0) + 1
     return array[:count].reshape(shape)
+
+
+@cache
+def has_small_kernels() -> bool:
+    """Whether numpy's BLAS multiplies small float32 matrices without packing them.
+
+    OpenBLAS does on processors with AVX-512. The results are the same; only the time is not.
+    """
+    return any(
+        library["internal_api"] == "openblas" and library.get("architecture") in SMALL_KERNELS
+        for library in threadpool_info()
+    )
+
+
+def is_small(channels: int, filters: int, dtype: np.dtype[np.generic]) -> bool:
+    """Whether a matrix of weights is small enough to multiply a few rows at a time."""
+    return channels * filters <= SMALL_WEIGHTS and dtype == FLOAT32 and has_small_kernels()
+
+
+def lay_out_weights(matrices: Array) -> Array:
+    """[..., K, M], in memory as the fastest product wants them."""
+    channels, filters = matrices.shape[-2:]
+    if is_small(channels, filters, matrices.dtype):
+        return np.ascontiguousarray(matrices)
+    return np.ascontiguousarray(matrices.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+def multiply(values: Array, weights: Array, out: Array) -> Callable[[], object]:
+    """The call that writes ``values @ weights`` to `out`, [..., rows, K] @ [K, M].
+
+    With small weights it goes through the rows in equal parts, each small enough for a kernel
+    that does not pack its operands.
+    """
+    rows, (channels, filters) = values.shape[-2], weights.shape
+    if is_small(channels, filters, weights.dtype):
+        part = _largest_part(rows, SMALL_PRODUCT // weights.size)
+        if FEWEST_SMALL_ROWS <= part < rows:
+            values, out = _split_rows(values, part), _split_rows(out, part)
+    return partial(np.matmul, values, weights, out=out)
+
+
+@cache
+def _largest_part(count: int, most: int) -> int:
+    """The largest divisor up to `most`."""
+    return max(part for part in range(1, most + 1) if count % part == 0)
+
+
+def _split_rows(array: Array, part: int) -> Array:
+    """[..., rows, n] as [..., rows / part, part, n], never a copy."""
+    *lead, rows, count = array.shape
+    *steps, row, item = array.strides
+    return as_strided(array, (*lead, rows // part, part, count), (*steps, part * row, row, item))
 
 
 def forget_scratch() -> None:
@@ -149,7 +213,12 @@ class GemmConvolution:
         few = d * h * w < FEW_ROWS * cores and shape.filters >= 64 * cores
         parts = cores if few else 1
         self.filters = split_evenly(shape.filters, parts)
-        self.matrices = [np.asfortranarray(matrix[:, part]) for part in self.filters]
+        # a tap along depth at a time, if each is a product of its own
+        depths = kd if self.depth_chunks else 1
+        self.matrices = [
+            lay_out_weights(matrix[:, part].reshape(depths, -1, part.stop - part.start))
+            for part in self.filters
+        ]
         rows = max(FEWEST_ROWS, BLOCK_BYTES // (matrix.shape[0] * dtype.itemsize))
         self.block = (1, max(1, min(h, rows // w)), w)
         if self.block[1] == h:
@@ -188,9 +257,9 @@ class GemmConvolution:
             sums = self._add_depths(padded, (d0, h0), (nd, nh), matrix)
         else:
             unfolded = self._unfold(padded, (d0, h0), (nd, nh), self.shape.kernel[0])
-            sums = _exact_product(unfolded, matrix, self.chunks)
+            sums = _exact_product(unfolded, matrix[0], self.chunks)
         region = (slice(d0, d0 + nd), slice(h0, h0 + nh), slice(0, w))
-        finish(sums.reshape(nd, nh, w, matrix.shape[1]), region, self.filters[part])
+        finish(sums.reshape(nd, nh, w, -1), region, self.filters[part])
 
     def _outputs(self, tap: int, first: int, last: int) -> range:
         """Of the outputs [first, last) along depth those whose tap sees the map, no padding."""
@@ -198,7 +267,7 @@ class GemmConvolution:
         return range(max(first, shift), min(last, self.shape.in_size[0] + shift))
 
     def _add_depths(
-        self, padded: Array, first: tuple[int, int], count: tuple[int, int], matrix: Array
+        self, padded: Array, first: tuple[int, int], count: tuple[int, int], matrices: Array
     ) -> Array:
         """The sums of a block, added up over the taps along depth, for stride 1 there."""
         (d0, h0), (nd, nh), taps = first, count, self.shape.kernel[0]
@@ -207,16 +276,16 @@ class GemmConvolution:
         depths = [outputs[i] + tap for tap, outputs in seen.items() for i in (0, -1)]
         low, high = min(depths, default=0), max(depths, default=0)
         values = self._unfold(padded, (low, h0), (high - low + 1, nh), 1)
-        pixels, run = nh * self.shape.out_size[2], len(matrix) // taps
-        total = scratch("total", (nd * pixels, matrix.shape[1]), self.sum_dtype)
+        pixels = nh * self.shape.out_size[2]
+        total = scratch("total", (nd * pixels, matrices.shape[2]), self.sum_dtype)
         begun = False
         for tap in sorted(seen, key=lambda tap: -len(seen[tap])):
             outputs = seen[tap]
             rows = values[pixels * (outputs[0] + tap - low) :][: pixels * len(outputs)]
             target = total[pixels * (outputs[0] - d0) :][: pixels * len(outputs)]
-            weights, chunks = matrix[tap * run :][:run], self.depth_chunks[tap]
+            weights, chunks = matrices[tap], self.depth_chunks[tap]
             if not begun and len(outputs) == nd and len(chunks) == 1 and total.dtype == rows.dtype:
-                np.matmul(rows, weights, out=total)
+                multiply(rows, weights, total)()
                 begun = True
                 continue
             if not begun:
@@ -253,7 +322,8 @@ def _exact_product(values: Array, matrix: Array, chunks: list[slice]) -> Array:
     """``values @ matrix`` in this thread's scratch; the sums of several chunks add in float64."""
     sums = scratch("sums", (values.shape[0], matrix.shape[1]), matrix.dtype)
     if len(chunks) == 1:
-        return np.matmul(values, matrix, out=sums)
+        multiply(values, matrix, sums)()
+        return sums
     total = scratch("wide", sums.shape, WIDE)
     total[...] = 0
     for chunk in chunks:
@@ -300,7 +370,7 @@ class PlanarConvolution:
         rows = weight.reshape(shape.filters, shape.channels, *shape.kernel)
         parts = [rows[(slice(None), slice(None), *lattice)] for lattice in self.lattices]
         matrix = np.concatenate([p.reshape(shape.filters, -1) for p in parts], axis=1)
-        self.matrix = matrix.T.astype(dtype)
+        self.matrix = lay_out_weights(matrix.T.astype(dtype))
         self.chunks = _fewest_chunks(self.matrix, interval, dtype)
         _, h, w = shape.out_size
         wanted = max(1, BLOCK_BYTES // (self.matrix.shape[0] * dtype.itemsize * w))
@@ -423,9 +493,10 @@ class WinogradConvolution:
         few = d * h * w <= FEW_TILES and cores > 1 and shape.filters >= 32 * cores
         self.filters = split_evenly(shape.filters, cores if few else 1)
         flat = transformed.reshape(-1, *transformed.shape[3:])
-        self.weights = [np.ascontiguousarray(flat[:, part]) for part in self.filters]
+        by_row = flat.swapaxes(1, 2)  # [positions, N, M]
+        self.weights = [lay_out_weights(by_row[:, :, part]) for part in self.filters]
         self.norms = [
-            {int(i): _longest_filters(part[i]) for i in suspects} for part in self.weights
+            {int(i): _longest_filters(part[i].T) for i in suspects} for part in self.weights
         ]
         wanted = BLOCK_TILES * self.run_length  # each product of a run has its share of them
         nh = -(-h // max(1, round(h * w / wanted)))  # blocks of equal height
@@ -555,7 +626,7 @@ class _WinogradPlan:
     ) -> None:
         self.axes, self.dtype = convolution.axes, dtype
         self.weights = convolution.weights[part]
-        filters = self.weights.shape[1]
+        filters = self.weights.shape[2]
         self.limit = largest_integer(dtype)
         proved = convolution.proved or dtype == WIDE
         self.norms = {} if proved else convolution.norms[part]
@@ -633,7 +704,7 @@ class _WinogradPlan:
 
     def _multiply(self, slab: Array, out: Array, position: int) -> None:
         """Lay out one product of the block, or those of its runs as one."""
-        weight = self.weights[position].astype(self.dtype, copy=False).T
+        weight = self.weights[position].astype(self.dtype, copy=False)
         channels, length = slab.shape[-1], self.run_length
         values = slab.reshape(-1, channels)
         if length > 1:
@@ -644,13 +715,13 @@ class _WinogradPlan:
         if position in self.norms:
             self._call(self._multiply_in_parts, values, weight, out, position)
         else:
-            self._call(np.matmul, values, weight, out=out)
+            self.calls.append(multiply(values, weight, out))
 
     def _multiply_in_parts(self, values: Array, weight: Array, out: Array, position: int) -> None:
         """A product over as few parts of the channels as the values at hand need."""
         parts = self._parts(values, position)
         if parts == 1:
-            np.matmul(values, weight, out=out)
+            multiply(values, weight, out)()
             return
         out[...] = 0
         for part in split_evenly(values.shape[-1], parts):
@@ -771,6 +842,9 @@ ExactConvolution = GemmConvolution | PlanarConvolution | WinogradConvolution
 ELEMENT_COST = 22
 """An element-wise operation on one value takes about as long as this many MACs of a GEMM."""
 
+SMALL_COST = 0.85
+"""A MAC of a product with small weights takes about this part of another's time."""
+
 WEIGHT_COST = 120
 """So does this many the reading of a weight from memory, once for all outputs of a small map."""
 
@@ -813,7 +887,7 @@ def _gemm_work(shape: ConvShape) -> float:
     reading = WEIGHT_COST * n * m / math.prod(shape.out_size)
     # a tap's channels are copied, or its products written and added up
     moved = 2 * m if shape.kernel[1:] == (1, 1) else n
-    return shape.taps * (n * m + reading + ELEMENT_COST * moved)
+    return shape.taps * (_product_work(n, m) + reading + ELEMENT_COST * moved)
 
 
 def _winograd_work(shape: ConvShape, axes: list[int]) -> float:
@@ -825,5 +899,12 @@ def _winograd_work(shape: ConvShape, axes: list[int]) -> float:
     reading = length * WEIGHT_COST * n * m / math.prod(shape.out_size)
     # an axis doubles the values: all are made on the way in, written, and added up on the way out
     moved = (2 ** (a + 1) - 2) * (n + m) + 2**a * m
-    work: float = wasted * (2**a * length * n * m + ELEMENT_COST * moved) + 4**a * reading
+    products = 2**a * _product_work(length * n, m)
+    work: float = wasted * (products + ELEMENT_COST * moved) + 4**a * reading
     return work
+
+
+def _product_work(channels: int, filters: int) -> float:
+    """MACs for a row of a product; small ones take less time each."""
+    small = is_small(channels, filters, FLOAT32)
+    return channels * filters * (SMALL_COST if small else 1)
