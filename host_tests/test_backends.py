@@ -9,7 +9,7 @@ import pytest
 from networks import Net, compiled, random_codes, small_config, stretched
 from reference import run_program
 
-from pynq_kgrc.backends import exact
+from pynq_kgrc.backends import choice, exact, winograd
 from pynq_kgrc.backends.base import BACKENDS, open_backend
 from pynq_kgrc.backends.emulate import Emulation, Scaling
 from pynq_kgrc.errors import ConfigError, DeviceError, ProgramError
@@ -97,17 +97,17 @@ def test_kernels_strides_and_padding(run, shape):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_transformed_convolutions(run, kernel, channels, bits, monkeypatch):
     """Wide enough for the Winograd form, if moving memory were free; at odd and even sizes."""
-    monkeypatch.setattr(exact, "ELEMENT_COST", 0)
-    monkeypatch.setattr(exact, "WEIGHT_COST", 0)
+    monkeypatch.setattr(choice, "ELEMENT_COST", 0)
+    monkeypatch.setattr(choice, "WEIGHT_COST", 0)
     net = Net(size=(5, 6, 7))
     source = net.conv("clip", channels, 1, pad=0)
     pad = tuple(k // 2 for k in kernel)
     net.conv(source, 18, kernel, pad=pad, kept=0.5)
     program, _ = compiled(net, small_config(bits))
-    form = exact.choose_convolution(
+    form = choice.choose_convolution(
         np.ones((18, channels, *kernel), int), program.tasks[-1].shape, (0, 15), exact.WIDE, 1
     )
-    assert isinstance(form, exact.WinogradConvolution)
+    assert isinstance(form, winograd.WinogradConvolution)
     assert_as_reference(run, program)
 
 

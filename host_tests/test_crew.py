@@ -15,7 +15,7 @@ import pytest
 from networks import Net, compiled, random_codes, small_config
 from reference import run_program
 
-from pynq_kgrc.backends import crew, emulate, exact
+from pynq_kgrc.backends import choice, crew, emulate
 from pynq_kgrc.backends.emulate import Emulation
 from pynq_kgrc.errors import DeviceError
 
@@ -60,8 +60,8 @@ def program():
 @pytest.fixture(autouse=True)
 def moving_memory_is_free(monkeypatch):
     """So that small convolutions are transformed as large ones are."""
-    monkeypatch.setattr(exact, "ELEMENT_COST", 0)
-    monkeypatch.setattr(exact, "WEIGHT_COST", 0)
+    monkeypatch.setattr(choice, "ELEMENT_COST", 0)
+    monkeypatch.setattr(choice, "WEIGHT_COST", 0)
 
 
 def run(emulation, program, seed=0):

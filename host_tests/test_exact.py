@@ -5,14 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from pynq_kgrc.backends import exact
-from pynq_kgrc.backends.exact import (
-    GemmConvolution,
-    PlanarConvolution,
-    WinogradConvolution,
-    choose_convolution,
-    largest_sum,
-)
+from pynq_kgrc.backends import exact, winograd
+from pynq_kgrc.backends.choice import choose_convolution
+from pynq_kgrc.backends.exact import GemmConvolution, PlanarConvolution, largest_sum
+from pynq_kgrc.backends.winograd import WinogradConvolution
 from pynq_kgrc.graph import ConvShape
 
 F32 = np.dtype(np.float32)
@@ -108,18 +104,18 @@ def test_the_measured_proof_refuses_and_float64_takes_over(monkeypatch):
     values = 255 - rng.integers(0, 3, (6, 6, 6, 512))
     values = values[: form.in_size[0], : form.in_size[1], : form.in_size[2]]
     kinds = []
-    compute = exact._WinogradPlan.compute
+    compute = winograd._WinogradPlan.compute
 
     def watched(self, slab):
         kinds.append(self.dtype)
         return compute(self, slab)
 
-    monkeypatch.setattr(exact._WinogradPlan, "compute", watched)
+    monkeypatch.setattr(winograd._WinogradPlan, "compute", watched)
     np.testing.assert_array_equal(run(form, values), by_hand(values, weight, shape))
     assert np.dtype(np.float64) in kinds
     kinds.clear()
-    monkeypatch.setattr(exact._WinogradPlan, "_later_sums", lambda self: 0.0)
-    monkeypatch.setattr(exact._WinogradPlan, "_parts", lambda self, values, position: 1)
+    monkeypatch.setattr(winograd._WinogradPlan, "_later_sums", lambda self: 0.0)
+    monkeypatch.setattr(winograd._WinogradPlan, "_parts", lambda self, values, position: 1)
     assert (run(form, values) != by_hand(values, weight, shape)).any()
 
 
@@ -273,13 +269,13 @@ def test_the_forms_are_chosen_where_they_pay():
 def test_a_plan_is_laid_out_once_and_again_when_its_scratch_has_moved(monkeypatch):
     """A later block uses the calls of an earlier one; scratch that grew in between is not used."""
     made = []
-    lay = exact._WinogradPlan.__init__
+    lay = winograd._WinogradPlan.__init__
 
     def watched(self, *arguments):
         made.append(self)
         lay(self, *arguments)
 
-    monkeypatch.setattr(exact._WinogradPlan, "__init__", watched)
+    monkeypatch.setattr(winograd._WinogradPlan, "__init__", watched)
     rng = np.random.default_rng(2)
     kernel = (1, 3, 3)
     shape = ConvShape(16, (6, 32, 32), kernel, filters=8)  # a block for each of the depths

@@ -24,6 +24,7 @@ from pynq_kgrc.backends.base import (
     check_size,
     count_task,
 )
+from pynq_kgrc.backends.choice import ExactConvolution, choose_convolution
 from pynq_kgrc.backends.crew import (
     Crew,
     Each,
@@ -35,15 +36,13 @@ from pynq_kgrc.backends.crew import (
 )
 from pynq_kgrc.backends.exact import (
     WIDE,
-    ExactConvolution,
     PlanarConvolution,
     Region,
-    WinogradConvolution,
-    choose_convolution,
     forget_scratch,
     scratch,
     split_evenly,
 )
+from pynq_kgrc.backends.winograd import WinogradConvolution
 from pynq_kgrc.graph import Size, WindowShape
 from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot
 from pynq_kgrc.quant import Array, rshift
