@@ -270,22 +270,18 @@ class GemmConvolution:
         values = self._unfold(padded, (low, h0), (high - low + 1, nh), 1)
         pixels = nh * self.shape.out_size[2]
         total = scratch("total", (nd * pixels, matrices.shape[2]), self.sum_dtype)
-        begun = False
-        for tap in sorted(seen, key=lambda tap: -len(seen[tap])):
+        # the products of a tap that sees the map everywhere need nothing to be added to
+        everywhere = [tap for tap in seen if len(seen[tap]) == nd and len(self.chunks) == 1][:1]
+        if not everywhere:
+            total[...] = 0
+        for tap in [*everywhere, *(tap for tap in seen if tap not in everywhere)]:
             outputs = seen[tap]
             rows = values[pixels * (outputs[0] + tap - low) :][: pixels * len(outputs)]
-            target = total[pixels * (outputs[0] - d0) :][: pixels * len(outputs)]
-            weights, chunks = matrices[tap], self.depth_chunks[tap]
-            if not begun and len(outputs) == nd and len(chunks) == 1 and total.dtype == rows.dtype:
-                multiply(rows, weights, total)()
-                begun = True
-                continue
-            if not begun:
-                total[...] = 0
-                begun = True
-            target += _exact_product(rows, weights, chunks)
-        if not begun:
-            total[...] = 0
+            if tap in everywhere:
+                multiply(rows, matrices[tap], total)()
+            else:
+                target = total[pixels * (outputs[0] - d0) :][: pixels * len(outputs)]
+                target += _exact_product(rows, matrices[tap], self.depth_chunks[tap])
         return total
 
     def _unfold(
