@@ -27,10 +27,11 @@ def by_hand(values, weight, shape):
     return out
 
 
-def run(convolution, values):
-    """All sums of a convolution over a padded map of integers."""
+def run(convolution, values, pool=(1, 1, 1)):
+    """All sums of a convolution over a padded map of integers, the largest of each window."""
     shape = convolution.shape
-    found = np.full((*shape.out_size, shape.filters), np.nan)
+    size = (n // p for n, p in zip(shape.out_size, pool, strict=True))
+    found = np.full((*size, shape.filters), np.nan)
 
     def finish(sums, region, filters):
         target = found[(*region, filters)]
@@ -46,7 +47,7 @@ def run(convolution, values):
         padded = flat
     for job in convolution.jobs:
         if isinstance(convolution, WinogradConvolution):
-            convolution.run(padded, job, finish, (1, 1, 1))
+            convolution.run(padded, job, finish, pool)
         else:
             convolution.run(padded, job, finish)
     return found
@@ -157,16 +158,7 @@ def test_windows_of_a_pool_lie_within_tiles_and_rows(axes, pool, size):
     form = WinogradConvolution(weight, shape, (0, 255), F32, 1, axes)
     assert form.pools(pool)
     assert not form.pools((1, 3, 1))
-    padded = np.zeros((*form.in_size, 16), form.map_dtype)
-    padded[tuple(map(slice, values.shape))] = values
-    found = np.full((*(n // p for n, p in zip(size, pool, strict=True)), 6), np.nan)
-
-    def finish(sums, region, filters):
-        target = found[(*region, filters)]
-        target[...] = sums[: target.shape[0], : target.shape[1], : target.shape[2]]
-
-    for job in form.jobs:
-        form.run(padded, job, finish, pool)
+    found = run(form, values, pool)
     d, h, w, _ = found.shape
     windows = by_hand(values, weight, shape)[: d * pool[0], : h * pool[1], : w * pool[2]]
     windows = windows.reshape(d, pool[0], h, pool[1], w, pool[2], 6)

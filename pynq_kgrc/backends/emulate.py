@@ -1,7 +1,8 @@
 """The accelerator in numpy: the definition of what every backend computes, and its counters.
 
 The arithmetic is that of docs/equations.md, element by element. How it is made fast is in
-`exact`; here are the buffers, the scaling of sums to codes, the pools, and the counting.
+`exact`, `winograd` and `crew`; here are the buffers, the scaling of sums to codes, the pools, and
+the counting.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ SMALL_WEIGHTS = 15_000
 """With more of them a part of the rows is too short, and packing is worth it."""
 
 FEWEST_SMALL_ROWS = 16
+"""With shorter parts of the rows the calls cost more than the packing."""
 
 _scratch = threading.local()
 
@@ -165,6 +166,12 @@ def split_evenly(count: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
+def lay_out_jobs(size: Size, block: tuple[int, ...], parts: int) -> list[tuple[int, int, int]]:
+    """First depth, first height and part of the filters of each block of a map."""
+    blocks = product(range(0, size[0], block[0]), range(0, size[1], block[1]))
+    return [(d0, h0, part) for d0, h0 in blocks for part in range(parts)]
+
+
 class GemmConvolution:
     """Unfold blocks of the input, one GEMM a block (im2col); a 1x1x1 kernel needs no unfolding.
 
@@ -228,9 +235,7 @@ class GemmConvolution:
     @property
     def jobs(self) -> list[tuple[int, int, int]]:
         """Depth, height and part of the filters of each block."""
-        d, h, _ = self.shape.out_size
-        blocks = product(range(0, d, self.block[0]), range(0, h, self.block[1]))
-        return [(d0, h0, part) for d0, h0 in blocks for part in range(len(self.filters))]
+        return lay_out_jobs(self.shape.out_size, self.block, len(self.filters))
 
     def align(self, depth: int, height: int) -> None:
         """Let blocks begin at multiples of a pool's window."""
@@ -378,8 +383,7 @@ class PlanarConvolution:
     @property
     def jobs(self) -> list[tuple[int, int, int]]:
         """First depth and height of each block; all filters."""
-        d, h, _ = self.shape.out_size
-        return [(a, b, 0) for a in range(0, d, self.block[0]) for b in range(0, h, self.block[1])]
+        return lay_out_jobs(self.shape.out_size, self.block, 1)
 
     def align(self, depth: int, height: int) -> None:
         """Let blocks begin at multiples of a pool's window."""

@@ -22,6 +22,7 @@ from pynq_kgrc.backends.exact import (
     Interval,
     largest_integer,
     largest_reach,
+    lay_out_jobs,
     lay_out_weights,
     multiply,
     scratch,
@@ -129,9 +130,7 @@ class WinogradConvolution:
     @property
     def jobs(self) -> list[tuple[int, int, int]]:
         """First tile in depth and height, and part of the filters, of each block."""
-        d, h, _ = self.tiles
-        blocks = product(range(0, d, self.block[0]), range(0, h, self.block[1]))
-        return [(d0, h0, part) for d0, h0 in blocks for part in range(len(self.filters))]
+        return lay_out_jobs(self.tiles, self.block, len(self.filters))
 
     def pools(self, size: Size) -> bool:
         """Whether a pool's window of `size` outputs lies within a tile, or within a row."""
