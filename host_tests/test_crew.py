@@ -1,7 +1,9 @@
 """Those who share the emulation's work: the same codes from any number of them, and no one lost."""
 
+import fcntl
 import gc
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -264,6 +266,24 @@ def test_they_hold_nothing_of_their_parent_open(program):
     emulation.close()
     for one in sockets:
         one.close()
+
+
+def test_a_parent_may_hold_more_files_than_select_can_count(program, monkeypatch):
+    pipe, (soft, hard) = os.pipe, resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def high_pipe():
+        theirs, ours = pipe()
+        high = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 1100)
+        os.close(theirs)
+        return high, ours
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2048)), hard))
+    monkeypatch.setattr(os, "pipe", high_pipe)
+    emulation = Emulation(program.config, cores=2, fork=True)
+    emulation.load(program)
+    run(emulation, program)
+    emulation.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_process_with_threads_is_not_forked():

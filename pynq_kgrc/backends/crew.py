@@ -243,8 +243,10 @@ class Team:
             most = os.sysconf("SC_OPEN_MAX")
             os.closerange(3, orders)
             os.closerange(orders + 1, most if most > 0 else 1 << 16)
+            arrival = select.poll()
+            arrival.register(orders, select.POLLIN)
             while os.getppid() == self._parent:
-                if not select.select([orders], [], [], WAKE_SECONDS)[0]:
+                if not arrival.poll(1e3 * WAKE_SECONDS):
                     continue
                 order = os.read(orders, ORDER.size)
                 if not order:
