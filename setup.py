@@ -74,6 +74,6 @@ setup(
         # which every pynq.Overlay imports
         "pynq.overlays": ["pynq_kgrc=pynq_kgrc.overlays"],
         "pynq.notebooks": ["pynq_kgrc=pynq_kgrc.notebooks"],
-        "pynq.lib": ["pynq_kgrc=pynq_kgrc.backends.board"],
+        "pynq.lib": ["pynq_kgrc=pynq_kgrc.backends.board.kernel"],
     },
 )

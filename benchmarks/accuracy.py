@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pynq_kgrc.analysis.timing import modelled_ms
 from pynq_kgrc.program import load
-from pynq_kgrc.timing import modelled_ms
 
 SETTINGS = Path(__file__).with_name("accuracy")
 LAYERS = {

@@ -24,8 +24,8 @@ LIMIT_MS = 2.0
 
 def measure(program, rounds):
     """Milliseconds of (run less device, write, read) and tasks of a program."""
-    from pynq_kgrc.backends.board import Board
-    from pynq_kgrc.backends.simulated import shared_device
+    from pynq_kgrc.backends.board.backend import Board
+    from pynq_kgrc.backends.board.simulated import shared_device
 
     rng = np.random.default_rng(0)
     buffer = program.buffers[program.source.buffer]

@@ -141,7 +141,7 @@ Run = Callable[[], Result]
 def run_emulation(job: dict[str, Any]) -> Run:
     """The emulation, or the C-simulation: frames in, labels out."""
     from pynq_kgrc.backends.csim import CSimulation
-    from pynq_kgrc.backends.emulate import Emulation
+    from pynq_kgrc.backends.emulation.backend import Emulation
     from pynq_kgrc.program import load
     from pynq_kgrc.runtime import Session
 
@@ -309,7 +309,7 @@ def prepare_frames(job: dict[str, Any]) -> Run:
     if not all(Path(path).exists() for path in programs.values()):
         from pynq_kgrc.accelerator.config import preset
         from pynq_kgrc.compiler.lower import lower
-        from pynq_kgrc.compress.quantize import choose_quant
+        from pynq_kgrc.compress.calibrate import choose_quant
         from pynq_kgrc.models.trace import trace
 
         module, clip = build(job["network"], job["weights"])

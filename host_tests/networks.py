@@ -6,7 +6,7 @@ import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.lower import lower
-from pynq_kgrc.compress.quantize import choose_quant
+from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.graph import ADD, CONCAT, CONV, INPUT, ClipSpec, ConvShape, Graph, Layer, WindowShape
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from networks import Net, compiled
 
-from pynq_kgrc.accuracy import measure_accuracy
+from pynq_kgrc.analysis.accuracy import measure_accuracy
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.runtime import Session
 

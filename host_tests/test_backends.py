@@ -9,9 +9,9 @@ import pytest
 from networks import Net, compiled, random_codes, small_config, stretched
 from reference import run_program
 
-from pynq_kgrc.backends import choice, exact, winograd
 from pynq_kgrc.backends.base import BACKENDS, open_backend
-from pynq_kgrc.backends.emulate import Emulation, Scaling
+from pynq_kgrc.backends.emulation import choice, exact, winograd
+from pynq_kgrc.backends.emulation.backend import Emulation, Scaling
 from pynq_kgrc.errors import ConfigError, DeviceError, ProgramError
 from pynq_kgrc.program import ConvTask
 

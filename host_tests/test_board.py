@@ -23,13 +23,12 @@ from reference import run_program
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board's driver not tested")
 
 from pynq_kgrc.accelerator.header import ADDRESSES, REGISTERS, register_of  # noqa: E402
-from pynq_kgrc.backends import board as driver  # noqa: E402
-from pynq_kgrc.backends import manifest as overlays  # noqa: E402
-from pynq_kgrc.backends import simulated  # noqa: E402
 from pynq_kgrc.backends.base import count_task, open_backend  # noqa: E402
-from pynq_kgrc.backends.board import Board, KgrcIp, KgrcOverlay  # noqa: E402
+from pynq_kgrc.backends.board import backend as driver  # noqa: E402
+from pynq_kgrc.backends.board import overlays, simulated  # noqa: E402
+from pynq_kgrc.backends.board.backend import Board, KgrcIp, KgrcOverlay  # noqa: E402
+from pynq_kgrc.backends.board.lock import DeviceLock, lock_path  # noqa: E402
 from pynq_kgrc.backends.csim import CSimulation, source_folder  # noqa: E402
-from pynq_kgrc.backends.lock import DeviceLock, lock_path  # noqa: E402
 from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError  # noqa: E402
 
 QUICK = dict(floor_seconds=0.03, margin=1.0)
@@ -583,8 +582,8 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import pynq
 from networks import Net, compiled
-from pynq_kgrc.backends import simulated
-from pynq_kgrc.backends.board import Board
+from pynq_kgrc.backends.board import simulated
+from pynq_kgrc.backends.board.backend import Board
 net = Net(size=(2, 3, 3))
 net.dense("clip", 4)
 program, _ = compiled(net)

@@ -28,7 +28,7 @@ pytest.importorskip("av", reason="PyAV is not installed: scale-out not tested")
 
 from serving import THREADS, Reply, Serving, write_program, write_video
 
-from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.cli import main
 from pynq_kgrc.cluster.archive import (
     File,

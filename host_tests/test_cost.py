@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from networks import Net, compiled, small_config
 
-from pynq_kgrc.accelerator import cost
+from pynq_kgrc.accelerator import cost, tiling
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
 from pynq_kgrc.accelerator.plan import plan_convolution
 from pynq_kgrc.errors import CompileError, ConfigError
@@ -33,10 +33,10 @@ SHAPES = [
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_tile_fits_the_buffers_and_fills_the_ports(name, shape, pool):
     config = preset(name)
-    tile = cost.tile_size(config, shape, pool, 9)
-    out = cost.pooled_size(shape, pool)
+    tile = tiling.tile_size(config, shape, pool, 9)
+    out = tiling.pooled_size(shape, pool)
     assert math.prod(tile) <= config.features
-    assert cost.region_footprint(config, shape, tile) <= config.input_positions
+    assert tiling.region_footprint(config, shape, tile) <= config.input_positions
     for length, size, window in zip(tile, out, pool, strict=True):
         assert length == size or length % window == 0
     assert tile[2] == out[2] or tile[2] // pool[2] % config.port_positions == 0
@@ -44,7 +44,7 @@ def test_a_tile_fits_the_buffers_and_fills_the_ports(name, shape, pool):
 
 def test_a_tile_that_fits_nowhere_is_refused():
     with pytest.raises(CompileError, match=r"fc: its smallest tile \(1, 1, 1\) with kernel \(99, "):
-        cost.tile_size(preset("8-sparse"), ConvShape(1, (99, 99, 99), (99, 99, 99)), what="fc")
+        tiling.tile_size(preset("8-sparse"), ConvShape(1, (99, 99, 99), (99, 99, 99)), what="fc")
 
 
 def test_skipped_groups_cost_nothing():
@@ -71,12 +71,12 @@ def test_a_layer_says_what_binds_it():
     plan = tuple(plan_convolution(config, np.ones((64, 64), bool), 512))
     shape = ConvShape(512, (1, 3, 3), (1, 3, 3), filters=512)
     one = (1, 1, 1)
-    words = cost.conv_words(config, shape, 8, 9)
-    dense = cost.Work(shape, one, one, one, words, plan, columns=3)
+    words = tiling.conv_words(config, shape, 8, 9)
+    dense = tiling.Work(shape, one, one, one, words, plan, columns=3)
     assert cost.task_cost(config, dense).bound == "weights"
     # of one column in nine, only that one is fetched
-    words = cost.conv_words(config, shape, 8, 1)
-    single = cost.Work(shape, one, one, one, words, plan, columns=1)
+    words = tiling.conv_words(config, shape, 8, 1)
+    single = tiling.Work(shape, one, one, one, words, plan, columns=1)
     beats = [cost.task_cost(config, work).weight_beats for work in (dense, single)]
     assert beats[0] == 9 * beats[1]
     net = Net(size=(4, 14, 16), channels=64)

@@ -17,8 +17,9 @@ import pytest
 from networks import Net, compiled, random_codes, small_config
 from reference import run_program
 
-from pynq_kgrc.backends import choice, crew, emulate
-from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.backends.emulation import backend as engine
+from pynq_kgrc.backends.emulation import choice, crew
+from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.errors import DeviceError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="teams are forked on Linux only")
@@ -100,7 +101,7 @@ def test_any_number_of_them_gives_the_same_codes(bits, cores, fork):
     before = members()
     emulation = Emulation(program.config, cores=cores, fork=fork)
     emulation.load(program)
-    convolutions = [step for step in emulation._steps if isinstance(step, emulate.ConvStep)]
+    convolutions = [step for step in emulation._steps if isinstance(step, engine.ConvStep)]
     assert len({type(step.exact) for step in convolutions}) == 2
     assert {step.pools_sums for step in convolutions} == {True, False}
     assert len(members() - before) == (cores - 1 if fork else 0)
@@ -175,14 +176,14 @@ def test_a_process_that_stands_still_is_an_error(team, program, monkeypatch):
 
 def test_a_fault_in_a_process_is_printed_and_an_error_here(program, monkeypatch, capfd):
     ours = os.getpid()
-    store = emulate.ConvStep._store
+    store = engine.ConvStep._store
 
     def faulty(self, *arguments):
         if os.getpid() != ours:
             raise ZeroDivisionError("planted")
         store(self, *arguments)
 
-    monkeypatch.setattr(emulate.ConvStep, "_store", faulty)
+    monkeypatch.setattr(engine.ConvStep, "_store", faulty)
     emulation = Emulation(program.config, cores=2, fork=True)
     emulation.load(program)
     with pytest.raises(DeviceError, match="has ended"):
@@ -195,7 +196,7 @@ def test_an_interrupted_run_is_over_for_all(team, program, monkeypatch):
     def interrupted(self, *arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(emulate.ConvStep, "_store", interrupted)  # here; it was forked before
+    monkeypatch.setattr(engine.ConvStep, "_store", interrupted)  # here; it was forked before
     with pytest.raises(KeyboardInterrupt):
         run_often(team)
     assert gone(team.other)
@@ -235,7 +236,7 @@ def test_nobody_outlives_a_killed_parent(program, tmp_path):
     program.save(path)
     code = (
         "import sys, time\n"
-        "from pynq_kgrc.backends.emulate import Emulation\n"
+        "from pynq_kgrc.backends.emulation.backend import Emulation\n"
         "from pynq_kgrc.program import load\n"
         "program = load(sys.argv[1])\n"
         "emulations = [Emulation(program.config, cores=2, fork=True) for _ in range(2)]\n"

@@ -15,7 +15,7 @@ from pynq_kgrc.accelerator import cost
 from pynq_kgrc.accelerator.config import PRESETS, preset
 from pynq_kgrc.accelerator.header import STATUS, config_header
 from pynq_kgrc.backends import csim
-from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.patterns import recipe
 from pynq_kgrc.errors import DeviceError

@@ -6,8 +6,7 @@ from importlib import metadata
 
 import pytest
 
-from pynq_kgrc.cli import board as doctor
-from pynq_kgrc.cli import main
+from pynq_kgrc.cli import doctor, main
 
 
 def examine(capsys, *arguments):
@@ -70,7 +69,9 @@ def test_the_simulated_board(capsys):
 
 
 def test_an_overlay_that_is_damaged(capsys, tmp_path):
-    simulated = pytest.importorskip("pynq_kgrc.backends.simulated", reason="pynq not installed")
+    simulated = pytest.importorskip(
+        "pynq_kgrc.backends.board.simulated", reason="pynq not installed"
+    )
     from pynq_kgrc.accelerator.config import preset
 
     simulated.write_overlay(tmp_path, preset("8-sparse"))
@@ -82,8 +83,10 @@ def test_an_overlay_that_is_damaged(capsys, tmp_path):
 
 
 def test_a_device_in_use(capsys):
-    simulated = pytest.importorskip("pynq_kgrc.backends.simulated", reason="pynq not installed")
-    from pynq_kgrc.backends.lock import DeviceLock
+    simulated = pytest.importorskip(
+        "pynq_kgrc.backends.board.simulated", reason="pynq not installed"
+    )
+    from pynq_kgrc.backends.board.lock import DeviceLock
 
     lock = DeviceLock(simulated.shared_device().tag)
     finding = examine(capsys)[2]["device"]
@@ -103,7 +106,7 @@ def test_without_pynq(laptop, capsys, monkeypatch):
 
 
 def test_a_broken_emulation_is_told_by_the_exit_status(capsys, monkeypatch):
-    from pynq_kgrc.backends.emulate import Emulation
+    from pynq_kgrc.backends.emulation.backend import Emulation
 
     read = Emulation.read
     monkeypatch.setattr(Emulation, "read", lambda *arguments: read(*arguments) // 2)

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from pynq_kgrc.backends import exact, winograd
-from pynq_kgrc.backends.choice import choose_convolution
-from pynq_kgrc.backends.exact import GemmConvolution, PlanarConvolution, largest_sum
-from pynq_kgrc.backends.winograd import WinogradConvolution
+from pynq_kgrc.backends.emulation import exact, winograd
+from pynq_kgrc.backends.emulation.choice import choose_convolution
+from pynq_kgrc.backends.emulation.exact import GemmConvolution, PlanarConvolution, largest_sum
+from pynq_kgrc.backends.emulation.winograd import WinogradConvolution
 from pynq_kgrc.graph import ConvShape
 
 F32 = np.dtype(np.float32)

@@ -10,7 +10,7 @@ from networks import Net, compiled, small_config
 from test_published import HARDWARE_PAGE, PUBLISHED, TITLES, design
 from test_published import Network as Traced
 
-from pynq_kgrc.accelerator import cost, paper
+from pynq_kgrc.accelerator import cost, paper, tiling
 from pynq_kgrc.accelerator.boards import board
 from pynq_kgrc.accelerator.config import PRESETS, preset, read_design, write_design
 from pynq_kgrc.accelerator.explore import (
@@ -34,6 +34,7 @@ from pynq_kgrc.groups import GroupSize
 from pynq_kgrc.models import c3d, r2plus1d
 from pynq_kgrc.models.trace import trace
 from pynq_kgrc.program import load
+from pynq_kgrc.quant import ceil_div
 
 ZCU102 = board("zcu102")
 
@@ -76,13 +77,13 @@ def test_designs_fit_and_keep_the_groups():
 
 def work_of(config, shape, kr, kc):
     """A convolution on a design; all of its groups are enabled."""
-    words = cost.conv_words(config, shape, kr, kc)
+    words = tiling.conv_words(config, shape, kr, kc)
     groups = config.group_size.counts(shape.filters, shape.channels, shape.taps)
     items = plan_convolution(config, np.ones(groups[:2], bool), shape.filters)
-    share = min(config.filter_tiles, -(-shape.filters // config.tm))
-    tile = cost.tile_size(config, shape, cost.NO_POOL, share * words)
+    share = min(config.filter_tiles, ceil_div(shape.filters, config.tm))
+    tile = tiling.tile_size(config, shape, tiling.NO_POOL, share * words)
     columns = min(config.pk, kc)
-    return cost.Work(shape, shape.out_size, cost.NO_POOL, tile, words, tuple(items), columns)
+    return tiling.Work(shape, shape.out_size, tiling.NO_POOL, tile, words, tuple(items), columns)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import torch
 from networks import Net, small_config
 from test_masks import take_steps
 
+from pynq_kgrc.analysis.fidelity import written_tensor
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.compress.fake_quant import FakeQuantNetwork, as_multiplier
 from pynq_kgrc.compress.masks import Masks
-from pynq_kgrc.compress.quantize import choose_quant
 from pynq_kgrc.errors import CompileError
-from pynq_kgrc.fidelity import written_tensor
 from pynq_kgrc.quant import multiplier
 from pynq_kgrc.runtime import Session
 

@@ -20,8 +20,8 @@ from pynq_kgrc.accelerator import header
 from pynq_kgrc.accelerator.boards import board
 from pynq_kgrc.accelerator.config import PRESETS, preset, write_design
 from pynq_kgrc.accelerator.header import REGISTERS, VLNV
+from pynq_kgrc.backends.board.overlays import read_overlay, write_manifests
 from pynq_kgrc.backends.csim import SOURCES
-from pynq_kgrc.backends.manifest import read_overlay, write_manifests
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.program import ConvTask
 

@@ -9,7 +9,7 @@ from networks import Net, compiled, small_config
 
 from pynq_kgrc.compiler.lower import lower
 from pynq_kgrc.compiler.pack import pack
-from pynq_kgrc.compress.quantize import choose_quant
+from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ConvShape
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pynq_kgrc.accelerator.config import preset
-from pynq_kgrc.backends import emulate
-from pynq_kgrc.backends.exact import WIDE, GemmConvolution
+from pynq_kgrc.backends.emulation import backend as emulation
+from pynq_kgrc.backends.emulation.exact import WIDE, GemmConvolution
 from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.patterns import recipe
 from pynq_kgrc.graph import run_float
@@ -74,7 +74,7 @@ def test_compile_save_load_run(network, pattern, bits, example_clips, tmp_path, 
     def plain(weight, shape, interval, dtype, threads):
         return GemmConvolution(weight, shape, interval, WIDE, threads)
 
-    monkeypatch.setattr(emulate, "choose_convolution", plain)
+    monkeypatch.setattr(emulation, "choose_convolution", plain)
     with Session(program) as session:
         for name, codes, _ in session.trace(clips[1]):
             np.testing.assert_array_equal(codes, fast[name], err_msg=name)

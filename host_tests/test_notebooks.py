@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-from pynq_kgrc import plots
-from pynq_kgrc.backends import power
+from pynq_kgrc.analysis import plots
+from pynq_kgrc.backends.board import power
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 

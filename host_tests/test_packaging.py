@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from pynq_kgrc import places
 from pynq_kgrc.accelerator.config import PRESETS, preset
-from pynq_kgrc.backends.manifest import (
+from pynq_kgrc.backends.board.overlays import (
     BIT,
     HWH,
     MANIFEST,
@@ -32,7 +32,7 @@ LIMIT = 300
 PLACES_OF_PYNQ = {
     "pynq.overlays": "overlays/__init__.py",
     "pynq.notebooks": "notebooks/__init__.py",
-    "pynq.lib": "backends/board.py",
+    "pynq.lib": "backends/board/kernel.py",
 }
 
 NEEDED = ("setup.py", "pyproject.toml", "README.md", "pynq_kgrc", *places.BESIDE.values())
@@ -128,7 +128,7 @@ def test_the_installed_copy_finds_its_folders(installed, tmp_path):
 import json, pynq_kgrc
 from pynq_kgrc import places, samples
 from pynq_kgrc.backends.csim import source_folder
-from pynq_kgrc.backends.manifest import list_overlays
+from pynq_kgrc.backends.board.overlays import list_overlays
 print(json.dumps({
     "package": pynq_kgrc.__file__,
     "folders": {name: str(places.find_folder(name)) for name in places.BESIDE},
@@ -178,8 +178,8 @@ print(json.dumps({
     assert found == {
         "pynq.overlays": [str(package / "overlays")],
         "pynq.notebooks": [str(package / "notebooks")],
-        "driver": "pynq_kgrc.backends.board",
-        "file": str(package / "backends" / "board.py"),
+        "driver": "pynq_kgrc.backends.board.kernel",
+        "file": str(package / "backends" / "board" / "kernel.py"),
     }
 
 
@@ -232,7 +232,7 @@ def test_the_manifests_are_those_of_the_designs():
         if not found.manifest.built:
             text = (found.folder / MANIFEST).read_bytes()
             assert text == describe_unbuilt(config), (
-                "stale: python -m pynq_kgrc.backends.manifest overlays"
+                "stale: python -m pynq_kgrc.backends.board.overlays overlays"
             )
 
 
@@ -244,7 +244,9 @@ def test_an_overlay_that_is_not_built_is_none(tmp_path):
 
 
 def test_the_manifest_of_a_built_overlay_stays(tmp_path):
-    simulated = pytest.importorskip("pynq_kgrc.backends.simulated", reason="no pynq: not tested")
+    simulated = pytest.importorskip(
+        "pynq_kgrc.backends.board.simulated", reason="no pynq: not tested"
+    )
     simulated.write_overlay(tmp_path / "8-sparse", preset("8-sparse"))
     before = (tmp_path / "8-sparse" / MANIFEST).read_bytes()
     write_manifests(tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from networks import Net, compiled, random_codes, small_config
 
-from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.errors import CompileError, ProgramError
 from pynq_kgrc.program import ConvTask, Program, check, load
 

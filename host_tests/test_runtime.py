@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from networks import Net, compiled, small_config
 
-from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import run_float
 from pynq_kgrc.runtime import Session, compare, softmax

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import pynq_kgrc
-from pynq_kgrc.accuracy import measure_accuracy
+from pynq_kgrc.analysis.accuracy import measure_accuracy
 from pynq_kgrc.compress.dataset import load_clips, utd_mhad
 from pynq_kgrc.compress.recipes import build_patterns, read_entries
 from pynq_kgrc.program import load

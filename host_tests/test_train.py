@@ -22,9 +22,9 @@ from pynq_kgrc.compress.augment import PLAIN, Augmentation, varied_batches, wide
 from pynq_kgrc.compress.dataset import VideoSet, load_clips, read_index, utd_mhad
 from pynq_kgrc.compress.patterns import KernelGroups, Rates, Weights, project_pattern
 from pynq_kgrc.compress.pruning import ALGORITHMS, Ground, PruneConfig, prune_network
-from pynq_kgrc.compress.quantizing import approach_codes
 from pynq_kgrc.compress.recipes import read_entries
 from pynq_kgrc.compress.reweighted import Reweighted
+from pynq_kgrc.compress.train_quantized import approach_codes
 from pynq_kgrc.compress.training import (
     TrainConfig,
     learning_rate,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GroupSize:
     def counts(self, filters: int, channels: int, taps: int) -> tuple[int, int, int]:
         """P, Q, T: groups of filters, of channels and of taps."""
         gk = self.columns(taps)
-        return -(-filters // self.gm), -(-channels // self.gn), -(-taps // gk)
+        return ceil_div(filters, self.gm), ceil_div(channels, self.gn), ceil_div(taps, gk)
 
 
 def split(weight: Array, size: GroupSize) -> Array:

@@ -1,7 +1,8 @@
-"""Folders that are not code and travel with the package: sources, overlays, notebooks, clips."""
+"""Where files are: folders that travel with the package, and the user's cache."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 BESIDE = {
@@ -18,3 +19,11 @@ def find_folder(name: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / BESIDE[name]
+
+
+def user_cache() -> Path:
+    """The folder of this project's cached files: $XDG_CACHE_HOME/pynq_kgrc, or ~/.cache/pynq_kgrc.
+
+    An empty XDG_CACHE_HOME counts as unset, as the XDG base directory specification has it.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pynq_kgrc"

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import (
+from pynq_kgrc.accelerator.plan import plan_convolution, plan_pool
+from pynq_kgrc.accelerator.tiling import (
     NO_POOL,
     Work,
     conv_words,
@@ -27,7 +28,6 @@ from pynq_kgrc.accelerator.cost import (
     tile_size,
     weight_bytes,
 )
-from pynq_kgrc.accelerator.plan import plan_convolution, plan_pool
 from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
 from pynq_kgrc.graph import ClipSpec, ConvShape, Size, WindowShape
 from pynq_kgrc.groups import join
@@ -38,6 +38,7 @@ from pynq_kgrc.quant import (
     MULT_BITS,
     Array,
     QuantParams,
+    ceil_div,
     code_dtype,
     pack_int4,
     packed_bytes,
@@ -243,7 +244,7 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
             words = conv_words(config, task.shape, *task.weights.kept)
             columns = min(config.pk, task.weights.kept[1])
             items = plan_convolution(config, task.weights.enabled, task.shape.filters)
-            share = min(config.filter_tiles, -(-task.shape.filters // config.tm))
+            share = min(config.filter_tiles, ceil_div(task.shape.filters, config.tm))
         else:
             pool, words, items = NO_POOL, shape.taps, plan_pool(config, shape.channels)
             share, columns = 1, 0

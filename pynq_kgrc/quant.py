@@ -101,6 +101,15 @@ def choose_params(low: float, high: float, bits: int) -> QuantParams:
     return QuantParams(bits, scale, zero_point)
 
 
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient of two integers, rounded up.
+
+    >>> ceil_div(7, 3)
+    3
+    """
+    return -(-dividend // divisor)
+
+
 def rshift(value: Array, shift: Array | int) -> Array:
     """``(v + (1 << (s-1))) >> s`` for s > 0, v for s = 0: a division that rounds half up.
 

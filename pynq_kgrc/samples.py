@@ -10,7 +10,7 @@ import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.lower import lower
-from pynq_kgrc.compress.quantize import choose_quant
+from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import VideoError
 from pynq_kgrc.graph import (
     AVERAGE_POOL,
@@ -24,7 +24,7 @@ from pynq_kgrc.graph import (
     Size,
     WindowShape,
 )
-from pynq_kgrc.places import find_folder
+from pynq_kgrc.places import find_folder, user_cache
 from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
 from pynq_kgrc.video import load_clip
@@ -64,8 +64,7 @@ def sample_frames(spec: ClipSpec) -> list[Array]:
 
 def cached_program(name: str) -> Path:
     """Where a program of that name is kept between runs; it need not be there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pynq_kgrc"
-    return cache / "programs" / f"{name}.kgrc"
+    return user_cache() / "programs" / f"{name}.kgrc"
 
 
 def sample_program(config: AcceleratorConfig) -> Program:

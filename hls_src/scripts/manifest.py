@@ -17,7 +17,7 @@ import msgspec
 from pynq_kgrc.accelerator.config import read_design
 from pynq_kgrc.accelerator.header import REGISTERS, VLNV
 from pynq_kgrc.accelerator.reports import SYNTHESIS, read_synthesis
-from pynq_kgrc.backends.manifest import BIT, HWH, MANIFEST, Manifest
+from pynq_kgrc.backends.board.overlays import BIT, HWH, MANIFEST, Manifest
 from pynq_kgrc.errors import DeviceError, KgrcError
 
 

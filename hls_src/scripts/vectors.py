@@ -18,11 +18,11 @@ import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.cost import task_cost
-from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.backends.image import build_image, encode_map, slot_beat
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.compress.patterns import Rates, project
-from pynq_kgrc.compress.quantize import choose_quant
 from pynq_kgrc.graph import (
     ADD,
     CONV,
@@ -36,7 +36,7 @@ from pynq_kgrc.graph import (
     WindowShape,
 )
 from pynq_kgrc.program import Program
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 MAGIC = int.from_bytes(b"KGRCVEC1", "little")
 
@@ -100,7 +100,7 @@ def vectors(config: AcceleratorConfig, seed: int = 0) -> Array:
     """The words of the file, uint64."""
     program = random_program(config, seed)
     image = build_image(program)
-    maps = np.zeros(-(-program.arena_bytes // 64) * 64 + 64, np.uint8)
+    maps = np.zeros(ceil_div(program.arena_bytes, 64) * 64 + 64, np.uint8)
     codes = np.random.default_rng(seed).integers(
         program.input.min, program.input.max + 1, (3, *CLIP)
     )

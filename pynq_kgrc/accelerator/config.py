@@ -16,7 +16,7 @@ import msgspec
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.groups import GroupSize
-from pynq_kgrc.quant import BITS
+from pynq_kgrc.quant import BITS, ceil_div
 from pynq_kgrc.storage import written_beside
 
 
@@ -130,7 +130,7 @@ class AcceleratorConfig:
     @property
     def feature_rows(self) -> int:
         """Words of P_F sums that a filter of the largest tile takes."""
-        return -(-self.features // self.pf)
+        return ceil_div(self.features, self.pf)
 
     @property
     def region_rows(self) -> int:
@@ -166,7 +166,7 @@ class AcceleratorConfig:
     @property
     def index_words(self) -> int:
         """64-bit words of the indices of a chunk: P_K columns and the rows, a byte each."""
-        return -(-(self.pk + self.rows_per_cycle) // 8) if self.sparse else 0
+        return ceil_div(self.pk + self.rows_per_cycle, 8) if self.sparse else 0
 
     @property
     def digest(self) -> str:

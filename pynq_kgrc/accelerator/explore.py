@@ -14,11 +14,13 @@ from itertools import product
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import Work, conv_words, task_cost
+from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.accelerator.paper import KeptConv
 from pynq_kgrc.accelerator.resources import PACKED, Resources, estimate_resources
+from pynq_kgrc.accelerator.tiling import Work, conv_words
 from pynq_kgrc.errors import CompileError, ConfigError
 from pynq_kgrc.graph import ConvShape
+from pynq_kgrc.quant import ceil_div
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def list_designs(
         if count * base.gm % base.tn:
             continue
         filters, positions = PACKED[base.bits]
-        each_position = count * -(-each // filters) * pk * base.tn / positions
+        each_position = count * ceil_div(each, filters) * pk * base.tn / positions
         most = min(MOST_POSITIONS, int(share * board.dsp / each_position))
         fitting = 0
         for pf in range(most, 0, -1):
@@ -159,10 +161,10 @@ def least_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) 
 
     The input is loaded once for `filter_tiles` filter tiles, B positions a cycle.
     """
-    channel_tiles, passes = -(-shape.channels // config.tn), -(-shape.filters // config.tm)
-    rows = -(-math.prod(shape.out_size) // config.pf)
+    channel_tiles, passes = ceil_div(shape.channels, config.tn), ceil_div(shape.filters, config.tm)
+    rows = ceil_div(math.prod(shape.out_size), config.pf)
     compute = passes * channel_tiles * conv_words(config, shape, kr, kc) * rows
-    loads = -(-passes // config.filter_tiles) * channel_tiles
+    loads = ceil_div(passes, config.filter_tiles) * channel_tiles
     # rows that lie between the windows are not loaded
     seen = shape.in_size[2]
     for axis in (0, 1):

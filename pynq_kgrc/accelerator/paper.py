@@ -33,6 +33,7 @@ from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import ConvShape, Size
+from pynq_kgrc.quant import ceil_div
 
 PUBLISHED_CLOCK_MHZ = 150.0
 
@@ -70,8 +71,8 @@ def utilisation(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) -
     G_M (1 - R_R) % (P_M G_M / T_M) = 0 and T_K (1 - R_C) % P_K = 0, said of one group.
     """
     _check(config, shape, kr, kc)
-    row_steps = -(-kr // config.rows_per_cycle)
-    column_steps = -(-kc // config.pk)
+    row_steps = ceil_div(kr, config.rows_per_cycle)
+    column_steps = ceil_div(kc, config.pk)
     return kr * kc / (row_steps * config.rows_per_cycle * column_steps * config.pk)
 
 
@@ -194,7 +195,7 @@ def input_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports = STA
             tile, shape.stride, shape.kernel, shape.in_size, strict=True
         )
     )
-    return -(-config.tn // packing(config)) * -(-positions // ports.b_in)
+    return ceil_div(config.tn, packing(config)) * ceil_div(positions, ports.b_in)
 
 
 def weight_cycles(
@@ -209,7 +210,7 @@ def weight_cycles(
     if ports.b_wgt is None:
         return 0
     rows = config.groups_per_tile * kr
-    return rows * -(-config.tn // packing(config)) * -(-kc // ports.b_wgt)
+    return rows * ceil_div(config.tn, packing(config)) * ceil_div(kc, ports.b_wgt)
 
 
 def compute_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) -> int:
@@ -219,7 +220,11 @@ def compute_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int
     """
     _check(config, shape, kr, kc)
     positions = math.prod(clipped_tile(config, shape))
-    steps = -(-positions // config.pf) * -(-kc // config.pk) * -(-kr // config.rows_per_cycle)
+    steps = (
+        ceil_div(positions, config.pf)
+        * ceil_div(kc, config.pk)
+        * ceil_div(kr, config.rows_per_cycle)
+    )
     return steps + fill_cycles(config, kr)
 
 
@@ -242,7 +247,7 @@ def fill_cycles(config: AcceleratorConfig, kr: int) -> int:
 def output_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports = STATED_PORTS) -> int:
     """Eq. (16): L_out = T_M / A_b ceil(T_F / B_out), for one output tile of T_M filters."""
     positions = math.prod(clipped_tile(config, shape))
-    return -(-config.tm // packing(config)) * -(-positions // ports.b_out)
+    return ceil_div(config.tm, packing(config)) * ceil_div(positions, ports.b_out)
 
 
 def load_compute_cycles(
@@ -273,8 +278,8 @@ def layer_cycles(
 ) -> int:
     """Eq. (19): L_l = ceil(D/T_D) ceil(H/T_H) ceil(W/T_W) ceil(M/T_M) L_store + L_out."""
     tile = clipped_tile(config, shape)
-    tiles = math.prod(-(-o // t) for o, t in zip(shape.out_size, tile, strict=True))
-    tiles *= -(-shape.filters // config.tm)
+    tiles = math.prod(ceil_div(o, t) for o, t in zip(shape.out_size, tile, strict=True))
+    tiles *= ceil_div(shape.filters, config.tm)
     stored = store_cycles(config, shape, kr, kc, ports)
     return tiles * stored + output_cycles(config, shape, ports)
 
@@ -339,7 +344,7 @@ def network_ms(
 def _banks(config: AcceleratorConfig, channels: int, numbers: int) -> int:
     """18-kbit banks of `channels` / A_b buffers that each hold `numbers` words of A_b b bits."""
     pack = packing(config)
-    return -(-channels // pack) * -(-numbers * config.bits * pack // BANK_BITS)
+    return ceil_div(channels, pack) * -(-numbers * config.bits * pack // BANK_BITS)
 
 
 def _channel_tiles(config: AcceleratorConfig, shape: ConvShape) -> int:

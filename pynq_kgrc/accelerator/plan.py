@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Item:
 def plan_convolution(config: AcceleratorConfig, enabled: Array, filters: int) -> list[Item]:
     """The items of one pass; `enabled` [P, Q] says which kernel groups are not switched off."""
     groups = config.groups_per_tile
-    tiles, channel_tiles = -(-enabled.shape[0] // groups), enabled.shape[1]
+    tiles, channel_tiles = ceil_div(enabled.shape[0], groups), enabled.shape[1]
     padded = np.zeros((tiles * groups, channel_tiles), bool)
     padded[: enabled.shape[0]] = enabled
     bits = padded.reshape(tiles, groups, channel_tiles) << np.arange(groups)[:, None]
     masks = bits.sum(axis=1)
-    vectors, per_tile = -(-filters // config.tn), config.tm // config.tn
+    vectors, per_tile = ceil_div(filters, config.tn), config.tm // config.tn
     items: list[Item] = []
     for first in range(0, tiles, config.filter_tiles):
         block = range(first, min(first + config.filter_tiles, tiles))
@@ -70,4 +70,4 @@ def plan_convolution(config: AcceleratorConfig, enabled: Array, filters: int) ->
 
 def plan_pool(config: AcceleratorConfig, channels: int) -> list[Item]:
     """The items of one pass of a pool: every channel tile by itself."""
-    return [Item(q, 0, 0, 1, True, True, 1) for q in range(-(-channels // config.tn))]
+    return [Item(q, 0, 0, 1, True, True, 1) for q in range(ceil_div(channels, config.tn))]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pynq_kgrc.accelerator import paper
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.quant import ceil_div
 
 PACKED = {16: (1, 1), 8: (2, 1), 4: (2, 2)}
 """Filters and output positions that share one DSP (hls_src/dot.h)."""
@@ -48,11 +49,11 @@ def estimate_resources(config: AcceleratorConfig) -> Resources:
     T_M x P_F banks.
     """
     filters, positions = PACKED[config.bits]
-    products = config.groups_per_tile * -(-config.rows_per_cycle // filters)
-    products *= -(-config.pf // positions) * config.pk * config.tn
+    products = config.groups_per_tile * ceil_div(config.rows_per_cycle, filters)
+    products *= ceil_div(config.pf, positions) * config.pk * config.tn
     scales = config.port_positions * config.tn
     reads = (config.groups_per_tile if config.sparse else 1) * config.pk
-    copies = -(-reads // 2)
+    copies = ceil_div(reads, 2)
     region = copies * config.pf * bram36(config.tn * config.bits, config.region_rows, True)
     sums = config.tm * config.pf
     sums_each = bram36(
@@ -75,4 +76,4 @@ def bram36(bits: int, rows: int, both_ports: bool) -> float:
     if rows <= 64:
         return 0.0
     width, depth = (18, 1024) if both_ports else (36, 512)
-    return -(-bits // width) * -(-rows // depth) / 2
+    return ceil_div(bits, width) * ceil_div(rows, depth) / 2

@@ -150,9 +150,9 @@ class Backend(Protocol):
 
 
 BACKENDS = {
-    "emulate": "pynq_kgrc.backends.emulate:Emulation",
+    "emulate": "pynq_kgrc.backends.emulation.backend:Emulation",
     "csim": "pynq_kgrc.backends.csim:CSimulation",
-    "board": "pynq_kgrc.backends.board:Board",
+    "board": "pynq_kgrc.backends.board.backend:Board",
 }
 """Name of a backend -> where its class is. Adding one touches no other line."""
 

@@ -38,9 +38,9 @@ from pynq_kgrc.backends.image import (
 )
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.graph import Size
-from pynq_kgrc.places import find_folder
+from pynq_kgrc.places import find_folder, user_cache
 from pynq_kgrc.program import Program, Slot
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 SOURCES = ("top.cpp", "plan.cpp", "memory.cpp", "compute.cpp", "post.cpp")
 
@@ -78,7 +78,7 @@ def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> P
     for path in sorted(folder.glob("*.[ch]*")):
         if path.name != "config.h":
             state.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pynq_kgrc" / "csim"
+    cache = user_cache() / "csim"
     library = cache / f"{config.name}-{state.hexdigest()[:16]}.so"
     if library.is_file():
         return library
@@ -126,7 +126,7 @@ class CSimulation(Loaded):
         """
         check_design(program, self.config)
         self._image: Image = build_image(program)
-        self._maps = np.zeros(-(-program.arena_bytes // 64) * 64 + 64, np.uint8)
+        self._maps = np.zeros(ceil_div(program.arena_bytes, 64) * 64 + 64, np.uint8)
         self._status = np.zeros((len(program.tasks), len(STATUS)), np.uint64)
         self._program = program
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import Work, beats_of_row, map_beats
 from pynq_kgrc.accelerator.header import FIELDS, KINDS, MAX_TAPS
+from pynq_kgrc.accelerator.tiling import Work, beats_of_row, map_beats
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.program import ConvTask, KgrcWeights, PoolTask, Program, Slot, Task
-from pynq_kgrc.quant import Array, code_dtype, pack_int4, unpack_int4
+from pynq_kgrc.quant import Array, ceil_div, code_dtype, pack_int4, unpack_int4
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,10 @@ def slot_beat(program: Program, slot: Slot, what: str) -> int:
 def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
     """Codes [C, D, H, W] as the bytes of a map; what fills it up is zero."""
     channels, depth, height, width = codes.shape
-    vectors, row = -(-channels // config.tn), beats_of_row(config, width) * config.port_positions
+    vectors, row = (
+        ceil_div(channels, config.tn),
+        beats_of_row(config, width) * config.port_positions,
+    )
     full = np.zeros((vectors * config.tn, depth, height, row), code_dtype(bits))
     full[:channels, :, :, :width] = codes
     split = full.reshape(vectors, config.tn, depth, height, row).transpose(0, 2, 3, 4, 1)
@@ -95,7 +98,10 @@ def decode_map(
     config: AcceleratorConfig, raw: Array, channels: int, size: Size, bits: int
 ) -> Array:
     """The codes [C, D, H, W] of the bytes of a map."""
-    vectors, row = -(-channels // config.tn), beats_of_row(config, size[2]) * config.port_positions
+    vectors, row = (
+        ceil_div(channels, config.tn),
+        beats_of_row(config, size[2]) * config.port_positions,
+    )
     shape = (vectors, size[0], size[1], row, config.tn)
     codes = unpack_int4(raw, int(np.prod(shape))) if bits == 4 else raw.view(code_dtype(bits))
     split = codes.reshape(shape).transpose(0, 4, 1, 2, 3)
@@ -157,8 +163,8 @@ def _describe(program: Program, task: Task, work: Work) -> dict[str, int]:
         kr, kc = task.weights.kept
         values |= {
             "tap_tiles": task.weights.values.shape[2],
-            "col_steps": -(-kc // config.pk),
-            "row_steps": -(-kr // config.rows_per_cycle),
+            "col_steps": ceil_div(kc, config.pk),
+            "row_steps": ceil_div(kr, config.rows_per_cycle),
             "chunks": work.chunks,
             "chunk_beats": work.chunk_beats(config),
         }
@@ -183,7 +189,7 @@ def _scales(config: AcceleratorConfig, task: Task) -> Array:
         channels = task.shape.channels
         bias = np.full(channels, -count * task.in_zero, np.int64)
         mult, shift = np.full(channels, task.mult), np.full(channels, task.shift)
-    words = np.zeros((-(-len(bias) // config.tn) * config.tn, 2), np.uint64)
+    words = np.zeros((ceil_div(len(bias), config.tn) * config.tn, 2), np.uint64)
     words[: len(bias), 0] = bias.astype(np.int64).view(np.uint64)
     words[: len(bias), 1] = mult.astype(np.uint64) | shift.astype(np.uint64) << np.uint64(16)
     return words.ravel()
@@ -217,7 +223,7 @@ def _chunk_parts(
     """
     p, q, t, kr, gn, kc = weights.values.shape
     rows, pk = config.rows_per_cycle, config.pk
-    row_steps, col_steps = -(-kr // rows), -(-kc // pk)
+    row_steps, col_steps = ceil_div(kr, rows), ceil_div(kc, pk)
     values = np.zeros((p, q, t, row_steps * rows, gn, col_steps * pk), weights.values.dtype)
     values[:, :, :, :kr, :, :kc] = weights.values
     split = values.reshape(p, q, t, row_steps, rows, gn, col_steps, pk)

@@ -6,11 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pynq_kgrc.cli import board as doctor
-from pynq_kgrc.cli import build as build_road
-from pynq_kgrc.cli import cluster, explore, info, serve
-from pynq_kgrc.cli import run as run_road
-from pynq_kgrc.cli import train as training
+from pynq_kgrc.cli import build, classify, cluster, doctor, explore, info, serve, train
 from pynq_kgrc.cli.arguments import Run
 from pynq_kgrc.errors import KgrcError
 
@@ -65,6 +61,6 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON for a script to read")
         return added
 
-    for family in (run_road, build_road, training, info, explore, doctor, serve, cluster):
+    for family in (classify, build, train, info, explore, doctor, serve, cluster):
         family.declare(command)
     return parser

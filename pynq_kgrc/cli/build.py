@@ -64,8 +64,8 @@ def run_pull(options: argparse.Namespace) -> int:
 def run_compile(options: argparse.Namespace) -> int:
     from pynq_kgrc.accelerator.config import read_design
     from pynq_kgrc.compiler.lower import lower
+    from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.patterns import prune, recipe
-    from pynq_kgrc.compress.quantize import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.video import load_clip
 
     config = read_design(options.config)
@@ -79,7 +79,7 @@ def run_compile(options: argparse.Namespace) -> int:
     program.save(options.out)
     document = describe(program)
     if options.report:
-        from pynq_kgrc.fidelity import measure_fidelity
+        from pynq_kgrc.analysis.fidelity import measure_fidelity
 
         report = measure_fidelity(graph, program, progress(frames, "measure", len(frames)))
         document["fidelity"] = {

@@ -135,7 +135,7 @@ def run_batch(options: argparse.Namespace) -> int:
         from pynq_kgrc.cluster.batch import Batch, classify_archive
     except ImportError as error:
         raise needs_ray(error) from error
-    from pynq_kgrc.backends.crew import available_cores
+    from pynq_kgrc.backends.emulation.crew import available_cores
     from pynq_kgrc.service.settings import shipped_program
 
     workers = options.workers or (1 if options.backend == "board" else available_cores())

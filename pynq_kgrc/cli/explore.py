@@ -104,8 +104,8 @@ def _networks(programs: Sequence[Program], paths: Sequence[Path]) -> dict[str, N
     Raises:
         ConfigError: programs of other kernel groups or another width than the first.
     """
+    from pynq_kgrc.analysis.timing import network_of
     from pynq_kgrc.errors import ConfigError
-    from pynq_kgrc.timing import network_of
 
     first = programs[0].config
     networks = {}
@@ -183,7 +183,7 @@ def _plot(
     board: Board,
     options: argparse.Namespace,
 ) -> None:
-    from pynq_kgrc.plots import plot_designs
+    from pynq_kgrc.analysis.plots import plot_designs
     from pynq_kgrc.storage import written_beside
 
     figure = plot_designs(candidates, base, board, options.clock, options.share)

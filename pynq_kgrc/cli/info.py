@@ -28,7 +28,7 @@ def run_info(options: argparse.Namespace) -> int:
 
 def describe(program: Program) -> dict[str, Any]:
     """What a program holds, as plain data: sizes in bytes, operations in MACs."""
-    from pynq_kgrc.description import describe
+    from pynq_kgrc.analysis.description import describe
 
     return describe(program)
 

@@ -204,10 +204,10 @@ def run_quantize(options: argparse.Namespace) -> int:
     import msgspec
 
     from pynq_kgrc.accelerator.config import preset
-    from pynq_kgrc.accuracy import measure_accuracy
+    from pynq_kgrc.analysis.accuracy import measure_accuracy
     from pynq_kgrc.compiler.lower import lower
-    from pynq_kgrc.compress.quantize import DEFAULT_METHOD, choose_quant
-    from pynq_kgrc.compress.quantizing import QUANTIZE, approach_codes, train_quantized
+    from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
+    from pynq_kgrc.compress.train_quantized import QUANTIZE, approach_codes, train_quantized
     from pynq_kgrc.models.trace import trace
 
     accelerator = preset(options.accelerator)
@@ -243,14 +243,14 @@ def run_quantize(options: argparse.Namespace) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
-    from pynq_kgrc.accuracy import measure_accuracy
+    from pynq_kgrc.analysis.accuracy import measure_accuracy
     from pynq_kgrc.compress.dataset import load_clips, read_index
     from pynq_kgrc.program import load
 
     if (options.program is None) == (options.network is None):
         raise ConfigError("evaluate takes either --program or --network")
     videos = read_index(options.data).only(options.split)
-    cache = options.cache or _default_cache()
+    cache = options.cache or _clip_cache()
     if options.program is not None:
         program = load(options.program)
         clips = load_clips(videos, program.clip, cache, say=_say)
@@ -294,7 +294,7 @@ def _ground(options: argparse.Namespace) -> tuple[Ground, VideoSet]:
 
     videos = read_index(options.data)
     _, spec = find_network(options.network)
-    cache = options.cache or _default_cache()
+    cache = options.cache or _clip_cache()
     share = _join(options.device)
     clips = load_clips(videos.only("train"), wide_spec(spec), cache, say=_say)
     test = load_clips(videos.only("test"), spec, cache, say=_say)
@@ -411,9 +411,10 @@ def _keep(network: nn.Module, path: Path, ground: Ground) -> None:
             save_file(state, beside)
 
 
-def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pynq_kgrc" / "clips"
+def _clip_cache() -> Path:
+    from pynq_kgrc.places import user_cache
+
+    return user_cache() / "clips"
 
 
 def _say(text: str) -> None:

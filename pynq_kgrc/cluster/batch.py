@@ -24,8 +24,8 @@ import ray
 import ray.data
 
 from pynq_kgrc.backends.base import BACKENDS
-from pynq_kgrc.backends.crew import available_cores
-from pynq_kgrc.backends.emulate import Emulation
+from pynq_kgrc.backends.emulation.backend import Emulation
+from pynq_kgrc.backends.emulation.crew import available_cores
 from pynq_kgrc.cluster.archive import (
     File,
     Journal,

@@ -37,7 +37,7 @@ from pynq_kgrc.program import (
     Task,
     check,
 )
-from pynq_kgrc.quant import Array, QuantParams, multiplier, weight_limit
+from pynq_kgrc.quant import Array, QuantParams, ceil_div, multiplier, weight_limit
 
 SlotOf = Callable[[str], Slot]
 """Where a tensor lies, by name."""
@@ -293,7 +293,7 @@ def assign_buffers(
         for start, end in neighbours:
             if offset + nbytes <= start:
                 break
-            offset = max(offset, -(-end // ALIGNMENT) * ALIGNMENT)
+            offset = max(offset, ceil_div(end, ALIGNMENT) * ALIGNMENT)
         taken[root] = (offset, offset + nbytes)
     buffers = tuple(
         Buffer(wanted[r].channels, wanted[r].size, wanted[r].bits, taken[r][0]) for r in roots

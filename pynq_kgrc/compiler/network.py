@@ -7,8 +7,8 @@ from typing import Any
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
 from pynq_kgrc.compress.patterns import Rates, prune
-from pynq_kgrc.compress.quantize import DEFAULT_METHOD, choose_quant
 from pynq_kgrc.graph import ClipSpec, Graph
 from pynq_kgrc.models.trace import trace
 from pynq_kgrc.program import Program

@@ -7,7 +7,7 @@ import numpy as np
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.groups import kept_columns, kept_rows, split
 from pynq_kgrc.program import KgrcWeights
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 
 def pack(codes: Array, config: AcceleratorConfig) -> KgrcWeights:
@@ -34,7 +34,7 @@ def pack(codes: Array, config: AcceleratorConfig) -> KgrcWeights:
 
 
 def _round_up(count: int, step: int, limit: int) -> int:
-    return min(limit, max(1, -(-count // step)) * step)
+    return min(limit, max(1, ceil_div(count, step)) * step)
 
 
 def _places(kept: Array, count: int) -> Array:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pynq_kgrc.compress.calibrate import choose_weight_scale
 from pynq_kgrc.compress.masks import chosen_weights
 from pynq_kgrc.compress.patterns import Pattern, project_pattern
-from pynq_kgrc.compress.quantize import choose_weight_scale
 from pynq_kgrc.compress.recipes import Recipe
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.quant import BITS, Array, weight_limit

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynq_kgrc.compress.quantize import tie
+from pynq_kgrc.compress.calibrate import tie
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import (
     ADD,

@@ -18,7 +18,7 @@ import numpy as np
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import Graph
 from pynq_kgrc.groups import GroupSize
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 DEFAULT_GROUP = GroupSize(gm=8, gn=8, tk=9)
 
@@ -145,8 +145,8 @@ class Blocks:
 
     def units(self, shape: Shape) -> tuple[Units, ...]:
         m, n, k = _places(shape)
-        across = -(-shape[1] // self.channels)
-        blocks = -(-shape[0] // self.filters) * across
+        across = ceil_div(shape[1], self.channels)
+        blocks = ceil_div(shape[0], self.filters) * across
         ids = m // self.filters * across + n // self.channels + 0 * k
         return (Units(ids, blocks, _kept(self.rate, blocks), 1),)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import pickle
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from pynq_kgrc.errors import ModelError
+from pynq_kgrc.places import user_cache
 from pynq_kgrc.quant import Array
 
 SECONDS_TO_FETCH = 900
@@ -73,7 +73,7 @@ def pull(
     if name not in RELEASES:
         raise ModelError(f"no pretrained weights {name!r}; there are {', '.join(RELEASES)}")
     release = RELEASES[name]
-    folder = _user_cache() if cache is None else cache
+    folder = user_cache() if cache is None else cache
     path = folder / f"{name}.safetensors"
     if _is_complete(path, release):
         return path
@@ -89,10 +89,6 @@ def pull(
         safetensors.numpy.save_file(state, part, metadata={"source_sha256": release.member_sha256})
         part.replace(path)
     return path
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pynq_kgrc"
 
 
 def _is_complete(path: Path, release: Release) -> bool:

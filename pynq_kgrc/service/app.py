@@ -33,9 +33,9 @@ from pynq_kgrc.service.jobs import FINAL, Admission, Job, Jobs
 from pynq_kgrc.service.live import LiveSession, refuse_live, serve_live
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.metrics import Metrics
-from pynq_kgrc.service.models import ERRORS, GONE, Classification, JobDocument
 from pynq_kgrc.service.pool import Pool, Run
 from pynq_kgrc.service.refusal import Refusal, refusal_of
+from pynq_kgrc.service.schemas import ERRORS, GONE, Classification, JobDocument
 from pynq_kgrc.service.server import Server, listen, make_server
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.uploads import Upload, receive_upload

@@ -21,9 +21,9 @@ from fastapi.responses import JSONResponse, Response
 
 from pynq_kgrc.service.catalogue import Catalogue, Entry
 from pynq_kgrc.service.jobs import Admission
-from pynq_kgrc.service.models import ERRORS, GONE, ErrorDocument
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
+from pynq_kgrc.service.schemas import ERRORS, GONE, ErrorDocument
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.waiting import within
 

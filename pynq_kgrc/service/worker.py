@@ -17,7 +17,7 @@ import numpy as np
 
 from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.accelerator.paper import PUBLISHED_CLOCK_MHZ
-from pynq_kgrc.description import describe
+from pynq_kgrc.analysis.description import describe
 from pynq_kgrc.errors import KgrcError, ProgramError
 from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array

@@ -25,8 +25,8 @@ from pynq_kgrc.backends.base import (
     check_size,
     count_task,
 )
-from pynq_kgrc.backends.choice import ExactConvolution, choose_convolution
-from pynq_kgrc.backends.crew import (
+from pynq_kgrc.backends.emulation.choice import ExactConvolution, choose_convolution
+from pynq_kgrc.backends.emulation.crew import (
     Crew,
     Each,
     Team,
@@ -35,7 +35,7 @@ from pynq_kgrc.backends.crew import (
     may_fork,
     shared_array,
 )
-from pynq_kgrc.backends.exact import (
+from pynq_kgrc.backends.emulation.exact import (
     WIDE,
     PlanarConvolution,
     Region,
@@ -43,7 +43,7 @@ from pynq_kgrc.backends.exact import (
     scratch,
     split_evenly,
 )
-from pynq_kgrc.backends.winograd import WinogradConvolution
+from pynq_kgrc.backends.emulation.winograd import WinogradConvolution
 from pynq_kgrc.graph import Size, WindowShape
 from pynq_kgrc.program import ConvTask, PoolTask, Program, Slot
 from pynq_kgrc.quant import Array, rshift

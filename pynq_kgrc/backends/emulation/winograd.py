@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from pynq_kgrc.backends.exact import (
+from pynq_kgrc.backends.emulation.exact import (
     WIDE,
     Finish,
     Interval,
@@ -30,7 +30,7 @@ from pynq_kgrc.backends.exact import (
     split_evenly,
 )
 from pynq_kgrc.graph import ConvShape, Size
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 BLOCK_TILES = 800
 """Winograd tiles of a block; a compromise as that of BLOCK_BYTES."""
@@ -98,11 +98,11 @@ class WinogradConvolution:
             {int(i): _longest_filters(part[i].T) for i in suspects} for part in self.weights
         ]
         wanted = BLOCK_TILES * self.run_length  # each product of a run has its share of them
-        nh = -(-h // max(1, round(h * w / wanted)))  # blocks of equal height
+        nh = ceil_div(h, max(1, round(h * w / wanted)))  # blocks of equal height
         nd = max(1, wanted // (h * w)) if nh == h else 1
         if not few:  # a block for every core
-            nd = min(nd, -(-d // cores))
-            nh = min(nh, -(-h // cores)) if d == 1 else nh
+            nd = min(nd, ceil_div(d, cores))
+            nh = min(nh, ceil_div(h, cores)) if d == 1 else nh
         self.block = (nd, nh)
         self.plans: dict[tuple[int, Size, int, np.dtype[np.generic]], _WinogradPlan] = {}
 
@@ -113,11 +113,11 @@ class WinogradConvolution:
         With runs along the width the last two or more outputs of a row are no outputs.
         """
         d, h, w = (
-            -(-size // 2) if axis in self.axes else size
+            ceil_div(size, 2) if axis in self.axes else size
             for axis, size in enumerate(self.shape.out_size)
         )
         length = self.run_length
-        return d, h, -(-(w + length - 1) // length) * length
+        return d, h, ceil_div(w + length - 1, length) * length
 
     @property
     def in_size(self) -> Size:

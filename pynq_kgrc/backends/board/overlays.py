@@ -3,7 +3,7 @@
 An overlay is a folder with `manifest.json`, `kgrc.bit` and `kgrc.hwh`. No bitstream is shipped:
 what is in `overlays` are manifests of designs that can be built.
 
-``python -m pynq_kgrc.backends.manifest overlays`` writes those that are missing or out of date.
+``python -m pynq_kgrc.backends.board.overlays overlays`` writes those that are missing or stale.
 """
 
 from __future__ import annotations

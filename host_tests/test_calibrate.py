@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from networks import Net, compiled, small_config
 
+from pynq_kgrc.analysis.fidelity import measure_fidelity
 from pynq_kgrc.compiler.lower import lower
-from pynq_kgrc.compress.quantize import (
+from pynq_kgrc.compress.calibrate import (
     HEADROOM,
     METHODS,
     choose_quant,
@@ -15,7 +16,6 @@ from pynq_kgrc.compress.quantize import (
     tie,
 )
 from pynq_kgrc.errors import CompileError
-from pynq_kgrc.fidelity import measure_fidelity
 from pynq_kgrc.graph import run_float
 from pynq_kgrc.quant import choose_params
 

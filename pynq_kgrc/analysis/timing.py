@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import msgspec
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import Cost, Work, task_cost
+from pynq_kgrc.accelerator.cost import Cost, task_cost
 from pynq_kgrc.accelerator.explore import Network
+from pynq_kgrc.accelerator.tiling import Work
 from pynq_kgrc.backends.base import Counters, count_task
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.program import ConvTask, Program

@@ -25,7 +25,7 @@ from numpy.lib.stride_tricks import as_strided
 from threadpoolctl import threadpool_info
 
 from pynq_kgrc.graph import ConvShape, Size
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 Interval = tuple[int, int]
 Region = tuple[slice, slice, slice]
@@ -221,7 +221,7 @@ class GemmConvolution:
         rows = max(FEWEST_ROWS, BLOCK_BYTES // (matrix.shape[0] * dtype.itemsize))
         self.block = (1, max(1, min(h, rows // w)), w)
         if self.block[1] == h:
-            self.block = (max(1, min(d if few else -(-d // cores), rows // (h * w))), h, w)
+            self.block = (max(1, min(d if few else ceil_div(d, cores), rows // (h * w))), h, w)
 
     @property
     def in_size(self) -> Size:
@@ -375,7 +375,7 @@ class PlanarConvolution:
         """Size of the padded map, whole strides along each axis."""
         shape = self.shape
         d, h, w = (
-            (shape.out_size[i] - 1 + -(-shape.kernel[i] // shape.stride[i])) * shape.stride[i]
+            (shape.out_size[i] - 1 + ceil_div(shape.kernel[i], shape.stride[i])) * shape.stride[i]
             for i in range(3)
         )
         return d, h, w

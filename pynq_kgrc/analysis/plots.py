@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.explore import Candidate, macs_a_cycle, pareto_front
-from pynq_kgrc.backends.power import Recording
-from pynq_kgrc.fidelity import Fidelity
+from pynq_kgrc.analysis.fidelity import Fidelity
+from pynq_kgrc.analysis.timing import LayerTime
+from pynq_kgrc.backends.board.power import Recording
 from pynq_kgrc.groups import GroupSize, split
 from pynq_kgrc.quant import Array
 from pynq_kgrc.runtime import Prediction
-from pynq_kgrc.timing import LayerTime
 from pynq_kgrc.video import Clip
 
 PROCESSES = {

@@ -33,7 +33,6 @@ from pynq.metadata.runtime_metadata_parser import RuntimeMetadataParser
 from pynqmetadata.frontends import Metadata
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import beats_of_row
 from pynq_kgrc.accelerator.header import (
     ADDRESSES,
     DONE,
@@ -46,10 +45,11 @@ from pynq_kgrc.accelerator.header import (
     VLNV,
     register_of,
 )
+from pynq_kgrc.accelerator.tiling import beats_of_row
+from pynq_kgrc.backends.board.overlays import BIT, HWH, MANIFEST, Manifest
 from pynq_kgrc.backends.csim import build_library
-from pynq_kgrc.backends.manifest import BIT, HWH, MANIFEST, Manifest
 from pynq_kgrc.errors import DeviceError
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 MEMORY_BASE = 0x8_0000_0000
 """Above 4 GiB, so that a forgotten high word shows."""
@@ -93,7 +93,7 @@ class Buffer:
 
     def __init__(self, address: int, size: int) -> None:
         self.address, self.size = address, size
-        self.span = -(-size // PAGE) * PAGE
+        self.span = ceil_div(size, PAGE) * PAGE
         self.host: Array = np.zeros(size, np.uint8).view(Weak)
         self.logic: Array = np.zeros(size, np.uint8)
 

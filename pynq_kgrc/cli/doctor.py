@@ -133,9 +133,9 @@ def _emulation(_: argparse.Namespace) -> str:
     import numpy as np
 
     from pynq_kgrc.accelerator.config import preset
-    from pynq_kgrc.backends.emulate import Emulation
+    from pynq_kgrc.backends.emulation.backend import Emulation
     from pynq_kgrc.compiler.lower import lower
-    from pynq_kgrc.compress.quantize import choose_quant
+    from pynq_kgrc.compress.calibrate import choose_quant
     from pynq_kgrc.graph import CONV, INPUT, ClipSpec, ConvShape, Graph, Layer, run_float
 
     rng = np.random.default_rng(0)
@@ -192,7 +192,7 @@ def _pynq(_: argparse.Namespace) -> str:
 
     if int(np.__version__.split(".")[0]) > 1:
         raise MissingError(f"{version} with numpy {np.__version__}", "pip install 'numpy<2'")
-    import_module("pynq_kgrc.backends.board")
+    import_module("pynq_kgrc.backends.board.backend")
     return f"{version}; the driver is for {VLNV}"
 
 
@@ -228,8 +228,8 @@ def _root(_: argparse.Namespace) -> str:
 
 
 def _device(_: argparse.Namespace) -> str:
-    from pynq_kgrc.backends.board import find_device
-    from pynq_kgrc.backends.lock import DeviceLock
+    from pynq_kgrc.backends.board.kernel import find_device
+    from pynq_kgrc.backends.board.lock import DeviceLock
 
     device = find_device()
     DeviceLock(str(device.tag)).release()
@@ -252,7 +252,7 @@ def _overlay(options: argparse.Namespace) -> str:
     config = preset(options.design)
     if _simulated() and options.overlay is None:
         return f"simulated, {config.name}"
-    from pynq_kgrc.backends.manifest import find_overlay
+    from pynq_kgrc.backends.board.overlays import find_overlay
 
     found = find_overlay(config, options.overlay)
     manifest = found.manifest
@@ -263,7 +263,7 @@ def _kernel(options: argparse.Namespace) -> str:
     if not options.open:
         return "not asked; --open programs the device and asks"
     from pynq_kgrc.accelerator.config import preset
-    from pynq_kgrc.backends.board import Board
+    from pynq_kgrc.backends.board.backend import Board
 
     with Board(preset(options.design), options.overlay) as board:
         return board.describe()

@@ -6,16 +6,16 @@ import math
 
 import numpy as np
 
-from pynq_kgrc.backends.exact import (
+from pynq_kgrc.backends.emulation.exact import (
     FLOAT32,
     GemmConvolution,
     Interval,
     PlanarConvolution,
     is_small,
 )
-from pynq_kgrc.backends.winograd import WIDTH, Inexact, WinogradConvolution, three_taps
+from pynq_kgrc.backends.emulation.winograd import WIDTH, Inexact, WinogradConvolution, three_taps
 from pynq_kgrc.graph import ConvShape
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, ceil_div
 
 FEW_CHANNELS = 4
 """Up to so many channels a pixel's run is too short to copy, and the planar form is faster."""
@@ -73,7 +73,7 @@ def _winograd_work(shape: ConvShape, axes: list[int]) -> float:
     n, m, a = shape.channels, shape.filters, len(axes)
     length = shape.taps // 3**a
     width = shape.out_size[WIDTH]
-    wasted = -(-(width + length - 1) // length) * length / width
+    wasted = ceil_div(width + length - 1, length) * length / width
     reading = length * WEIGHT_COST * n * m / math.prod(shape.out_size)
     # an axis doubles the values: all are made on the way in, written, and added up on the way out
     moved = (2 ** (a + 1) - 2) * (n + m) + 2**a * m
