@@ -103,6 +103,6 @@ def test_i3d_is_right_wherever_float_is(i3d, shared_data):
             best = int(run_float(graph, graph.clip.normalise(frames)).argmax())
             if labels[best] == nearest:
                 right += 1
-                label = session.classify(frames).labels[0].name
+                label = session.classify(frames).labels[0].label
                 assert labels[int(label)] == nearest, row["file"]
     assert right == 4

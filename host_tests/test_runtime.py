@@ -32,10 +32,10 @@ def test_the_labels_are_those_of_the_float_network(network, frames):
         logits = session.logits()
     wanted = run_float(graph, graph.clip.normalise(frames)).reshape(-1)
     assert np.corrcoef(logits, wanted)[0, 1] > 0.99
-    assert [label.name for label in prediction.labels] == [
+    assert [each.label for each in prediction.labels] == [
         program.labels[i] for i in np.argsort(-logits)
     ]
-    assert sum(label.score for label in prediction.labels) == pytest.approx(1)
+    assert sum(each.confidence for each in prediction.labels) == pytest.approx(1)
     assert prediction.backend == "emulate"
     assert [c.task for c in prediction.layers] == [task.name for task in program.tasks]
     assert all(c.macs > 0 and c.bytes_weight > 0 for c in prediction.layers)

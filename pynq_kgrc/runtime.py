@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +17,7 @@ from pynq_kgrc.backends.base import Backend, Counters, open_backend
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.program import Program
 from pynq_kgrc.quant import Array
-
-
-class Label(NamedTuple):
-    """A class and its probability."""
-
-    name: str
-    score: float
+from pynq_kgrc.results import Label
 
 
 @dataclass(frozen=True)

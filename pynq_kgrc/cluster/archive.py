@@ -150,7 +150,7 @@ def look(session: Session, file: File, question: Question) -> Row:
 
     def best(scores: Array) -> tuple[list[str], list[float]]:
         labels = best_labels(scores, names, question.top)
-        return [label.name for label in labels], [label.score for label in labels]
+        return [each.label for each in labels], [each.confidence for each in labels]
 
     labels, scores = best(np.mean([s for _, s in windows], axis=0))
     found = [Window(clip.start_ms, clip.end_ms, *best(s)) for clip, s in windows]
