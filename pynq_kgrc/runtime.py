@@ -46,10 +46,10 @@ class Session:
     def __init__(self, program: Program, backend: str | Backend = "emulate") -> None:
         self.program = program
         self._owned = isinstance(backend, str)
-        self.backend_name = backend if isinstance(backend, str) else type(backend).__name__.lower()
         self.backend: Backend = (
             open_backend(backend, program.config) if isinstance(backend, str) else backend
         )
+        self.backend_name = self.backend.name
         try:
             self.backend.load(program)
         except BaseException:
