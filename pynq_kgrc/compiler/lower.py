@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.errors import CompileError, ProgramError
 from pynq_kgrc.graph import (
+    ACTIVATIONS,
     ADD,
     AVERAGE_POOL,
     CONCAT,
@@ -37,7 +37,7 @@ from pynq_kgrc.program import (
     Task,
     check,
 )
-from pynq_kgrc.quant import Array, QuantParams, ceil_div, multiplier, weight_limit
+from pynq_kgrc.quant import Array, QuantParams, ceil_div, code_dtype, multiplier, weight_limit
 
 SlotOf = Callable[[str], Slot]
 """Where a tensor lies, by name."""
@@ -50,7 +50,8 @@ class Step:
     layer: Layer
     output: Layer
     source: str
-    activation: str
+    activations: tuple[str, ...]
+    """Applied to the output one after the other."""
     shortcut: str | None = None
     pool: WindowShape | None = None
 
@@ -147,11 +148,13 @@ def fuse(graph: Graph, config: AcceleratorConfig) -> list[Step]:
             rider = graph[carried[step.output.name]]
             if rider.op == ADD:
                 other = next(name for name in rider.inputs if name != step.output.name)
-                step = replace(step, output=rider, activation=rider.activation, shortcut=other)
+                # the convolution has no activation: _can_carry
+                step = replace(step, output=rider, activations=(rider.activation,), shortcut=other)
             else:
-                # clamping and the maximum are both monotone, so their order does not matter
-                activation = step.activation if rider.activation == "none" else rider.activation
-                step = replace(step, output=rider, activation=activation, pool=rider.shape)
+                # the task clamps before it pools: clamps and the maximum are monotone, so that
+                # their order does not matter
+                activations = (*step.activations, rider.activation)
+                step = replace(step, output=rider, activations=activations, pool=rider.shape)
         steps.append(step)
     # a task with a shortcut runs where its add stood, after both of its operands
     return sorted(steps, key=lambda step: order[step.output.name])
@@ -159,7 +162,7 @@ def fuse(graph: Graph, config: AcceleratorConfig) -> list[Step]:
 
 def _single_step(layer: Layer) -> Step:
     if layer.op != ADD:
-        return Step(layer, layer, layer.inputs[0], layer.activation)
+        return Step(layer, layer, layer.inputs[0], (layer.activation,))
     step = identity_step(layer, layer.inputs[0], layer.activation)
     return replace(step, shortcut=layer.inputs[1])
 
@@ -177,7 +180,7 @@ def identity_step(output: Layer, source: str, activation: str = "none") -> Step:
         weight=np.eye(channels, dtype=np.float32)[:, :, None, None, None],
         bias=np.zeros(channels),
     )
-    return Step(layer, output, source, activation)
+    return Step(layer, output, source, (activation,))
 
 
 def embedding_steps(graph: Graph, concat: Layer) -> list[Step]:
@@ -311,13 +314,21 @@ def _quant(layer: Layer) -> QuantParams:
     return layer.out_quant
 
 
-def clamp_codes(out: QuantParams, activation: str) -> tuple[int, int]:
-    """lo and hi of the output codes: ReLU is lo at the zero point, ReLU6 in addition a hi."""
-    if activation == "none":
-        return out.min, out.max
-    if activation == "relu":
-        return out.zero_point, out.max
-    return out.zero_point, min(out.max, out.zero_point + math.floor(6 / out.scale + 0.5))
+def clamp_codes(out: QuantParams, *activations: str) -> tuple[int, int]:
+    """lo and hi of the output codes: those of the type, clamped by each activation in turn."""
+    lo, hi = out.min, out.max
+    for activation in activations:
+        low, high = ACTIVATIONS[activation]
+        least = out.min if low is None else _code(low, out)
+        most = out.max if high is None else _code(high, out)
+        # to clamp every code of an interval, clamp its ends
+        lo, hi = (min(max(end, least), most) for end in (lo, hi))
+    return lo, hi
+
+
+def _code(real: float, out: QuantParams) -> int:
+    """The code of one real, as `QuantParams.quantize` rounds and clamps it."""
+    return int(out.quantize(np.array(real)))
 
 
 def build_task(
@@ -326,7 +337,7 @@ def build_task(
     """The task of a step: its weights quantized and packed, its scales as multiplier and shift."""
     layer, name = step.layer, step.layer.name
     source, out = _quant(tensors[step.source]), _quant(step.output)
-    lo, hi = clamp_codes(out, step.activation)
+    lo, hi = clamp_codes(out, *step.activations)
     places = {"source": slot(step.source), "target": slot(step.output.name)}
     shape = layer.shape
     assert shape is not None
@@ -389,4 +400,4 @@ def quantize_weight(layer: Layer, bits: int) -> tuple[Array, Array]:
         largest = np.abs(weight).max(axis=(1, 2))
         scale = np.where(largest > 0, largest, 1) / limit  # a filter of zeros has any scale
     codes = np.floor(weight / scale[:, None, None] + 0.5)
-    return np.clip(codes, -limit, limit).astype(np.int16 if bits == 16 else np.int8), scale
+    return np.clip(codes, -limit, limit).astype(code_dtype(bits)), scale
