@@ -8,6 +8,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+"""The one place of the version; setup.py reads it as text."""
+
 if TYPE_CHECKING:
     from pynq_kgrc.compiler.network import compile_network
     from pynq_kgrc.program import Program
