@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 
 # read as text, because importing the package needs its dependencies
 (VERSION,) = re.findall(
-    r'^__version__ = "(.+)"$', (ROOT / "pynq_kgrc" / "__init__.py").read_text("utf-8"), re.MULTILINE
+    r'^VERSION = "(.+)"$', (ROOT / "pynq_kgrc" / "version.py").read_text("utf-8"), re.MULTILINE
 )
 
 # folders outside pynq_kgrc/ that are installed as its subpackages (pynq_kgrc/places.py)

@@ -8,17 +8,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-"""The one place of the version; setup.py reads it as text."""
-
 if TYPE_CHECKING:
     from pynq_kgrc.compiler.network import compile_network
     from pynq_kgrc.program import Program
     from pynq_kgrc.program import load as load_program
     from pynq_kgrc.runtime import Session
+    from pynq_kgrc.version import VERSION as __version__
     from pynq_kgrc.video import load_clip
 
 _PLACES = {
+    "__version__": ("pynq_kgrc.version", "VERSION"),
     "Program": ("pynq_kgrc.program", "Program"),
     "Session": ("pynq_kgrc.runtime", "Session"),
     "compile_network": ("pynq_kgrc.compiler.network", "compile_network"),
