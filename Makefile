@@ -63,7 +63,7 @@ check-cpp: $(VENV)/dev ## format of the C++ sources
 	$(BIN)/clang-format --dry-run --Werror $(wildcard hls_src/*.cpp hls_src/*.h hls_src/*/*.cpp hls_src/*/*.h)
 
 docs: $(VENV)/dev ## build the site of the documents into build/site
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: check ## format, lint, types, and all tests but the slow ones
 	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
