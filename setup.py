@@ -1,4 +1,4 @@
-"""Package metadata. Versions are pinned in constraints.txt, tools are configured in pyproject.toml."""
+"""Package metadata. Versions are pinned in constraints.txt, tools are set in pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -108,8 +108,8 @@ setup(
     },
     entry_points={
         "console_scripts": ["pynq-kgrc=pynq_kgrc.cli:main"],
-        # groups that pynq reads: bitstreams by name, the notebooks that `pynq get-notebooks` copies,
-        # and drivers, which every pynq.Overlay imports
+        # groups that pynq reads: bitstreams by name, the notebooks that `pynq get-notebooks`
+        # copies, and drivers, which every pynq.Overlay imports
         "pynq.overlays": ["pynq_kgrc=pynq_kgrc.overlays"],
         "pynq.notebooks": ["pynq_kgrc=pynq_kgrc.notebooks"],
         "pynq.lib": ["pynq_kgrc=pynq_kgrc.backends.board.kernel"],

@@ -43,8 +43,17 @@ def test_commands_parse():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = re.findall(r"^(?:\| `)?make ([\w-]+)", README + contributing, re.MULTILINE)
+    assert len(named) > 6
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_workflows_call_the_three_targets():
+    workflows = [path.read_text("utf-8") for path in (ROOT / ".github/workflows").glob("*.yml")]
+    called = re.findall(r"run: make (\S+)$", "".join(workflows), re.MULTILINE)
+    assert sorted(called) == ["demo", "test", "test-all"]
 
 
 def test_the_first_command_is_on_the_first_screen():

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from pynq_kgrc.program import Program
     from pynq_kgrc.program import load as load_program
     from pynq_kgrc.runtime import Session
-    from pynq_kgrc.version import VERSION as __version__
     from pynq_kgrc.video import load_clip
+
+__version__: str
 
 _PLACES = {
     "__version__": ("pynq_kgrc.version", "VERSION"),

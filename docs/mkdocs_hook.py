@@ -20,7 +20,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The files of the theme, and those of the checkout that git knows or does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *LINKED]
     names = subprocess.check_output(command, cwd=ROOT, text=True).splitlines()
-    theme = [file for file in files if Path(file.abs_src_path).is_relative_to(ROOT / "docs") is False]
+    theme = [file for file in files if not Path(file.abs_src_path).is_relative_to(ROOT / "docs")]
     ours = [
         File(name, str(ROOT), config.site_dir, config.use_directory_urls)
         for name in sorted(set(names))
