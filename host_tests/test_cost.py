@@ -1,6 +1,7 @@
 """The cost model: tiles, what is skipped, what binds; test_csim.py holds its counts to the C++."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from networks import Net, compiled, small_config
 from pynq_kgrc.accelerator import cost, tiling
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
 from pynq_kgrc.accelerator.plan import plan_convolution
+from pynq_kgrc.compress.patterns import Rates, project
 from pynq_kgrc.errors import CompileError, ConfigError
 from pynq_kgrc.graph import ConvShape
 
@@ -83,6 +85,29 @@ def test_a_layer_says_what_binds_it():
     net.conv("clip", 64)
     program, _ = compiled(net, config)
     assert cost.task_cost(config, program.work(program.tasks[0])).bound == "array"
+
+
+@pytest.mark.parametrize("pool", [None, 2])
+@pytest.mark.parametrize("name", ["8-sparse", "4-sparse", "8-zcu102"])
+def test_a_layer_alone_costs_what_its_compiled_task_costs(name, pool):
+    """`layer_cycles` from kept rows and columns equals the cost of the pruned, compiled layer."""
+    config = preset(name)
+    net = Net(size=(4, 15, 30), channels=24)
+    conv = net.conv("clip", 72, kernel=3, pad=1)
+    rates = Rates(rows=Fraction(1, 2), cols=Fraction(2, 3))
+    weight = net.layers[conv].weight
+    weight[...] = project(weight, rates, config.group_size)
+    if pool:
+        net.dense(net.pool(conv, pool), 5)
+    program, _ = compiled(net, config)
+    task = program.tasks[0]
+    assert task.weights.kept == (4, 3)
+    assert (task.pool is not None) == bool(pool)
+    window = (pool,) * 3 if pool else tiling.NO_POOL
+    wide = task.out.bits > config.bits
+    found = cost.layer_cycles(config, task.shape, 4, 3, window, wide=wide)
+    assert found == cost.task_cost(config, program.work(task)).cycles
+    assert found < cost.layer_cycles(config, task.shape, 8, 9, window, wide=wide)
 
 
 def test_presets_are_those_of_table_v():

@@ -24,7 +24,6 @@ from pynq_kgrc.accelerator.explore import (
     pareto_front,
     rank_designs,
 )
-from pynq_kgrc.accelerator.plan import plan_convolution
 from pynq_kgrc.accelerator.resources import Resources, bram36, estimate_resources
 from pynq_kgrc.cli import main
 from pynq_kgrc.cli.explore import _networks
@@ -34,7 +33,6 @@ from pynq_kgrc.groups import GroupSize
 from pynq_kgrc.models import c3d, r2plus1d
 from pynq_kgrc.models.trace import trace
 from pynq_kgrc.program import load
-from pynq_kgrc.quant import ceil_div
 
 ZCU102 = board("zcu102")
 
@@ -77,13 +75,8 @@ def test_designs_fit_and_keep_the_groups():
 
 def work_of(config, shape, kr, kc):
     """A convolution on a design; all of its groups are enabled."""
-    words = tiling.conv_words(config, shape, kr, kc)
-    groups = config.group_size.counts(shape.filters, shape.channels, shape.taps)
-    items = plan_convolution(config, np.ones(groups[:2], bool), shape.filters)
-    share = min(config.filter_tiles, ceil_div(shape.filters, config.tm))
-    tile = tiling.tile_size(config, shape, tiling.NO_POOL, share * words)
-    columns = min(config.pk, kc)
-    return tiling.Work(shape, shape.out_size, tiling.NO_POOL, tile, words, tuple(items), columns)
+    p, q, _ = config.group_size.counts(shape.filters, shape.channels, shape.taps)
+    return tiling.convolution_work(config, shape, kr, kc, np.ones((p, q), bool))
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +218,7 @@ def test_designs_as_files(tmp_path):
 
 def modelled_ms(config, traced, sparsity):
     layers = (layer for _, layer in traced.kept(sparsity, config))
-    return sum(cost.task_cost(config, work_of(config, *layer)).cycles for layer in layers) / 150e3
+    return sum(cost.layer_cycles(config, *layer) for layer in layers) / 150e3
 
 
 def latency_rows(traced):

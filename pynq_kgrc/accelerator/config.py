@@ -168,6 +168,18 @@ class AcceleratorConfig:
         """64-bit words of the indices of a chunk: P_K columns and the rows, a byte each."""
         return ceil_div(self.pk + self.rows_per_cycle, 8) if self.sparse else 0
 
+    def check_kept(self, taps: int, kr: int, kc: int) -> None:
+        """Check what each kernel group of a layer keeps: `kr` rows, `kc` columns a tap tile.
+
+        Raises:
+            ConfigError: more than a group has, none, or fewer than all on a dense design.
+        """
+        columns = self.group_size.columns(taps)
+        for symbol, kept, of in (("kr", kr, self.gm), ("kc", kc, columns)):
+            least = 1 if self.sparse else of
+            if not least <= kept <= of:
+                raise ConfigError(f"{self.name}: {symbol}={kept} is not within {least} to {of}")
+
     @property
     def digest(self) -> str:
         """16 hex digits of SHA-256 over the numbers (not the name): equal for equal hardware."""

@@ -1,8 +1,9 @@
 """What a task costs on our accelerator: trips of its pipelined loops, multiply-accumulates, bytes.
 
-Closed forms and one short walk over the plan, with the loop structure of hls_src: the C-simulation
-counts the same trips while it runs, and the emulation the same bytes; all have to agree exactly
-(host_tests/test_cost.py, test_csim.py). The paper's own model is in `paper.py`.
+The model follows the loops of hls_src: closed forms, and for the array one short walk over the
+plan. Memory never stalls in it. The C-simulation counts the same trips while it runs and the
+emulation the same bytes; tests require equality (host_tests/test_cost.py, test_csim.py). The
+paper's own model is in `paper.py`.
 """
 
 from __future__ import annotations
@@ -11,23 +12,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.plan import Item
 from pynq_kgrc.accelerator.tiling import (
     MIN_FEATURE_ROWS,
+    NO_POOL,
     Work,
     beats_of_row,
+    convolution_work,
     region_beats,
-    region_words,
+    region_trips,
     tiles,
 )
-from pynq_kgrc.graph import Size
+from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import ceil_div
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task costs; the fields up to `plan` are trips, each of one process."""
+    """What a task costs. `array` to `plan` are the trips of one process each."""
 
     array: int
     input: int
@@ -36,26 +41,60 @@ class Cost:
     store: int
     plan: int
     macs: int
+    """Multiply-accumulates that the array executes, zeros of padding included."""
     input_beats: int
     shortcut_beats: int
     output_beats: int
     weight_beats: int
     table_words: int
+    """64-bit words of the plan's items, of indices and of scale factors."""
 
     @property
     def bound(self) -> str:
-        """The process that takes longest."""
+        """The process with the most trips."""
         names = ("array", "input", "weights", "scale", "store", "plan")
         return max(names, key=lambda name: int(getattr(self, name)))
 
     @property
     def cycles(self) -> int:
-        """Trips of the slowest process: all of them run side by side."""
+        """Trips of the slowest process: all processes run at the same time."""
         return int(getattr(self, self.bound))
 
 
+def layer_cycles(
+    config: AcceleratorConfig,
+    shape: ConvShape,
+    kr: int,
+    kc: int,
+    pool: Size = NO_POOL,
+    *,
+    wide: bool = False,
+) -> int:
+    """Modelled cycles, without memory stalls, of a convolution with all kernel groups enabled.
+
+    The same model judges compiled programs (`task_cost` of `Program.work`). A shortcut that is
+    added to the result costs beats of memory but no cycles of this model.
+
+    Args:
+        config: the design.
+        shape: of the convolution, with M filters, N channels, K taps.
+        kr: rows that a group keeps, of G_M.
+        kc: columns that a group keeps in a tap tile, of G_K = min(K, T_K).
+        pool: window of a pool that is fused into the convolution.
+        wide: whether the output has 16 bits on a design of fewer, as logits have.
+
+    Raises:
+        ConfigError: a group cannot keep `kr` x `kc`.
+        CompileError: the buffers do not hold the smallest tile.
+    """
+    config.check_kept(shape.taps, kr, kc)
+    p, q, _ = config.group_size.counts(shape.filters, shape.channels, shape.taps)
+    work = convolution_work(config, shape, kr, kc, np.ones((p, q), bool), pool, wide=wide)
+    return task_cost(config, work).cycles
+
+
 def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
-    """Everything a task costs, each number exactly as the C-simulation counts it."""
+    """What a task costs; each number is exactly what the C-simulation counts."""
     shape, items = work.shape, work.items
     regions = sum(item.new_region for item in items)
     vectors = sum(item.blocks for item in items)
@@ -63,13 +102,13 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
     # a word of a pool takes a trip, an item of which nothing is enabled too
     trips_of_words = chunks * chunk_beats + sum(not item.mask for item in items)
     if not work.columns:
-        trips_of_words = len(items) * work.words
+        trips_of_words = len(items) * work.weight_words
     beats_out = 16 // config.bits if work.wide else 1
     totals = dict.fromkeys(("input", "weights", "scale", "store", "macs"), 0)
     read = shortcut = written = count = 0
     for first, extent in tiles(work.out_size, work.tile):
         count += 1
-        load = region_words(config, shape, extent, first)
+        load = region_trips(config, shape, extent, first)
         handed_on = vectors * extent[0] * extent[1] * beats_of_row(config, extent[2])
         totals["input"] += regions * load
         totals["weights"] += shape.taps + trips_of_words
@@ -127,7 +166,7 @@ def _array_trips(config: AcceleratorConfig, work: Work) -> int:
     now = regions = first_load = 0
     begun = handed = 0  # when the last region came into use, and when the last sums were handed on
     for first, extent in tiles(work.out_size, work.tile):
-        load = region_words(config, work.shape, extent, first)
+        load = region_trips(config, work.shape, extent, first)
         key = (extent, load, (begun, handed))
         if key in seen:
             passed, (begun, handed) = seen[key]
@@ -146,7 +185,7 @@ def _array_trips(config: AcceleratorConfig, work: Work) -> int:
                 begun = time = max(time, (begun if regions != 1 else first_load - now) + load)
                 first_load = begun if regions == 0 else first_load
                 regions += 1
-            time += step.busy * work.words * rows + step.idle
+            time += step.busy * work.weight_words * rows + step.idle
             if step.blocks:
                 time = max(time, handed)
                 handed = time + step.blocks * handed_on + settling
