@@ -1,18 +1,24 @@
 """The cost model: tiles, what is skipped, what binds; test_csim.py holds its counts to the C++."""
 
+import json
 import math
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
-from networks import Net, compiled, small_config
+from networks import Net, compiled, random_codes, small_config
 
 from pynq_kgrc.accelerator import cost, tiling
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
 from pynq_kgrc.accelerator.plan import plan_convolution
+from pynq_kgrc.backends import csim
 from pynq_kgrc.compress.patterns import Rates, project
 from pynq_kgrc.errors import CompileError, ConfigError
 from pynq_kgrc.graph import ConvShape
+
+TABLE_V = json.loads((Path(__file__).parent / "kgrc_tables.json").read_text("utf-8"))
 
 
 def window(size, kernel, stride=1, pad=0, filters=8):
@@ -110,10 +116,35 @@ def test_a_layer_alone_costs_what_its_compiled_task_costs(name, pool):
     assert found < cost.layer_cycles(config, task.shape, 8, 9, window, wide=wide)
 
 
-def test_presets_are_those_of_table_v():
-    macs_a_cycle = {name: c.pm * c.tn * c.pk * c.pf for name, c in PRESETS.items()}
-    assert macs_a_cycle["8-sparse"] == 3072
-    assert {c.rows_per_cycle for c in PRESETS.values() if c.sparse} == {4}
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("empty", range(5))
+def test_trips_of_a_layer_that_begins_with_empty_filter_tiles(empty):
+    """The second region is loaded while the empty tiles drain, before the first one is used."""
+    config = small_config(filter_tiles=1)
+    net = Net(size=(2, 3, 9))
+    conv = net.conv(net.conv("clip", 16), 5 * config.tm, 1, (1, 1, 3), 0)
+    net.layers[conv].weight[: empty * config.tm] = 0
+    program, _ = compiled(net, config)
+    backend = csim.CSimulation(config)
+    backend.load(program)
+    backend.write(program.source, random_codes(program))
+    backend.run(0, 2)
+    counted = backend.status(1)["array"]
+    assert counted == cost.task_cost(config, program.work(program.tasks[1])).array
+
+
+@pytest.mark.parametrize(
+    "row", TABLE_V["table_v"], ids=lambda row: f"{row['bits']}-{row['design']}"
+)
+def test_presets_are_those_of_table_v(row):
+    config = preset(f"{row['bits']}-{row['design']}")
+    numbers = {key: getattr(config, key) for key in ("tm", "pm", "tn", "pf", "pk")}
+    assert numbers == {key: row[key] for key in numbers}
+    assert {key: getattr(config, key) for key in TABLE_V["common"]} == TABLE_V["common"]
+    assert (config.bits, config.sparse) == (row["bits"], row["design"] == "sparse")
+
+
+def test_a_digest_depends_on_the_numbers_and_not_on_the_name():
     assert len({c.digest for c in PRESETS.values()}) == 7
     assert (
         preset("8-sparse").digest

@@ -133,15 +133,6 @@ def test_all_published_figures_are_compared(bars):
     assert len(bars) == 48
 
 
-def test_a_row_of_the_json_is_the_design_of_the_same_name():
-    for row in PUBLISHED["table_v"]:
-        config = preset(f"{row['bits']}-{row['design']}")
-        numbers = {key: getattr(config, key) for key in ("tm", "pm", "tn", "pf", "pk")}
-        assert numbers == {key: row[key] for key in numbers}
-        common = {key: getattr(config, key) for key in PUBLISHED["common"]}
-        assert common == PUBLISHED["common"]
-
-
 # ---- the repairs and the equations, by hand ---------------------------------------------------
 
 CONV = ConvShape(64, (16, 56, 56), (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), filters=128)
