@@ -228,7 +228,7 @@ def _root(_: argparse.Namespace) -> str:
 
 
 def _device(_: argparse.Namespace) -> str:
-    from pynq_kgrc.backends.board.kernel import find_device
+    from pynq_kgrc.backends.board.device import find_device
     from pynq_kgrc.backends.board.lock import DeviceLock
 
     device = find_device()
@@ -263,9 +263,9 @@ def _kernel(options: argparse.Namespace) -> str:
     if not options.open:
         return "not asked; --open programs the device and asks"
     from pynq_kgrc.accelerator.config import preset
-    from pynq_kgrc.backends.board.backend import Board
+    from pynq_kgrc.backends.board.backend import BoardBackend
 
-    with Board(preset(options.design), options.overlay) as board:
+    with BoardBackend(preset(options.design), options.overlay) as board:
         return board.describe()
 
 
