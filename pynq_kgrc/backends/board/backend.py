@@ -87,7 +87,6 @@ class BoardBackend(Loaded):
 
     name = "board"
     exclusive = True
-    """Only one process at a time can hold a device."""
 
     def __init__(
         self,
@@ -349,13 +348,12 @@ class BoardBackend(Loaded):
         the cycles that the kernel reports.
 
         Raises:
-            ProgramError: no program is loaded.
+            ProgramError: no program is loaded, or the range is not within it (`task_range`).
             DeviceError: a timeout, a wrong status or counts that differ from the cost model;
                 names the task. The maps are lost and the device is programmed again.
         """
-        program = self.program
-        last = len(program.tasks) if last is None else min(last, len(program.tasks))
-        if first >= last:
+        first, last = self.task_range(first, last)
+        if first == last:
             return []
         self._check_maps_valid()
         try:
