@@ -62,7 +62,7 @@ def test_a_board_as_far_as_files_go(laptop, capsys, monkeypatch, tmp_path):
 
 
 def test_the_simulated_board(capsys):
-    pytest.importorskip("pynq", reason="pynq is not installed: the board's driver not tested")
+    pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
     status, document, found = examine(capsys, "--open", "--design", "4-dense")
     assert status == 0
     assert document["board"], found
@@ -72,7 +72,7 @@ def test_the_simulated_board(capsys):
 
 def test_an_overlay_that_is_damaged(capsys, tmp_path):
     simulated = pytest.importorskip(
-        "pynq_kgrc.backends.board.simulated", reason="pynq not installed"
+        "pynq_kgrc.backends.board.simulated", reason="pynq is not installed"
     )
     simulated.write_overlay(tmp_path, preset("8-sparse"))
     assert examine(capsys, "--overlay", str(tmp_path))[2]["overlay"]["works"]
@@ -93,7 +93,7 @@ def test_a_design_that_explore_writes(capsys, tmp_path):
 
 
 def test_a_design_that_explore_writes_on_the_simulated_board(capsys, tmp_path):
-    pytest.importorskip("pynq", reason="pynq is not installed: the board's driver not tested")
+    pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
     write_design(replace(preset("8-zcu102"), name="best"), tmp_path / "best.json")
     _, document, found = examine(capsys, "--open", "--design", str(tmp_path / "best.json"))
     assert document["board"], found
@@ -103,7 +103,7 @@ def test_a_design_that_explore_writes_on_the_simulated_board(capsys, tmp_path):
 
 def test_a_device_in_use(capsys):
     simulated = pytest.importorskip(
-        "pynq_kgrc.backends.board.simulated", reason="pynq not installed"
+        "pynq_kgrc.backends.board.simulated", reason="pynq is not installed"
     )
     from pynq_kgrc.backends.board.lock import DeviceLock
 

@@ -56,6 +56,9 @@ PAGE = 4096
 CRL_AT, CRF_AT = 0xFF5E_0000, 0xFD1A_0000
 """Physical addresses of the clock registers: CRL_APB and CRF_APB."""
 
+READY = 8
+"""Bit of CTRL: the kernel accepts a new start; the driver does not use it. Clears on read."""
+
 PS_INTERRUPT = 121
 """Interrupt number (GIC) of pl_ps_irq0, the first line from the programmable logic."""
 
@@ -73,19 +76,11 @@ FAULTS = (
 )
 
 
-READY = 8
-"""Bit of CTRL: the kernel accepts a new start; the driver does not use it. Clears on read."""
-
-
 class BusError(RuntimeError):
     """A bus decode error: no register or buffer at the address."""
 
 
 # ---- memory ---------------------------------------------------------------------------------
-
-
-class WeakReferable(np.ndarray):  # type: ignore[type-arg]
-    """An array that can be weakly referenced, which a plain numpy array cannot."""
 
 
 class SimulatedBuffer:
@@ -94,7 +89,7 @@ class SimulatedBuffer:
     def __init__(self, address: int, size: int) -> None:
         self.address, self.size = address, size
         self.span = ceil_div(size, PAGE) * PAGE
-        self.host: Array = np.zeros(size, np.uint8).view(WeakReferable)
+        self.host: Array = np.zeros(size, np.uint8)
         self.logic: Array = np.zeros(size, np.uint8)
 
 
@@ -394,6 +389,7 @@ def _accesses(
     chunks = groups * steps if KINDS[field["kind"]] == "convolution" else 0
     if field["chunks"] != chunks:
         raise BusError(f"{field['chunks']} chunks in the descriptor, {chunks} in its plan")
+    # The max pool is fused into the task, so the output in memory is smaller by it.
     stored = dict(field)
     for axis in "dhw":
         stored[f"out_{axis}"] = field[f"out_{axis}"] // field[f"pool_{axis}"]
