@@ -238,5 +238,5 @@ def test_refusals_name_the_layer():
     joined = Net()
     joined.conv(joined.concat(joined.conv("clip", 4), joined.conv("clip", 4)), 4)
     joined.layers["concat3"] = replace(joined.layers["concat3"], activation="relu")
-    with pytest.raises(CompileError, match="concat3: put the activation before the concat"):
+    with pytest.raises(CompileError, match="concat3: an activation after a concat; put it before"):
         compiled(joined)
