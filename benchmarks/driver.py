@@ -24,7 +24,7 @@ LIMIT_MS = 2.0
 
 def measure(program, rounds):
     """Milliseconds of (run less device, write, read) and tasks of a program."""
-    from pynq_kgrc.backends.board.backend import Board
+    from pynq_kgrc.backends.board.backend import BoardBackend
     from pynq_kgrc.backends.board.simulated import shared_device
 
     rng = np.random.default_rng(0)
@@ -34,7 +34,7 @@ def measure(program, rounds):
     last = program.tasks[-1]
     times = {"run": [], "write": [], "read": []}
     device = shared_device()
-    with Board(program.config, device=device, floor_seconds=600) as board:
+    with BoardBackend(program.config, device=device, floor_seconds=600) as board:
         board.load(program)
         for _ in range(rounds + 1):
             began = time.perf_counter()
