@@ -105,7 +105,7 @@ def test_transformed_convolutions(run, kernel, channels, bits, monkeypatch):
     net.conv(source, 18, kernel, pad=pad, kept=0.5)
     program, _ = compiled(net, small_config(bits))
     form = choice.choose_convolution(
-        np.ones((18, channels, *kernel), int), program.tasks[-1].shape, (0, 15), exact.WIDE, 1
+        np.ones((18, channels, *kernel), int), program.tasks[-1].shape, (0, 15), exact.FLOAT64, 1
     )
     assert isinstance(form, winograd.WinogradConvolution)
     assert_as_reference(run, program)
@@ -331,7 +331,7 @@ def test_scaling_rounds_every_sum_as_the_integers_do(shift, bits):
     )
     scaling = Scaling(task, 8, np.full((len(mult), 3, 1), 127), (-255, 255))
     # the largest sums here, 3 * 127 * 255, are of either sign: twice that must stay below 2^15
-    assert scaling.whole == (np.int16 if shift >= 18 and bits == 8 else np.int32)
+    assert scaling.integer_dtype == (np.int16 if shift >= 18 and bits == 8 else np.int32)
     sums = np.arange(-97_000, 97_000.0, dtype=np.float32).reshape(50, -1, 1)
     sums = np.repeat(sums, len(mult), axis=2)
     codes = np.empty(sums.shape, task.out.dtype)

@@ -102,7 +102,7 @@ def test_any_number_of_them_gives_the_same_codes(bits, cores, fork):
     emulation = Emulation(program.config, cores=cores, fork=fork)
     emulation.load(program)
     convolutions = [step for step in emulation._steps if isinstance(step, engine.ConvStep)]
-    assert len({type(step.exact) for step in convolutions}) == 2
+    assert len({type(step.convolution) for step in convolutions}) == 2
     assert {step.pools_sums for step in convolutions} == {True, False}
     assert len(members() - before) == (cores - 1 if fork else 0)
     for seed in range(3):
@@ -117,10 +117,10 @@ def test_jobs_are_done_once_by_whoever_is_free():
     done = crew.shared_array(8 * sum(counts)).view(np.int64)
 
     class Count:
-        def run(self, each):
+        def run(self, parallel_for):
             start = 0
             for count in counts:
-                each(self.note, range(start, start + count))
+                parallel_for(self.note, range(start, start + count))
                 start += count
 
         def note(self, job):
@@ -128,10 +128,10 @@ def test_jobs_are_done_once_by_whoever_is_free():
             done[job] += os.getpid()
 
     step = Count()
-    team = crew.Team([step], 3)
+    team = crew.ProcessCrew([step], 3)
     team.begin(0, 1)
-    step.run(team.each)
-    others = set(team._members)
+    step.run(team.parallel_for)
+    others = set(team._children)
     team.close()
     assert set(done.tolist()) <= others | {os.getpid()}
     assert len(set(done[:100].tolist())) > 1
@@ -153,14 +153,16 @@ def test_a_killed_process_is_an_error_and_the_next_run_is_right(team, program, m
         os.kill(team.other, signal.SIGKILL)
         assert gone(team.other)
     else:
-        each = crew.Team.each
+        parallel_for = crew.ProcessCrew.parallel_for
 
         def deadly(self, work, jobs):
             os.kill(team.other, signal.SIGKILL)
-            each(self, work, jobs)
+            parallel_for(self, work, jobs)
 
-        monkeypatch.setattr(crew.Team, "each", deadly)
-    with pytest.raises(DeviceError, match=f"lost: process {team.other} has ended.*cores=1"):
+        monkeypatch.setattr(crew.ProcessCrew, "parallel_for", deadly)
+    with pytest.raises(
+        DeviceError, match=f"lost a child process: process {team.other} has ended.*cores=1"
+    ):
         team.run()
     monkeypatch.undo()
     run(team, program)
@@ -169,7 +171,7 @@ def test_a_killed_process_is_an_error_and_the_next_run_is_right(team, program, m
 def test_a_process_that_stands_still_is_an_error(team, program, monkeypatch):
     monkeypatch.setattr(crew, "STALL_SECONDS", 0.5)
     os.kill(team.other, signal.SIGSTOP)
-    with pytest.raises(DeviceError, match=r"lost: no end after 0\.5 s"):
+    with pytest.raises(DeviceError, match=r"lost a child process: no answer in 0\.5 s"):
         team.run()
     run(team, program)
 
@@ -241,7 +243,7 @@ def test_nobody_outlives_a_killed_parent(program, tmp_path):
         "program = load(sys.argv[1])\n"
         "emulations = [Emulation(program.config, cores=2, fork=True) for _ in range(2)]\n"
         "for emulation in emulations: emulation.load(program)\n"
-        "print(*[e._crew._members[0] for e in emulations], flush=True)\n"
+        "print(*[e._crew._children[0] for e in emulations], flush=True)\n"
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)

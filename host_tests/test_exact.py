@@ -105,18 +105,18 @@ def test_the_measured_proof_refuses_and_float64_takes_over(monkeypatch):
     values = 255 - rng.integers(0, 3, (6, 6, 6, 512))
     values = values[: form.in_size[0], : form.in_size[1], : form.in_size[2]]
     kinds = []
-    compute = winograd._WinogradPlan.compute
+    compute = winograd._CallSequence.compute
 
     def watched(self, slab):
         kinds.append(self.dtype)
         return compute(self, slab)
 
-    monkeypatch.setattr(winograd._WinogradPlan, "compute", watched)
+    monkeypatch.setattr(winograd._CallSequence, "compute", watched)
     np.testing.assert_array_equal(run(form, values), by_hand(values, weight, shape))
     assert np.dtype(np.float64) in kinds
     kinds.clear()
-    monkeypatch.setattr(winograd._WinogradPlan, "_later_sums", lambda self: 0.0)
-    monkeypatch.setattr(winograd._WinogradPlan, "_parts", lambda self, values, position: 1)
+    monkeypatch.setattr(winograd._CallSequence, "_output_transform_bound", lambda self: 0.0)
+    monkeypatch.setattr(winograd._CallSequence, "_count_parts", lambda self, values, position: 1)
     assert (run(form, values) != by_hand(values, weight, shape)).any()
 
 
@@ -156,8 +156,8 @@ def test_windows_of_a_pool_lie_within_tiles_and_rows(axes, pool, size):
     weight = extreme_weight("normal", 6, 16, (3, 3, 3), rng)
     values = extreme_values("random", shape, weight, rng)
     form = WinogradConvolution(weight, shape, (0, 255), F32, 1, axes)
-    assert form.pools(pool)
-    assert not form.pools((1, 3, 1))
+    assert form.can_pool(pool)
+    assert not form.can_pool((1, 3, 1))
     found = run(form, values, pool)
     d, h, w, _ = found.shape
     windows = by_hand(values, weight, shape)[: d * pool[0], : h * pool[1], : w * pool[2]]
@@ -192,7 +192,7 @@ def test_taps_that_see_padding_only_are_left_out(monkeypatch, depth, kernel, lar
     wanted = by_hand(values, weight, shape)
     for block in (1 << 10, 1 << 22):
         monkeypatch.setattr(exact, "BLOCK_BYTES", block)
-        monkeypatch.setattr(exact, "FEWEST_ROWS", 1)
+        monkeypatch.setattr(exact, "MIN_BLOCK_ROWS", 1)
         form = GemmConvolution(weight, shape, (0, 255), F32, 1)
         np.testing.assert_array_equal(run(form, values), wanted)
     if depth < 3:
@@ -216,8 +216,8 @@ def test_the_planar_form(stride, kernel):
 )
 def test_products_in_parts_of_their_rows(monkeypatch, small, rows, channels, filters):
     """Rows or channels side by side in memory, results in every third row: nothing is copied."""
-    monkeypatch.setattr(exact, "has_small_kernels", lambda: small)
-    monkeypatch.setattr(exact, "SMALL_PRODUCT", 100 * channels * filters)
+    monkeypatch.setattr(exact, "has_small_matrix_kernels", lambda: small)
+    monkeypatch.setattr(exact, "SMALL_MATRIX_MACS", 100 * channels * filters)
     rng = np.random.default_rng(6)
     values = rng.integers(-99, 99, (3, rows, channels)).astype(np.float32)
     matrix = rng.integers(-99, 99, (channels, filters)).astype(np.float32)
@@ -261,13 +261,13 @@ def test_the_forms_are_chosen_where_they_pay():
 def test_a_plan_is_laid_out_once_and_again_when_its_scratch_has_moved(monkeypatch):
     """A later block uses the calls of an earlier one; scratch that grew in between is not used."""
     made = []
-    lay = winograd._WinogradPlan.__init__
+    lay = winograd._CallSequence.__init__
 
     def watched(self, *arguments):
         made.append(self)
         lay(self, *arguments)
 
-    monkeypatch.setattr(winograd._WinogradPlan, "__init__", watched)
+    monkeypatch.setattr(winograd._CallSequence, "__init__", watched)
     rng = np.random.default_rng(2)
     kernel = (1, 3, 3)
     shape = ConvShape(16, (6, 32, 32), kernel, filters=8)  # a block for each of the depths

@@ -8,7 +8,7 @@ import pytest
 
 from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.backends.emulation import backend as emulation
-from pynq_kgrc.backends.emulation.exact import WIDE, GemmConvolution
+from pynq_kgrc.backends.emulation.exact import FLOAT64, GemmConvolution
 from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.patterns import recipe
 from pynq_kgrc.graph import run_float
@@ -72,7 +72,7 @@ def test_compile_save_load_run(network, pattern, bits, example_clips, tmp_path, 
 
     # once more by float64 products alone, each far below 2^53: no Winograd, no float32
     def plain(weight, shape, interval, dtype, threads):
-        return GemmConvolution(weight, shape, interval, WIDE, threads)
+        return GemmConvolution(weight, shape, interval, FLOAT64, threads)
 
     monkeypatch.setattr(emulation, "choose_convolution", plain)
     with Session(program) as session:
