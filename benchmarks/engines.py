@@ -91,7 +91,7 @@ def children() -> list[str]:
 
 
 def run_emulation(job: dict[str, Any]) -> Run:
-    """The emulation or the C-simulation, from frames to labels."""
+    """The emulation or the C-simulation, from frames to logits and probabilities."""
     from pynq_kgrc.backends.csim import CSimulation
     from pynq_kgrc.backends.emulation.backend import Emulation
     from pynq_kgrc.program import load
@@ -104,9 +104,9 @@ def run_emulation(job: dict[str, Any]) -> Run:
     frames = noise(program.clip)
 
     def run() -> Result:
-        prediction = session.classify(frames)
-        tasks = [(task.task, task.seconds) for task in prediction.layers]
-        return {"tasks": tasks, "logits": session.logits().tolist()}
+        scores = session.run(frames)
+        tasks = [(task.task, task.seconds) for task in scores.layers]
+        return {"tasks": tasks, "logits": scores.logits.tolist()}
 
     return run
 
