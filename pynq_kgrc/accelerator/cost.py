@@ -58,7 +58,7 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
     """Everything a task costs, each number exactly as the C-simulation counts it."""
     shape, items = work.shape, work.items
     regions = sum(item.new_region for item in items)
-    vectors = sum(item.blocks for item in items)
+    vectors = sum(item.vectors for item in items)
     chunks, chunk_beats = work.chunks, work.chunk_beats(config)
     # a word of a pool takes a trip, an item of which nothing is enabled too
     trips_of_words = chunks * chunk_beats + sum(not item.mask for item in items)
@@ -108,10 +108,10 @@ def _steps(items: Sequence[Item]) -> list[_Step]:
     for item in items:
         busy, idle = (1, 0) if item.mask else (0, 1)
         if item.new_region or not item.mask:
-            steps.append(_Step(item.new_region, busy, idle, item.blocks))
+            steps.append(_Step(item.new_region, busy, idle, item.vectors))
         else:
             last = steps[-1]
-            steps[-1] = _Step(last.loads, last.busy + busy, last.idle + idle, item.blocks)
+            steps[-1] = _Step(last.loads, last.busy + busy, last.idle + idle, item.vectors)
     return steps
 
 
