@@ -363,7 +363,7 @@ flattened:
   while (has_work(state)) {
     // II = 1 is asked for; see the known faults above. A sum is read kMinFeatureRows trips after
     // it was written at the earliest: DEPENDENCE says so. A region may be read one trip after its
-    // last write; no pragma speaks of that hazard, the tool has to find it.
+    // last write; there is no DEPENDENCE pragma for it, the tool has to find that hazard.
 #pragma HLS PIPELINE II = 1
 #pragma HLS DEPENDENCE variable = sum_ram inter RAW distance = kMinFeatureRows true
     KGRC_TRIP();

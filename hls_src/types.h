@@ -1,7 +1,7 @@
-// Two sets of number types behind one header: the arbitrary-precision ones of Vitis HLS, and with
-// KGRC_PLAIN the plain ones of <cstdint>, for a simulation that is some 60 times faster. Both must
-// give the same bits (host_tests/test_csim.py). The constructor of ap_int leaves the value open, so
-// that `T x = T()` is no zero: whatever has to be zero is set to it.
+// Two sets of number types: the arbitrary-precision integers of Vitis HLS, and with KGRC_PLAIN
+// those of <cstdint>, for a simulation that is some 60 times faster. Both must give the same codes
+// (host_tests/test_csim.py). The constructor of ap_int does not initialize the value: after
+// `T x = T()` x need not be zero, so that zeros are always assigned.
 #pragma once
 
 #include <cstdint>
