@@ -41,6 +41,7 @@ from pynq_kgrc.accelerator.header import (
     STATUS,
     register_of,
 )
+from pynq_kgrc.accelerator.plan import ITEM_BITS
 from pynq_kgrc.accelerator.tiling import beats_of_row
 from pynq_kgrc.backends.board.simulated_overlay import CONTROLLER_AT, KERNEL_AT, write_overlay
 from pynq_kgrc.backends.csim import build_library
@@ -382,9 +383,9 @@ def _accesses(
     if start < 0 or count < 1 or start + count > items.size:
         raise BusError("a plan outside the tables")
     items = items[start : start + count]
-    sources = int(items.astype(np.int64).__and__(0xFFFF).max()) + 1
-    targets = int((items >> np.uint64(48)).sum())
-    groups = sum(int(word >> 24 & 0xFFFF).bit_count() for word in items.tolist())
+    sources = int(ITEM_BITS["channel_tile"].get(items).max()) + 1
+    targets = int(ITEM_BITS["vectors"].get(items).sum())
+    groups = sum(mask.bit_count() for mask in ITEM_BITS["mask"].get(items).tolist())
     steps = field["tap_tiles"] * field["col_steps"] * field["row_steps"]
     chunks = groups * steps if KINDS[field["kind"]] == "convolution" else 0
     if field["chunks"] != chunks:
