@@ -690,15 +690,15 @@ def test_every_message_of_the_wire_is_checked():
     from pynq_kgrc.service import wire
 
     file = io.BytesIO()
-    wire.send(file, wire.Order("run", "k"), b"abc")
+    wire.send(file, wire.Command("run", "k"), b"abc")
     whole = file.getvalue()
-    order, payload = wire.receive(io.BytesIO(whole), wire.Order)
+    order, payload = wire.receive(io.BytesIO(whole), wire.Command)
     assert (order.verb, order.key, payload) == ("run", "k", b"abc")
-    assert wire.receive(io.BytesIO(whole[:-1]), wire.Order) is None
-    assert wire.receive(io.BytesIO(b""), wire.Order) is None
+    assert wire.receive(io.BytesIO(whole[:-1]), wire.Command) is None
+    assert wire.receive(io.BytesIO(b""), wire.Command) is None
     huge = wire.LENGTHS.pack(10, 1 << 40)
     with pytest.raises(DeviceError, match="at most"):
-        wire.receive(io.BytesIO(huge), wire.Order)
+        wire.receive(io.BytesIO(huge), wire.Command)
     wrong = wire.LENGTHS.pack(2, 0) + msgspec.json.encode([])
     with pytest.raises(DeviceError, match="not a message"):
-        wire.receive(io.BytesIO(wrong), wire.Order)
+        wire.receive(io.BytesIO(wrong), wire.Command)

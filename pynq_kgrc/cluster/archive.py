@@ -27,8 +27,8 @@ VERSION = 1
 """Of the rows; results of another version are not mixed with these."""
 
 
-class Question(msgspec.Struct, frozen=True):
-    """What is asked of every file; results belong to one question."""
+class ArchiveSettings(msgspec.Struct, frozen=True):
+    """What is asked of every file; results belong to one settings."""
 
     program: str
     """SHA-256 of the program's file."""
@@ -39,8 +39,8 @@ class Question(msgspec.Struct, frozen=True):
     sampling: str = "centre"
     version: int = VERSION
 
-    def differences(self, other: Question) -> str:
-        """In which fields another question differs, in words."""
+    def differences(self, other: ArchiveSettings) -> str:
+        """In which fields another settings differs, in words."""
         ours, theirs = msgspec.to_builtins(self), msgspec.to_builtins(other)
         return ", ".join(
             f"{k} {theirs[k]} there, {v} here" for k, v in ours.items() if v != theirs[k]
@@ -67,7 +67,7 @@ class Window(msgspec.Struct, frozen=True):
     scores: list[float]
 
 
-class Row(msgspec.Struct, frozen=True):
+class FileResult(msgspec.Struct, frozen=True):
     """What a file shows, or why that is not known."""
 
     path: str
@@ -129,7 +129,7 @@ def digest_of(program: Path) -> str:
         raise ConfigError(f"{program}: cannot be read: {error.strerror}") from error
 
 
-def look(session: Session, file: File, question: Question) -> Row:
+def classify_file(session: Session, file: File, settings: ArchiveSettings) -> FileResult:
     """What a file shows; a file that is no video gives a row that says why.
 
     Raises:
@@ -138,7 +138,7 @@ def look(session: Session, file: File, question: Question) -> Row:
     path = Path(os.fsdecode(file.place))
     windows: list[tuple[Clip, Array]] = []
     try:
-        for clip in _clips(path, session.program.clip, question):
+        for clip in _clips(path, session.program.clip, settings):
             session.write(clip.frames)
             session.backend.run()
             # the frames are not kept: a long video has many windows
@@ -149,31 +149,31 @@ def look(session: Session, file: File, question: Question) -> Row:
     names = session.program.labels
 
     def best(scores: Array) -> tuple[list[str], list[float]]:
-        labels = best_labels(scores, names, question.top)
+        labels = best_labels(scores, names, settings.top)
         return [label.name for label in labels], [label.score for label in labels]
 
     labels, scores = best(np.mean([s for _, s in windows], axis=0))
     found = [Window(clip.start_ms, clip.end_ms, *best(s)) for clip, s in windows]
     notes = list(dict.fromkeys(note for clip, _ in windows for note in clip.notes))
-    return Row(file.path, file.size, file.modified_ns, labels, scores, found, notes)
+    return FileResult(file.path, file.size, file.modified_ns, labels, scores, found, notes)
 
 
-def _clips(path: Path, spec: ClipSpec, question: Question) -> Iterator[Clip]:
+def _clips(path: Path, spec: ClipSpec, settings: ArchiveSettings) -> Iterator[Clip]:
     """The clips to look at; whatever a decoder thinks of is the file's fault, not the archive's."""
     try:
-        if question.stride:
-            yield from load_windows(path, spec, stride=question.stride)
+        if settings.stride:
+            yield from load_windows(path, spec, stride=settings.stride)
         else:
-            yield load_clip(path, spec, sampling=question.sampling)
+            yield load_clip(path, spec, sampling=settings.sampling)
     except KgrcError:
         raise
     except Exception as error:
         raise VideoError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def failed(file: File, why: str) -> Row:
+def failed(file: File, why: str) -> FileResult:
     """The row of a file of which nothing is known but why."""
-    return Row(file.path, file.size, file.modified_ns, error=why)
+    return FileResult(file.path, file.size, file.modified_ns, error=why)
 
 
 class Journal:
@@ -181,13 +181,13 @@ class Journal:
 
     Args:
         path: a sqlite file; it is made if it is not there.
-        question: what the rows answer.
+        settings: what the rows answer.
 
     Raises:
-        ConfigError: the file answers another question, is no journal, or is in use.
+        ConfigError: the file answers another settings, is no journal, or is in use.
     """
 
-    def __init__(self, path: Path, question: Question) -> None:
+    def __init__(self, path: Path, settings: ArchiveSettings) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,23 +196,23 @@ class Journal:
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{path}: cannot be written: {error}") from error
         try:
-            self._open(question)
+            self._open(settings)
         except BaseException:
             self._store.close()
             raise
 
-    def _open(self, question: Question) -> None:
+    def _open(self, settings: ArchiveSettings) -> None:
         try:
             self._store.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._store.execute("BEGIN EXCLUSIVE")
-            self._store.execute("CREATE TABLE IF NOT EXISTS question (document BLOB)")
+            self._store.execute("CREATE TABLE IF NOT EXISTS settings (document BLOB)")
             self._store.execute("CREATE TABLE IF NOT EXISTS rows (path TEXT PRIMARY KEY, row BLOB)")
-            asked = self._store.execute("SELECT document FROM question").fetchone()
+            asked = self._store.execute("SELECT document FROM settings").fetchone()
             if asked is None:
-                text = msgspec.json.encode(question)
-                self._store.execute("INSERT INTO question VALUES (?)", (text,))
+                text = msgspec.json.encode(settings)
+                self._store.execute("INSERT INTO settings VALUES (?)", (text,))
             else:
-                check_question(self.path, asked[0], question)
+                check_settings(self.path, asked[0], settings)
             self._store.execute("COMMIT")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
@@ -221,7 +221,7 @@ class Journal:
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{self.path}: is no journal of results: {error}") from error
 
-    def add(self, row: Row) -> None:
+    def add(self, row: FileResult) -> None:
         """Keep a row, in place of an older one of the same path.
 
         Raises:
@@ -233,13 +233,13 @@ class Journal:
         except sqlite3.Error as error:
             raise DataError(f"{self.path}: a result cannot be written: {error}") from error
 
-    def rows(self, files: Iterable[File]) -> Iterator[Row]:
+    def rows(self, files: Iterable[File]) -> Iterator[FileResult]:
         """The rows of those files that have one, as they are now, in the order of the files."""
         for file in files:
             query = "SELECT row FROM rows WHERE path = ?"
             kept = self._store.execute(query, (file.path,)).fetchone()
             if kept is not None:
-                row = msgspec.json.decode(kept[0], type=Row)
+                row = msgspec.json.decode(kept[0], type=FileResult)
                 if (row.size, row.modified_ns) == (file.size, file.modified_ns):
                     yield row
 
@@ -265,18 +265,18 @@ class Journal:
         self.close()
 
 
-def check_question(path: Path, asked: bytes, question: Question) -> None:
-    """Refuse results of another question.
+def check_settings(path: Path, asked: bytes, settings: ArchiveSettings) -> None:
+    """Refuse results of another settings.
 
     Raises:
         ConfigError: says in what the questions differ.
     """
     try:
-        other = msgspec.json.decode(asked, type=Question)
+        other = msgspec.json.decode(asked, type=ArchiveSettings)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"{path}: holds results of another release ({error})") from error
-    if other != question:
+    if other != settings:
         raise ConfigError(
-            f"{path}: holds results of another question ({question.differences(other)}); "
+            f"{path}: holds results of another settings ({settings.differences(other)}); "
             f"give another --out, or --anew to start over"
         )

@@ -29,13 +29,13 @@ from pynq_kgrc.backends.emulation.crew import available_cores
 from pynq_kgrc.cluster.archive import (
     File,
     Journal,
-    Question,
-    Row,
-    check_question,
+    ArchiveSettings,
+    FileResult,
+    check_settings,
     digest_of,
     failed,
     find_files,
-    look,
+    classify_file,
 )
 from pynq_kgrc.cluster.local import ray_started
 from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
@@ -50,7 +50,7 @@ START_SECONDS = 300.0
 RAY_SECONDS = 60.0
 """An answer between two processes of Ray may take so long."""
 ROWS_AT_ONCE = 1000
-KEY = b"pynq_kgrc.question"
+KEY = b"pynq_kgrc.settings"
 """Of the table's metadata: what its rows answer."""
 
 _STRINGS = pyarrow.list_(pyarrow.string())
@@ -75,9 +75,9 @@ SCHEMA = pyarrow.schema(
         "modified_ns": pyarrow.int64(),
     }
 )
-"""Of the table; its fields are those of `archive.Row`."""
+"""Of the table; its fields are those of `archive.FileResult`."""
 
-Watch = Callable[[Iterable[Row], int], Iterable[Row]]
+Watch = Callable[[Iterable[FileResult], int], Iterable[FileResult]]
 """Passes rows on, of which there will be so many: a progress bar."""
 
 
@@ -102,7 +102,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchSummary:
     """What became of an archive."""
 
     rows: int
@@ -112,7 +112,7 @@ class Outcome:
     """Rows that an earlier run had found."""
 
 
-def classify_archive(batch: Batch, watch: Watch = lambda rows, _: rows) -> Outcome:
+def classify_archive(batch: Batch, watch: Watch = lambda rows, _: rows) -> BatchSummary:
     """Look at every file that has no row yet, and write the table.
 
     Raises:
@@ -121,26 +121,26 @@ def classify_archive(batch: Batch, watch: Watch = lambda rows, _: rows) -> Outco
         DeviceError: a worker cannot run the program; what was found is kept.
     """
     _check(batch)
-    question = Question(
+    settings = ArchiveSettings(
         digest_of(batch.program), batch.backend, batch.top, batch.stride, batch.sampling
     )
     partial = batch.out.with_name(batch.out.name + ".partial")
     files = find_files(batch.folder, (batch.out, partial))
-    done = [] if batch.anew else read_table(batch.out, question)
+    done = [] if batch.anew else read_table(batch.out, settings)
     if batch.anew:
         partial.unlink(missing_ok=True)
-    with Journal(partial, question) as journal:
+    with Journal(partial, settings) as journal:
         for row in done:
             journal.add(row)
         kept = {row.path for row in journal.rows(files)}
         todo = [file for file in files if file.path not in kept]
         if todo:
-            with contextlib.closing(find_rows(todo, batch, question)) as found:
+            with contextlib.closing(find_rows(todo, batch, settings)) as found:
                 for row in watch(found, len(todo)):
                     journal.add(row)
-        errors = write_table(batch.out, question, journal.rows(files), len(files))
+        errors = write_table(batch.out, settings, journal.rows(files), len(files))
         journal.delete()
-    return Outcome(len(files), errors, len(kept))
+    return BatchSummary(len(files), errors, len(kept))
 
 
 def _check(batch: Batch) -> None:
@@ -152,7 +152,7 @@ def _check(batch: Batch) -> None:
         raise ConfigError(f"--workers {batch.workers}: a board takes one")
 
 
-def find_rows(files: list[File], batch: Batch, question: Question) -> Generator[Row, None, None]:
+def find_rows(files: list[File], batch: Batch, settings: ArchiveSettings) -> Generator[FileResult, None, None]:
     """A row for every file, in the order in which they are found.
 
     Raises:
@@ -160,10 +160,10 @@ def find_rows(files: list[File], batch: Batch, question: Question) -> Generator[
     """
     missing = {file.path for file in files}
     with ray_started(batch.workers, batch.address):
-        for document, trouble in _stream(_dataset(files, batch, question), batch.file_seconds):
+        for document, trouble in _stream(_dataset(files, batch, settings), batch.file_seconds):
             if trouble:
                 raise DeviceError(trouble)
-            row = msgspec.json.decode(document, type=Row)
+            row = msgspec.json.decode(document, type=FileResult)
             if row.path in missing:
                 missing.remove(row.path)
                 yield row
@@ -171,19 +171,19 @@ def find_rows(files: list[File], batch: Batch, question: Question) -> Generator[
         raise DeviceError(f"Ray gave no row for {len(missing)} files, such as {min(missing)}")
 
 
-def _dataset(files: list[File], batch: Batch, question: Question) -> Any:
+def _dataset(files: list[File], batch: Batch, settings: ArchiveSettings) -> Any:
     """The files as a lazy data set of rows; a block a file, so that each is handed out alone."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = ray.data.from_items(
         [{"file": msgspec.json.encode(file)} for file in files], override_num_blocks=len(files)
     )
-    tries = ray.remote(Tries).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    tries = ray.remote(AttemptCounter).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     cores = available_cores()
     return items.map_batches(
-        Looker,
+        FileClassifier,
         fn_constructor_args=(
             str(batch.program.absolute()),
-            question,
+            settings,
             tries,
             max(1, cores // batch.workers),
             batch.file_seconds,
@@ -194,7 +194,7 @@ def _dataset(files: list[File], batch: Batch, question: Question) -> Any:
     )
 
 
-class Tries:
+class AttemptCounter:
     """How often workers began with each file, in a process of its own.
 
     Ray hands the file of a worker that dies to another one, for ever.
@@ -214,13 +214,13 @@ class Tries:
         self.counts.pop(path, None)
 
 
-class Looker:
+class FileClassifier:
     """A worker's part: it has the program, and is handed a file at a time."""
 
     def __init__(
-        self, program: str, question: Question, tries: Any, threads: int, seconds: float
+        self, program: str, settings: ArchiveSettings, tries: Any, threads: int, seconds: float
     ) -> None:
-        self.program, self.question, self.tries = Path(program), question, tries
+        self.program, self.settings, self.tries = Path(program), settings, tries
         self.threads, self.seconds = threads, seconds
         self.session: Session | None = None
 
@@ -236,7 +236,7 @@ class Looker:
             trouble = f"a worker failed: {traceback.format_exc()}"
         return {"row": [row], "trouble": [trouble]}
 
-    def _look(self, file: File) -> Row:
+    def _look(self, file: File) -> FileResult:
         before = ray.get(self.tries.begin.remote(file.path), timeout=RAY_SECONDS)
         if before == ATTEMPTS:
             why = f"{before} workers ended while they looked at it, each by a crash or after "
@@ -244,7 +244,7 @@ class Looker:
         # a thread that Python does not run: it also ends a decoder that never comes back
         faulthandler.dump_traceback_later(self.seconds, exit=True)
         try:
-            row = look(self._opened(), file, self.question)
+            row = classify_file(self._opened(), file, self.settings)
         finally:
             faulthandler.cancel_dump_traceback_later()
         self.tries.end.remote(file.path)
@@ -252,14 +252,14 @@ class Looker:
 
     def _opened(self) -> Session:
         if self.session is None:
-            if digest_of(self.program) != self.question.program:
+            if digest_of(self.program) != self.settings.program:
                 raise ConfigError(f"{self.program}: is another program now; start again")
             program = load(self.program)
-            if self.question.backend == "emulate":
+            if self.settings.backend == "emulate":
                 emulation = Emulation(program.config, self.threads)
                 self.session = Session(program, emulation)
             else:
-                self.session = Session(program, self.question.backend)
+                self.session = Session(program, self.settings.backend)
         return self.session
 
 
@@ -294,14 +294,14 @@ def _stream(dataset: Any, seconds: float) -> Iterator[tuple[bytes, str]]:
         yield item
 
 
-def write_table(out: Path, question: Question, rows: Iterable[Row], count: int) -> int:
+def write_table(out: Path, settings: ArchiveSettings, rows: Iterable[FileResult], count: int) -> int:
     """Write the table beside its place and rename it; how many rows have an error.
 
     Raises:
         DeviceError: there are not as many rows as there have to be.
     """
     written = errors = 0
-    schema = SCHEMA.with_metadata({KEY: msgspec.json.encode(question)})
+    schema = SCHEMA.with_metadata({KEY: msgspec.json.encode(settings)})
     with written_beside(out) as beside:
         with pyarrow.parquet.ParquetWriter(beside, schema) as writer:
             for group in _groups(rows):
@@ -314,8 +314,8 @@ def write_table(out: Path, question: Question, rows: Iterable[Row], count: int) 
     return errors
 
 
-def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    group: list[Row] = []
+def _groups(rows: Iterable[FileResult]) -> Iterator[list[FileResult]]:
+    group: list[FileResult] = []
     for row in rows:
         group.append(row)
         if len(group) == ROWS_AT_ONCE:
@@ -325,11 +325,11 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-def read_table(out: Path, question: Question) -> list[Row]:
+def read_table(out: Path, settings: ArchiveSettings) -> list[FileResult]:
     """The rows of a table; none if there is no table.
 
     Raises:
-        ConfigError: the file is no such table, or answers another question.
+        ConfigError: the file is no such table, or answers another settings.
     """
     if not out.exists():
         return []
@@ -338,8 +338,8 @@ def read_table(out: Path, question: Question) -> list[Row]:
         asked = (table.schema.metadata or {}).get(KEY)
         if asked is None:
             raise ConfigError(f"{out}: is no table of this command; give another --out, or --anew")
-        check_question(out, asked, question)
-        return [msgspec.convert(row, Row) for row in table.to_pylist()]
+        check_settings(out, asked, settings)
+        return [msgspec.convert(row, FileResult) for row in table.to_pylist()]
     except (OSError, pyarrow.ArrowException, msgspec.ValidationError) as error:
         raise ConfigError(
             f"{out}: is no table of results ({error}); give another --out, or --anew"

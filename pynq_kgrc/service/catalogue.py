@@ -25,7 +25,7 @@ MAX_PROGRAM = 4_000_000_000
 
 
 @dataclass(frozen=True)
-class Entry:
+class ServedProgram:
     """A program that is loaded."""
 
     name: str
@@ -57,12 +57,12 @@ class Catalogue:
         self.pool, self.folder = pool, folder
         self.copies = state / "programs"
         self.given = {path.stem: path for path in programs}
-        self.entries: dict[str, Entry] = {}
+        self.served: dict[str, ServedProgram] = {}
         self.reasons: dict[str, str] = {}
         """Why a program that was asked for is not loaded."""
         self._lock = asyncio.Lock()
         self._users: Counter[str] = Counter()
-        self._retired: dict[str, Entry] = {}
+        self._retired: dict[str, ServedProgram] = {}
         self._drops: set[asyncio.Task[None]] = set()
 
     def sources(self) -> dict[str, Path]:
@@ -70,40 +70,40 @@ class Catalogue:
         found = {path.stem: path for path in sorted((self.folder or Path()).glob("*.kgrc"))}
         return {**(found if self.folder is not None else {}), **self.given}
 
-    def find(self, name: str | None, version: str | None = None) -> Entry:
+    def find(self, name: str | None, version: str | None = None) -> ServedProgram:
         """The program of that name; if none is named, the first.
 
         Raises:
             Refusal: 404, there is none; it names those there are.
         """
-        if name is None and self.entries:
-            name = next(iter(self.entries))
-        entry = self.entries.get(name or "")
-        if entry is None or version not in (None, entry.version):
+        if name is None and self.served:
+            name = next(iter(self.served))
+        program = self.served.get(name or "")
+        if program is None or version not in (None, program.version):
             asked = (name or "") + (f" version {version}" if version else "")
-            there = ", ".join(self.entries) or "none is loaded"
+            there = ", ".join(self.served) or "none is loaded"
             raise Refusal(404, f"no program {asked[:100]!r}; loaded are: {there}")
-        return entry
+        return program
 
     @contextlib.contextmanager
-    def lend(self, name: str | None, version: str | None = None) -> Iterator[Entry]:
+    def lease(self, name: str | None, version: str | None = None) -> Iterator[ServedProgram]:
         """The program of that name, which stays loaded until it is given back.
 
         Raises:
             Refusal: 404, there is none.
         """
-        entry = self.find(name, version)
-        self._users[entry.key] += 1
+        program = self.find(name, version)
+        self._users[program.key] += 1
         try:
-            yield entry
+            yield program
         finally:
-            self._users[entry.key] -= 1
-            if not self._users[entry.key]:
-                del self._users[entry.key]
-                if entry.key in self._retired:
-                    self._forget(entry)
+            self._users[program.key] -= 1
+            if not self._users[program.key]:
+                del self._users[program.key]
+                if program.key in self._retired:
+                    self._forget(program)
 
-    async def load(self, name: str) -> Entry:
+    async def load(self, name: str) -> ServedProgram:
         """Load a program, or its file anew; until that is done the old one serves.
 
         Raises:
@@ -114,7 +114,7 @@ class Catalogue:
             there = ", ".join(self.sources()) or "none"
             raise Refusal(404, f"no program file {name[:100]!r}; there are: {there}")
         async with self._lock:
-            old = self.entries.get(name)
+            old = self.served.get(name)
             path = None
             try:
                 digest, path = await asyncio.to_thread(self._copy, source)
@@ -126,11 +126,11 @@ class Catalogue:
                 self.reasons[name] = str(error)
                 self._delete(path)
                 raise
-            self.entries[name] = Entry(name, digest[:12], key, path, description)
+            self.served[name] = ServedProgram(name, digest[:12], key, path, description)
             self.reasons.pop(name, None)
             if old is not None:
                 self._retire(old)
-            return self.entries[name]
+            return self.served[name]
 
     async def unload(self, name: str) -> None:
         """Stop serving a program.
@@ -139,35 +139,35 @@ class Catalogue:
             Refusal: 404, it is not loaded.
         """
         async with self._lock:
-            entry = self.find(name)
-            del self.entries[name]
+            program = self.find(name)
+            del self.served[name]
             self.reasons[name] = "unloaded"
-            self._retire(entry)
+            self._retire(program)
 
-    def _retire(self, entry: Entry) -> None:
+    def _retire(self, program: ServedProgram) -> None:
         """Drop a program as soon as nobody uses it."""
-        if self._users[entry.key]:
-            self._retired[entry.key] = entry
+        if self._users[program.key]:
+            self._retired[program.key] = program
         else:
-            self._forget(entry)
+            self._forget(program)
 
-    def _forget(self, entry: Entry) -> None:
-        self._retired.pop(entry.key, None)
-        task = asyncio.get_running_loop().create_task(self._drop(entry))
+    def _forget(self, program: ServedProgram) -> None:
+        self._retired.pop(program.key, None)
+        task = asyncio.get_running_loop().create_task(self._drop(program))
         self._drops.add(task)
         task.add_done_callback(self._drops.discard)
 
-    async def _drop(self, entry: Entry) -> None:
+    async def _drop(self, program: ServedProgram) -> None:
         async with self._lock:
-            if entry.key in {other.key for other in self.entries.values()}:
+            if program.key in {other.key for other in self.served.values()}:
                 return  # loaded again meanwhile
             with contextlib.suppress(KgrcError):
-                await self.pool.drop(entry.key)
-            self._delete(entry.path)
+                await self.pool.drop(program.key)
+            self._delete(program.path)
 
     def _delete(self, path: Path | None) -> None:
         """Delete a copy that no program needs, the retired ones included."""
-        needed = {entry.path for entry in [*self.entries.values(), *self._retired.values()]}
+        needed = {program.path for program in [*self.served.values(), *self._retired.values()]}
         if path is not None and path not in needed:
             path.unlink(missing_ok=True)
 

@@ -47,9 +47,9 @@ class Admission:
         self.limit, self.what = limit, what
         self.inside = 0
         self.refused = 0
-        self._stay = 1.0
+        self._mean_seconds = 1.0
         """Seconds that a request is inside, the recent ones more."""
-        self._promised = 0.0
+        self._last_promise = 0.0
         """The moment that was promised last."""
 
     def check(self) -> None:
@@ -62,9 +62,9 @@ class Admission:
             self.refused += 1
             now = time.monotonic()
             # where all places are taken, one gets free every so often
-            moment = max(self._promised, now) + self._stay / self.limit
-            self._promised = min(moment, now + MAX_RETRY_SECONDS)
-            seconds = max(1, math.ceil(self._promised - now))
+            moment = max(self._last_promise, now) + self._mean_seconds / self.limit
+            self._last_promise = min(moment, now + MAX_RETRY_SECONDS)
+            seconds = max(1, math.ceil(self._last_promise - now))
             raise Refusal(429, f"{self.inside} {self.what} are the most at a time", seconds)
 
     @contextlib.contextmanager
@@ -81,7 +81,7 @@ class Admission:
             yield
         finally:
             self.inside -= 1
-            self._stay += 0.1 * (time.monotonic() - began - self._stay)
+            self._mean_seconds += 0.1 * (time.monotonic() - began - self._mean_seconds)
 
 
 class Job:
@@ -140,7 +140,7 @@ class Jobs:
     ) -> None:
         self.queue, self.seconds, self.keep_seconds = queue, seconds, keep_seconds
         self.active: dict[str, Job] = {}
-        self._turns = asyncio.Semaphore(at_once)
+        self._running = asyncio.Semaphore(at_once)
         self._store = sqlite3.connect(path, isolation_level=None)
         self._store.execute("PRAGMA journal_mode=WAL")
         self._store.execute("PRAGMA synchronous=NORMAL")
@@ -186,7 +186,7 @@ class Jobs:
     async def _work(self, job: Job, work: Work) -> None:
         state = "failed"
         try:
-            async with self._turns:
+            async with self._running:
                 job.change("running")
                 report: Report = lambda progress: job.change(progress=progress)  # noqa: E731
                 job.result = await within(work(report), self.seconds)

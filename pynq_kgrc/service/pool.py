@@ -22,7 +22,7 @@ from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError
 from pynq_kgrc.service import wire
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.waiting import within
-from pynq_kgrc.service.wire import Answer, Order
+from pynq_kgrc.service.wire import Answer, Command
 
 log = logging.getLogger("pynq_kgrc.service")
 
@@ -41,7 +41,7 @@ class Hung(DeviceError):
 
 
 @dataclass(frozen=True)
-class Run:
+class ClipRun:
     """What a worker found in a clip."""
 
     values: bytes
@@ -72,10 +72,10 @@ class Worker:
             limit=1 << 20,
         )
         if process.stdin is not None:
-            wire.widen(process.stdin.get_extra_info("pipe").fileno())
+            wire.enlarge_pipe(process.stdin.get_extra_info("pipe").fileno())
         return cls(process)
 
-    async def call(self, order: Order, payload: bytes, seconds: float) -> tuple[Answer, bytes]:
+    async def call(self, order: Command, payload: bytes, seconds: float) -> tuple[Answer, bytes]:
         """Send an order and wait for the answer.
 
         Raises:
@@ -87,7 +87,7 @@ class Worker:
         except asyncio.TimeoutError:
             raise Hung(f"no answer to {order.verb} within {seconds:g} s") from None
 
-    async def _exchange(self, order: Order, payload: bytes) -> tuple[Answer, bytes]:
+    async def _exchange(self, order: Command, payload: bytes) -> tuple[Answer, bytes]:
         stdin, stdout = self.process.stdin, self.process.stdout
         if stdin is None or stdout is None:
             raise Died("the worker has no pipes")
@@ -126,9 +126,9 @@ class Pool:
         self.backend, self.size, self.clip_seconds = backend, size, clip_seconds
         self.programs: dict[str, Path] = {}
         self.restarts = 0
-        self.trouble = "no worker has started yet"
+        self.unavailable_reason = "no worker has started yet"
         """Why there is no worker, in words; empty while there is one."""
-        self.on_run: Callable[[Run], None] = lambda run: None
+        self.on_run: Callable[[ClipRun], None] = lambda run: None
         self._idle: asyncio.Queue[Worker] = asyncio.Queue()
         self._workers: set[Worker] = set()
         self._revivals: set[asyncio.Task[None]] = set()
@@ -140,7 +140,7 @@ class Pool:
     @property
     def ready(self) -> bool:
         """Whether a worker is there that has answered its last order."""
-        return not self.trouble
+        return not self.unavailable_reason
 
     @property
     def idle(self) -> int:
@@ -154,7 +154,7 @@ class Pool:
             DeviceError: one did not come up.
         """
         for _ in range(self.size):
-            self._add(await self._started())
+            self._add(await self._start_worker())
 
     async def stop(self) -> None:
         """End all workers and wait for them."""
@@ -168,8 +168,8 @@ class Pool:
         """The processes of the workers."""
         return [worker.process.pid for worker in self._workers]
 
-    async def run(self, key: str, frames: bytes) -> Run:
-        """Run a clip on the next free worker.
+    async def run(self, key: str, frames: bytes) -> ClipRun:
+        """ClipRun a clip on the next free worker.
 
         Args:
             key: of the program.
@@ -181,35 +181,35 @@ class Pool:
         """
         asked = time.perf_counter()
         for _ in range(2):
-            worker = await self._free()
+            worker = await self._acquire()
             waited = time.perf_counter() - asked
             # whoever stops waiting leaves the clip running: the worker is free when it is done
-            lent = asyncio.get_running_loop().create_task(self._lend(worker, key, frames))
-            lent.add_done_callback(_heard)
+            running = asyncio.get_running_loop().create_task(self._run_on(worker, key, frames))
+            running.add_done_callback(_retrieve_error)
             try:
-                answer, body = await asyncio.shield(lent)
+                answer, body = await asyncio.shield(running)
             except Hung as error:
                 raise Refusal(503, f"the device hung ({error}) and is restarted", 5) from error
             except Died:
                 continue
             except DeviceError as error:
                 raise Refusal(503, f"the device failed: {error}", 5) from error
-            run = Run(body, answer.seconds, waited, answer.layers)
+            run = ClipRun(body, answer.seconds, waited, answer.layers)
             self.on_run(run)
             return run
         raise Refusal(503, "the device failed twice on this clip", 5)
 
-    async def _lend(self, worker: Worker, key: str, frames: bytes) -> tuple[Answer, bytes]:
-        """Run a clip on this worker, and take it back."""
+    async def _run_on(self, worker: Worker, key: str, frames: bytes) -> tuple[Answer, bytes]:
+        """ClipRun a clip on this worker, and take it back."""
         try:
-            answer = await worker.call(Order("run", key), frames, self.clip_seconds)
+            answer = await worker.call(Command("run", key), frames, self.clip_seconds)
         except BaseException as error:
             if isinstance(error, KgrcError) and not isinstance(error, DeviceError):
-                self._return(worker)  # the clip was at fault, not the device
+                self._release(worker)  # the clip was at fault, not the device
             else:
                 self._replace(worker)
             raise
-        self._return(worker)
+        self._release(worker)
         return answer
 
     async def load(self, key: str, path: Path) -> dict[str, Any]:
@@ -220,13 +220,13 @@ class Pool:
             Refusal: 503, a worker is not there to load it.
         """
         async with self._loading:
-            workers = [await self._free() for _ in range(self.size)]
+            workers = [await self._acquire() for _ in range(self.size)]
             description: dict[str, Any] = {}
             failed: KgrcError | None = None
             usable = set(workers)
             for worker in workers:
                 try:
-                    order = Order("load", key, str(path))
+                    order = Command("load", key, str(path))
                     answer, _ = await worker.call(order, b"", LOAD_SECONDS)
                     description = answer.program
                 except KgrcError as error:
@@ -238,7 +238,7 @@ class Pool:
                 self.programs[key] = path
             for worker in workers:
                 if worker in usable:
-                    self._return(worker)
+                    self._release(worker)
                 else:
                     self._replace(worker)
         if failed is not None:
@@ -250,14 +250,14 @@ class Pool:
         """Forget a program in all workers; those that are being replaced never learn of it."""
         self.programs.pop(key, None)
         async with self._loading:
-            workers = [await self._free() for _ in range(self.size)]
+            workers = [await self._acquire() for _ in range(self.size)]
             for worker in workers:
                 try:
-                    await worker.call(Order("drop", key), b"", LOAD_SECONDS)
+                    await worker.call(Command("drop", key), b"", LOAD_SECONDS)
                 except KgrcError:
                     self._replace(worker)
                 else:
-                    self._return(worker)
+                    self._release(worker)
 
     async def probe(self) -> None:
         """Ask an idle worker whether it lives; one that does not is replaced."""
@@ -265,16 +265,16 @@ class Pool:
             return
         worker = self._idle.get_nowait()
         try:
-            await worker.call(Order("ping"), b"", PING_SECONDS)
+            await worker.call(Command("ping"), b"", PING_SECONDS)
         except KgrcError:
             self._replace(worker)
         except BaseException:
             self._replace(worker)
             raise
         else:
-            self._return(worker)
+            self._release(worker)
 
-    async def _free(self) -> Worker:
+    async def _acquire(self) -> Worker:
         """The next free worker.
 
         Raises:
@@ -294,22 +294,22 @@ class Pool:
                 return getting.result()
         except asyncio.CancelledError:
             if getting.done():
-                self._return(getting.result())
+                self._release(getting.result())
             raise
         finally:
             getting.cancel()
             breaking.cancel()
         if self._broken.is_set():
-            raise Refusal(503, self.trouble, 5)
-        why = self.trouble or "all are busy"
+            raise Refusal(503, self.unavailable_reason, 5)
+        why = self.unavailable_reason or "all are busy"
         raise Refusal(503, f"no worker within {limit:g} s: {why}", 30)
 
-    async def _started(self) -> Worker:
+    async def _start_worker(self) -> Worker:
         worker = await Worker.start(self.backend)
         try:
-            await worker.call(Order("ping"), b"", START_SECONDS)
+            await worker.call(Command("ping"), b"", START_SECONDS)
             for key, path in list(self.programs.items()):
-                await worker.call(Order("load", key, str(path)), b"", START_SECONDS)
+                await worker.call(Command("load", key, str(path)), b"", START_SECONDS)
         except BaseException:
             await worker.stop()
             raise
@@ -317,18 +317,18 @@ class Pool:
 
     def _add(self, worker: Worker) -> None:
         self._workers.add(worker)
-        self.trouble = ""
+        self.unavailable_reason = ""
         self._broken.clear()
         self._idle.put_nowait(worker)
 
-    def _return(self, worker: Worker) -> None:
+    def _release(self, worker: Worker) -> None:
         self._idle.put_nowait(worker)
 
     def _replace(self, worker: Worker) -> None:
         """Kill a worker and start another, as often as it takes."""
         self._workers.discard(worker)
         if not self._workers:
-            self.trouble = "the worker is being restarted"
+            self.unavailable_reason = "the worker is being restarted"
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker.process.pid, 9)
         task = asyncio.get_running_loop().create_task(self._revive(worker))
@@ -342,18 +342,18 @@ class Pool:
             self.restarts += 1
             log.warning("worker restarted", extra={"restarts": self.restarts})
             try:
-                self._add(await self._started())
+                self._add(await self._start_worker())
                 return
             except KgrcError as error:
                 if not self._workers:
                     self._broken.set()
-                    self.trouble = f"the worker does not start: {error}"
+                    self.unavailable_reason = f"the worker does not start: {error}"
                 log.error("worker does not start", extra={"reason": str(error)})
             await asyncio.sleep(pause)
             pause = min(2.0, 2 * pause)
 
 
-def _heard(task: asyncio.Task[tuple[Answer, bytes]]) -> None:
+def _retrieve_error(task: asyncio.Task[tuple[Answer, bytes]]) -> None:
     """A task whose error nobody waits for any more is no news."""
     if not task.cancelled():
         task.exception()

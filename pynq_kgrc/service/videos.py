@@ -17,18 +17,18 @@ import numpy as np
 
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.catalogue import Entry
+from pynq_kgrc.service.catalogue import ServedProgram
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.uploads import Upload
 from pynq_kgrc.service.waiting import within
-from pynq_kgrc.service.wire import Job, Piece
+from pynq_kgrc.service.wire import DecodeRequest, DecodeReply
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 """A child is forked, and what is forked must have one thread."""
 
-Clips = AsyncIterator[tuple[Piece, bytes]]
+Clips = AsyncIterator[tuple[DecodeReply, bytes]]
 
 
 class Decoder:
@@ -67,7 +67,7 @@ class Decoder:
         """Of the process; 0 if there is none."""
         return 0 if self._process is None else self._process.pid
 
-    def fork(self, job: Job, source: int, target: int) -> None:
+    def fork(self, request: DecodeRequest, source: int, target: int) -> None:
         """A child that reads from one descriptor and writes to the other.
 
         Raises:
@@ -85,14 +85,14 @@ class Decoder:
         raise DeviceError("the process that decodes videos does not start")
 
     @contextlib.asynccontextmanager
-    async def clips(self, upload: Upload, job: Job, clip_bytes: int) -> AsyncIterator[Clips]:
+    async def clips(self, upload: Upload, request: DecodeRequest, clip_bytes: int) -> AsyncIterator[Clips]:
         """The clips of an upload, and last the piece that says what the video was.
 
         While one is looked at, the next two are decoded; leaving the context ends the child.
         """
         source = upload.open()
         ours, theirs = os.pipe2(os.O_CLOEXEC)
-        wire.widen(ours)
+        wire.enlarge_pipe(ours)
         try:
             self.fork(job, source, theirs)
         except BaseException:
@@ -112,7 +112,7 @@ class Decoder:
             transport.close()
 
 
-async def _pieces(stream: asyncio.StreamReader, job: Job, clip_bytes: int) -> Clips:
+async def _pieces(stream: asyncio.StreamReader, request: DecodeRequest, clip_bytes: int) -> Clips:
     """Clips and the end.
 
     Raises:
@@ -121,7 +121,7 @@ async def _pieces(stream: asyncio.StreamReader, job: Job, clip_bytes: int) -> Cl
     began = time.monotonic()
     while True:
         try:
-            reading = wire.read(stream, Piece, clip_bytes)
+            reading = wire.read(stream, DecodeReply, clip_bytes)
             message = await within(reading, job.decode_seconds + 5)
         except (asyncio.TimeoutError, DeviceError):
             message = None
@@ -151,10 +151,10 @@ class Options(msgspec.Struct, frozen=True):
     sampling: Literal["windows", "uniform"] = "windows"
 
 
-def decode_job(entry: Entry, settings: Settings, options: Options, verb: str = "clips") -> Job:
+def decode_request(program: ServedProgram, settings: Settings, options: Options, verb: str = "clips") -> DecodeRequest:
     """The order for a child."""
-    clip = entry.description["clip"]
-    return Job(
+    clip = program.description["clip"]
+    return DecodeRequest(
         verb,
         frames=clip["frames"],
         height=clip["height"],
@@ -171,24 +171,24 @@ def decode_job(entry: Entry, settings: Settings, options: Options, verb: str = "
     )
 
 
-def check_options(entry: Entry, settings: Settings, options: Options) -> None:
+def check_options(program: ServedProgram, settings: Settings, options: Options) -> None:
     """Refuse a window that the program's clip does not fit in, or that is too long.
 
     Raises:
         Refusal: 422, names what is accepted.
     """
-    frames = entry.description["clip"]["frames"]
+    frames = program.description["clip"]["frames"]
     if options.window is not None and not frames <= options.window <= settings.max_window:
         raise Refusal(
             422,
-            f"window={options.window}; {entry.name} looks at {frames} frames, so that accepted "
+            f"window={options.window}; {program.name} looks at {frames} frames, so that accepted "
             f"are {frames} to {max(frames, settings.max_window)}",
         )
 
 
 async def classify(
     upload: Upload,
-    entry: Entry,
+    program: ServedProgram,
     options: Options,
     settings: Settings,
     pool: Pool,
@@ -202,18 +202,18 @@ async def classify(
         Refusal: what was wrong.
     """
     began = time.perf_counter()
-    clip_bytes = int(np.prod(entry.clip_shape))
-    job = decode_job(entry, settings, options)
-    windows: list[tuple[Piece, Any]] = []
+    clip_bytes = int(np.prod(program.clip_shape))
+    job = decode_request(program, settings, options)
+    windows: list[tuple[DecodeReply, Any]] = []
     layers: list[dict[str, Any]] = []
     run = waited = 0.0
-    end = Piece("end")
+    end = DecodeReply("end")
     async with decoder.clips(upload, job, clip_bytes) as pieces:
         async for piece, payload in pieces:
             if piece.kind == "end":
                 end = piece
                 break
-            found = await pool.run(entry.key, payload)
+            found = await pool.run(program.key, payload)
             scores = np.frombuffer(found.values, "<f4").reshape(2, -1)[1]
             windows.append((piece, scores))
             layers, run, waited = found.layers, run + found.seconds, waited + found.waited
@@ -221,9 +221,9 @@ async def classify(
             report({"windows": len(windows), "frames": piece.decoded, "share": share})
     total = time.perf_counter() - began
     mean = np.mean([scores for _, scores in windows], axis=0)
-    modelled = {row["name"]: row["modelled_ms"] for row in entry.description["tasks"]}
+    modelled = {row["name"]: row["modelled_ms"] for row in program.description["tasks"]}
     return {
-        "program": {"name": entry.name, "version": entry.version},
+        "program": {"name": program.name, "version": program.version},
         "backend": pool.backend,
         "video": {
             "duration_ms": round(end.duration_ms, 1),
@@ -234,13 +234,13 @@ async def classify(
             "container": end.container,
             "notes": end.notes,
         },
-        "labels": best(mean, entry.labels, options.top_k),
-        "segments": merge([(p.start_ms, p.end_ms, s) for p, s in windows], entry.labels),
+        "labels": best(mean, program.labels, options.top_k),
+        "segments": merge([(p.start_ms, p.end_ms, s) for p, s in windows], program.labels),
         "windows": [
             {
                 "start_ms": round(piece.start_ms, 1),
                 "end_ms": round(piece.end_ms, 1),
-                "labels": best(scores, entry.labels, options.top_k),
+                "labels": best(scores, program.labels, options.top_k),
             }
             for piece, scores in windows
         ],
@@ -252,8 +252,8 @@ async def classify(
         },
         "layers": [{**layer, "modelled_ms": modelled.get(layer["task"], 0.0)} for layer in layers],
         "board": {
-            "latency_ms": entry.description["modelled_ms"],
-            "clock_mhz": entry.description["modelled_clock_mhz"],
+            "latency_ms": program.description["modelled_ms"],
+            "clock_mhz": program.description["modelled_clock_mhz"],
             "kind": "modelled",
             "note": "of a clip, by the cost model; not measured on a board",
         },

@@ -24,7 +24,7 @@ MAX_PAYLOAD = 1 << 30
 T = TypeVar("T")
 
 
-class Order(msgspec.Struct, forbid_unknown_fields=True):
+class Command(msgspec.Struct, forbid_unknown_fields=True):
     """For a worker: `load` a program from `path`, `run` a clip, `drop` a program, or `ping`."""
 
     verb: str
@@ -43,7 +43,7 @@ class Answer(msgspec.Struct):
     program: dict[str, Any] = {}
 
 
-class Job(msgspec.Struct, forbid_unknown_fields=True):
+class DecodeRequest(msgspec.Struct, forbid_unknown_fields=True):
     """For a child that decodes: what to do, within which limits."""
 
     verb: str
@@ -63,7 +63,7 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     decode_bytes: int = 1_000_000_000
 
 
-class Piece(msgspec.Struct):
+class DecodeReply(msgspec.Struct):
     """From a child that decodes: a clip, a frame, the end, or an error."""
 
     kind: str
@@ -82,7 +82,7 @@ class Piece(msgspec.Struct):
     text: str = ""
 
 
-def widen(descriptor: int) -> None:
+def enlarge_pipe(descriptor: int) -> None:
     """Let a pipe hold a megabyte instead of 64 kB: a clip passes in fewer turns."""
     with contextlib.suppress(OSError):  # the user's pipes may be limited
         fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, 1 << 20)

@@ -1,6 +1,6 @@
 """The process that owns the device: `python -m pynq_kgrc.service.worker BACKEND`.
 
-It reads orders on standard input and answers each on standard output, one after the other, until
+It reads commands on standard input and answers each on standard output, one after the other, until
 standard input ends. If it dies, the device is free again, and `pool.py` starts another.
 """
 
@@ -23,10 +23,10 @@ from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
 from pynq_kgrc.runtime import Session, softmax
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.wire import Answer, Order
+from pynq_kgrc.service.wire import Answer, Command
 
 
-class Owner:
+class DeviceSessions:
     """The programs that are loaded, and the one device they run on.
 
     The emulation keeps a session for each program. A device holds one program at a time, so that
@@ -38,20 +38,20 @@ class Owner:
         self.programs: dict[str, Program] = {}
         self.sessions: dict[str, Session] = {}
 
-    def obey(self, order: Order, payload: bytes) -> tuple[Answer, bytes]:
-        """Carry out one order.
+    def execute(self, command: Command, payload: bytes) -> tuple[Answer, bytes]:
+        """Carry out one command.
 
         Raises:
             KgrcError: what stood in the way.
         """
-        if order.verb == "load":
-            return Answer(program=self.load(order.key, Path(order.path))), b""
-        if order.verb == "run":
-            return self.run(order.key, payload)
-        if order.verb == "drop":
-            self.drop(order.key)
-        elif order.verb != "ping":
-            raise ProgramError(f"no order {order.verb!r}; there are load, run, drop and ping")
+        if command.verb == "load":
+            return Answer(program=self.load(command.key, Path(command.path))), b""
+        if command.verb == "run":
+            return self.run(command.key, payload)
+        if command.verb == "drop":
+            self.drop(command.key)
+        elif command.verb != "ping":
+            raise ProgramError(f"no command {command.verb!r}; there are load, run, drop and ping")
         return Answer(), b""
 
     def load(self, key: str, path: Path) -> dict[str, Any]:
@@ -129,17 +129,17 @@ def describe_for_clients(program: Program) -> dict[str, Any]:
     return document
 
 
-def serve(owner: Owner, orders: BinaryIO, answers: BinaryIO) -> None:
-    """Obey until there are no more orders."""
-    while (message := wire.receive(orders, Order)) is not None:
-        order, payload = message
+def serve(sessions: DeviceSessions, commands: BinaryIO, answers: BinaryIO) -> None:
+    """Obey until there are no more commands."""
+    while (message := wire.receive(commands, Command)) is not None:
+        command, payload = message
         try:
-            answer, body = owner.obey(order, payload)
+            answer, body = sessions.execute(command, payload)
         except (KgrcError, MemoryError) as error:
             text = str(error) or "out of memory"
             answer, body = Answer(error=text, kind=type(error).__name__), b""
         wire.send(answers, answer, body)
-    owner.close()
+    sessions.close()
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def main() -> None:
     os.dup2(2, 1)
     # Ctrl-C reaches the whole group; the service asks when it is time to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(Owner(sys.argv[1]), sys.stdin.buffer, answers)
+    serve(DeviceSessions(sys.argv[1]), sys.stdin.buffer, answers)
 
 
 if __name__ == "__main__":
