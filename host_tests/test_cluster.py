@@ -31,13 +31,13 @@ from serving import THREADS, Reply, Serving, write_program, write_video
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.cli import main
 from pynq_kgrc.cluster.archive import (
-    File,
-    Journal,
     ArchiveSettings,
+    File,
     FileResult,
+    Journal,
+    classify_file,
     failed,
     find_files,
-    classify_file,
 )
 from pynq_kgrc.errors import ConfigError, DataError, DeviceError, KgrcError
 from pynq_kgrc.runtime import Session
@@ -119,10 +119,12 @@ def check_rows(rows, expected):
             assert row["error"] and not row["labels"] and not row["windows"], row
             continue
         assert row["error"] is None, row
-        windows = [list(zip(w["labels"], w["scores"], strict=True)) for w in row["windows"]]
-        assert windows == [[(label.label, label.confidence) for label in clip] for clip in labels]
+        windows = [window["labels"] for window in row["windows"]]
+        assert [list(window) for window in windows] == [
+            list(msgspec.to_builtins(c)) for c in labels
+        ]
         if len(windows) == 1:
-            assert list(zip(row["labels"], row["scores"], strict=True)) == windows[0]
+            assert row["labels"] == windows[0]
 
 
 # ---------------------------------------------------------------- without Ray
@@ -135,7 +137,7 @@ def test_every_file_is_found_once_and_hidden_ones_are_not(archive, tmp_path):
     assert len(find_files(archive, [archive / "notes.txt"])) == len(files) - 1
     with pytest.raises(DataError, match="no such folder"):
         find_files(tmp_path / "none")
-    with pytest.raises(DataError, match="holds no file"):
+    with pytest.raises(DataError, match="contains no file"):
         find_files(tmp_path)
 
 
@@ -164,9 +166,10 @@ def test_a_row_is_what_a_session_says(archive, program, stride):
     if stride:
         assert max(len(row["windows"]) for row in documents) > 3
         row = next(row for row in documents if len(row["windows"]) > 1)
-        scores = [dict(zip(w["labels"], w["scores"], strict=True)) for w in row["windows"]]
-        mean = sum(window[row["labels"][0]] for window in scores) / len(scores)
-        assert row["scores"][0] == pytest.approx(mean, abs=1e-12)
+        scores = [{x["label"]: x["confidence"] for x in w["labels"]} for w in row["windows"]]
+        best = row["labels"][0]
+        mean = sum(window[best["label"]] for window in scores) / len(scores)
+        assert best["confidence"] == pytest.approx(mean, abs=1e-12)
 
 
 @pytest.mark.parametrize("fault", [DeviceError("hung"), ValueError("a fault of ours")])
@@ -207,26 +210,30 @@ def test_the_journal_keeps_each_row_once_and_forgets_changed_files(tmp_path):
         journal.add(failed(files[0], "second"))
         journal.add(failed(files[1], "b"))
     with Journal(path, settings) as journal:
-        assert [row.error for row in journal.rows(files)] == ["second", "b"]
+        assert [row.error for row in journal.results(files)] == ["second", "b"]
         changed = [files[0], file_of("b", modified=2), files[2]]
-        assert [row.path for row in journal.rows(changed)] == ["a"]
+        assert [row.path for row in journal.results(changed)] == ["a"]
         journal.delete()
     assert not path.exists()
 
 
-def test_the_journal_refuses_other_questions_and_a_second_run(tmp_path):
+def test_the_journal_refuses_other_settings_and_a_second_run(tmp_path):
     path = tmp_path / "x.partial"
     with Journal(path, ArchiveSettings("p")) as journal:
         journal.add(failed(file_of("a"), "kept"))
         with pytest.raises(ConfigError, match="another run"):
             Journal(path, ArchiveSettings("p"))
-    for other in (ArchiveSettings("q"), ArchiveSettings("p", top=3), ArchiveSettings("p", stride=8)):
-        with pytest.raises(ConfigError, match="another settings"):
+    for other in (
+        ArchiveSettings("q"),
+        ArchiveSettings("p", top=3),
+        ArchiveSettings("p", stride=8),
+    ):
+        with pytest.raises(ConfigError, match="other settings"):
             Journal(path, other)
     with Journal(path, ArchiveSettings("p")) as journal:
-        assert [row.error for row in journal.rows([file_of("a")])] == ["kept"]
+        assert [row.error for row in journal.results([file_of("a")])] == ["kept"]
     (tmp_path / "y").write_bytes(b"no database" * 100)
-    with pytest.raises(ConfigError, match="no journal"):
+    with pytest.raises(ConfigError, match="is not a journal"):
         Journal(tmp_path / "y", ArchiveSettings("p"))
     assert (tmp_path / "y").read_bytes() == b"no database" * 100
 
@@ -250,7 +257,7 @@ def test_a_killed_process_leaves_every_row_it_spoke_of(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with Journal(path, ArchiveSettings("p")) as journal:
-        assert len(list(journal.rows([file_of(str(i)) for i in range(100)]))) == 58
+        assert len(list(journal.results([file_of(str(i)) for i in range(100)]))) == 58
 
 
 @pytest.mark.parametrize(
@@ -414,7 +421,7 @@ def test_a_table_of_somebody_else_is_not_touched(archive, program, tmp_path):
     for body in (out.read_bytes(), b"text"):
         out.write_bytes(body)
         done = batch(archive, program, out)
-        assert done.returncode == 2 and "is no table of" in done.stderr
+        assert done.returncode == 2 and "is not a table of" in done.stderr
         assert out.read_bytes() == body
 
 
@@ -808,7 +815,7 @@ def test_emulators_answer_as_one_service_does_and_survive_a_kill(archive, progra
 def test_a_cluster_that_cannot_be_is_refused(tmp_path, capsys):
     for arguments, text in (
         ((), "no device"),
-        (("--board", "ftp://x"), "is no address"),
+        (("--board", "ftp://x"), "not an address"),
         (("--emulators", "1", "--program", str(tmp_path / "x.kgrc")), "no such program file"),
         (("--board", "http://x", "--host", "0.0.0.0"), "--api-key-file"),
     ):

@@ -27,7 +27,7 @@ from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.service.decode import Frame, cut_windows, frame_offsets
 from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
-from pynq_kgrc.service.videos import merge
+from pynq_kgrc.service.videos import merge_windows
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.video import load_clip, load_windows
 
@@ -152,14 +152,14 @@ def test_uniform_sampling_is_that_of_the_video_module(service, folder, video):
     short = write_video(folder / "short.mp4", frames=5)
     document = service.classify(short, "?sampling=uniform").json
     assert [len(document[key]) for key in ("windows", "segments")] == [1, 1]
-    assert "starts over" in document["video"]["notes"][0]
+    assert "is repeated" in document["video"]["notes"][0]
 
 
 def test_a_short_video_starts_over(service, tmp_path):
     data = write_video(tmp_path / "short.mp4", frames=3)
     document = service.classify(data).json
     assert len(document["windows"]) == 1
-    assert "starts over" in document["video"]["notes"][0]
+    assert "is repeated" in document["video"]["notes"][0]
 
 
 def test_a_rotated_video_is_upright(service, tmp_path):
@@ -299,12 +299,12 @@ def test_offsets_of_a_window():
 def test_segments_share_out_the_overlap():
     a, b = np.array([0.9, 0.1]), np.array([0.2, 0.8])
     windows = [(0, 100, a), (50, 150, a), (100, 200, b)]
-    assert merge(windows, ["a", "b"]) == [
+    assert msgspec.to_builtins(merge_windows(windows, ["a", "b"])) == [
         {"label": "a", "confidence": 0.9, "start_ms": 0, "end_ms": 125.0},
         {"label": "b", "confidence": 0.8, "start_ms": 125.0, "end_ms": 200},
     ]
-    gap = merge([(0, 100, a), (300, 400, b)], ["a", "b"])
-    assert [(s["start_ms"], s["end_ms"]) for s in gap] == [(0, 100), (300, 400)]
+    gap = merge_windows([(0, 100, a), (300, 400, b)], ["a", "b"])
+    assert [(s.start_ms, s.end_ms) for s in gap] == [(0, 100), (300, 400)]
 
 
 # ---- jobs -----------------------------------------------------------------------------------
@@ -512,11 +512,11 @@ def test_settings_that_are_refused(tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.write_text("# nothing\n")
     mistakes = {
-        "--host 0.0.0.0 can be reached from outside": ["--host", "0.0.0.0"],
+        "--host 0.0.0.0 can be reached from other machines": ["--host", "0.0.0.0"],
         "key 1 has 3 characters; use 16": ["--api-key-file", str(short)],
-        "holds no key": ["--api-key-file", str(empty)],
-        "no file of keys": ["--api-key-file", str(tmp_path / "gone")],
-        "--workers 2: a board takes one": ["--backend", "board", "--workers", "2"],
+        "has no key": ["--api-key-file", str(empty)],
+        "cannot be read as a file of keys": ["--api-key-file", str(tmp_path / "gone")],
+        "--workers 2: the backend board takes one": ["--backend", "board", "--workers", "2"],
         "--port 70000": ["--port", "70000"],
         "there is no such folder": ["--repository", str(tmp_path / "gone")],
     }

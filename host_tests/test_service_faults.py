@@ -262,7 +262,7 @@ def test_half_open_and_slow_clients_are_closed(service, frames):
 
 def test_a_head_that_is_too_long_is_refused(service):
     refused = service.get("/", headers={"X": "a" * 40_000})
-    assert (refused.status, "a head of more than" in refused.json["error"]) == (431, True)
+    assert (refused.status, "a header of more than" in refused.json["error"]) == (431, True)
     with contextlib.suppress(ConnectionError):
         assert service.get("/", headers={"X": "a" * 3_000_000}).status in (400, 431)
     assert service.get("/v2/health/live").status == 200
