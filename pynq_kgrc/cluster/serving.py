@@ -298,7 +298,7 @@ class Device:
 
 
 class Gateway:
-    """The one endpoint: gives each video to an idle device, and once more to another if it fails."""
+    """The one endpoint: gives each video to an idle device; if it fails, once to another one."""
 
     def __init__(self, layout: Layout, names: list[str], handles: list[Any]) -> None:
         self.layout = layout
@@ -408,10 +408,10 @@ class Gateway:
             failure = f"answered {reply.status}" if reply.status in LEAVING else ""
         except asyncio.TimeoutError:
             failure = f"no answer within {self.layout.answer_seconds:g} s"
-            reply = no_answer(f"{device.name}: {trouble}")
+            reply = no_answer(f"{device.name}: {failure}")
         except (RayError, RayServeException) as error:
             failure = failure_of(error)
-            reply = no_answer(f"{device.name}: {trouble}")
+            reply = no_answer(f"{device.name}: {failure}")
         finally:
             if failure and answer is not None:
                 answer.cancel()

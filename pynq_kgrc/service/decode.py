@@ -39,8 +39,8 @@ CODECS = (
     "h264,hevc,mpeg4,msmpeg4v1,msmpeg4v2,msmpeg4,h263,flv,vp8,vp9,libdav1d,av1,mpeg1video,"
     "mpeg2video,mjpeg,theora,gif,wmv1,wmv2,prores,dvvideo,rawvideo"
 )
-"""Given to FFmpeg's container only: PyAV opens the codec without it, so that other codecs are decoded
-too."""
+"""FFmpeg applies this list to the container only. It is not in force for the codec, which PyAV
+opens without it: videos of other codecs are decoded too."""
 
 SMALLEST_GIF = (
     b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"

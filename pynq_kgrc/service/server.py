@@ -142,12 +142,12 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """The buffer for the next read: a small part of it until the throttle lets a request proceed."""
+        """The buffer for the next read: a small one until the throttle lets the request proceed."""
         waiting = self._is_idle() and self._lingering.discarded is None
         return self.buffer[:HEAD_BYTES] if waiting else self.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Process `nbytes` new bytes; the start of a request other than GET waits in the throttle."""
+        """Process `nbytes` new bytes; a new request other than GET waits in the throttle."""
         if self._lingering.discarded is not None:
             self._lingering.discard(nbytes)
             return
@@ -247,7 +247,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """On SIGTERM and SIGINT shut the server down, not the process: other parts must be closed."""
+        """On SIGTERM and SIGINT stop the server, not the process: other parts must be closed."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.handle_exit, number, None)
