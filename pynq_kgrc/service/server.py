@@ -128,13 +128,11 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the timer for the first header."""
-        self._lingering = LingeringTransport(
-            cast(asyncio.Transport, transport), self._body_has_arrived
-        )
+        self._lingering = LingeringTransport(cast(asyncio.Transport, transport), self._body_arrived)
         super().connection_made(cast(asyncio.Transport, self._lingering))
         self._start_timer()
 
-    def _body_has_arrived(self) -> bool:
+    def _body_arrived(self) -> bool:
         """Whether the request's body has arrived completely, or it has none."""
         return self.conn.their_state is not h11.SEND_BODY
 
