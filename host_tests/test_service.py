@@ -128,7 +128,7 @@ def test_the_description_is_made_of_the_structs_that_are_answered(service, video
     }
     answer = service.classify(video)
     assert list(schemas["Classification"]["properties"]) == list(answer.json)
-    assert list(schemas["TaskDocument"]["properties"])[:2] == ["name", "in"]
+    assert list(schemas["TimedTask"]["properties"])[:2] == ["name", "in"]
     decoded = msgspec.json.decode(answer.body, type=Classification)
     assert msgspec.json.encode(decoded) == answer.body
 

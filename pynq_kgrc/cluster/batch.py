@@ -146,7 +146,7 @@ def _check(batch: Batch) -> None:
     if batch.backend not in BACKENDS:
         raise ConfigError(f"--backend {batch.backend}; there are {', '.join(BACKENDS)}")
     if batch.workers > 1 and batch.address == "local" and backend_class(batch.backend).exclusive:
-        raise ConfigError(f"--workers {batch.workers}: a {batch.backend} takes one")
+        raise ConfigError(f"--workers {batch.workers}: the backend {batch.backend} takes one")
 
 
 def classify_files(
