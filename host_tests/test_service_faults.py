@@ -317,7 +317,7 @@ def test_no_accepted_request_is_lost_at_the_end(folder):
                 if connection.sock is None:
                     connection.connect()
             except OSError:
-                return  # nobody listens any more: nothing was accepted
+                return  # the socket is closed: nothing was accepted
             try:
                 connection.request(
                     "POST", "/v2/models/tiny/infer", head + frames.tobytes(), headers
@@ -411,7 +411,7 @@ def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
             assert refused.status == 507
             assert "no room for an upload of 8000000 bytes" in refused.json["error"]
             (state / "ballast").write_bytes(bytes(10_000_000))
-            # without a length, nobody can know before
+            # without Content-Length the size is not known before
             connection = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=20)
             connection.request(
                 "POST", "/v1/videos:classify", (bytes(100_000) for _ in range(60)),
