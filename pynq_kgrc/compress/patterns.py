@@ -248,8 +248,6 @@ def project_pattern(weight: Array, pattern: Pattern, scores: Array | None = None
 
 
 PATTERNS = ("kgr", "kgc", "kgrc")
-NETWORKS_WITH_RECIPE = ("c3d", "r2plus1d_18")
-
 _HALF = Fraction(1, 2)
 _KEEP_3_OF_9 = Fraction(2, 3)
 _KEEP_6_OF_9 = Fraction(1, 3)
@@ -264,18 +262,17 @@ def recipe(network: str, pattern: str) -> dict[str, Rates]:
     Raises:
         ConfigError: an unknown network or pattern.
     """
-    if network not in NETWORKS_WITH_RECIPE or pattern not in PATTERNS:
+    if network not in PUBLISHED_RATES or pattern not in PATTERNS:
         raise ConfigError(
             f"no recipe {pattern!r} for {network!r}; there are "
-            f"{', '.join(PATTERNS)} for {' and '.join(NETWORKS_WITH_RECIPE)}"
+            f"{', '.join(PATTERNS)} for {', '.join(PUBLISHED_RATES)}"
         )
-    both = _c3d_rates() if network == "c3d" else _r2plus1d_rates()
     chosen = {
         name: Rates(
             rates.rows if "r" in pattern[2:] else Fraction(0),
             rates.cols if "c" in pattern[2:] else Fraction(0),
         )
-        for name, rates in both.items()
+        for name, rates in PUBLISHED_RATES[network]().items()
     }
     return {name: rates for name, rates in chosen.items() if rates != Rates()}
 
@@ -299,6 +296,14 @@ def _r2plus1d_rates() -> dict[str, Rates]:
                 rates[f"{name}.0"] = Rates(_HALF, cols)  # 1x3x3
                 rates[f"{name}.3"] = Rates(_HALF)  # 3x1x1: three taps are not column-pruned
     return rates
+
+
+PUBLISHED_RATES = {
+    "c3d": _c3d_rates,
+    "r2plus1d_18": _r2plus1d_rates,
+    "thin_c3d": _c3d_rates,  # its layers have C3D's names
+}
+"""KGRC rates by network, as published; a network that shares a table has layers of those names."""
 
 
 def prune(

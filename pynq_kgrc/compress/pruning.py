@@ -6,10 +6,8 @@ penalty, by ADMM) and what a weight is worth when the hard pruning comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -17,19 +15,16 @@ import torch
 from torch import nn
 
 from pynq_kgrc.compress.admm import Admm, pruning_projections
-from pynq_kgrc.compress.dataset import Clips
 from pynq_kgrc.compress.importance import propagate_importance
 from pynq_kgrc.compress.masks import chosen_weights
 from pynq_kgrc.compress.patterns import project_pattern
-from pynq_kgrc.compress.recipes import Recipe
+from pynq_kgrc.compress.recipes import Algorithm, Recipe
 from pynq_kgrc.compress.reweighted import GroupLasso, Norm, Reweighted
-from pynq_kgrc.compress.training import Bar, Penalty, Row, TrainConfig, no_bar, train
+from pynq_kgrc.compress.training import Penalty, TrainConfig, TrainingSetup
 from pynq_kgrc.errors import ConfigError
-from pynq_kgrc.graph import ClipSpec, ConvShape, Graph
+from pynq_kgrc.graph import ConvShape, Graph
 from pynq_kgrc.models.trace import trace
 from pynq_kgrc.quant import Array
-
-ALGORITHMS = ("one-shot", "heuristic", "lasso", "reweighted", "admm")
 
 GENTLE = TrainConfig(epochs=20, lr=5e-4)
 
@@ -37,7 +32,7 @@ GENTLE = TrainConfig(epochs=20, lr=5e-4)
 class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a network is pruned; a TOML file of these fields."""
 
-    algorithm: Literal["one-shot", "heuristic", "lasso", "reweighted", "admm"] = "reweighted"
+    algorithm: Algorithm = "reweighted"
     incremental: bool = False
     """One layer after the other, each with its share of the epochs (KRP paper, figure 5)."""
     factor: float = 1e-2
@@ -56,48 +51,11 @@ class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Training of what is left."""
 
 
-@dataclass(frozen=True)
-class Ground:
-    """What pruning and quantization learn from and are measured on."""
-
-    clips: Clips
-    test: Clips
-    spec: ClipSpec
-    bar: Bar = no_bar
-    watch: Callable[[Row], None] = field(default=lambda row: None)
-    share: tuple[int, int] = (0, 1)
-
-    def train(
-        self,
-        module: nn.Module,
-        config: TrainConfig,
-        folder: Path,
-        penalty: Penalty | None = None,
-        teacher: nn.Module | None = None,
-        note: str = "",
-    ) -> list[Row]:
-        """As `training.train`, on these clips."""
-        return train(
-            module,
-            self.clips,
-            self.test,
-            self.spec,
-            config,
-            folder,
-            penalty,
-            teacher,
-            self.bar,
-            self.watch,
-            self.share,
-            note,
-        )
-
-
 def prune_network(
     module: nn.Module,
     recipe: Recipe,
     config: PruneConfig,
-    ground: Ground,
+    setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None = None,
 ) -> None:
@@ -109,7 +67,7 @@ def prune_network(
         module: trained and dense.
         recipe: what is pruned of which layer.
         config: how.
-        ground: clips to learn from and to measure on.
+        setup: clips to learn from and to measure on.
         folder: gets prepare/ and retrain/, of each layer where it is incremental.
         teacher: the dense network, for distillation in retraining.
 
@@ -121,7 +79,7 @@ def prune_network(
     if not recipe:
         raise ConfigError("the recipe prunes no layer")
     if not config.incremental:
-        _prune_once(module, recipe, config, ground, folder, teacher)
+        _prune_once(module, recipe, config, setup, folder, teacher)
         return
     order = list(recipe)
     shorter = msgspec.structs.replace(
@@ -131,7 +89,7 @@ def prune_network(
     )
     for i, name in enumerate(order):
         part = {name: recipe[name]}
-        _prune_once(module, part, shorter, ground, folder / f"{i:02}-{name}", teacher)
+        _prune_once(module, part, shorter, setup, folder / f"{i:02}-{name}", teacher)
 
 
 def _shortened(config: TrainConfig, parts: int) -> TrainConfig:
@@ -142,24 +100,26 @@ def _prune_once(
     module: nn.Module,
     recipe: Recipe,
     config: PruneConfig,
-    ground: Ground,
+    setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None,
 ) -> None:
     scores: Mapping[str, Array] | None = None
     if config.algorithm == "heuristic":
-        scores = propagate_importance(trace(module, ground.spec))
+        scores = propagate_importance(trace(module, setup.spec))
     elif config.algorithm != "one-shot":
-        penalty = _penalty(module, recipe, config, ground)
-        ground.train(module, config.prepare, folder / "prepare", penalty, note=f"{config}{recipe}")
+        penalty = _penalty(module, recipe, config, setup)
+        setup.train(module, config.prepare, folder / "prepare", penalty, note=f"{config}{recipe}")
     prune_weights(module, recipe, scores)
-    ground.train(module, config.retrain, folder / "retrain", teacher=teacher)
+    setup.train(module, config.retrain, folder / "retrain", teacher=teacher)
 
 
-def _penalty(module: nn.Module, recipe: Recipe, config: PruneConfig, ground: Ground) -> Penalty:
+def _penalty(
+    module: nn.Module, recipe: Recipe, config: PruneConfig, setup: TrainingSetup
+) -> Penalty:
     if config.algorithm == "admm":
         return Admm(module, pruning_projections(recipe), config.rho, config.rounds, config.growth)
-    costs = layer_costs(trace(module, ground.spec)) if config.by_operations else None
+    costs = layer_costs(trace(module, setup.spec)) if config.by_operations else None
     if config.algorithm == "lasso":
         return GroupLasso(module, recipe, config.factor, config.norm, costs)
     return Reweighted(module, recipe, config.factor, config.norm, costs, config.updates)

@@ -12,8 +12,7 @@ from pynq_kgrc.compress.admm import Admm, quantize_to_powers, quantizing_project
 from pynq_kgrc.compress.augment import Augmentation
 from pynq_kgrc.compress.fake_quant import CodedConvolution, FakeQuantNetwork
 from pynq_kgrc.compress.masks import weights_of
-from pynq_kgrc.compress.pruning import Ground
-from pynq_kgrc.compress.training import TrainConfig
+from pynq_kgrc.compress.training import TrainConfig, TrainingSetup
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import Graph
 from pynq_kgrc.quant import BITS
@@ -28,7 +27,7 @@ POWER_GROUPS = (0.5, 0.75, 0.875, 1.0)
 def train_quantized(
     graph: Graph,
     config: TrainConfig,
-    ground: Ground,
+    setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None = None,
     device: str = "cpu",
@@ -39,7 +38,7 @@ def train_quantized(
     Args:
         graph: from `choose_quant`, which also says the width.
         config: settings; few epochs at a low rate are enough.
-        ground: clips to learn from and to measure on.
+        setup: clips to learn from and to measure on.
         folder: of this run.
         teacher: the float network, for distillation.
         device: where to train.
@@ -52,7 +51,7 @@ def train_quantized(
     """
     network = FakeQuantNetwork(graph).to(device)
     if not powers:
-        ground.train(network, config, folder, teacher=teacher)
+        setup.train(network, config, folder, teacher=teacher)
         return network.cpu().to_graph()
     bits = {4: 3, 8: 4}.get(graph.convolutions()[0].weight_quant.bits)  # type: ignore[union-attr]
     if bits is None:
@@ -61,9 +60,9 @@ def train_quantized(
     for i, fraction in enumerate(POWER_GROUPS):
         freeze_powers(network, fraction, bits)
         if fraction < 1:
-            ground.train(network, part, folder / f"group{i + 1}", teacher=teacher)
+            setup.train(network, part, folder / f"group{i + 1}", teacher=teacher)
     # biases, and the scales of formats, adapt to weights that are all frozen now
-    ground.train(network, part, folder / f"group{len(POWER_GROUPS)}", teacher=teacher)
+    setup.train(network, part, folder / f"group{len(POWER_GROUPS)}", teacher=teacher)
     return network.cpu().to_graph()
 
 
@@ -86,7 +85,7 @@ def approach_codes(
     module: nn.Module,
     bits: int,
     config: TrainConfig,
-    ground: Ground,
+    setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None = None,
     rho: float = 1e-2,
@@ -109,6 +108,6 @@ def approach_codes(
             config, lr=config.lr / 2**i, epochs=max(1, config.epochs // len(widths))
         )
         admm = Admm(module, quantizing_projections(module, names, width), rho)
-        ground.train(module, part, folder / f"{width}-bit", admm, teacher, f"rho {rho}")
+        setup.train(module, part, folder / f"{width}-bit", admm, teacher, f"rho {rho}")
         if width == bits:
             admm.settle()

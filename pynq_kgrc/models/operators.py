@@ -1,7 +1,7 @@
 """What each operator of an exported torch module is on the accelerator.
 
 `torch.export` gives a flat list of ATen operators. Nothing here changes the order of elements in
-memory, so a torch value always lies in the order of the [C, D, H, W] that its step makes: a view
+memory, so a torch value always lies in the order of the [C, D, H, W] that its draft makes: a view
 only changes the shape that the next operator is checked against.
 """
 
@@ -42,12 +42,12 @@ LOWEST = float(np.finfo(np.float32).min)
 
 
 @dataclass(eq=False)
-class Step:
+class LayerDraft:
     """A layer in the making."""
 
     name: str
     op: str
-    inputs: list[Step]
+    inputs: list[LayerDraft]
     channels: int
     size: Size
     shape: WindowShape | None = None
@@ -62,9 +62,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Value:
-    """A torch value: the output of a step, and padding around it for the window that reads it."""
+    """A torch value: the output of a draft, and padding around it for the window that reads it."""
 
-    step: Step
+    draft: LayerDraft
     before: Size = (0, 0, 0)
     after: Size = (0, 0, 0)
     fill: float = 0.0
@@ -75,7 +75,7 @@ class Value:
 
     @property
     def size(self) -> Size:
-        return _sum(_sum(self.step.size, self.before), self.after)
+        return _sum(_sum(self.draft.size, self.before), self.after)
 
 
 Args = dict[str, Any]
@@ -84,8 +84,8 @@ Args = dict[str, Any]
 
 def read_operators(
     program: ExportedProgram, module: nn.Module, clip: ClipSpec, name: str
-) -> tuple[list[Step], Step]:
-    """The steps in running order, the input first, and the one that makes the output.
+) -> tuple[list[LayerDraft], LayerDraft]:
+    """The drafts in running order, the input first, and the one that makes the output.
 
     Raises:
         CompileError: an operator that the accelerator lacks, or an output that is no single tensor.
@@ -105,8 +105,8 @@ def read_operators(
             reader.constants[node] = stored.detach()
         elif node.op == "placeholder":
             size = (clip.frames, clip.height, clip.width)
-            reader.steps.append(Step("clip", INPUT, [], 3, size))
-            reader.values[node] = Value(reader.steps[0])
+            reader.drafts.append(LayerDraft("clip", INPUT, [], 3, size))
+            reader.values[node] = Value(reader.drafts[0])
         elif node.op == "call_function":
             reader.call(node)
     out_spec = program.call_spec.out_spec
@@ -114,19 +114,19 @@ def read_operators(
     last = nodes.get(str(signature.user_outputs[0])) if single else None
     if last is None or last not in reader.values:
         raise CompileError(f"{name}: the output has to be one tensor that depends on the clip")
-    output = reader.step(last, last)
+    output = reader.draft(last, last)
     if output.op == INPUT:
         raise CompileError(f"{name}: the output is the clip itself; there is nothing to compute")
-    return reader.steps, output
+    return reader.drafts, output
 
 
 class Reader:
-    """What is known of each torch value so far, and the steps that make them."""
+    """What is known of each torch value so far, and the drafts that make them."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
-        self.steps: list[Step] = []
+        self.drafts: list[LayerDraft] = []
         self.values: dict[Any, Value] = {}
         self.constants: dict[Any, torch.Tensor] = {}
 
@@ -150,20 +150,20 @@ class Reader:
             instead = INSTEAD.get(_op(node).strip("_"))
             raise self.refusal(node, f"the accelerator has no {_op(node)}", instead)
 
-    def add(self, node: Node, op: str, inputs: list[Step], **parts: Any) -> Value:
-        """Append a step that `node` computes; `parts` are its other fields."""
+    def add(self, node: Node, op: str, inputs: list[LayerDraft], **parts: Any) -> Value:
+        """Append a draft that `node` computes; `parts` are its other fields."""
         if op in (ADD, CONCAT, MAX_POOL, AVERAGE_POOL):
-            parts["positive"] = all(step.positive for step in inputs)
+            parts["positive"] = all(draft.positive for draft in inputs)
         path, _ = _place(node)
         leaf = path and next(self.module.get_submodule(path).children(), None) is None
         base = path if leaf else f"{path}.{WORDS.get(_op(node), _op(node))}".lstrip(".")
-        taken = {step.name for step in self.steps}
+        taken = {draft.name for draft in self.drafts}
         name = next(n for n in (base, *(f"{base}_{i}" for i in range(2, 9999))) if n not in taken)
-        self.steps.append(Step(name, op, inputs, **parts))
-        return Value(self.steps[-1])
+        self.drafts.append(LayerDraft(name, op, inputs, **parts))
+        return Value(self.drafts[-1])
 
     def add_window(
-        self, node: Node, op: str, source: Step, shape: WindowShape, **parts: Any
+        self, node: Node, op: str, source: LayerDraft, shape: WindowShape, **parts: Any
     ) -> Value:
         return self.add(
             node,
@@ -181,21 +181,21 @@ class Reader:
             raise self.refusal(node, f"{_op(node)} takes a constant", "a bias or weight for it")
         return self.values[read]
 
-    def step(self, read: Any, node: Node) -> Step:
-        """The step behind an argument of a `node` that has no window to take padding."""
+    def draft(self, read: Any, node: Node) -> LayerDraft:
+        """The draft behind an argument of a `node` that has no window to take padding."""
         value = self.value(read, node)
         if value.padded:
             what = f"padding goes into {_op(node)}"
             raise self.refusal(node, what, "padding right before a convolution or pool only")
-        return value.step
+        return value.draft
 
     def window(self, read: Any, node: Node, axes: int) -> Value:
         """The argument of a window over the last `axes` axes, seen to be [1, C, ...]."""
         value = self.value(read, node)
         found = _shape(read)
-        wanted = (1, value.step.channels, *value.size[3 - axes :])
+        wanted = (1, value.draft.channels, *value.size[3 - axes :])
         if found != wanted or math.prod(value.size[: 3 - axes]) != 1:
-            whole = [1, value.step.channels, *value.size]
+            whole = [1, value.draft.channels, *value.size]
             what = f"{_op(node)} reads {whole} as {list(found)}"
             raise self.refusal(node, what, "one clip, channels first, then depth, height, width")
         return value
@@ -262,8 +262,8 @@ def _convolve(reader: Reader, node: Node, args: Args, axes: int) -> Value:
     else:
         before = after = _size([0] if args["padding"] == "valid" else args["padding"], axes, 0)
     shape = ConvShape(
-        channels=value.step.channels,
-        in_size=value.step.size,
+        channels=value.draft.channels,
+        in_size=value.draft.size,
         kernel=(kd, kh, kw),
         stride=_size(args["stride"], axes, 1),
         pad_before=_sum(value.before, before),
@@ -271,7 +271,7 @@ def _convolve(reader: Reader, node: Node, args: Args, axes: int) -> Value:
         filters=weight.shape[0],
     )
     bias = reader.array(args["bias"], node)
-    return reader.add_window(node, CONV, value.step, shape, weight=weight, bias=bias)
+    return reader.add_window(node, CONV, value.draft, shape, weight=weight, bias=bias)
 
 
 def _ungrouped(weight: Array, groups: int) -> Array:
@@ -298,7 +298,7 @@ def _dilated(weight: Array, dilation: Size) -> Array:
 
 def _linear(reader: Reader, node: Node, args: Args) -> Value:
     """A convolution whose kernel is the whole input map."""
-    source = reader.step(args["input"], node)
+    source = reader.draft(args["input"], node)
     found = _shape(args["input"])
     whole = (source.channels, *source.size)
     if found[-1] != math.prod(whole):
@@ -322,7 +322,7 @@ def _pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -> Value:
         raise reader.refusal(node, "a dilated max pool", "a plain one")
     before, after = _sum(value.before, padding), _sum(value.after, padding)
     if op == MAX_POOL:
-        zeros = value.fill == 0 and value.step.positive
+        zeros = value.fill == 0 and value.draft.positive
         if value.padded and not zeros and value.fill > LOWEST:
             what = f"padding with {value.fill:g} before a max pool of values that may be negative"
             raise reader.refusal(node, what, "the pool's own padding, or put a ReLU before it")
@@ -338,14 +338,14 @@ def _pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -> Value:
     # ceil_mode: the last window may reach beyond the padding
     out = _size(_shape(node)[-axes:], axes, 1)
     reach = [(out[i] - 1) * stride[i] + kernel[i] - before[i] for i in range(3)]
-    d, h, w = (max(after[i], reach[i] - value.step.size[i]) for i in range(3))
+    d, h, w = (max(after[i], reach[i] - value.draft.size[i]) for i in range(3))
     if op == AVERAGE_POOL and (d, h, w) != after:
         what = "an average pool in ceil_mode, whose last window is not full,"
         raise reader.refusal(node, what, "padding, or a size that fits")
     shape = WindowShape(
-        value.step.channels, value.step.size, kernel, stride, before, pad_after=(d, h, w)
+        value.draft.channels, value.draft.size, kernel, stride, before, pad_after=(d, h, w)
     )
-    return reader.add_window(node, op, value.step, shape)
+    return reader.add_window(node, op, value.draft, shape)
 
 
 def _adaptive_pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -> Value:
@@ -355,13 +355,13 @@ def _adaptive_pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -
         what = f"{_op(node)} from {size} to {out}"
         raise reader.refusal(node, what, "an output size that divides the input size, such as 1")
     d, h, w = (size[i] // out[i] for i in range(3))
-    shape = WindowShape(value.step.channels, size, (d, h, w), (d, h, w))
-    return reader.add_window(node, op, value.step, shape)
+    shape = WindowShape(value.draft.channels, size, (d, h, w), (d, h, w))
+    return reader.add_window(node, op, value.draft, shape)
 
 
 def _mean(reader: Reader, node: Node, args: Args) -> Value:
     """An average pool over whole axes of the map."""
-    source = reader.step(args["self"], node)
+    source = reader.draft(args["self"], node)
     found = _shape(args["self"])
     gone = {axis % len(found) for axis in args.get("dim") or range(len(found))}
     long = [axis for axis in range(2, len(found)) if found[axis] > 1]
@@ -402,12 +402,12 @@ def _pad(reader: Reader, node: Node, args: Args) -> Value:
         raise reader.refusal(node, f"padding with {value.fill} and then with {fill}", "one value")
     (d0, d1), (h0, h1), (w0, w1) = pairs
     return Value(
-        value.step, _sum(value.before, (d0, h0, w0)), _sum(value.after, (d1, h1, w1)), fill
+        value.draft, _sum(value.before, (d0, h0, w0)), _sum(value.after, (d1, h1, w1)), fill
     )
 
 
 def _batch_norm(reader: Reader, node: Node, args: Args) -> Value:
-    source = reader.step(args["input"], node)
+    source = reader.draft(args["input"], node)
     found = _shape(args["input"])
     if found[:2] != (1, source.channels):
         what = f"batch norm reads [1, {source.channels}, *{source.size}] as {list(found)}"
@@ -423,7 +423,7 @@ def _batch_norm(reader: Reader, node: Node, args: Args) -> Value:
     return _scale(reader, node, source, gain=gain, bias=offset)
 
 
-def _scale(reader: Reader, node: Node, source: Step, **parts: Any) -> Value:
+def _scale(reader: Reader, node: Node, source: LayerDraft, **parts: Any) -> Value:
     return reader.add(node, SCALE, [source], channels=source.channels, size=source.size, **parts)
 
 
@@ -434,14 +434,14 @@ def _activate(reader: Reader, node: Node, args: Args) -> Value:
     activation = {(0, None): "relu", (0, 6): "relu6"}.get(bounds)
     if activation is None:
         raise reader.refusal(node, f"a clamp to {low}..{high}", "ReLU or ReLU6")
-    source = reader.step(args["self"], node)
+    source = reader.draft(args["self"], node)
     return _scale(reader, node, source, activation=activation, positive=True)
 
 
 def _add(reader: Reader, node: Node, args: Args) -> Value:
     if args["alpha"] != 1:
         raise reader.refusal(node, f"an addition with alpha={args['alpha']}", "alpha=1")
-    a, b = reader.step(args["self"], node), reader.step(args["other"], node)
+    a, b = reader.draft(args["self"], node), reader.draft(args["other"], node)
     shapes = _shape(args["self"]), _shape(args["other"])
     if shapes[0] != shapes[1] or (a.channels, a.size) != (b.channels, b.size):
         what = f"an addition of {list(shapes[0])} and {list(shapes[1])}"
@@ -450,21 +450,21 @@ def _add(reader: Reader, node: Node, args: Args) -> Value:
 
 
 def _concat(reader: Reader, node: Node, args: Args) -> Value:
-    steps = [reader.step(tensor, node) for tensor in args["tensors"]]
+    drafts = [reader.draft(tensor, node) for tensor in args["tensors"]]
     shapes = [_shape(tensor) for tensor in args["tensors"]]
     axis = args["dim"] % len(shapes[0])
-    whole = [(1, s.channels, *shape[2:]) for s, shape in zip(steps, shapes, strict=True)]
-    if axis != 1 or whole != shapes or len({s.size for s in steps}) != 1:
+    whole = [(1, s.channels, *shape[2:]) for s, shape in zip(drafts, shapes, strict=True)]
+    if axis != 1 or whole != shapes or len({s.size for s in drafts}) != 1:
         what = f"a concatenation of {', '.join(str(list(s)) for s in shapes)} on axis {axis}"
         raise reader.refusal(node, what, "the channels (axis 1) of maps of the same size")
-    channels = sum(s.channels for s in steps)
-    return reader.add(node, CONCAT, steps, channels=channels, size=steps[0].size)
+    channels = sum(s.channels for s in drafts)
+    return reader.add(node, CONCAT, drafts, channels=channels, size=drafts[0].size)
 
 
 def _view(reader: Reader, node: Node, args: Args) -> Value:
     """Another shape over the same elements in the same order."""
     read = args.get("self", args.get("input"))
-    return Value(reader.step(read, node))
+    return Value(reader.draft(read, node))
 
 
 def _permute(reader: Reader, node: Node, args: Args) -> Value:

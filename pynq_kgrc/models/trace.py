@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import AVERAGE_POOL, CONCAT, CONV, INPUT, ClipSpec, ConvShape, Graph, Layer
-from pynq_kgrc.models.operators import SCALE, Step, read_operators
+from pynq_kgrc.models.operators import SCALE, LayerDraft, read_operators
 
 
 def trace(module: nn.Module, clip: ClipSpec, labels: Sequence[str] = (), name: str = "") -> Graph:
@@ -32,12 +32,12 @@ def trace(module: nn.Module, clip: ClipSpec, labels: Sequence[str] = (), name: s
             labels that are not one for each output.
     """
     name = name or type(module).__name__
-    steps, output = read_operators(_export(module, clip, name), module, clip, name)
-    steps, output = _fold(steps, output)
+    drafts, output = read_operators(_export(module, clip, name), module, clip, name)
+    drafts, output = _fold(drafts, output)
     outputs = output.channels * math.prod(output.size)
     if labels and len(labels) != outputs:
         raise CompileError(f"{name} has {outputs} outputs, but {len(labels)} labels were given")
-    layers = tuple(_layer(step) for step in steps)
+    layers = tuple(_layer(draft) for draft in drafts)
     return average_first(Graph(name, layers, output.name, clip, tuple(labels)))
 
 
@@ -120,22 +120,22 @@ def _evaluation(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _fold(steps: list[Step], output: Step) -> tuple[list[Step], Step]:
-    """Merge each scale into the step before it where that has no other reader."""
-    readers = Counter(source for step in steps for source in step.inputs)
-    merged: dict[Step, Step] = {}
+def _fold(drafts: list[LayerDraft], output: LayerDraft) -> tuple[list[LayerDraft], LayerDraft]:
+    """Merge each scale into the draft before it where that has no other reader."""
+    readers = Counter(source for draft in drafts for source in draft.inputs)
+    merged: dict[LayerDraft, LayerDraft] = {}
     kept = []
-    for step in steps:
-        step.inputs = [merged.get(source, source) for source in step.inputs]
-        if step.op == SCALE and _absorbs(step.inputs[0], step, readers[step.inputs[0]] == 1):
-            merged[step] = step.inputs[0]
-            readers[step.inputs[0]] += readers[step] - 1
+    for draft in drafts:
+        draft.inputs = [merged.get(source, source) for source in draft.inputs]
+        if draft.op == SCALE and _absorbs(draft.inputs[0], draft, readers[draft.inputs[0]] == 1):
+            merged[draft] = draft.inputs[0]
+            readers[draft.inputs[0]] += readers[draft] - 1
         else:
-            kept.append(step)
+            kept.append(draft)
     return kept, merged.get(output, output)
 
 
-def _absorbs(before: Step, scale: Step, alone: bool) -> bool:
+def _absorbs(before: LayerDraft, scale: LayerDraft, alone: bool) -> bool:
     """Let `before` do the work of `scale` if it can; `alone`: nothing else reads it."""
     plain = scale.gain is None
     if plain and scale.activation == "relu" and before.positive:
@@ -153,7 +153,7 @@ def _absorbs(before: Step, scale: Step, alone: bool) -> bool:
     return True
 
 
-def _rescale(before: Step, scale: Step) -> None:
+def _rescale(before: LayerDraft, scale: LayerDraft) -> None:
     """Fold gain and offset, which are float64, into the convolution or scale before."""
     assert scale.gain is not None and scale.bias is not None
     gain = scale.gain
@@ -164,25 +164,25 @@ def _rescale(before: Step, scale: Step) -> None:
     before.bias = scale.bias + gain * (0.0 if before.bias is None else before.bias)
 
 
-def _layer(step: Step) -> Layer:
+def _layer(draft: LayerDraft) -> Layer:
     """The finished layer; a scale on its own is a diagonal 1x1x1 convolution."""
-    if step.op == SCALE:
-        channels = step.channels
-        gain = np.ones(channels) if step.gain is None else step.gain
-        step.weight = np.diag(gain).astype(np.float32).reshape(channels, channels, 1, 1, 1)
-        step.shape = ConvShape(channels, step.size, (1, 1, 1), filters=channels)
-        step.op = CONV
-    bias = step.bias
-    if step.op == CONV:
-        bias = np.zeros(step.channels) if bias is None else bias.astype(np.float64)
+    if draft.op == SCALE:
+        channels = draft.channels
+        gain = np.ones(channels) if draft.gain is None else draft.gain
+        draft.weight = np.diag(gain).astype(np.float32).reshape(channels, channels, 1, 1, 1)
+        draft.shape = ConvShape(channels, draft.size, (1, 1, 1), filters=channels)
+        draft.op = CONV
+    bias = draft.bias
+    if draft.op == CONV:
+        bias = np.zeros(draft.channels) if bias is None else bias.astype(np.float64)
     return Layer(
-        name=step.name,
-        op=step.op,
-        inputs=tuple(source.name for source in step.inputs),
-        channels=step.channels,
-        size=step.size,
-        shape=step.shape,
-        weight=step.weight,
+        name=draft.name,
+        op=draft.op,
+        inputs=tuple(source.name for source in draft.inputs),
+        channels=draft.channels,
+        size=draft.size,
+        shape=draft.shape,
+        weight=draft.weight,
         bias=bias,
-        activation=step.activation,
+        activation=draft.activation,
     )
