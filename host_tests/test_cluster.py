@@ -120,7 +120,7 @@ def check_rows(rows, expected):
             continue
         assert row["error"] is None, row
         windows = [list(zip(w["labels"], w["scores"], strict=True)) for w in row["windows"]]
-        assert windows == [[tuple(label) for label in clip] for clip in labels]
+        assert windows == [[(label.label, label.confidence) for label in clip] for clip in labels]
         if len(windows) == 1:
             assert list(zip(row["labels"], row["scores"], strict=True)) == windows[0]
 

@@ -98,9 +98,19 @@ class Layer:
     out_quant: QuantParams | None = None
 
 
+SAMPLINGS = ("centre", "uniform")
+"""How one clip is taken from a video: consecutive frames of its middle, or spread over all of it.
+
+`video.load_clip` implements them.
+"""
+
+DEFAULT_SAMPLING = "centre"
+"""The sampling of every command that takes one clip of a video, unless its help names another."""
+
+
 @dataclass(frozen=True)
 class ClipSpec:
-    """The clip that a network looks at, and how pixels become its input.
+    """The clip that a network takes, and how its pixels become the network's input.
 
     Frames are resized so that the short side is `short_side`, cropped at the centre to
     `height` x `width`, and normalised: ``(pixel / 255 - mean) / std`` for each of R, G, B.

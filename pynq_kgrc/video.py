@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from pynq_kgrc.errors import VideoError
-from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.graph import DEFAULT_SAMPLING, SAMPLINGS, ClipSpec
 from pynq_kgrc.quant import Array
 
 OPTIONS = "protocol_whitelist;file|format_whitelist;mov,matroska,avi,mpegts,gif"
@@ -30,8 +30,6 @@ OpenCV 4.11 for Linux ignores this (opencv/opencv#27091): `_is_container` asks f
 
 MAX_ELONGATION = 100
 """How often the short side of a frame may go into the long one: `fit` scales both alike."""
-
-SAMPLINGS = ("centre", "uniform")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Clip:
 def load_clip(
     source: str | Path | bytes,
     spec: ClipSpec,
-    sampling: str = "centre",
+    sampling: str = DEFAULT_SAMPLING,
     limits: Limits | None = None,
 ) -> Clip:
     """One clip of a video: consecutive frames from its middle, or spread over all of it.

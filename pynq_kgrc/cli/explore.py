@@ -30,7 +30,7 @@ def declare(command: Declare) -> None:
         "width stay those of the programs, so that their weights fit without pruning anew:\n\n"
         "  pynq-kgrc explore -p c3d.kgrc -p r2plus1d.kgrc --board zcu102 --plot designs.png\n"
         "  pynq-kgrc explore -p c3d.kgrc -o best.json\n"
-        "  pynq-kgrc compile c3d --config best.json ...",
+        "  pynq-kgrc compile c3d --design best.json ...",
     )
     explore.add_argument(
         "-p", "--program", type=Path, action="append", required=True, help="a .kgrc; repeatable"

@@ -20,7 +20,7 @@ import numpy as np
 from pynq_kgrc.errors import ConfigError, DataError, KgrcError, VideoError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.quant import Array
-from pynq_kgrc.runtime import Session, best_labels, softmax
+from pynq_kgrc.runtime import Session, best_labels
 from pynq_kgrc.video import Clip, load_clip, load_windows
 
 VERSION = 1
@@ -139,18 +139,17 @@ def look(session: Session, file: File, question: Question) -> Row:
     windows: list[tuple[Clip, Array]] = []
     try:
         for clip in _clips(path, session.program.clip, question):
-            session.write(clip.frames)
-            session.backend.run()
+            probabilities = session.run(clip.frames).probabilities
             # the frames are not kept: a long video has many windows
             seen = Clip(clip.frames[:0], clip.start_ms, clip.end_ms, clip.notes)
-            windows.append((seen, softmax(session.logits())))
+            windows.append((seen, probabilities))
     except VideoError as error:
         return failed(file, str(error).removeprefix(f"{path}: "))
     names = session.program.labels
 
     def best(scores: Array) -> tuple[list[str], list[float]]:
         labels = best_labels(scores, names, question.top)
-        return [label.name for label in labels], [label.score for label in labels]
+        return [each.label for each in labels], [each.confidence for each in labels]
 
     labels, scores = best(np.mean([s for _, s in windows], axis=0))
     found = [Window(clip.start_ms, clip.end_ms, *best(s)) for clip, s in windows]

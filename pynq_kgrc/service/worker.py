@@ -21,7 +21,7 @@ from pynq_kgrc.analysis.description import describe
 from pynq_kgrc.errors import KgrcError, ProgramError
 from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
-from pynq_kgrc.runtime import Session, softmax
+from pynq_kgrc.runtime import Session
 from pynq_kgrc.service import wire
 from pynq_kgrc.service.wire import Answer, Order
 
@@ -61,7 +61,7 @@ class Owner:
         try:
             clip = program.clip
             frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
-            self.session(key).classify(frames)
+            self.session(key).run(frames)
             return describe_for_clients(program)
         except BaseException:
             self.drop(key)
@@ -87,9 +87,8 @@ class Owner:
             raise ProgramError(f"a clip of {len(payload)} bytes; {key} takes uint8 {shape}")
         start = time.perf_counter()
         frames: Array = np.frombuffer(payload, np.uint8).reshape(shape)
-        prediction = session.classify(frames, 1)
-        logits = session.logits()
-        result = np.stack([logits, softmax(logits)]).astype("<f4")
+        scores = session.run(frames)
+        result = np.stack([scores.logits, scores.probabilities]).astype("<f4")
         layers = [
             {
                 "task": counters.task,
@@ -97,7 +96,7 @@ class Owner:
                 "bytes": counters.bytes_in + counters.bytes_weight + counters.bytes_out,
                 "ms": round(1e3 * counters.seconds, 3),
             }
-            for counters in prediction.layers
+            for counters in scores.layers
         ]
         return Answer(seconds=time.perf_counter() - start, layers=layers), result.tobytes()
 
