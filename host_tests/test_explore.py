@@ -1,7 +1,8 @@
-"""The search for designs: what fits, what is fast, and the targets of the project."""
+"""The search for designs: which fit, which are fast, and the targets of the project."""
 
 import json
 import re
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
@@ -24,7 +25,6 @@ from pynq_kgrc.accelerator.explore import (
     pareto_front,
     rank_designs,
 )
-from pynq_kgrc.accelerator.plan import plan_convolution
 from pynq_kgrc.accelerator.resources import Resources, bram36, estimate_resources
 from pynq_kgrc.cli import main
 from pynq_kgrc.cli.explore import _networks
@@ -34,7 +34,6 @@ from pynq_kgrc.groups import GroupSize
 from pynq_kgrc.models import c3d, r2plus1d
 from pynq_kgrc.models.trace import trace
 from pynq_kgrc.program import load
-from pynq_kgrc.quant import ceil_div
 
 ZCU102 = board("zcu102")
 
@@ -77,13 +76,8 @@ def test_designs_fit_and_keep_the_groups():
 
 def work_of(config, shape, kr, kc):
     """A convolution on a design; all of its groups are enabled."""
-    words = tiling.conv_words(config, shape, kr, kc)
-    groups = config.group_size.counts(shape.filters, shape.channels, shape.taps)
-    items = plan_convolution(config, np.ones(groups[:2], bool), shape.filters)
-    share = min(config.filter_tiles, ceil_div(shape.filters, config.tm))
-    tile = tiling.tile_size(config, shape, tiling.NO_POOL, share * words)
-    columns = min(config.pk, kc)
-    return tiling.Work(shape, shape.out_size, tiling.NO_POOL, tile, words, tuple(items), columns)
+    p, q, _ = config.group_size.counts(shape.filters, shape.channels, shape.taps)
+    return tiling.convolution_work(config, shape, kr, kc, np.ones((p, q), bool))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +160,7 @@ def test_command_prints_plots_and_writes_a_design(program_file, tmp_path, capsys
     arguments = ["explore", "-p", str(program_file), "--effort", "4", "--plot", str(plot)]
     assert main([*arguments, "-o", str(out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["figures"] == "modelled"
+    assert document["figures"] == "modelled, without memory stalls"
     best = document["designs"][0]
     assert best["mean_ms"] < document["compiled_for"]["mean_ms"]
     assert best["latency_ms"]["net"]["whole"] > best["latency_ms"]["net"]["convolutions"]
@@ -176,7 +170,7 @@ def test_command_prints_plots_and_writes_a_design(program_file, tmp_path, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "designs.svg"]
     assert main(["explore", "-p", str(program_file), "--effort", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "modelled for zcu102 at 150 MHz" in printed
+    assert "modelled, without memory stalls, for zcu102 at 150 MHz" in printed
     assert "the programs were compiled for:\n8-sparse" in printed
 
 
@@ -184,8 +178,8 @@ def test_command_prints_plots_and_writes_a_design(program_file, tmp_path, capsys
     ("arguments", "text"),
     [
         (["--board", "pynq-z1"], "no board named 'pynq-z1'"),
-        (["--share", "1.5"], "share=1.5 has to be in 0 to 1"),
-        (["--clock", "0"], r"clock=0.0 in 0 to 1000 MHz"),
+        (["--share", "1.5"], "--share 1.5: use a share above 0, 1 at most"),
+        (["--clock", "0"], r"--clock 0.0: use a clock above 0 MHz, 1000 MHz at most"),
         (["--plot", "designs.bmp"], r"use a name that ends in .png, .svg or .pdf"),
     ],
 )
@@ -207,17 +201,48 @@ def test_programs_of_different_kinds_are_not_explored_together(program_file):
         _networks([dense], [program_file])
 
 
-def test_designs_as_files(tmp_path):
+def test_a_design_is_a_name_or_a_file(tmp_path):
     path = tmp_path / "design.json"
     write_design(preset("4-sparse"), path)
     assert read_design(str(path)) == preset("4-sparse")
     assert read_design("8-dense") == preset("8-dense")
-    path.write_text('{"name": "x", "bits": "eight"}')
-    with pytest.raises(ConfigError, match=r"design.json: no design of an accelerator"):
-        read_design(str(path))
-    with pytest.raises(ConfigError, match=r"none.json: no design"):
-        read_design(str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match=r"no accelerator named 'best'; .* or give a .json file"):
+        read_design("best")
     assert macs_a_cycle(preset("8-zcu102")) == 3456
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (dict(bits="eight"), r"bits='eight' is not accepted; use a whole number"),
+        (dict(sparse=1), r"sparse=1 is not accepted; use true or false"),
+        (dict(name=None), r"name=None is not accepted; use a string"),
+        (dict(filter_tile=3), r"'filter_tile' is no field of a design; use name, bits, .*beat"),
+        (dict(pf=0), r"pf=0 is not 1 or more"),
+    ],
+)
+def test_a_bad_field_of_a_design_file_is_named(tmp_path, change, text):
+    path = tmp_path / "design.json"
+    path.write_text(json.dumps(asdict(preset("8-sparse")) | change))
+    with pytest.raises(ConfigError, match=rf"design.json: {text}"):
+        read_design(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as a design"),
+        ("[1]", r"cannot be read as a design \(Expected `object`"),
+        ('{"name": "x"}', "missing required field `bits`"),
+        (None, "cannot be read as a design .*No such file"),
+    ],
+)
+def test_a_file_without_a_design_is_refused(tmp_path, text, message):
+    path = tmp_path / "design.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"design.json: .*{message}"):
+        read_design(str(path))
 
 
 # ---- the page ---------------------------------------------------------------------------------
@@ -225,7 +250,7 @@ def test_designs_as_files(tmp_path):
 
 def modelled_ms(config, traced, sparsity):
     layers = (layer for _, layer in traced.kept(sparsity, config))
-    return sum(cost.task_cost(config, work_of(config, *layer)).cycles for layer in layers) / 150e3
+    return sum(cost.layer_cycles(config, *layer) for layer in layers) / 150e3
 
 
 def latency_rows(traced):

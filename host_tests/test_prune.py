@@ -302,7 +302,7 @@ def test_the_cost_of_a_pruned_layer_is_that_of_its_task():
 def test_targets_out_of_reach_are_refused():
     graph, config = net_to_prune(), preset("8-sparse")
     with pytest.raises(
-        ConfigError, match=r"kgr makes net at most 1\.\d\dx cheaper, not 9x \\(.*; prune more"
+        ConfigError, match=r"kgr makes net at most 1\.\d\dx cheaper, not 9x \(.*; prune more"
     ):
         choose_rates(graph, ["conv2"], "kgr", 9, config)
     with pytest.raises(ConfigError, match="no pattern 'best'"):

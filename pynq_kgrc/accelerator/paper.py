@@ -20,7 +20,7 @@ As printed, the equations do not give the published latencies. Four repairs do:
 Repairs 1 and 2 follow from the paper's algorithm 2, repair 3 is what the layers with small maps
 show. Repair 4 is a fit of seven constants to 24 totals and 48 bars, not an independent finding.
 The published figures are convolutions only, and agree with loads that are always hidden
-(`PUBLISHED_PORTS`).
+(`HIDDEN_LOADS`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from dataclasses import dataclass
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import ceil_div
 
@@ -55,8 +54,8 @@ class Ports:
     b_out: int = 4
 
 
-STATED_PORTS = Ports()
-PUBLISHED_PORTS = Ports(b_in=None, b_wgt=None)
+ASSUMED_PORTS = Ports()
+HIDDEN_LOADS = Ports(b_in=None, b_wgt=None)
 """Loads hidden, B_out = 4: what the published latencies agree with."""
 
 
@@ -70,7 +69,7 @@ def utilisation(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) -
 
     G_M (1 - R_R) % (P_M G_M / T_M) = 0 and T_K (1 - R_C) % P_K = 0, said of one group.
     """
-    _check(config, shape, kr, kc)
+    config.check_kept(shape.taps, kr, kc)
     row_steps = ceil_div(kr, config.rows_per_cycle)
     column_steps = ceil_div(kc, config.pk)
     return kr * kc / (row_steps * config.rows_per_cycle * column_steps * config.pk)
@@ -181,7 +180,7 @@ def clipped_tile(config: AcceleratorConfig, shape: ConvShape) -> Size:
     return d, h, w
 
 
-def input_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports = STATED_PORTS) -> int:
+def input_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports) -> int:
     """Eq. (15): L_in = T_N / A_b ceil(T_F^in / B_in), for one channel tile.
 
     T_F^in is the region that a clipped tile (repair 3) sees, no more than the map itself.
@@ -199,14 +198,14 @@ def input_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports = STA
 
 
 def weight_cycles(
-    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports = STATED_PORTS
+    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports
 ) -> int:
     """Eq. (16): L_wgt = T_M (1 - R_R) T_N / A_b ceil(T_K (1 - R_C) / B_wgt), for one tap tile.
 
     As printed, a word of another filter waits for the next cycle: a 1x1x1 kernel uses one word
     of the port's B_wgt.
     """
-    _check(config, shape, kr, kc)
+    config.check_kept(shape.taps, kr, kc)
     if ports.b_wgt is None:
         return 0
     rows = config.groups_per_tile * kr
@@ -218,7 +217,7 @@ def compute_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int
 
     With repairs 2 and 3, and the fill and drain of repair 4 added.
     """
-    _check(config, shape, kr, kc)
+    config.check_kept(shape.taps, kr, kc)
     positions = math.prod(clipped_tile(config, shape))
     steps = (
         ceil_div(positions, config.pf)
@@ -244,14 +243,14 @@ def fill_cycles(config: AcceleratorConfig, kr: int) -> int:
     return FILL_SPARSE[config.bits] + (FILL_PRUNED_ROWS if kr < config.gm else 0)
 
 
-def output_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports = STATED_PORTS) -> int:
+def output_cycles(config: AcceleratorConfig, shape: ConvShape, ports: Ports) -> int:
     """Eq. (16): L_out = T_M / A_b ceil(T_F / B_out), for one output tile of T_M filters."""
     positions = math.prod(clipped_tile(config, shape))
     return ceil_div(config.tm, packing(config)) * ceil_div(positions, ports.b_out)
 
 
 def load_compute_cycles(
-    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports = STATED_PORTS
+    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports
 ) -> int:
     """Eq. (17): L_load_cmpt = max(L_in, L_wgt, L_cmpt), for one channel tile.
 
@@ -265,7 +264,7 @@ def load_compute_cycles(
 
 
 def store_cycles(
-    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports = STATED_PORTS
+    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports
 ) -> int:
     """Eq. (18): L_store = max(ceil(N / T_N) L_load_cmpt + L_cmpt, L_out), one output tile."""
     accumulate = _channel_tiles(config, shape) * load_compute_cycles(config, shape, kr, kc, ports)
@@ -273,8 +272,8 @@ def store_cycles(
     return max(accumulate + last, output_cycles(config, shape, ports))
 
 
-def layer_cycles(
-    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports = STATED_PORTS
+def paper_layer_cycles(
+    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports
 ) -> int:
     """Eq. (19): L_l = ceil(D/T_D) ceil(H/T_H) ceil(W/T_W) ceil(M/T_M) L_store + L_out."""
     tile = clipped_tile(config, shape)
@@ -285,7 +284,7 @@ def layer_cycles(
 
 
 def compute_bound(
-    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports = STATED_PORTS
+    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports
 ) -> bool:
     """Eq. (20): max(L_in, L_wgt) <= L_cmpt and (ceil(N / T_N) + 1) L_cmpt >= L_out.
 
@@ -301,9 +300,7 @@ def compute_bound(
     )
 
 
-def bound_by(
-    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports = STATED_PORTS
-) -> str:
+def bound_by(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, ports: Ports) -> str:
     """Which term of (17) and (18) a layer waits for: "compute", "input", "weight" or "output"."""
     taps = _tap_tiles(config, shape)
     compute = compute_cycles(config, shape, kr, kc)
@@ -321,17 +318,17 @@ def layer_ms(
     shape: ConvShape,
     kr: int,
     kc: int,
-    ports: Ports = PUBLISHED_PORTS,
+    ports: Ports,
     clock_mhz: float = PUBLISHED_CLOCK_MHZ,
 ) -> float:
     """Modelled latency of one convolution as the paper publishes it: 150 MHz, loads hidden."""
-    return layer_cycles(config, shape, kr, kc, ports) / (clock_mhz * 1e3)
+    return paper_layer_cycles(config, shape, kr, kc, ports) / (clock_mhz * 1e3)
 
 
 def network_ms(
     config: AcceleratorConfig,
     layers: Iterable[KeptConv],
-    ports: Ports = PUBLISHED_PORTS,
+    ports: Ports,
     clock_mhz: float = PUBLISHED_CLOCK_MHZ,
 ) -> float:
     """Modelled latency of a network as the paper publishes it: its convolutions one by one.
@@ -355,12 +352,3 @@ def _channel_tiles(config: AcceleratorConfig, shape: ConvShape) -> int:
 def _tap_tiles(config: AcceleratorConfig, shape: ConvShape) -> int:
     """ceil(K_l / T_K)."""
     return config.group_size.counts(shape.filters, shape.channels, shape.taps)[2]
-
-
-def _check(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) -> None:
-    """Refuse what a group cannot keep, or a dense design cannot skip."""
-    columns = config.group_size.columns(shape.taps)
-    for symbol, kept, of in (("kr", kr, config.gm), ("kc", kc, columns)):
-        least = 1 if config.sparse else of
-        if not least <= kept <= of:
-            raise ConfigError(f"{config.name}: {symbol}={kept} is not within {least} to {of}")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pynq_kgrc.cli.arguments import Declare, positive, progress
+from pynq_kgrc.cli.arguments import Declare, add_design, positive, progress
 from pynq_kgrc.compress.recipes import ALGORITHMS, NAMES
 from pynq_kgrc.errors import ConfigError
 
@@ -81,7 +81,7 @@ def declare(command: Declare) -> None:
     prune.add_argument(
         "--layers", help="comma-separated (default: all convolutions but the first and the last)"
     )
-    _design(prune)
+    add_design(prune, "the accelerator whose groups and cycles count", "--accelerator")
     prune.add_argument("--algorithm", choices=ALGORITHMS, help="overrides the settings")
     _schedule(prune, "settings of pruning, a TOML file; [prepare] and [retrain] set the training")
 
@@ -97,7 +97,7 @@ def declare(command: Declare) -> None:
     )
     _learning(quantize, "folder of the run; gets program.kgrc")
     quantize.add_argument("--weights", required=True, help="state dict, pruned or dense")
-    _design(quantize)
+    add_design(quantize, "the accelerator to compile for", "--accelerator")
     quantize.add_argument("--method", default=None, help="ranges: minmax, percentile or mse")
     quantize.add_argument(
         "--admm", type=positive, metavar="EPOCHS",
@@ -150,13 +150,6 @@ def _schedule(command: argparse.ArgumentParser, text: str = "settings, a TOML fi
     command.add_argument("--config", type=Path, help=f"{text} (default: built-in settings)")
     command.add_argument("--epochs", type=int, help="overrides the settings")
     command.add_argument("--seed", type=int, help="overrides the settings")
-
-
-def _design(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--design", default="8-sparse", metavar="DESIGN",
-        help="accelerator: a name, or the .json that explore -o writes (default: 8-sparse)",
-    )  # fmt: skip
 
 
 # ---- commands -------------------------------------------------------------------------------
