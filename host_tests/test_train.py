@@ -422,13 +422,13 @@ def test_prune_and_quantize_take_the_file_that_explore_writes(movies, trained, t
     short.write_text("[retrain]\nepochs = 1\nbatch = 8\n")
     pruned = [*data, *weights, "-o", str(tmp_path / "pruned"), "--config", str(short)]
     how = ["--algorithm", "one-shot", "--pattern", "kgrc", "--target", "latency"]
-    how += ["--reduction", "1.25", "--layers", "conv1,conv2,conv3"]
+    how += ["--reduction", "1.4", "--layers", "conv1,conv2,conv3"]
     assert main(["prune", *pruned, *how]) == 0
     found = capsys.readouterr()
     report = json.loads(found.out)
-    assert report["design"] == "mine" and report["latency_reduction_asked"] == 1.25
-    assert report["latency_reduction"] == pytest.approx(1.25, rel=0.03)
-    assert "asked for 1.25x fewer cycles, reached 1.2" in found.err and "on mine" in found.err
+    assert report["design"] == "mine" and report["latency_reduction_asked"] == 1.4
+    assert report["latency_reduction"] == pytest.approx(1.4, rel=0.03)
+    assert "asked for 1.40x fewer cycles, reached 1.40x" in found.err and "on mine" in found.err
     weights[1] = str(tmp_path / "pruned" / "weights.safetensors")
     out = tmp_path / "codes"
     assert main(["quantize", *data, *weights, "-o", str(out), "--epochs", "0"]) == 0
