@@ -1,7 +1,7 @@
-"""From a dense network to a pruned one: choose, prune, and train what is left.
+"""From a dense network to a pruned one: prepare, prune, retrain.
 
-One way through, several algorithms: what differs is how the network is prepared (not at all, by a
-penalty, by ADMM) and what a weight is worth when the hard pruning comes.
+The algorithms differ in how the network is prepared (not at all, with a penalty, with ADMM) and in
+the scores that decide which weights are pruned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from pynq_kgrc.graph import ConvShape, Graph
 from pynq_kgrc.models.trace import trace
 from pynq_kgrc.quant import Array
 
-GENTLE = TrainConfig(epochs=20, lr=5e-4)
+LOW_RATE = TrainConfig(epochs=20, lr=5e-4)
+"""Default of both trainings: the network is trained already."""
 
 
 class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,21 +35,23 @@ class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     algorithm: Algorithm = "reweighted"
     incremental: bool = False
-    """One layer after the other, each with its share of the epochs (KRP paper, figure 5)."""
+    """Prune layer after layer, each with its share of the epochs (KRP paper, figure 5)."""
     factor: float = 1e-2
-    """lambda of lasso and reweighted."""
+    """lambda of the algorithms lasso and reweighted."""
     norm: Norm = "l2"
     by_operations: bool = True
-    """Layers are penalized in proportion to their operations."""
+    """The penalty of a layer is proportional to its operations."""
     updates: int = 4
-    """Times the reweighting is made anew."""
+    """How many times the reweighting factors are computed."""
     rho: float = 1e-2
+    """rho of ADMM in its first round."""
     rounds: int = 3
     growth: float = 3.0
-    prepare: TrainConfig = GENTLE
-    """Training with the penalty; one-shot and heuristic have none."""
-    retrain: TrainConfig = GENTLE
-    """Training of what is left."""
+    """Factor by which rho grows from round to round."""
+    prepare: TrainConfig = LOW_RATE
+    """Training with the penalty; the algorithms one-shot and heuristic skip it."""
+    retrain: TrainConfig = LOW_RATE
+    """Training of the weights that are kept."""
 
 
 def prune_network(
@@ -59,23 +62,23 @@ def prune_network(
     folder: Path,
     teacher: nn.Module | None = None,
 ) -> None:
-    """Prune a trained network in place and train what is left.
+    """Prune a trained network in place and train the weights that are kept.
 
-    Each part of the way has its own folder, so that a run that was killed goes on where it was.
+    Each training has its own folder; a run that was killed resumes in the one it was in.
 
     Args:
         module: trained and dense.
-        recipe: what is pruned of which layer.
-        config: how.
-        setup: clips to learn from and to measure on.
-        folder: gets prepare/ and retrain/, of each layer where it is incremental.
+        recipe: the pattern of each layer.
+        config: algorithm and schedules.
+        setup: training and test clips.
+        folder: gets prepare/ and retrain/; with `incremental`, both for each layer.
         teacher: the dense network, for distillation in retraining.
 
     Raises:
-        ConfigError: a layer that is not there, or a pattern that does not fit its weight.
+        ConfigError: an unknown layer, or a pattern that does not fit its weight.
         ModelError: the folder holds another run.
     """
-    chosen_weights(module, list(recipe))  # refuses a wrong name before anything is trained
+    chosen_weights(module, list(recipe))  # refuse a wrong name before training
     if not recipe:
         raise ConfigError("the recipe prunes no layer")
     if not config.incremental:
@@ -128,20 +131,20 @@ def _penalty(
 def prune_weights(
     module: nn.Module, recipe: Recipe, scores: Mapping[str, Array] | None = None
 ) -> None:
-    """Hard pruning in place: every weight of the recipe onto its pattern.
+    """Hard pruning in place: project each weight of the recipe onto its pattern.
 
-    `scores` says what each weight is worth, by layer; its magnitude unless given.
+    `scores`, by layer, replace the magnitudes of the weights.
     """
     with torch.no_grad():
         for name, weight in chosen_weights(module, list(recipe)).items():
             dense = weight.cpu().numpy()
-            worth = None if scores is None else scores[name].reshape(dense.shape)
-            pruned = project_pattern(dense, recipe[name], worth)
+            layer_scores = None if scores is None else scores[name].reshape(dense.shape)
+            pruned = project_pattern(dense, recipe[name], layer_scores)
             weight.copy_(torch.from_numpy(np.ascontiguousarray(pruned)))
 
 
 def layer_costs(graph: Graph) -> dict[str, float]:
-    """MACs of each convolution of a graph, dense."""
+    """MACs of each convolution of a graph, zeros included."""
     return {
         layer.name: float(layer.shape.macs)
         for layer in graph.convolutions()

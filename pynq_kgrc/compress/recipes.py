@@ -1,4 +1,4 @@
-"""What is pruned of which layer: read from a file, or searched for a number of operations.
+"""Recipes, the patterns and rates of each layer: published, from a file, or searched for a cost.
 
 A recipe is a TOML file with a table of layers::
 
@@ -39,7 +39,7 @@ from pynq_kgrc.quant import Array
 from pynq_kgrc.storage import written_beside
 
 Recipe = Mapping[str, Pattern]
-"""For each layer that is pruned, its pattern."""
+"""The pattern of each layer that is pruned, by name."""
 
 Algorithm = Literal["one-shot", "heuristic", "lasso", "reweighted", "admm"]
 ALGORITHMS = get_args(Algorithm)
@@ -51,7 +51,7 @@ NAMES = (*GROUPED, *RATED, "krp")
 
 
 class LayerRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One layer of a recipe file; fractions are text, such as "2/3"."""
+    """How one layer is pruned: an entry of a recipe file. Fractions are text, such as "2/3"."""
 
     pattern: str
     rows: str = "0"
@@ -75,43 +75,43 @@ def build_patterns(
         ConfigError: as `build_pattern`; the layer is named.
     """
     patterns = {}
-    for name, entry in layers.items():
+    for name, layer in layers.items():
         try:
-            patterns[name] = build_pattern(entry, config)
+            patterns[name] = build_pattern(layer, config)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
     return patterns
 
 
-def build_pattern(entry: LayerRecipe, config: AcceleratorConfig | None = None) -> Pattern:
-    """The pattern of an entry, in the groups and blocks of an accelerator.
+def build_pattern(layer: LayerRecipe, config: AcceleratorConfig | None = None) -> Pattern:
+    """The pattern of a layer, in the groups and blocks of an accelerator.
 
     Raises:
         ConfigError: an unknown pattern, a rate that is no fraction in 0 to below 1, or rows and
-            columns that the accelerator's P_M and P_K do not divide (eq. (9)).
+            columns that are no multiples of the accelerator's P_M and P_K (eq. (9)).
     """
     size = DEFAULT_GROUP if config is None else config.group_size
-    if entry.pattern in GROUPED:
+    if layer.pattern in GROUPED:
         rates = Rates(
-            _fraction(entry.rows) if "r" in entry.pattern[2:] else Fraction(0),
-            _fraction(entry.cols) if "c" in entry.pattern[2:] else Fraction(0),
+            _fraction(layer.rows) if "r" in layer.pattern[2:] else Fraction(0),
+            _fraction(layer.cols) if "c" in layer.pattern[2:] else Fraction(0),
         )
         if config is not None:
             check_eq9(rates, config)
         return KernelGroups(rates, size)
-    if entry.pattern == "krp":
-        return KernelRows(entry.keep)
-    rate = _fraction(entry.rate)
-    if entry.pattern == "vanilla":
+    if layer.pattern == "krp":
+        return KernelRows(layer.keep)
+    rate = _fraction(layer.rate)
+    if layer.pattern == "vanilla":
         return Blocks(rate, size.gm, size.gn)
-    if entry.pattern == "blockwise":
+    if layer.pattern == "blockwise":
         tm = size.gm if config is None else config.tm
         return Blocks(rate, tm, size.gn)
-    if entry.pattern == "filter":
+    if layer.pattern == "filter":
         return Filters(rate)
-    if entry.pattern == "unstructured":
+    if layer.pattern == "unstructured":
         return Weights(rate)
-    raise ConfigError(f"no pattern {entry.pattern!r}; there are {', '.join(NAMES)}")
+    raise ConfigError(f"no pattern {layer.pattern!r}; there are {', '.join(NAMES)}")
 
 
 def _fraction(text: str) -> Fraction:
@@ -125,12 +125,12 @@ def _fraction(text: str) -> Fraction:
 
 
 def check_eq9(rates: Rates, config: AcceleratorConfig) -> None:
-    """Refuse rates whose kept rows or columns leave the array partly idle.
+    """Refuse rates whose kept rows or columns would leave a part of the array idle.
 
     Eq. (9) of the KGRC paper: T_M (1 - R_R) % P_M = 0 and T_K (1 - R_C) % P_K = 0.
 
     Raises:
-        ConfigError: names the rate and those that are accepted.
+        ConfigError: a rate does not satisfy it; the accepted rates are named.
     """
     for what, rate, count, step in (
         ("rows", rates.rows, config.gm, config.rows_per_cycle),
@@ -151,7 +151,7 @@ def read_recipe(path: str | Path) -> dict[str, LayerRecipe]:
     """The layers of a recipe file.
 
     Raises:
-        ConfigError: no such file, no TOML, or a field that is unknown or of another type.
+        ConfigError: no such file, no TOML, an unknown field, or a value of another type.
     """
     try:
         return msgspec.toml.decode(Path(path).read_bytes(), type=RecipeFile).layers
@@ -170,7 +170,7 @@ def published_recipe(network: str, pattern: str) -> dict[str, LayerRecipe]:
 
 
 def write_recipe(layers: Mapping[str, LayerRecipe], path: Path) -> None:
-    """The file that `read_recipe` reads."""
+    """Write the file that `read_recipe` reads, atomically."""
     with written_beside(path) as beside:
         beside.write_bytes(msgspec.toml.encode(RecipeFile(dict(layers))))
 

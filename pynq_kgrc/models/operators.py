@@ -1,8 +1,9 @@
-"""What each operator of an exported torch module is on the accelerator.
+"""Translates each operator of an exported torch module to a layer of the accelerator.
 
-`torch.export` gives a flat list of ATen operators. Nothing here changes the order of elements in
-memory, so a torch value always lies in the order of the [C, D, H, W] that its draft makes: a view
-only changes the shape that the next operator is checked against.
+To add an operator, add a function to the table `OPERATORS`. `torch.export` gives a flat list of
+ATen operators. No operator here reorders elements in memory, so the elements of a torch value
+always have the order of the [C, D, H, W] map that its layer writes. A view only changes the shape
+that the next operator is checked against.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ from pynq_kgrc.graph import (
 from pynq_kgrc.quant import Array
 
 SCALE = "scale"
-"""A gain and an offset for each channel, then an activation: batch norm or ReLU on its own."""
+"""A gain and an offset for each channel, then an activation: a batch norm, or a ReLU alone."""
 
 LOWEST = float(np.finfo(np.float32).min)
 
 
 @dataclass(eq=False)
 class LayerDraft:
-    """A layer in the making."""
+    """A layer before batch norms and activations are folded into it (`trace.py`)."""
 
     name: str
     op: str
@@ -54,15 +55,15 @@ class LayerDraft:
     weight: Array | None = None
     bias: Array | None = None
     gain: Array | None = None
-    """[C] float64 of a scale, whose offset is `bias`; nothing where it only activates."""
+    """[C] float64, of a SCALE, whose offset is `bias`; None if it is only an activation."""
     activation: str = "none"
     positive: bool = False
-    """No value is below zero."""
+    """Whether no output is below zero."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A torch value: the output of a draft, and padding around it for the window that reads it."""
+    """A torch value: the output of a layer, and padding for the window that reads it."""
 
     draft: LayerDraft
     before: Size = (0, 0, 0)
@@ -79,16 +80,16 @@ class Value:
 
 
 Args = dict[str, Any]
-"""An operator's arguments by the names in its schema, with the defaults."""
+"""An operator's arguments by their names in its schema, defaults included."""
 
 
 def read_operators(
     program: ExportedProgram, module: nn.Module, clip: ClipSpec, name: str
 ) -> tuple[list[LayerDraft], LayerDraft]:
-    """The drafts in running order, the input first, and the one that makes the output.
+    """The layers in running order, the input first, and the one that makes the output.
 
     Raises:
-        CompileError: an operator that the accelerator lacks, or an output that is no single tensor.
+        CompileError: an unsupported operator, or an output that is not one tensor.
     """
     reader = Reader(name, module)
     signature = program.graph_signature
@@ -121,7 +122,7 @@ def read_operators(
 
 
 class Reader:
-    """What is known of each torch value so far, and the drafts that make them."""
+    """Reads operators in order: the torch values so far, and the layers that make them."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -131,13 +132,13 @@ class Reader:
         self.constants: dict[Any, torch.Tensor] = {}
 
     def call(self, node: Node) -> None:
-        """Record what one operator yields."""
+        """Read one operator."""
         target: Any = node.target
         reads = node.all_input_nodes
         if target is operator.getitem and reads[0] in self.values and node.args[1] == 0:
-            self.values[node] = self.values[reads[0]]  # others are indices or statistics
+            self.values[node] = self.values[reads[0]]  # the other outputs are indices or statistics
         elif reads and all(read in self.constants for read in reads):
-            # a weight that is computed from parameters: masked, or scaled
+            # constant folding: a weight that is computed from parameters, such as masked or scaled
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.constants.get)
             with torch.no_grad():
                 self.constants[node] = target(*args, **kwargs)
@@ -151,7 +152,7 @@ class Reader:
             raise self.refusal(node, f"the accelerator has no {_op(node)}", instead)
 
     def add(self, node: Node, op: str, inputs: list[LayerDraft], **parts: Any) -> Value:
-        """Append a draft that `node` computes; `parts` are its other fields."""
+        """Append the layer that `node` computes; `parts` are its other fields."""
         if op in (ADD, CONCAT, MAX_POOL, AVERAGE_POOL):
             parts["positive"] = all(draft.positive for draft in inputs)
         path, _ = _place(node)
@@ -176,13 +177,13 @@ class Reader:
         )
 
     def value(self, read: Any, node: Node) -> Value:
-        """What `node` reads as its argument `read`."""
+        """The value of an argument `read` of `node`."""
         if read not in self.values:
             raise self.refusal(node, f"{_op(node)} takes a constant", "a bias or weight for it")
         return self.values[read]
 
     def draft(self, read: Any, node: Node) -> LayerDraft:
-        """The draft behind an argument of a `node` that has no window to take padding."""
+        """The layer that makes an argument of a `node` that cannot take padding."""
         value = self.value(read, node)
         if value.padded:
             what = f"padding goes into {_op(node)}"
@@ -190,7 +191,7 @@ class Reader:
         return value.draft
 
     def window(self, read: Any, node: Node, axes: int) -> Value:
-        """The argument of a window over the last `axes` axes, seen to be [1, C, ...]."""
+        """The argument of a window over the last `axes` axes, checked to be [1, C, ...]."""
         value = self.value(read, node)
         found = _shape(read)
         wanted = (1, value.draft.channels, *value.size[3 - axes :])
@@ -201,7 +202,7 @@ class Reader:
         return value
 
     def array(self, read: Any, node: Node) -> Array | None:
-        """A weight as an array of its own, or nothing where the argument is None."""
+        """A copy of a weight; None if the argument is None."""
         if read is None:
             return None
         if read not in self.constants:
@@ -210,7 +211,7 @@ class Reader:
         return copied
 
     def refusal(self, node: Node, what: str, instead: str | None = None) -> CompileError:
-        """An error that says where in the module `node` was called."""
+        """A CompileError that names the place of `node` in the module."""
         path, kinds = _place(node)
         hint = f"; use {instead}" if instead else ""
         return CompileError(f"{self.name}: {what} at {path or 'top level'} ({kinds}){hint}")
@@ -225,7 +226,7 @@ def _op(node: Node) -> str:
 
 
 def _place(node: Node) -> tuple[str, str]:
-    """The path of the module that called it, and its classes from the outside in."""
+    """The path of the module that calls the operator, and the classes from the outside in."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     classes = (kind if isinstance(kind, str) else kind.__name__ for _, kind in stack)
     return (stack[-1][0] if stack else ""), " > ".join(kind.rsplit(".", 1)[-1] for kind in classes)
@@ -241,7 +242,7 @@ def _sum(a: Size, b: Size) -> Size:
 
 
 def _size(values: Sequence[int], axes: int, rest: int) -> Size:
-    """torch's one or `axes` numbers as depth, height, width; `rest` for the axes not there."""
+    """torch's one or `axes` numbers as depth, height, width; `rest` for missing axes."""
     spread = list(values) * (axes if len(values) == 1 else 1)
     d, h, w = [rest] * (3 - axes) + spread
     return d, h, w
@@ -287,7 +288,7 @@ def _ungrouped(weight: Array, groups: int) -> Array:
 
 
 def _dilated(weight: Array, dilation: Size) -> Array:
-    """The larger kernel that does the same without dilation, zero between the taps."""
+    """The equal kernel without dilation: larger, with zeros between the taps."""
     if dilation == (1, 1, 1):
         return weight
     kernel = [(k - 1) * step + 1 for k, step in zip(weight.shape[2:], dilation, strict=True)]
@@ -335,7 +336,7 @@ def _pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -> Value:
         raise reader.refusal(node, what, "count_include_pad=True")
     elif args["divisor_override"] not in (None, math.prod(kernel)):
         raise reader.refusal(node, "an average pool with a divisor of its own", "the plain one")
-    # ceil_mode: the last window may reach beyond the padding
+    # in ceil_mode the last window may extend beyond the padding
     out = _size(_shape(node)[-axes:], axes, 1)
     reach = [(out[i] - 1) * stride[i] + kernel[i] - before[i] for i in range(3)]
     d, h, w = (max(after[i], reach[i] - value.draft.size[i]) for i in range(3))
@@ -386,7 +387,7 @@ def _mean(reader: Reader, node: Node, args: Args) -> Value:
 
 
 def _pad(reader: Reader, node: Node, args: Args) -> Value:
-    """Nothing yet: the window that reads the value takes its padding."""
+    """No layer: the window that reads the value takes the padding over."""
     if args.get("mode", "constant") != "constant":
         raise reader.refusal(node, f"{args['mode']} padding", "zeros")
     axes = len(_shape(args["self"])) - 2
@@ -468,7 +469,7 @@ def _view(reader: Reader, node: Node, args: Args) -> Value:
 
 
 def _permute(reader: Reader, node: Node, args: Args) -> Value:
-    """A view, if only axes of length 1 change place."""
+    """A view, if only axes of length 1 are moved."""
     found = _shape(args["self"])
     order = [axis % len(found) for axis in args["dims"] if found[axis] > 1]
     if order != sorted(order):
@@ -507,7 +508,7 @@ OPERATORS: dict[str, Callable[[Reader, Node, Args], Value]] = {
         ("view", "reshape", "flatten", "squeeze", "unsqueeze", "clone", "alias", "dropout"), _view
     ),
 }
-"""What reads each operator, by its ATen name."""
+"""The function that reads each operator, by ATen name."""
 
 WORDS = {
     "cat": "concat",
@@ -515,7 +516,7 @@ WORDS = {
     "max_pool3d_with_indices": "max_pool3d",
     "max_pool2d_with_indices": "max_pool2d",
 }
-"""Where ATen's name for an operator is not the one to call a layer by."""
+"""Layer names for operators whose ATen name is not what users call them."""
 
 INSTEAD = {
     op: instead
@@ -543,4 +544,4 @@ INSTEAD = {
     }.items()
     for op in ops.split()
 }
-"""For operators that people meet, what there is in their place."""
+"""What to use instead of operators that are not supported."""
