@@ -1,4 +1,4 @@
-"""Labelled videos: what an index may say, and a cache that is whole or made again."""
+"""Labelled videos: checks of the index, and a cache that is made again if damaged."""
 
 import json
 

@@ -84,7 +84,7 @@ def test_a_projection_keeps_or_zeroes_and_is_idempotent(name, shape):
 
 @pytest.mark.parametrize("name", ["vanilla", "blockwise", "filter", "unstructured"])
 def test_what_goes_is_the_weakest(name):
-    """No unit that went was stronger than one that stayed: the nearest weight of the pattern."""
+    """No pruned unit was stronger than a kept one: the result is the nearest weight."""
     weight = draw((16, 8, 3, 3, 3))
     (units,) = PATTERNS[name].units(weight.shape)
     keep = keep_mask(weight, PATTERNS[name]).reshape(16, 8, 27)
@@ -192,7 +192,7 @@ def test_the_search_meets_its_target_and_takes_little_more(pattern):
     dense, kept = kept_operations(prune(graph, build_patterns(entries, config)))
     assert dense / kept >= 1.5
     assert set(entries) <= set(names)
-    # without any one of its layers the target is missed, or it is not met by much
+    # no layer is superfluous: without it, the target is missed
     for name in entries:
         fewer = {n: e for n, e in entries.items() if n != name}
         dense, kept = kept_operations(prune(graph, build_patterns(fewer, config)))
@@ -254,7 +254,7 @@ def test_a_latency_that_is_asked_for_is_that_of_the_compiled_program(name, desig
 
 
 def test_a_latency_that_the_rates_do_not_give_is_said():
-    """KGR halves the first layer or leaves it: what is reached is far from what is asked."""
+    """KGR halves the first layer or leaves it dense: nothing is near the target."""
     graph, design = traced("thin_c3d"), preset("8-sparse")
     found = choose_rates_by_latency(graph, ["conv1"], "kgr", 1.2, compiler(design))
     assert found.reached == pytest.approx(judged(graph, found.layers, design))
@@ -268,7 +268,7 @@ def test_a_latency_that_the_rates_do_not_give_is_said():
 
 
 def test_the_cost_of_a_pruned_layer_is_that_of_its_task():
-    """Shortcuts, pools, copies and an unequal weight: the prediction is the compiled count."""
+    """With shortcuts, pools and copies, the predicted cycles equal the compiled program's."""
     net = Net(size=(4, 12, 12), seed=3)
     first = net.conv("clip", 16)
     left = net.conv(first, 24, name="left")
@@ -363,7 +363,7 @@ def test_reweighting_presses_the_weak_and_lets_the_strong_go():
 
 
 def descend(network, penalty, steps=300, epochs=10, lr=0.01):
-    """Follow a penalty and a pull towards the first weight."""
+    """Gradient descent on a penalty plus the squared distance to the initial weight."""
     start = network[0].weight.detach().clone()
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     for step in range(steps):
@@ -377,7 +377,7 @@ def descend(network, penalty, steps=300, epochs=10, lr=0.01):
 
 
 def test_reweighting_separates_what_fixed_lasso_shrinks():
-    """At the same factor: the weak units of the reweighted one end smaller, the strong larger."""
+    """At the same factor, reweighting ends with smaller weak units and larger strong ones."""
     weight = draw((8, 4, 3, 3, 3))
     weight[:4] *= 0.3
     ends = {}
@@ -395,7 +395,7 @@ def test_admm_ends_on_the_pattern():
     network = layer_of(weight.copy())
     admm = Admm(network, pruning_projections(recipe), rho=0.5, rounds=3, growth=10, every=1)
     before = admm.distance()
-    # its Z at the start is W, so that the first epoch is free (Algorithm 1)
+    # Z starts as W, so that the first epoch has no penalty (Algorithm 1)
     assert float(admm.loss().detach()) == 0
     end = descend(network, admm)
     assert admm.distance() < 0.1 * before
@@ -493,7 +493,7 @@ def test_admm_quantization_leaves_pruned_weights_alone():
 
 
 def test_importance_comes_back_from_the_result():
-    """A filter that the classifier does not read is worth nothing, however large it is."""
+    """A large filter that the classifier does not read has no importance."""
     net = Net(size=(2, 4, 4))
     hidden = net.conv("clip", 8, name="hidden")
     joined = net.concat(hidden, net.conv("clip", 4, name="beside"))

@@ -1,4 +1,4 @@
-"""Training: it learns, it can be killed, and its commands end with a program's accuracy."""
+"""Training learns and resumes; the commands, from videos to the accuracy of a program."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ SHORT = TrainConfig(epochs=3, batch=8, augment=Augmentation(erase=0))
 
 
 class Small(nn.Module):
-    """[N, 3, 8, 24, 24] to logits; with batch norm and dropout, whose state has to survive."""
+    """[N, 3, 8, 24, 24] to logits; with batch norm and dropout, whose state a checkpoint must hold."""
 
     def __init__(self, classes=4):
         super().__init__()
@@ -144,7 +144,7 @@ def test_a_killed_run_ends_with_the_same_bits(clips, tmp_path, kind):
         logged = list(csv.DictReader(file))
     assert [row["epoch"] for row in logged] == ["0", "1", "2", "3"]
     assert float(logged[-1]["test_top1"]) == rows[-1].test_top1
-    # a run that is finished is not run again
+    # a finished run does not train again
     third = network()
     train(third, *clips, CLIP, config, tmp_path / "killed", make(third), watch=kill)
     assert_same(parameters(whole), parameters(third))
@@ -245,7 +245,7 @@ def test_settings_are_a_file(tmp_path):
 
 
 def test_unvaried_clips_are_what_the_network_is_tested_on(movies):
-    """Cropped from the wider clip, they look like those decoded at the network's size."""
+    """Cropped from the wide clip, they resemble those decoded at the network's size."""
     videos = read_index(movies).only("test")
     wide = load_clips(videos, wide_spec(CLIP), movies / "cache")
     plain = load_clips(videos, CLIP, movies / "cache")
@@ -285,7 +285,7 @@ def test_variation_differs_by_draw_and_is_shared_out(clips):
 
 @pytest.fixture(scope="module")
 def trained(movies):
-    """The folder of a run of the command train, and the name of its network."""
+    """The folder of a run of the command train."""
     folder = movies / "dense"
     settings = movies / "train.toml"
     settings.write_text("epochs = 25\nbatch = 8\nmeasure_every = 25\n[augment]\nerase = 0.0\n")
@@ -377,7 +377,7 @@ def test_each_algorithm_ends_on_the_pattern_and_still_works(trained, clips, tmp_
 
 
 def test_weights_are_drawn_to_codes(movies, trained, clips):
-    """ADMM, 16 then 8 then 4 bits: at most 15 values a filter, and the network still works."""
+    """ADMM at 16, 8, 4 bits: at most 15 values per filter, and accuracy is kept."""
     module = Small()
     load_state(module, trained / "weights.safetensors")
     with torch.no_grad():
@@ -506,7 +506,7 @@ def test_it_learns_real_actions_of_people_it_has_not_seen(shared_data, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_train_one_network(movies, tmp_path):
-    """Under torchrun; one of them writes, and the result is right."""
+    """Under torchrun: one process writes, and the network learns."""
     settings = tmp_path / "train.toml"
     settings.write_text("epochs = 25\nbatch = 8\n[augment]\nerase = 0.0\n")
     folder = Path(__file__).parent
