@@ -14,7 +14,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pynq_kgrc.graph import ADD, AVERAGE_POOL, CONCAT, CONV, INPUT, MAX_POOL, Graph, Layer
+from pynq_kgrc.graph import (
+    ACTIVATIONS,
+    ADD,
+    AVERAGE_POOL,
+    CONCAT,
+    CONV,
+    INPUT,
+    MAX_POOL,
+    Graph,
+    Layer,
+)
 
 OPSET, IR_VERSION = 17, 8
 
@@ -57,7 +67,11 @@ class Exporter:
         if layer.activation == "relu":
             self.node("Relu", [output], layer.name)
         elif not plain:
-            ends = [self.constant(f"{layer.name}/{v}", np.float32(v)) for v in (0, 6)]
+            low, high = ACTIVATIONS[layer.activation]
+            ends = [
+                "" if end is None else self.constant(f"{layer.name}/{end:g}", np.float32(end))
+                for end in (low, high)  # ONNX omits an optional input by an empty name
+            ]
             self.node("Clip", [output, *ends], layer.name)
 
     def _gemm(self, layer: Layer, output: str) -> None:

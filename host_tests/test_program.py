@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from networks import Net, compiled, random_codes, small_config
 
+from pynq_kgrc.analysis.timing import modelled_ms
+from pynq_kgrc.backends.base import BACKENDS, open_backend
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.errors import CompileError, ProgramError
 from pynq_kgrc.program import ConvTask, Program, check, load
@@ -55,6 +57,26 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert a == b
+
+
+def test_the_work_of_a_task_is_computed_once(program, monkeypatch):
+    """However many backends are loaded and models asked, a plan is made once for each task."""
+    fresh = msgspec.structs.replace(program)
+    planned = []
+    plan = Program._plan
+    monkeypatch.setattr(
+        Program, "_plan", lambda self, task: planned.append(task) or plan(self, task)
+    )
+    check(fresh)
+    for name in BACKENDS:
+        backend = open_backend(name, fresh.config)
+        backend.load(fresh)
+        backend.close()
+    assert modelled_ms(fresh) > 0
+    assert planned == list(fresh.tasks)
+    # a program for another design has plans of its own
+    other = msgspec.structs.replace(fresh, config=small_config(program.config.bits, td=1))
+    assert other.work(other.tasks[0]) != fresh.work(fresh.tasks[0])
 
 
 def test_load_gives_what_was_saved(program, tmp_path):

@@ -26,7 +26,24 @@ CONCAT = "concat"
 INPUT = "input"
 OPS = (INPUT, CONV, MAX_POOL, AVERAGE_POOL, ADD, CONCAT)
 
-ACTIVATIONS = ("none", "relu", "relu6")
+Bounds = tuple[float | None, float | None]
+"""The lowest and highest real that a clamp lets through; None where it is open."""
+
+ACTIVATIONS: dict[str, Bounds] = {
+    "none": (None, None),
+    "relu": (0.0, None),
+    "relu6": (0.0, 6.0),
+}
+"""Every activation by name: a clamp of the reals to bounds.
+
+The accelerator has no activation stage. The compiler turns the bounds into codes and makes them
+the clamp (lo, hi) of the output, which every task has anyway. This is exact because scaling is
+monotone: clamping the reals and then scaling and rounding gives the same codes as scaling and
+rounding first. A function that is not a clamp, such as sigmoid, cannot be expressed so.
+
+A new clamp needs one line here. The float graph, the compiler, training with codes and the tracer
+read this table; the backends only see lo and hi.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,11 @@ class ConvShape(WindowShape):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One step of a network. Its output is a tensor of the same name."""
+    """One operation of a network. Its output is a tensor of the same name.
+
+    Raises:
+        CompileError: an operation or activation that there is not.
+    """
 
     name: str
     op: str
@@ -96,6 +117,15 @@ class Layer:
     activation: str = "none"
     weight_quant: WeightQuant | None = None
     out_quant: QuantParams | None = None
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise CompileError(f"{self.name}: no operation {self.op!r}; there are {', '.join(OPS)}")
+        if self.activation not in ACTIVATIONS:
+            raise CompileError(
+                f"{self.name}: no activation {self.activation!r}; there are "
+                f"{', '.join(ACTIVATIONS)}"
+            )
 
 
 SAMPLINGS = ("centre", "uniform")
@@ -182,11 +212,12 @@ class Graph:
 
 
 def activate(values: Array, activation: str) -> Array:
-    """Apply "none", "relu" or "relu6" to reals."""
-    if activation == "relu":
-        return np.maximum(values, 0)
-    if activation == "relu6":
-        return np.clip(values, 0, 6)
+    """Apply an activation of `ACTIVATIONS` to reals."""
+    low, high = ACTIVATIONS[activation]
+    if low is not None:
+        values = np.maximum(values, low)
+    if high is not None:
+        values = np.minimum(values, high)
     return values
 
 

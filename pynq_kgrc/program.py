@@ -229,8 +229,22 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         enabled = int(np.count_nonzero(task.weights.enabled))
         return weight_bytes(self.config, task.shape, kr, kc, enabled)
 
+    @cached_property
+    def _works(self) -> dict[Task, Work]:
+        return {}
+
     def work(self, task: Task) -> Work:
-        """The task as the accelerator works on it: its tile, and its plan.
+        """The tile and the plan of one of the program's tasks, computed once for each task.
+
+        Raises:
+            CompileError: the buffers do not hold the smallest tile.
+        """
+        if task not in self._works:
+            self._works[task] = self._plan(task)
+        return self._works[task]
+
+    def _plan(self, task: Task) -> Work:
+        """The tile and the plan of a task.
 
         Raises:
             CompileError: the buffers do not hold the smallest tile.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pynq_kgrc.compress.calibrate import tie
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import (
+    ACTIVATIONS,
     ADD,
     CONCAT,
     CONV,
@@ -282,11 +283,16 @@ def _format(layer: Layer) -> QuantParams:
 
 
 def _clamp(sums: Tensor, quant: QuantParams, activation: str, scale: Tensor) -> Tensor:
-    """Within the type and the activation, less the zero point (`lower.clamp_codes`)."""
-    low = 0 if activation != "none" else quant.min - quant.zero_point
-    if activation == "relu6":
-        sums = torch.minimum(sums, round_half_up(6 / scale))
-    return sums.clamp(low, quant.max - quant.zero_point)
+    """Clamp codes less their zero point to the type and the activation (`lower.clamp_codes`)."""
+    low, high = ACTIVATIONS[activation]
+    least, most = quant.min - quant.zero_point, quant.max - quant.zero_point
+    if high is not None:
+        sums = torch.minimum(sums, round_half_up(high / scale))
+    if low == 0:
+        least = 0  # at every scale: no gradient of the scale
+    elif low is not None:
+        sums = torch.maximum(sums, round_half_up(low / scale))
+    return sums.clamp(least, most)
 
 
 def _padded(codes: Tensor, shape: WindowShape, fill: float) -> Tensor:

@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import (
+    ACTIVATIONS,
     ADD,
     AVERAGE_POOL,
     CONCAT,
@@ -429,14 +430,16 @@ def _scale(reader: Reader, node: Node, source: LayerDraft, **parts: Any) -> Valu
 
 
 def _activate(reader: Reader, node: Node, args: Args) -> Value:
-    """ReLU and ReLU6 under any of their names."""
+    """The clamps of `graph.ACTIVATIONS`, under any of torch's names for them."""
     low, high = args.get("min", args.get("min_val")), args.get("max", args.get("max_val"))
-    bounds: Any = {"relu": (0, None), "relu6": (0, 6)}.get(_op(node), (low, high))
-    activation = {(0, None): "relu", (0, 6): "relu6"}.get(bounds)
-    if activation is None:
+    given = (low, high) != (None, None)
+    bounds = (low, high) if given else ACTIVATIONS.get(_op(node), (None, None))
+    activation = {known: name for name, known in ACTIVATIONS.items()}.get(bounds, "none")
+    if activation == "none":
         raise reader.refusal(node, f"a clamp to {low}..{high}", "ReLU or ReLU6")
     source = reader.draft(args["self"], node)
-    return _scale(reader, node, source, activation=activation, positive=True)
+    positive = bounds[0] is not None and bounds[0] >= 0
+    return _scale(reader, node, source, activation=activation, positive=positive)
 
 
 def _add(reader: Reader, node: Node, args: Args) -> Value:

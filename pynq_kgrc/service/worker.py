@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 
 from pynq_kgrc.accelerator.cost import task_cost
@@ -114,7 +115,7 @@ class Owner:
 
 def describe_for_clients(program: Program) -> dict[str, Any]:
     """A description with the labels, how frames are chosen, and modelled latency in ms."""
-    document = describe(program)
+    document: dict[str, Any] = msgspec.to_builtins(describe(program))
     clip = program.clip
     chosen = ("frames", "height", "width", "short_side", "step")
     document["clip"] = {name: getattr(clip, name) for name in chosen}
