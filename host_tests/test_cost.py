@@ -1,4 +1,7 @@
-"""The cost model: tiles, what is skipped, what binds; test_csim.py holds its counts to the C++."""
+"""The cost model: tiles, skipped groups, the slowest process, designs.
+
+test_csim.py compares the counts of whole programs with those of the C-simulation.
+"""
 
 import json
 import math
@@ -56,7 +59,7 @@ def test_a_tile_that_fits_nowhere_is_refused():
 
 
 def test_skipped_groups_cost_nothing():
-    """Half of the channel tiles switched off: half of the trips, weights and input."""
+    """Without weights in half of the channel tiles, weights, input and MACs are half as many."""
     config = small_config()
     net = Net(size=(2, 6, 8), channels=16)
     net.conv("clip", 16)
@@ -74,7 +77,7 @@ def test_skipped_groups_cost_nothing():
     assert half.output_beats == full.output_beats
 
 
-def test_a_layer_says_what_binds_it():
+def test_the_slowest_process_of_a_layer():
     config = preset("8-sparse")
     plan = tuple(plan_convolution(config, np.ones((64, 64), bool), 512))
     shape = ConvShape(512, (1, 3, 3), (1, 3, 3), filters=512)
@@ -82,7 +85,7 @@ def test_a_layer_says_what_binds_it():
     words = tiling.conv_words(config, shape, 8, 9)
     dense = tiling.Work(shape, one, one, one, words, plan, columns=3)
     assert cost.task_cost(config, dense).bound == "weights"
-    # of one column in nine, only that one is fetched
+    # with one column kept of nine, a weight word holds one column only
     words = tiling.conv_words(config, shape, 8, 1)
     single = tiling.Work(shape, one, one, one, words, plan, columns=1)
     beats = [cost.task_cost(config, work).weight_beats for work in (dense, single)]
@@ -170,7 +173,7 @@ def test_a_digest_depends_on_the_numbers_and_not_on_the_name():
         (dict(beat=3), r"beat=3 is not a power of two; use 2, 4, 8"),
     ],
 )
-def test_bad_tilings_are_refused_in_a_sentence(numbers, text):
+def test_the_error_of_a_bad_design_names_value_and_choice(numbers, text):
     with pytest.raises(ConfigError, match=text):
         small_config(**numbers)
 

@@ -1,4 +1,4 @@
-"""The paper's model is held to what the paper published: latencies, bars and resources."""
+"""The paper's model against the published figures: latencies, bars of figure 6, resources."""
 
 import json
 from collections import defaultdict
@@ -25,7 +25,7 @@ BAR_TOLERANCE = 0.027
 DSP_TOLERANCE = 0.08
 
 PARTIAL_TAP_TILE = ("r2plus1d_18", "dense", "conv1")
-"""The bar that the model misses by 9.5 %: 49 taps are five tap tiles and four taps more.
+"""The bar that the model puts 9.5 % too high: 49 taps are five tap tiles and four taps more.
 
 The model counts six whole tiles. If the dense design skipped the five taps that the last tile
 lacks, the model would give 4.06 ms for the published 4.09; the sparse one does not seem to.
@@ -52,7 +52,7 @@ def figure_6_group(network, layer):
 
 
 class Network:
-    """Shapes by name: convolutions, and the fully connected layers apart."""
+    """Shapes of a network by layer name: convolutions and, apart, fully connected layers."""
 
     def __init__(self, name, graph):
         self.name = name
@@ -63,7 +63,7 @@ class Network:
             (self.connected if one else self.convolutions)[layer.name] = layer.shape
 
     def kept(self, sparsity, config, connected=False):
-        """(name, (shape, kr, kc)) by the paper's recipe of that name."""
+        """(name, (shape, kr, kc)) of each layer by the paper's recipe `sparsity`."""
         rates = {} if sparsity == "dense" else recipe(self.name, sparsity.lower())
         shapes = self.connected if connected else self.convolutions
         assert connected or rates.keys() <= shapes.keys()
@@ -80,7 +80,7 @@ class Network:
 
 @pytest.fixture(scope="session")
 def networks():
-    """The project's own full-size models; fresh weights will do, for only shapes are read."""
+    """The project's full-size networks with untrained weights: only shapes are read."""
     return {
         "c3d": Network("c3d", trace(c3d.c3d(), c3d.CLIP)),
         "r2plus1d_18": Network(
@@ -91,7 +91,7 @@ def networks():
 
 @pytest.fixture(scope="session")
 def bars(networks):
-    """{(network, sparsity, group): modelled ms} for figure 6."""
+    """{(network, sparsity, group): modelled ms} of the bars of figure 6."""
     sums = defaultdict(float)
     for name, network in networks.items():
         for sparsity in ("dense", "KGR", "KGC", "KGRC"):
@@ -182,7 +182,7 @@ def test_the_array_is_used_whole_where_the_factors_divide_what_is_kept():
     assert paper.utilisation(SPARSE, CONV, 6, 4) == pytest.approx(6 * 4 / (8 * 6))
 
 
-def test_narrow_ports_bind_a_layer_and_the_model_says_which():
+def test_the_largest_term_with_narrow_ports():
     narrow = paper.Ports
     assert paper.bound_by(SPARSE, CONV, 4, 3, ASSUMED) == "compute"
     assert paper.bound_by(SPARSE, CONV, 4, 3, narrow(b_in=1)) == "input"
@@ -226,7 +226,7 @@ def test_a_fully_connected_layer_waits_for_its_weights(networks):
         (preset("8-dense"), 8, 3, "8-dense: kc=3 is not within 9 to 9"),
     ],
 )
-def test_what_a_group_cannot_keep_is_refused(config, kr, kc, text):
+def test_kept_rows_and_columns_are_checked(config, kr, kc, text):
     for function, ports in (
         (paper.utilisation, ()),
         (paper.weight_cycles, (ASSUMED,)),
@@ -251,7 +251,7 @@ def test_modelled_resources_are_near_the_published_ones(row):
     assert paper.dsp_used(config) == pytest.approx(row["dsp"], rel=0.014)
     assert paper.lut(config) == pytest.approx(row["lut_k"] * 1000, rel=0.042)
     assert paper.bram36_banked(config) == pytest.approx(row["bram36"], rel=0.2)
-    # equations (12) and (13) count the room for the data and no banks
+    # equations (12) and (13) count the capacity for the data and no banks
     assert 5.6 <= row["bram36"] / paper.bram36(config) <= 10.3
 
 
@@ -291,7 +291,7 @@ def test_boards_are_those_of_the_paper_and_the_vendor():
 
 
 def latency_lines(networks):
-    """Table IV, published and modelled, as docs/hardware.md shows it."""
+    """Rows of the table of docs/hardware.md that has table IV, published and modelled."""
     for row in PUBLISHED["table_iv"]:
         network, ms = networks[row["network"]], row["latency_ms"]
         modelled = network.ms(row)
@@ -304,7 +304,7 @@ def latency_lines(networks):
 
 
 def resource_lines():
-    """Table V, published and modelled, as docs/hardware.md shows it."""
+    """Rows of the table of docs/hardware.md that has table V, published and modelled."""
     for row in PUBLISHED["table_v"]:
         config = preset(design_id(row))
         yield (
