@@ -121,7 +121,7 @@ def beats_of_row(config: AcceleratorConfig, width: int) -> int:
 
 
 def map_beats(config: AcceleratorConfig, channels: int, size: Size) -> int:
-    """Beats of a map [channels / T_N][D][H][W / B][B][T_N]."""
+    """Beats of a map `[channels / T_N][D][H][W / B][B][T_N]`."""
     return ceil_div(channels, config.tn) * size[0] * size[1] * beats_of_row(config, size[2])
 
 
