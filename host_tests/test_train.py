@@ -49,7 +49,7 @@ SHORT = TrainConfig(epochs=3, batch=8, augment=Augmentation(erase=0))
 
 
 class Small(nn.Module):
-    """[N, 3, 8, 24, 24] to logits; with batch norm and dropout, whose state a checkpoint must hold."""
+    """[N, 3, 8, 24, 24] to logits; a checkpoint must hold its batch norms and dropout states."""
 
     def __init__(self, classes=4):
         super().__init__()
