@@ -91,7 +91,7 @@ class Study:
         return run(
             folder,
             *("quantize", self.network, *self.data, "-o", folder, *weights, *settings),
-            *("--accelerator", f"{bits}-sparse"),
+            *("--design", f"{bits}-sparse"),
         )
 
 

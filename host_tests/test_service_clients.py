@@ -21,7 +21,7 @@ pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
 from serving import LABELS, Serving, write_program, write_video
 
 from pynq_kgrc.cli import main
-from pynq_kgrc.compress.dataset import utd_mhad
+from pynq_kgrc.compress.dataset import read_index
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session, softmax
 
@@ -308,7 +308,7 @@ def test_the_readme_s_request_names_the_action_with_i3d(folder, example_clips):
 @pytest.mark.data
 def test_the_shipped_program_recognizes_unseen_subjects(folder, shared_data):
     """The service without --program, on real depth videos of the test subjects."""
-    videos = utd_mhad(shared_data / "utd_mhad_depth").only("test")
+    videos = read_index(shared_data / "utd_mhad_depth").only("test")
     right, chosen = 0, videos.samples[::12]
     with Serving(state=folder / "shipped") as serving:
         assert serving.started["programs"] == ["utd_mhad27"]

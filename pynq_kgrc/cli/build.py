@@ -111,14 +111,12 @@ def _trace(options: argparse.Namespace) -> Graph:
     if options.weights:
         pulled = options.weights in RELEASES
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
-    labels = _labels(options, options.weights == "i3d-kinetics400")
+    release = RELEASES.get(options.weights)
+    labels = _labels(options.labels or (release.labels if release else None))
     return trace(network, clip, labels, options.network)
 
 
-def _labels(options: argparse.Namespace, kinetics: bool) -> tuple[str, ...]:
-    path = options.labels
-    if path is None and kinetics:
-        path = Path(__file__).parent.with_name("labels") / "kinetics400.txt"
+def _labels(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
