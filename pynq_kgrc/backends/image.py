@@ -232,8 +232,8 @@ def _chunk_parts(
     """The weights [P, Q, W, N] and the indices [P, Q, W, I] of all chunks, uint64.
 
     W counts the weight words of an item, N and I the 64-bit words of a chunk. The weights of a
-    chunk are [P_K columns][rows][T_N]: a chunk with fewer columns is cut to fewer beats. Its indices
-    are one byte for each column (KGC), then one for each row (KGR).
+    chunk are [P_K columns][rows][T_N]; a chunk with fewer columns is cut to fewer beats. The
+    indices of a chunk are one byte for each column (KGC), then one for each row (KGR).
     """
     p, q, t, kr, gn, kc = weights.values.shape
     rows, pk = config.rows_per_cycle, config.pk
