@@ -156,13 +156,13 @@ def test_a_short_video_starts_over_and_says_so(make, count, frames, step, wanted
     assert (clip.start_ms, clip.end_ms) == (0, pytest.approx((max(wanted) + 1) * FRAME_MS))
     (note,) = clip.notes
     span = (frames - 1) * step + 1
-    assert note.startswith(f"the video has {count} frames, the clip spans {span}: it starts")
+    assert note.startswith(f"the video has {count} frames, a clip spans {span}: it starts")
 
 
 def test_steps_past_the_end_start_over_and_say_so_too(make):
     clip = load_clip(make(6), spec(frames=4, step=2))
     assert numbers(clip) == [0, 2, 4, 0]
-    assert "the video has 6 frames, the clip spans 7" in clip.notes[0]
+    assert "the video has 6 frames, a clip spans 7" in clip.notes[0]
 
 
 @pytest.mark.parametrize(

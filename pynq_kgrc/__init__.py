@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from pynq_kgrc.runtime import Session
     from pynq_kgrc.video import load_clip
 
+__version__: str
+
 _EXPORTS = {
+    "__version__": ("pynq_kgrc.version", "VERSION"),
     "Program": ("pynq_kgrc.program", "Program"),
     "Session": ("pynq_kgrc.runtime", "Session"),
     "compile_network": ("pynq_kgrc.compiler.network", "compile_network"),

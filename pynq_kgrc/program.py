@@ -18,14 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.plan import plan_convolution, plan_pool
 from pynq_kgrc.accelerator.tiling import (
     NO_POOL,
     Work,
-    conv_words,
+    convolution_work,
     map_beats,
-    pooled_size,
-    tile_size,
+    pool_work,
     weight_bytes,
 )
 from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
@@ -38,7 +36,6 @@ from pynq_kgrc.quant import (
     MULT_BITS,
     Array,
     QuantParams,
-    ceil_div,
     code_dtype,
     pack_int4,
     packed_bytes,
@@ -253,26 +250,18 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         Raises:
             CompileError: the buffers do not hold the smallest tile.
         """
-        shape, config = task.shape, self.config
-        if isinstance(task, ConvTask):
-            pool = NO_POOL if task.pool is None else task.pool.kernel
-            words = conv_words(config, task.shape, *task.weights.kept)
-            columns = min(config.pk, task.weights.kept[1])
-            items = plan_convolution(config, task.weights.enabled, task.shape.filters)
-            share = min(config.filter_tiles, ceil_div(task.shape.filters, config.tm))
-        else:
-            pool, words, items = NO_POOL, shape.taps, plan_pool(config, shape.channels)
-            share, columns = 1, 0
-        return Work(
-            shape=shape,
-            out_size=pooled_size(shape, pool),
-            pool=pool,
-            tile=tile_size(config, shape, pool, share * words, task.name),
-            words=words,
-            items=tuple(items),
-            columns=columns,
-            shortcut=isinstance(task, ConvTask) and task.shortcut is not None,
-            wide=task.out.bits > config.bits,
+        wide = task.out.bits > self.config.bits
+        if not isinstance(task, ConvTask):
+            return pool_work(self.config, task.shape, wide=wide, name=task.name)
+        return convolution_work(
+            self.config,
+            task.shape,
+            *task.weights.kept,
+            task.weights.enabled,
+            NO_POOL if task.pool is None else task.pool.kernel,
+            shortcut=task.shortcut is not None,
+            wide=wide,
+            name=task.name,
         )
 
     def save(self, path: str | Path) -> None:

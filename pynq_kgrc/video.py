@@ -263,7 +263,7 @@ class _Video:
         if numbers != sorted(set(numbers)):
             span = (spec.frames - 1) * spec.step + 1
             notes.append(
-                f"the video has {self.count} frames, the clip spans {span}: "
+                f"the video has {self.count} frames, a clip spans {span}: "
                 f"it starts over to fill the clip"
             )
         frames = np.stack([kept[number] for number in numbers])

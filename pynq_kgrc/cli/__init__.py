@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pynq_kgrc.cli import build, classify, cluster, doctor, explore, info, serve, train
 from pynq_kgrc.cli.arguments import Run
 from pynq_kgrc.errors import KgrcError
+from pynq_kgrc.version import VERSION
 
 DESCRIPTION = """\
 Recognize actions in videos with 3-D CNNs compiled for an FPGA accelerator with balanced kernel
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "pynq-kgrc", description=DESCRIPTION, epilog=EPILOG, formatter_class=style
     )
+    parser.add_argument("--version", action="version", version=f"pynq-kgrc {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Run, text: str, more: str = "") -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.paper import layer_cycles
+from pynq_kgrc.accelerator.paper import ASSUMED_PORTS, paper_layer_cycles
 from pynq_kgrc.compress.patterns import (
     DEFAULT_GROUP,
     Blocks,
@@ -298,9 +298,9 @@ def modelled_cycles(config: AcceleratorConfig) -> Cost:
         assert isinstance(layer.shape, ConvShape)
         gk = config.group_size.columns(layer.shape.taps)
         if entry.pattern not in GROUPED:
-            return layer_cycles(config, layer.shape, config.gm, gk) * kept
+            return paper_layer_cycles(config, layer.shape, config.gm, gk, ASSUMED_PORTS) * kept
         kr = (1 - Fraction(entry.rows)) * config.gm
         kc = (1 - Fraction(entry.cols)) * gk
-        return layer_cycles(config, layer.shape, int(kr), int(kc))
+        return paper_layer_cycles(config, layer.shape, int(kr), int(kc), ASSUMED_PORTS)
 
     return cycles
