@@ -1,4 +1,4 @@
-"""Graph to program: what rides, what is placed where, what is refused."""
+"""From graph to program: what is fused, where tensors are placed, what is refused."""
 
 import itertools
 import shutil
@@ -86,7 +86,7 @@ def test_buffers_that_live_together_do_not_overlap_and_others_share():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_task_overwrites_what_is_still_needed(seed):
-    """Lifetimes written out again: at each task, every live buffer has its bytes to itself."""
+    """Lifetimes computed independently: no two buffers that are alive together overlap."""
     net = Net(size=(2, 5, 5), seed=seed)
     rng = np.random.default_rng(seed)
     names = [net.conv("clip", 4)]
@@ -152,7 +152,7 @@ def test_modes_follow_from_what_is_kept():
 
 
 def quantized_reals(graph, program, frames):
-    """Float outputs by name of the graph with its weights as the program has them."""
+    """Float outputs by name, of the graph with the quantized weights of the program."""
     weights = {}
     for layer in graph.convolutions():
         codes, scale = quantize_weight(layer, program.config.bits)

@@ -1,4 +1,4 @@
-"""The program that ships: whole, small, and as accurate as its card says."""
+"""The program that ships: it loads, is small, and is as accurate as its README says."""
 
 import re
 from dataclasses import replace
@@ -42,7 +42,7 @@ def test_it_is_whole_small_and_pruned_as_its_recipe_says(card):
 
 @pytest.mark.data
 def test_it_knows_people_it_has_not_seen(shared_data, tmp_path):
-    """Every twelfth clip: quick, and far from chance."""
+    """Every twelfth clip of the test set: quick, and enough to be far above chance."""
     program = load(PROGRAM)
     videos = read_index(shared_data / "utd_mhad_depth").only("test")
     few = replace(videos, samples=videos.samples[::12])

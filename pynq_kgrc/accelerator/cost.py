@@ -97,7 +97,7 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
     """What a task costs; each number is exactly what the C-simulation counts."""
     shape, items = work.shape, work.items
     regions = sum(item.new_region for item in items)
-    vectors = sum(item.blocks for item in items)
+    vectors = sum(item.vectors for item in items)
     chunks, chunk_beats = work.chunks, work.chunk_beats(config)
     if work.columns:
         # an item without enabled groups takes one trip
@@ -152,11 +152,11 @@ def _region_runs(items: Sequence[Item]) -> list[_RegionRun]:
     runs: list[_RegionRun] = []
     for item in items:
         if not item.mask:
-            runs.append(_RegionRun(item.new_region, 0, 1, item.blocks))
+            runs.append(_RegionRun(item.new_region, 0, 1, item.vectors))
         elif item.new_region:
-            runs.append(_RegionRun(True, 1, 0, item.blocks))
+            runs.append(_RegionRun(True, 1, 0, item.vectors))
         else:
-            runs[-1] = replace(runs[-1], enabled=runs[-1].enabled + 1, vectors=item.blocks)
+            runs[-1] = replace(runs[-1], enabled=runs[-1].enabled + 1, vectors=item.vectors)
     return runs
 
 

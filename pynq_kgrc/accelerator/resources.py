@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pynq_kgrc.accelerator import paper
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.quant import ceil_div
+from pynq_kgrc.quant import ACCUMULATOR_BITS, ceil_div
 
 PACKED = {16: (1, 1), 8: (2, 1), 4: (2, 2)}
 """By bit width: (filters, output positions) that share one DSP (hls_src/dot.h)."""
@@ -57,7 +57,7 @@ def estimate_resources(config: AcceleratorConfig) -> Resources:
     region = copies * config.pf * bram36(config.tn * config.bits, config.region_rows, True)
     sums = config.tm * config.pf
     sums_each = bram36(
-        48 if config.bits == 16 else 32, config.filter_tiles * config.feature_rows, False
+        ACCUMULATOR_BITS[config.bits], config.filter_tiles * config.feature_rows, False
     )
     pooled = scales * bram36(16, config.features, True)
     return Resources(

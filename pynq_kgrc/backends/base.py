@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -225,13 +225,13 @@ class Backend(Protocol):
 BACKENDS = {
     "emulate": "pynq_kgrc.backends.emulation.backend:Emulation",
     "csim": "pynq_kgrc.backends.csim:CSimulation",
-    "board": "pynq_kgrc.backends.board.backend:Board",
+    "board": "pynq_kgrc.backends.board.backend:BoardBackend",
 }
 """Name of a backend -> module:class. A new backend needs one line here and no other change."""
 
 
-def open_backend(name: str, config: AcceleratorConfig) -> Backend:
-    """Open the backend of that name for the accelerator `config`.
+def backend_class(name: str) -> Any:
+    """The class of the backend of that name, not opened: its `name` and `exclusive` can be read.
 
     Raises:
         DeviceError: there is no backend of that name, or a package that it needs is missing.
@@ -240,11 +240,19 @@ def open_backend(name: str, config: AcceleratorConfig) -> Backend:
         raise DeviceError(f"no backend named {name!r}; there are {', '.join(BACKENDS)}")
     module, _, kind = BACKENDS[name].partition(":")
     try:
-        made = getattr(import_module(module), kind)
+        return getattr(import_module(module), kind)
     except (ImportError, OSError) as error:
         raise DeviceError(
             f"the backend {name} cannot be used here: {error}; on a PYNQ image run in its own "
             f"environment, elsewhere install pynq_kgrc[board]"
         ) from error
-    backend: Backend = made(config)
+
+
+def open_backend(name: str, config: AcceleratorConfig) -> Backend:
+    """Open the backend of that name for the accelerator `config`.
+
+    Raises:
+        DeviceError: there is no backend of that name, or a package that it needs is missing.
+    """
+    backend: Backend = backend_class(name)(config)
     return backend

@@ -12,7 +12,7 @@ import msgspec
 from pynq_kgrc.cli.arguments import Declare
 
 if TYPE_CHECKING:
-    from pynq_kgrc.analysis.description import ProgramDescription, TaskDescription
+    from pynq_kgrc.analysis.documents import ProgramDescription, TaskDescription
 
 
 def declare(command: Declare) -> None:
