@@ -1,7 +1,7 @@
-"""A Graph as an fp32 ONNX file, written node by node: what the peers of the benchmark run.
+"""Export a Graph as an fp32 ONNX file, for the other engines of the benchmark.
 
-Batch norm is folded in the Graph already. A layer whose kernel is its whole map becomes Gemm,
-which is what a peer's own exporter would write for a fully connected layer.
+Batch norm is folded in the Graph already. A layer whose kernel is its whole map becomes Gemm, as
+exporters write a fully connected layer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Exporter:
         return output
 
     def as_map(self, layer: str, channels: int) -> str:
-        """The output of `layer`, five-dimensional."""
+        """The output of `layer`, reshaped to five dimensions if it is flat."""
         if layer not in self.flat:
             return layer
         shape = self.constant(
@@ -56,7 +56,7 @@ class Exporter:
         return self.node("Reshape", [layer, shape], f"{layer}/map_{len(self.nodes)}")
 
     def add(self, layer: Layer, graph: Graph) -> None:
-        """The nodes of one layer; its activation is a node of its own."""
+        """Add the nodes of one layer; its activation is a separate node."""
         plain = layer.activation == "none"
         output = layer.name if plain else f"{layer.name}/linear"
         if layer.op == CONV and _is_fully_connected(layer):

@@ -1,4 +1,4 @@
-"""The command line as a person uses it: every command, its JSON, and its mistakes."""
+"""The command line: every command, its JSON, and its messages for wrong input."""
 
 import argparse
 import inspect
@@ -141,7 +141,7 @@ def options_of(command):
 
 
 def test_an_accelerator_is_chosen_by_one_option():
-    """`--design` in every command; a former name is accepted, but not in the help."""
+    """`--design` in every command; an earlier spelling is accepted, but not in the help."""
     design = options_of("compile")["--design"]
     assert design.default == "8-sparse"
     assert options_of("compile")["--config"].dest == "design"

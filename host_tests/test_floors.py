@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pynq_kgrc"
 FLOORS = {
     "errors": 1,
     "storage": 1,
+    "version": 1,
     "quant": 2,
     "graph": 2,
     "groups": 2,
@@ -92,6 +93,45 @@ def test_imports_go_down(path):
         same_floor = (here, there) == ("graph", "quant") or (here, there) == ("groups", "quant")
         if here != there and not same_floor:
             assert FLOORS[there] < FLOORS[here], f"{path}: floor {here} imports {there}"
+
+
+BACKEND_FOLDERS = ("backends.emulation", "backends.board")
+"""A folder a backend: neither knows the other. What both need lies in `backends/` itself."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
+def test_a_backend_knows_no_other(path):
+    here = ".".join(path.relative_to(PACKAGE).parts[:2])
+    for name, _ in imports(path):
+        for folder in BACKEND_FOLDERS:
+            if here in BACKEND_FOLDERS and name.startswith(f"pynq_kgrc.{folder}"):
+                assert here == folder, f"{path} imports {name}"
+
+
+def import_graph():
+    """The rooms of the package (its folders and top-level files) and the arrows between them."""
+    rooms = {room(path) for path in FILES}
+    arrows = set()
+    for path in FILES:
+        for name, _ in imports(path):
+            package, _, rest = name.partition(".")
+            there = rest.split(".")[0]
+            if package == "pynq_kgrc" and there in rooms and there != room(path):
+                arrows.add((room(path), there))
+    return rooms, arrows
+
+
+def test_the_import_graph_stays_small():
+    """Fewer rooms and arrows than at revision bb9fb60 (24 and 117), none upward, no circle."""
+    rooms, arrows = import_graph()
+    print(f"{len(rooms)} rooms, {len(arrows)} arrows between them")
+    assert rooms == set(FLOORS), "FLOORS names every room, and no other"
+    assert len(rooms) < 24
+    assert len(arrows) < 117
+    upward = [(here, there) for here, there in arrows if FLOORS[here] < FLOORS[there]]
+    assert not upward
+    level = {(here, there) for here, there in arrows if FLOORS[here] == FLOORS[there]}
+    assert level <= {("graph", "quant"), ("groups", "quant")}  # one way: so there is no circle
 
 
 ASLEEP = ("torch", "pynq", "cv2", "fastapi", "matplotlib", "ray")

@@ -1,7 +1,7 @@
 """A network as plain data: layers in running order with their shapes, weights and formats.
 
-Axes are always [channel, depth, height, width]. 2-D is depth 1, a fully connected layer is a
-convolution whose kernel is its whole input map.
+Axes are always [channel, depth, height, width]. A 2-D map has depth 1. A fully connected layer is
+a convolution whose kernel is as large as its input map.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ read this table; the backends only see lo and hi.
 
 @dataclass(frozen=True)
 class WindowShape:
-    """A window that slides over a map of `channels` channels: what pools and convolutions share."""
+    """The sliding window of a pool or a convolution, over a map of `channels` channels."""
 
     channels: int
     in_size: Size
@@ -59,6 +59,7 @@ class WindowShape:
 
     @property
     def out_size(self) -> Size:
+        """Depth, height, width of the output."""
         d, h, w = (
             (self.in_size[i] + self.pad_before[i] + self.pad_after[i] - self.kernel[i])
             // self.stride[i]
@@ -69,7 +70,7 @@ class WindowShape:
 
     @property
     def taps(self) -> int:
-        """Positions in the window; a tap is one of them."""
+        """Number of taps: positions in the window."""
         return math.prod(self.kernel)
 
     @property
@@ -98,7 +99,7 @@ class Layer:
     """One operation of a network. Its output is a tensor of the same name.
 
     Raises:
-        CompileError: an operation or activation that there is not.
+        CompileError: an unknown operation or activation.
     """
 
     name: str
@@ -144,7 +145,7 @@ class ClipSpec:
 
     Frames are resized so that the short side is `short_side`, cropped at the centre to
     `height` x `width`, and normalised: ``(pixel / 255 - mean) / std`` for each of R, G, B.
-    `step` frames of the video pass from one frame of the clip to the next.
+    Every `step`-th frame of the video is taken.
     """
 
     frames: int
@@ -156,7 +157,7 @@ class ClipSpec:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def pixel_values(self) -> Array:
-        """[3, 256] float64: the network's input value of each pixel level of R, G, B."""
+        """[3, 256] float64: the input value of each of the 256 levels of R, G, B."""
         levels = np.arange(256) / 255.0
         values: Array = (levels - np.array(self.mean)[:, None]) / np.array(self.std)[:, None]
         return values
@@ -169,7 +170,7 @@ class ClipSpec:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Layers in running order; the first is the input, `output` names the last one that counts."""
+    """Layers in running order: the first is the input, `output` names that of the result."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -189,13 +190,14 @@ class Graph:
         return [layer for layer in self.layers if name in layer.inputs]
 
     def convolutions(self) -> list[Layer]:
+        """The convolutions, in running order."""
         return [layer for layer in self.layers if layer.op == CONV]
 
     def with_weights(self, weights: dict[str, Array]) -> Graph:
-        """This graph with some weights replaced (after pruning, say); shapes must agree.
+        """This graph with the weights of some layers replaced, for example by pruned ones.
 
         Raises:
-            CompileError: a name that is not a convolution here, or an array of another shape.
+            CompileError: a name of no convolution, or an array of another shape than its weight.
         """
         for name, weight in weights.items():
             old = self[name].weight
@@ -222,7 +224,7 @@ def activate(values: Array, activation: str) -> Array:
 
 
 def pad_map(values: Array, shape: WindowShape, fill: float) -> Array:
-    """[C, D, H, W] with the window's padding around it, filled with `fill`."""
+    """Pad a map [C, D, H, W] as the window asks, with the value `fill`."""
     widths = [(0, 0), *zip(shape.pad_before, shape.pad_after, strict=True)]
     if not any(before or after for before, after in widths):
         return values
@@ -230,7 +232,7 @@ def pad_map(values: Array, shape: WindowShape, fill: float) -> Array:
 
 
 def tap_views(padded: Array, shape: WindowShape) -> Iterator[Array]:
-    """For each tap in order, the [C, *out_size] view of what that tap of the window sees."""
+    """For each tap in order, the view [C, *out_size] of the inputs that it reads."""
     span = [(shape.out_size[i] - 1) * shape.stride[i] + 1 for i in range(3)]
     for tap in np.ndindex(*shape.kernel):
         yield padded[
@@ -239,7 +241,7 @@ def tap_views(padded: Array, shape: WindowShape) -> Iterator[Array]:
 
 
 def run_layer_float(layer: Layer, inputs: list[Array]) -> Array:
-    """The layer's output [C, D, H, W] in float32, from its inputs of the same layout."""
+    """The output [C, D, H, W] of one layer in float32, from inputs [C, D, H, W]."""
     if layer.op == ADD:
         return activate(inputs[0] + inputs[1], layer.activation)
     if layer.op == CONCAT:
@@ -263,11 +265,11 @@ def run_layer_float(layer: Layer, inputs: list[Array]) -> Array:
 
 
 def _convolve(values: Array, weight: Array, shape: WindowShape) -> Array:
-    """Plain float32 convolution, one output depth slice at a time to bound the scratch."""
+    """Float32 convolution by im2col, one output depth at a time to bound the memory."""
     filters, channels = weight.shape[:2]
     out = np.empty((filters, *shape.out_size), np.float32)
     padded = pad_map(values.astype(np.float32, copy=False), shape, 0.0)
-    # [taps, channels] are the rows of the unfolded input, in this order
+    # the unfolded input has a row for each (tap, channel), in this order
     matrix = weight.transpose(0, 2, 3, 4, 1).reshape(filters, -1).astype(np.float32)
     slab = replace(shape, pad_before=(0, 0, 0), pad_after=(0, 0, 0))
     for d in range(shape.out_size[0]):
@@ -286,8 +288,8 @@ def run_float(
 ) -> Array:
     """The network's output [C, D, H, W] in float32 for one clip [3, D, H, W].
 
-    `watch` sees every layer and its output as it is made. Outputs are dropped after their last
-    use, so a whole I3D needs little more than its widest pair of layers.
+    `watch` is called with every layer and its output. An output is dropped after its last use, so
+    that a whole I3D needs little more memory than its largest pair of layers.
 
     Raises:
         CompileError: the clip has another shape than the graph's input.

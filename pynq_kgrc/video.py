@@ -1,8 +1,8 @@
-"""From a video file to the frames a network looks at: decode, sample, resize, crop.
+"""From a video file to the frames of a clip: decode, sample, resize, crop.
 
-For files that you trust, through OpenCV. Frame numbers and counts in a container are not trusted:
-a first pass over the video counts and times its frames, a second one keeps those that are wanted,
-resized and cropped, so that memory does not grow with the video.
+This uses OpenCV in this process: only for files that you trust. Frame numbers and counts in a
+container are not trusted: a first pass over the video counts and times its frames. A second pass
+keeps the frames of the clips, resized and cropped, so that memory does not grow with the video.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from pynq_kgrc.graph import DEFAULT_SAMPLING, SAMPLINGS, ClipSpec
 from pynq_kgrc.quant import Array
 
 OPTIONS = "protocol_whitelist;file|format_whitelist;mov,matroska,avi,mpegts,gif"
-"""FFmpeg opens local files of these containers only: no playlists, images or addresses.
+"""Options for FFmpeg: open local files of these containers only, no playlists, images or URLs.
 
-OpenCV 4.11 for Linux ignores this (opencv/opencv#27091): `_is_container` asks for the same.
+OpenCV 4.11 for Linux ignores them (opencv/opencv#27091), so `_is_container` checks the same.
 """
 
 MAX_ELONGATION = 100
-"""How often the short side of a frame may go into the long one: `fit` scales both alike."""
+"""The largest ratio of the sides of a frame: `fit` scales the long side with the short one."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a video may be at most."""
+    """The largest video that is read."""
 
     max_bytes: int = 200_000_000
     max_pixels: int = 1920 * 1088
-    """Of one frame."""
+    """Pixels of one frame."""
     max_seconds: float = 600.0
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames as a network wants them, and where in the video they come from."""
+    """The frames of one clip, and their time in the video."""
 
     frames: Array
     """[D, H, W, 3] uint8 RGB, contiguous."""
     start_ms: float
     end_ms: float
     notes: tuple[str, ...] = ()
-    """What the reader should know: frames that repeat, a file that is cut off."""
+    """Remarks for the user: frames that repeat, a file that is cut off."""
 
 
 def load_clip(
@@ -60,18 +60,19 @@ def load_clip(
     sampling: str = DEFAULT_SAMPLING,
     limits: Limits | None = None,
 ) -> Clip:
-    """One clip of a video: consecutive frames from its middle, or spread over all of it.
+    """Read one clip of a video: consecutive frames from its middle, or spread over all of it.
 
-    A video shorter than the clip starts over until the clip is full, and the notes say so.
+    A video that is shorter than the clip is repeated until the clip is full; the notes say so.
 
     Args:
-        source: a local file, or the bytes of one.
-        spec: how many frames, how far apart, how large.
+        source: the path of a local file, or the bytes of a file.
+        spec: number, distance and size of the frames.
         sampling: "centre" or "uniform".
-        limits: what to refuse; the defaults of `Limits` if none.
+        limits: larger videos are refused; the defaults of `Limits` if None.
 
     Raises:
-        VideoError: what is wrong with the source, and which limit it exceeds.
+        VideoError: the source cannot be read or exceeds a limit, which the message names; or an
+            unknown sampling.
     """
     if sampling not in SAMPLINGS:
         raise VideoError(f"sampling={sampling!r}; accepted are {', '.join(SAMPLINGS)}")
@@ -92,18 +93,18 @@ def load_windows(
     stride: int | None = None,
     limits: Limits | None = None,
 ) -> Iterator[Clip]:
-    """Clips that begin every `stride` frames of the video (a clip's length if none).
+    """Yield clips that start every `stride` frames of the video (the span of a clip if None).
 
-    The last one ends with the video, so that every frame is seen. The video is decoded as the
-    clips are asked for.
+    The last clip ends with the video, so that the clips cover all of it. The video is decoded
+    lazily, clip by clip.
 
     Raises:
-        VideoError: as `load_clip`; also a stride below 1.
+        VideoError: as `load_clip`; or a stride below 1.
     """
     span = (spec.frames - 1) * spec.step + 1
     stride = span if stride is None else stride
     if stride < 1:
-        raise VideoError(f"a stride of {stride} frames goes nowhere; use 1 or more")
+        raise VideoError(f"stride is {stride} frames; accepted are 1 or more")
     with _local(source) as (path, name), _Video(path, name, limits or Limits()) as video:
         last = max(0, video.count - span)
         starts = [*range(0, last, stride), last]
@@ -111,16 +112,16 @@ def load_windows(
 
 
 def _consecutive(start: int, spec: ClipSpec, count: int) -> list[int]:
-    """Frame numbers of a clip; past the end the video starts over."""
+    """Frame numbers of a clip that starts at `start`; past the end, from the first frame again."""
     return [(start + i * spec.step) % count for i in range(spec.frames)]
 
 
 @contextmanager
 def _local(source: str | Path | bytes) -> Iterator[tuple[Path, str]]:
-    """A local file for the source, and its name for messages; bytes lie in a private file."""
+    """The path of the source, and its name for messages; bytes are written to a temporary file."""
     if not isinstance(source, bytes):
         if "://" in str(source):
-            raise VideoError(f"{source}: an address; only local files and bytes are read")
+            raise VideoError(f"{source}: a URL; accepted are local files and bytes")
         yield Path(source), str(source)
         return
     handle, path = tempfile.mkstemp(prefix="pynq_kgrc-", suffix=".video")
@@ -133,7 +134,7 @@ def _local(source: str | Path | bytes) -> Iterator[tuple[Path, str]]:
 
 
 class _Video:
-    """An opened video whose frames have been counted and timed; a context manager."""
+    """A video whose frames have been counted and timed; a context manager."""
 
     def __init__(self, path: Path, name: str, limits: Limits) -> None:
         self.path, self.name, self.limits = path, name, limits
@@ -152,7 +153,7 @@ class _Video:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is held between passes."""
+        """Each pass opens and closes the file itself."""
 
     def _check_file(self) -> None:
         try:
@@ -192,7 +193,7 @@ class _Video:
                 capture.get(cv2.CAP_PROP_FRAME_WIDTH), capture.get(cv2.CAP_PROP_FRAME_HEIGHT)
             )
             yield capture
-        except cv2.error as error:  # such as a frame of another size than the one before
+        except cv2.error as error:  # for example a frame of another size than the one before
             raise VideoError(f"{self.name}: OpenCV cannot read a frame; it is damaged") from error
         finally:
             capture.release()
@@ -210,7 +211,7 @@ class _Video:
             )
 
     def _measure(self) -> tuple[list[float], int, float]:
-        """The time of every frame in milliseconds, the count that was declared, and the rate."""
+        """Times of all frames in ms, the declared number of frames (0: none), and the rate."""
         with self._opened() as capture:
             fps = capture.get(cv2.CAP_PROP_FPS)
             fps = fps if math.isfinite(fps) and 1 <= fps <= 240 else 25.0
@@ -234,7 +235,7 @@ class _Video:
         return times, int(declared) if sane else 0, fps
 
     def clips(self, wanted: Sequence[list[int]], spec: ClipSpec) -> Iterator[Clip]:
-        """The clips of these frame numbers, each as soon as its last frame is decoded."""
+        """Yield the clips of these frame numbers, each as soon as its last frame is decoded."""
         needed = {number for numbers in wanted for number in numbers}
         kept: dict[int, Array] = {}
         waiting = list(wanted)
@@ -262,7 +263,7 @@ class _Video:
         if numbers != sorted(set(numbers)):
             span = (spec.frames - 1) * spec.step + 1
             notes.append(
-                f"the video has {self.count} frames, the network looks at {span}: "
+                f"the video has {self.count} frames, a clip spans {span}: "
                 f"it starts over to fill the clip"
             )
         frames = np.stack([kept[number] for number in numbers])
@@ -272,13 +273,13 @@ class _Video:
 
 
 def fit(frame: Array, spec: ClipSpec) -> Array:
-    """A BGR frame as RGB [height, width, 3], its short side resized, its centre cut out.
+    """Resize a BGR frame by its short side, crop its centre, and convert it to RGB [H, W, 3].
 
-    Bilinear, as the pretrained networks were fed.
+    The resize is bilinear, as in the training of the pretrained networks.
     """
     height, width = frame.shape[:2]
     scale = spec.short_side / min(height, width)
-    # never smaller than the crop, whatever the rounding
+    # rounding must not make it smaller than the crop
     size = (max(spec.width, round(width * scale)), max(spec.height, round(height * scale)))
     if size != (width, height):
         frame = cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR)
@@ -288,19 +289,21 @@ def fit(frame: Array, spec: ClipSpec) -> Array:
 
 
 def _is_container(head: bytes) -> bool:
-    """Whether a file begins as MP4, AVI, Matroska, GIF or MPEG-TS do; a playlist does not."""
+    """Whether a file starts with the signature of MP4, AVI, Matroska, GIF or MPEG-TS."""
     return (
         head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
         or (head[:4] == b"RIFF" and head[8:12] == b"AVI ")
         or head[:4] == b"\x1aE\xdf\xa3"
         or head[:4] == b"GIF8"
         or (head[:1] == b"G" and head[188:189] == b"G")
-        or (head[4:5] == b"G" and head[196:197] == b"G")  # M2TS: a time before every packet
+        or (
+            head[4:5] == b"G" and head[196:197] == b"G"
+        )  # M2TS: 4 bytes of time stamp before every packet
     )
 
 
 def _why_not(path: Path) -> str:
-    """Why a file that OpenCV does not open is no video, as far as its first bytes tell."""
+    """The reason why OpenCV cannot open a file, as far as its first and last bytes show."""
     with path.open("rb") as file:
         head = file.read(1 << 20)
         file.seek(max(0, path.stat().st_size - (1 << 20)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -177,22 +177,20 @@ class Loaded:
         return first, end
 
 
-Self = TypeVar("Self", bound=Loaded)
-P = ParamSpec("P")
-T = TypeVar("T")
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
-def locked(verb: Callable[Concatenate[Self, P], T]) -> Callable[Concatenate[Self, P], T]:
+def locked(verb: Verb) -> Verb:
     """A verb of a backend that waits for its lock, and that a forked child enters on its own."""
 
     @wraps(verb)
-    def alone(self: Self, *args: P.args, **kwargs: P.kwargs) -> T:
+    def alone(self: Loaded, *args: Any, **kwargs: Any) -> Any:
         with self.lock:
             if os.getpid() != self._pid:
                 self.enter_child()
             return verb(self, *args, **kwargs)
 
-    return alone
+    return cast(Verb, alone)
 
 
 _OPEN: weakref.WeakSet[Loaded] = weakref.WeakSet()
@@ -307,13 +305,13 @@ class Backend(Protocol):
 BACKENDS = {
     "emulate": "pynq_kgrc.backends.emulation.backend:Emulation",
     "csim": "pynq_kgrc.backends.csim:CSimulation",
-    "board": "pynq_kgrc.backends.board.backend:Board",
+    "board": "pynq_kgrc.backends.board.backend:BoardBackend",
 }
 """Name of a backend -> module:class. A new backend needs one line here and no other change."""
 
 
-def open_backend(name: str, config: AcceleratorConfig) -> Backend:
-    """Open the backend of that name for the accelerator `config`.
+def backend_class(name: str) -> Any:
+    """The class of the backend of that name, not opened: its `name` and `exclusive` can be read.
 
     Raises:
         DeviceError: there is no backend of that name, or a package that it needs is missing.
@@ -322,11 +320,19 @@ def open_backend(name: str, config: AcceleratorConfig) -> Backend:
         raise DeviceError(f"no backend named {name!r}; there are {', '.join(BACKENDS)}")
     module, _, kind = BACKENDS[name].partition(":")
     try:
-        made = getattr(import_module(module), kind)
+        return getattr(import_module(module), kind)
     except (ImportError, OSError) as error:
         raise DeviceError(
             f"the backend {name} cannot be used here: {error}; on a PYNQ image run in its own "
             f"environment, elsewhere install pynq_kgrc[board]"
         ) from error
-    backend: Backend = made(config)
+
+
+def open_backend(name: str, config: AcceleratorConfig) -> Backend:
+    """Open the backend of that name for the accelerator `config`.
+
+    Raises:
+        DeviceError: there is no backend of that name, or a package that it needs is missing.
+    """
+    backend: Backend = backend_class(name)(config)
     return backend

@@ -1,7 +1,7 @@
-"""The C-simulation: the very sources that Vitis HLS takes, built with g++ and run on this host.
+"""The C-simulation: the HLS sources, built with g++ as a shared library and run on this host.
 
-The sources come from `hls_src` in or beside the package, or from where KGRC_HLS_SRC points.
-Libraries are kept by a digest of sources, design and flags.
+The sources come from `hls_src` in or beside the package, or from the folder that KGRC_HLS_SRC
+names. A library is cached under a digest of sources, design and flags.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pynq_kgrc.backends.base import (
     check_codes,
     check_design,
     check_size,
+    locked,
     reported_counters,
 )
 from pynq_kgrc.backends.image import (
@@ -42,19 +44,22 @@ from pynq_kgrc.places import find_folder, user_cache
 from pynq_kgrc.program import Program, Slot
 from pynq_kgrc.quant import Array, ceil_div
 
-SOURCES = ("top.cpp", "plan.cpp", "memory.cpp", "compute.cpp", "post.cpp")
+SOURCES = (
+    *("top.cpp", "plan.cpp", "memory.cpp", "decode.cpp"),
+    *("compute.cpp", "post.cpp", "pool.cpp"),
+)
 
 FAST = ("-O3", "-march=native", "-DKGRC_PLAIN")
-"""Plain integer types, as fast as this host can."""
+"""Flags for plain integer types and all instructions of this host."""
 
 BUILD_SECONDS = 600
 
 
 def source_folder() -> Path:
-    """Where the HLS sources lie.
+    """The folder of the HLS sources.
 
     Raises:
-        DeviceError: nowhere; says how to point at them.
+        DeviceError: there are none; the message says how to name their folder.
     """
     named = os.environ.get("KGRC_HLS_SRC")
     folder = Path(named) if named else find_folder("hls_src")
@@ -67,10 +72,10 @@ def source_folder() -> Path:
 
 
 def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> Path:
-    """The shared library of a design; built if there is none of these sources and flags.
+    """The shared library of a design, from the cache or built now.
 
     Raises:
-        DeviceError: no compiler, or it refuses; its first words are told.
+        DeviceError: no compiler, or it fails; the message begins with what it printed.
     """
     folder = source_folder()
     header = config_header(config)
@@ -101,8 +106,17 @@ def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> P
     return library
 
 
+_LOCKS: dict[Path, threading.Lock] = {}
+os.register_at_fork(after_in_child=_LOCKS.clear)  # another thread of the parent may hold one
+
+
+def library_lock(path: Path) -> threading.Lock:
+    """The lock of a library: its memories are static, one set for the whole process."""
+    return _LOCKS.setdefault(path, threading.Lock())
+
+
 def _processor() -> str:
-    """What -march=native depends on."""
+    """The processor's features: a library built with -march=native depends on them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -111,51 +125,66 @@ def _processor() -> str:
 
 
 class CSimulation(Loaded):
-    """The accelerator `config` as its own C++ sources, compiled for this host."""
+    """The accelerator `config`, simulated by its own C++ sources.
+
+    A forked child has its own copy of the memory; it goes on once a clip is written.
+    """
 
     name = "csim"
     exclusive = False
 
     def __init__(self, config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> None:
+        super().__init__()
         self.config = config
-        self._library = ctypes.CDLL(str(build_library(config, flags)))
-        self._library.kgrc_run.restype = None
+        self._path = build_library(config, flags)
+        self._library = ctypes.CDLL(str(self._path))
+        self._library.kgrc_simulate.restype = ctypes.c_char_p
 
+    @locked
     def load(self, program: Program) -> None:
-        """Lay out the program's memory; a second call replaces the first.
+        """Lay out the program's memory, in place of any program loaded before.
 
         Raises:
-            ProgramError: a program for another design, or one that the hardware cannot address.
+            ProgramError: it was compiled for another design, or the hardware cannot address it.
         """
         check_design(program, self.config)
         self._image: Image = build_image(program)
         self._maps = np.zeros(ceil_div(program.arena_bytes, 64) * 64 + 64, np.uint8)
         self._status = np.zeros((len(program.tasks), len(STATUS)), np.uint64)
         self._program = program
+        self._maps_lost = None
 
+    @locked
     def write(self, slot: Slot, codes: Array) -> None:
-        """Codes [C, D, H, W] into a slot."""
+        """Copy codes [C, D, H, W] to a slot."""
         check_codes(self.program, slot, codes)
         buffer = self.program.buffers[slot.buffer]
         raw = encode_map(self.config, codes, buffer.bits)
         start = slot_beat(self.program, slot, "write") * self.config.beat_bytes
         self._maps[start : start + raw.size] = raw
+        self._maps_lost = None
 
+    @locked
     def read(self, slot: Slot, channels: int, size: Size) -> Array:
-        """The codes [C, D, H, W] of a slot."""
+        """The codes [C, D, H, W] in a slot."""
         check_size(self.program, slot, size)
+        self.check_maps()
         bits = self.program.buffers[slot.buffer].bits
         start = slot_beat(self.program, slot, "read") * self.config.beat_bytes
         raw = self._maps[start : start + map_bytes(self.config, channels, size, bits)]
         return decode_map(self.config, raw, channels, size, bits)
 
+    @locked
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
-        """Run the tasks [first, last) in order.
+        """Run the tasks [first, last) in order; the counters of each.
 
         Raises:
             ProgramError: no program is loaded, or the range is not within it.
+            DeviceError: the simulated kernel would hang, because one of its processes waits for a
+                stream that is empty.
         """
         first, last = self.task_range(first, last)
+        self.check_maps()
         found = []
         for number in range(first, last):
             began = time.perf_counter()
@@ -164,8 +193,13 @@ class CSimulation(Loaded):
             found.append(self._counters(number, seconds))
         return found
 
+    def enter_child(self) -> None:
+        """The first call in the child of a fork: the maps may be those of an unfinished run."""
+        self._pid = os.getpid()
+        self._maps_lost = f"a fork of process {os.getppid()}"
+
     def status(self, number: int) -> dict[str, int]:
-        """What the kernel reported of a task, by name (accelerator.header.STATUS)."""
+        """The status words of a task by name (accelerator.header.STATUS)."""
         return dict(zip(STATUS, map(int, self._status[number]), strict=True))
 
     def _call(self, first: int, count: int) -> None:
@@ -178,7 +212,11 @@ class CSimulation(Loaded):
         memory |= {name: at(self._maps) for name in MAP_PORTS}
         memory |= {"weights": at(self._image.weights), "status": at(self._status)}
         pointers = (*(memory[name] for name in ADDRESSES), ctypes.byref(digest))
-        self._library.kgrc_run(*pointers, first, count)
+        with library_lock(self._path):
+            fault = self._library.kgrc_simulate(*pointers, first, count)
+            text = fault.decode() if fault else ""
+        if fault:
+            raise DeviceError(f"{self.program.name}, task {first}: {text}")
         if f"{digest.value:016x}" != self.config.digest:
             raise DeviceError(
                 f"the library is of design {digest.value:016x}, not {self.config.digest}"
@@ -190,5 +228,6 @@ class CSimulation(Loaded):
         return reported_counters(self.config, names, status, np.array([seconds]))[0]
 
     def close(self) -> None:
-        """Let go of the program's memory."""
-        self._program = None
+        """Release the program's memory."""
+        with self.lock:
+            self._program = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pynq_kgrc.cli.arguments import Declare, add_design, positive, progress
-from pynq_kgrc.cli.info import describe, print_description, summary
+from pynq_kgrc.cli.info import print_description, summary
 from pynq_kgrc.errors import ModelError
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ def run_pull(options: argparse.Namespace) -> int:
 
 
 def run_compile(options: argparse.Namespace) -> int:
+    from msgspec.structs import replace
+
     from pynq_kgrc.accelerator.config import read_design
+    from pynq_kgrc.analysis.description import describe, describe_fidelity
     from pynq_kgrc.compiler.lower import lower
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.patterns import prune, recipe
@@ -80,17 +83,12 @@ def run_compile(options: argparse.Namespace) -> int:
     method = options.method or DEFAULT_METHOD
     program = lower(choose_quant(graph, clips, config.bits, method), config)
     program.save(options.out)
-    document = describe(program)
+    document = replace(describe(program), path=str(options.out))
     if options.report:
         from pynq_kgrc.analysis.fidelity import measure_fidelity
 
         report = measure_fidelity(graph, program, progress(frames, "measure", len(frames)))
-        document["fidelity"] = {
-            "clips": report.clips,
-            "agreeing": report.agreeing,
-            "snr_db": {task.task: round(task.snr_db, 1) for task in report.tasks},
-        }
-    document["path"] = str(options.out)
+        document = replace(document, fidelity=describe_fidelity(report))
     if options.json or options.report:
         print_description(document, options.json)
     else:
@@ -113,14 +111,12 @@ def _trace(options: argparse.Namespace) -> Graph:
     if options.weights:
         pulled = options.weights in RELEASES
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
-    labels = _labels(options, options.weights == "i3d-kinetics400")
+    release = RELEASES.get(options.weights)
+    labels = _labels(options.labels or (release.labels if release else None))
     return trace(network, clip, labels, options.network)
 
 
-def _labels(options: argparse.Namespace, kinetics: bool) -> tuple[str, ...]:
-    path = options.labels
-    if path is None and kinetics:
-        path = Path(__file__).parent.with_name("labels") / "kinetics400.txt"
+def _labels(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
