@@ -152,9 +152,9 @@ def run_emulation(job: dict[str, Any]) -> Run:
     frames = noise(program.clip)
 
     def run() -> Result:
-        prediction = session.classify(frames)
-        tasks = [(task.task, task.seconds) for task in prediction.layers]
-        return {"tasks": tasks, "logits": session.logits().tolist()}
+        scores = session.run(frames)
+        tasks = [(task.task, task.seconds) for task in scores.layers]
+        return {"tasks": tasks, "logits": scores.logits.tolist()}
 
     return run
 

@@ -23,7 +23,7 @@ def clips(count=30):
 
 def test_counts_are_those_of_the_session(program):
     with Session(program) as session:
-        ranks = [[int(label.name) for label in session.classify(c, 7).labels] for c in clips()]
+        ranks = [[int(each.label) for each in session.classify(c, 7).labels] for c in clips()]
     labels = [rank[i % 7] for i, rank in enumerate(ranks)]  # the right label is at place i % 7
     found = measure_accuracy(program, zip(clips(), labels, strict=True))
     assert found.clips == 30

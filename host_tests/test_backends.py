@@ -246,6 +246,29 @@ def test_what_was_read_stays_as_it_was(name):
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_the_range_of_a_run(name):
+    net = Net()
+    net.conv(net.conv("clip", 4), 4)
+    program, _ = compiled(net)
+    backend = open_backend(name, program.config)
+    assert backend.name == name
+    backend.load(program)
+    backend.write(program.source, random_codes(program))
+    wanted = [task.name for task in program.tasks]
+    assert [counters.task for counters in backend.run()] == wanted
+    codes = backend.read(program.target, 4, program.tasks[-1].out_size)
+    for first, last in [(-1, None), (-1, 2), (0, 3), (0, 99), (1, 0), (0, -1), (3, 3), (3, None)]:
+        refusal = rf"run\({first}, {last}\): net has 2 tasks; accepted are 0 <= first <= last <= 2"
+        with pytest.raises(ProgramError, match=refusal):
+            backend.run(first, last)
+    assert [backend.run(at, at) for at in range(3)] == [[], [], []]
+    # the program and the maps are as they were
+    np.testing.assert_array_equal(backend.read(program.target, 4, codes.shape[1:]), codes)
+    assert [counters.task for counters in backend.run(1)] == wanted[1:]
+    backend.close()
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_refusals(name):
     net = Net()
     net.conv("clip", 4)

@@ -33,11 +33,11 @@ from pynq_kgrc.cli import main
 from pynq_kgrc.cluster.archive import (
     File,
     Journal,
-    Question,
-    Row,
+    ArchiveSettings,
+    FileResult,
     failed,
     find_files,
-    look,
+    classify_file,
 )
 from pynq_kgrc.errors import ConfigError, DataError, DeviceError, KgrcError
 from pynq_kgrc.runtime import Session
@@ -120,7 +120,7 @@ def check_rows(rows, expected):
             continue
         assert row["error"] is None, row
         windows = [list(zip(w["labels"], w["scores"], strict=True)) for w in row["windows"]]
-        assert windows == [[tuple(label) for label in clip] for clip in labels]
+        assert windows == [[(label.label, label.confidence) for label in clip] for clip in labels]
         if len(windows) == 1:
             assert list(zip(row["labels"], row["scores"], strict=True)) == windows[0]
 
@@ -147,9 +147,9 @@ def test_a_name_that_is_no_text_and_a_link_to_nowhere_have_rows_too(tmp_path, pr
     odd, gone = sorted(find_files(tmp_path), key=lambda file: file.path)
     assert odd.path == "\\xff.mp4"
     with Session(load(program)) as session:
-        rows = [look(session, file, Question("")) for file in (odd, gone)]
+        rows = [classify_file(session, file, ArchiveSettings("")) for file in (odd, gone)]
     assert "empty" in rows[0].error and "no such file" in rows[1].error
-    assert msgspec.json.decode(msgspec.json.encode(rows), type=list[Row]) == rows
+    assert msgspec.json.decode(msgspec.json.encode(rows), type=list[FileResult]) == rows
 
 
 @pytest.mark.parametrize("stride", [None, 5])
@@ -157,8 +157,8 @@ def test_a_row_is_what_a_session_says(archive, program, stride):
     from pynq_kgrc.program import load
 
     with Session(load(program)) as session:
-        question = Question("", stride=stride)
-        rows = [look(session, file, question) for file in find_files(archive)]
+        settings = ArchiveSettings("", stride=stride)
+        rows = [classify_file(session, file, settings) for file in find_files(archive)]
     documents = [msgspec.to_builtins(row) for row in rows]
     check_rows(documents, one_process(archive, program, stride))
     if stride:
@@ -179,7 +179,7 @@ def test_a_device_at_fault_is_no_fault_of_the_file(archive, program, monkeypatch
     with Session(load(program)) as session:
         monkeypatch.setattr(Emulation, "run", broken)
         with pytest.raises(type(fault), match=str(fault)):
-            look(session, find_files(archive)[1], Question(""))
+            classify_file(session, find_files(archive)[1], ArchiveSettings(""))
 
 
 def test_whatever_a_decoder_raises_becomes_a_row(archive, program, monkeypatch):
@@ -190,7 +190,7 @@ def test_whatever_a_decoder_raises_becomes_a_row(archive, program, monkeypatch):
 
     monkeypatch.setattr("pynq_kgrc.cluster.archive.load_clip", broken)
     with Session(load(program)) as session:
-        row = look(session, find_files(archive)[1], Question(""))
+        row = classify_file(session, find_files(archive)[1], ArchiveSettings(""))
     assert row.error == "cannot be decoded: MemoryError: too large"
 
 
@@ -199,14 +199,14 @@ def file_of(name, size=1, modified=1):
 
 
 def test_the_journal_keeps_each_row_once_and_forgets_changed_files(tmp_path):
-    question = Question("p")
+    settings = ArchiveSettings("p")
     files = [file_of(name) for name in "abc"]
     path = tmp_path / "x.partial"
-    with Journal(path, question) as journal:
+    with Journal(path, settings) as journal:
         journal.add(failed(files[0], "first"))
         journal.add(failed(files[0], "second"))
         journal.add(failed(files[1], "b"))
-    with Journal(path, question) as journal:
+    with Journal(path, settings) as journal:
         assert [row.error for row in journal.rows(files)] == ["second", "b"]
         changed = [files[0], file_of("b", modified=2), files[2]]
         assert [row.path for row in journal.rows(changed)] == ["a"]
@@ -216,26 +216,26 @@ def test_the_journal_keeps_each_row_once_and_forgets_changed_files(tmp_path):
 
 def test_the_journal_refuses_other_questions_and_a_second_run(tmp_path):
     path = tmp_path / "x.partial"
-    with Journal(path, Question("p")) as journal:
+    with Journal(path, ArchiveSettings("p")) as journal:
         journal.add(failed(file_of("a"), "kept"))
         with pytest.raises(ConfigError, match="another run"):
-            Journal(path, Question("p"))
-    for other in (Question("q"), Question("p", top=3), Question("p", stride=8)):
-        with pytest.raises(ConfigError, match="another question"):
+            Journal(path, ArchiveSettings("p"))
+    for other in (ArchiveSettings("q"), ArchiveSettings("p", top=3), ArchiveSettings("p", stride=8)):
+        with pytest.raises(ConfigError, match="another settings"):
             Journal(path, other)
-    with Journal(path, Question("p")) as journal:
+    with Journal(path, ArchiveSettings("p")) as journal:
         assert [row.error for row in journal.rows([file_of("a")])] == ["kept"]
     (tmp_path / "y").write_bytes(b"no database" * 100)
     with pytest.raises(ConfigError, match="no journal"):
-        Journal(tmp_path / "y", Question("p"))
+        Journal(tmp_path / "y", ArchiveSettings("p"))
     assert (tmp_path / "y").read_bytes() == b"no database" * 100
 
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from pynq_kgrc.cluster.archive import File, Journal, Question, failed
-journal = Journal(Path(sys.argv[1]), Question("p"))
+from pynq_kgrc.cluster.archive import File, Journal, ArchiveSettings, failed
+journal = Journal(Path(sys.argv[1]), ArchiveSettings("p"))
 for i in range(100):
     journal.add(failed(File(str(i), 1, 1, b""), "x" * 5000))
     print(i, flush=True)
@@ -249,7 +249,7 @@ def test_a_killed_process_leaves_every_row_it_spoke_of(tmp_path):
     command = [sys.executable, "-c", KILLED, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    with Journal(path, Question("p")) as journal:
+    with Journal(path, ArchiveSettings("p")) as journal:
         assert len(list(journal.rows([file_of(str(i)) for i in range(100)]))) == 58
 
 
@@ -469,7 +469,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(archive, program, tmp_path):
         assert run.returncode == 0, errors
     *names, outcome = rest.splitlines()
     assert sorted(said + names) == sorted(one_process(archive, program))
-    assert outcome == f"Outcome(rows={VIDEOS + len(BAD)}, errors={len(BAD)}, kept=0)"
+    assert outcome == f"BatchSummary(rows={VIDEOS + len(BAD)}, errors={len(BAD)}, kept=0)"
     check_rows(rows_of(out), one_process(archive, program))
 
 

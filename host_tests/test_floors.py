@@ -16,6 +16,7 @@ FLOORS = {
     "graph": 2,
     "groups": 2,
     "places": 2,
+    "results": 2,
     "models": 3,
     "accelerator": 3,
     "video": 3,

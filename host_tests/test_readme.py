@@ -31,7 +31,7 @@ def test_python_blocks_run(tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr
-        assert "Label(name=" in done.stdout
+        assert "Label(label=" in done.stdout
     assert (tmp_path / "out" / "mine.kgrc").is_file()
 
 

@@ -1,14 +1,20 @@
 """A session from frames to labels, and comparing two backends."""
 
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
 import msgspec
 import numpy as np
 import pytest
 from networks import Net, compiled, small_config
 
+from pynq_kgrc import runtime
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import run_float
-from pynq_kgrc.runtime import Session, compare, softmax
+from pynq_kgrc.program import Program
+from pynq_kgrc.runtime import Seconds, Session, compare, softmax
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +35,67 @@ def test_the_labels_are_those_of_the_float_network(network, frames):
     program, graph = network
     with Session(program) as session:
         prediction = session.classify(frames, top=9)
-        logits = session.logits()
+        logits = session.run(frames).logits
     wanted = run_float(graph, graph.clip.normalise(frames)).reshape(-1)
     assert np.corrcoef(logits, wanted)[0, 1] > 0.99
-    assert [label.name for label in prediction.labels] == [
+    assert [each.label for each in prediction.labels] == [
         program.labels[i] for i in np.argsort(-logits)
     ]
-    assert sum(label.score for label in prediction.labels) == pytest.approx(1)
+    assert sum(each.confidence for each in prediction.labels) == pytest.approx(1)
     assert prediction.backend == "emulate"
     assert [c.task for c in prediction.layers] == [task.name for task in program.tasks]
     assert all(c.macs > 0 and c.bytes_weight > 0 for c in prediction.layers)
+
+
+def test_scores_are_those_of_the_prediction(network, frames):
+    program, _ = network
+    with Session(program) as session:
+        start = time.perf_counter()
+        scores = session.run(frames)
+        passed = time.perf_counter() - start
+        prediction = session.classify(frames, top=5)
+    assert scores.logits.shape == scores.probabilities.shape == (5,)
+    np.testing.assert_array_equal(scores.probabilities, softmax(scores.logits))
+    for each in prediction.labels:
+        assert each.confidence == scores.probabilities[program.labels.index(each.label)]
+    parts = scores.seconds
+    assert min(parts.encode, parts.copy, parts.device, parts.read) > 0
+    assert parts.device >= sum(counters.seconds for counters in scores.layers)
+    assert parts.total == parts.encode + parts.copy + parts.device + parts.read <= passed
+    assert prediction.seconds == prediction.timing.total > 0
+    assert [replace(c, seconds=0) for c in scores.layers] == [
+        replace(c, seconds=0) for c in prediction.layers
+    ]
+
+
+def test_each_part_of_the_seconds_is_its_own(network, frames, monkeypatch):
+    """Each call advances a clock of the test by another number of seconds."""
+    program, _ = network
+    now = 0.0
+
+    def delayed(call, seconds):
+        def late(*arguments):
+            nonlocal now
+            now += seconds
+            return call(*arguments)
+
+        return late
+
+    with Session(program) as session:
+        monkeypatch.setattr(runtime, "time", SimpleNamespace(perf_counter=lambda: now))
+        monkeypatch.setattr(Program, "encode_clip", delayed(Program.encode_clip, 1))
+        for verb, seconds in (("write", 2), ("run", 4), ("read", 8)):
+            call = getattr(session.backend, verb)
+            monkeypatch.setattr(session.backend, verb, delayed(call, seconds))
+        assert session.run(frames).seconds == Seconds(encode=1, copy=2, device=4, read=8)
+        assert session.classify(frames).seconds == 15
+
+
+def test_a_session_is_named_after_its_backend(network):
+    program, _ = network
+    backend = Emulation(program.config, cores=1)
+    assert Session(program, backend).backend_name == "emulate"
+    backend.close()
 
 
 def test_a_second_call_and_another_clip(network, frames):
@@ -63,9 +120,8 @@ def test_trace_gives_every_task_and_the_same_result(network, frames):
     program, _ = network
     with Session(program) as session:
         outputs = [(name, codes) for name, codes, _ in session.trace(frames)]
-        traced = session.logits()
-        session.classify(frames)
-        np.testing.assert_array_equal(session.logits(), traced)
+        traced = program.output.dequantize(outputs[-1][1]).reshape(-1)
+        np.testing.assert_array_equal(session.run(frames).logits, traced)
     assert [name for name, _ in outputs] == [task.name for task in program.tasks]
     assert outputs[0][1].shape == (8, 4, 7, 7)
 

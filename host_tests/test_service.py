@@ -86,12 +86,12 @@ def test_a_video_is_classified_as_the_session_does(service, program, folder, vid
         assert window["end_ms"] == pytest.approx(clip.end_ms, abs=0.1)
         assert len(window["labels"]) == 3
         # FFmpeg of another version rounds colours otherwise
-        assert window["labels"][0]["label"] == labels[0].name
-        assert window["labels"][0]["confidence"] == pytest.approx(labels[0].score, abs=0.05)
+        assert window["labels"][0]["label"] == labels[0].label
+        assert window["labels"][0]["confidence"] == pytest.approx(labels[0].confidence, abs=0.05)
     mean = dict.fromkeys(LABELS, 0.0)
     for labels in expected:
         for label in labels:
-            mean[label.name] += label.score / len(expected)
+            mean[label.label] += label.confidence / len(expected)
     assert document["labels"][0]["confidence"] == pytest.approx(max(mean.values()), abs=0.05)
     assert document["segments"][0]["start_ms"] == 0
     assert document["segments"][-1]["end_ms"] == pytest.approx(1600, abs=0.1)
@@ -147,7 +147,7 @@ def test_uniform_sampling_is_that_of_the_video_module(service, folder, video):
     assert window["end_ms"] == pytest.approx(wanted.end_ms, abs=0.1)
     with Session(load(folder / "tiny.kgrc")) as session:
         label = session.classify(wanted.frames).labels[0]
-    assert window["labels"][0]["confidence"] == pytest.approx(label.score, abs=0.05)
+    assert window["labels"][0]["confidence"] == pytest.approx(label.confidence, abs=0.05)
     assert service.classify(video, "?sampling=some").status == 422
     short = write_video(folder / "short.mp4", frames=5)
     document = service.classify(short, "?sampling=uniform").json
@@ -177,8 +177,8 @@ def test_a_rotated_video_is_upright(service, tmp_path):
     (lying,) = load_windows(plain, clip)
     assert not np.array_equal(upright.frames, lying.frames)
     with Session(load(service.errors.parent / "tiny.kgrc")) as session:
-        wanted = session.classify(upright.frames).labels[0].score
-        other = session.classify(lying.frames).labels[0].score
+        wanted = session.classify(upright.frames).labels[0].confidence
+        other = session.classify(lying.frames).labels[0].confidence
     assert abs(wanted - other) > 0.05
     found = service.classify(bytes(data)).json["labels"][0]["confidence"]
     assert found == pytest.approx(wanted, abs=0.04)
@@ -690,15 +690,15 @@ def test_every_message_of_the_wire_is_checked():
     from pynq_kgrc.service import wire
 
     file = io.BytesIO()
-    wire.send(file, wire.Order("run", "k"), b"abc")
+    wire.send(file, wire.Command("run", "k"), b"abc")
     whole = file.getvalue()
-    order, payload = wire.receive(io.BytesIO(whole), wire.Order)
+    order, payload = wire.receive(io.BytesIO(whole), wire.Command)
     assert (order.verb, order.key, payload) == ("run", "k", b"abc")
-    assert wire.receive(io.BytesIO(whole[:-1]), wire.Order) is None
-    assert wire.receive(io.BytesIO(b""), wire.Order) is None
+    assert wire.receive(io.BytesIO(whole[:-1]), wire.Command) is None
+    assert wire.receive(io.BytesIO(b""), wire.Command) is None
     huge = wire.LENGTHS.pack(10, 1 << 40)
     with pytest.raises(DeviceError, match="at most"):
-        wire.receive(io.BytesIO(huge), wire.Order)
+        wire.receive(io.BytesIO(huge), wire.Command)
     wrong = wire.LENGTHS.pack(2, 0) + msgspec.json.encode([])
     with pytest.raises(DeviceError, match="not a message"):
-        wire.receive(io.BytesIO(wrong), wire.Order)
+        wire.receive(io.BytesIO(wrong), wire.Command)

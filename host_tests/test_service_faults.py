@@ -27,7 +27,7 @@ from serving import Serving, write_program, write_video
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.uploads import Upload
 from pynq_kgrc.service.videos import Decoder
-from pynq_kgrc.service.wire import Job
+from pynq_kgrc.service.wire import DecodeRequest
 
 WORKER, DECODER = "pynq_kgrc.service.worker", "pynq_kgrc.service.decode"
 
@@ -493,7 +493,7 @@ def test_a_bomb_runs_out_of_time_and_others_do_not_wait(folder, video):
 
 def test_a_decoder_beyond_its_limits_ends_and_the_client_hears_why(folder):
     """Memory and time of a child, without the service around it."""
-    job = Job("clips", frames=8, height=32, width=32, short_side=32, step=1)
+    job = DecodeRequest("clips", frames=8, height=32, width=32, short_side=32, step=1)
 
     async def decode(decoder, **limits):
         upload = Upload(folder, 0, 0)

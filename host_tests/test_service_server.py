@@ -11,7 +11,7 @@ pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
 from pynq_kgrc.service import jobs
 from pynq_kgrc.service.jobs import Admission
 from pynq_kgrc.service.refusal import Refusal
-from pynq_kgrc.service.server import HEADS_AT_ONCE, listen, make_server
+from pynq_kgrc.service.server import REQUESTS_PER_TURN, listen, make_server
 from pynq_kgrc.service.settings import Settings
 
 BODY = bytes(40_000)
@@ -66,12 +66,12 @@ def test_a_crowd_with_bodies_does_not_keep_a_question_waiting():
     asyncio.run(asyncio.wait_for(run(), 60))
     assert len(order) == clients + 1
     # it is heard as soon as it is accepted: after a few turns, in each of which a few were let in
-    assert order.index("/health") <= clients // 32 * HEADS_AT_ONCE + 3 * HEADS_AT_ONCE
+    assert order.index("/health") <= clients // 32 * REQUESTS_PER_TURN + 3 * REQUESTS_PER_TURN
 
 
 def test_who_is_at_the_door_when_the_service_ends_is_answered():
     """The end comes in the very turn in which they arrive."""
-    clients = 3 * HEADS_AT_ONCE
+    clients = 3 * REQUESTS_PER_TURN
 
     async def run():
         async with serving(answer) as (server, port):
@@ -83,8 +83,8 @@ def test_who_is_at_the_door_when_the_service_ends_is_answered():
             at_door = []
             while not at_door:
                 await asyncio.sleep(0)
-                at_door = [c for c in server.server_state.connections if c._at_door]
-            assert len(at_door) > HEADS_AT_ONCE
+                at_door = [c for c in server.server_state.connections if c._held_data]
+            assert len(at_door) > REQUESTS_PER_TURN
             for connection in list(server.server_state.connections):
                 connection.shutdown()
             for reader, writer in lines:

@@ -27,3 +27,8 @@ def user_cache() -> Path:
     An empty XDG_CACHE_HOME counts as unset, as the XDG base directory specification has it.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pynq_kgrc"
+
+
+def shipped_programs() -> tuple[Path, ...]:
+    """The compiled programs that come with this package, sorted by name."""
+    return tuple(sorted(Path(__file__).resolve().with_name("programs").glob("*.kgrc")))

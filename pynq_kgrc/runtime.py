@@ -1,7 +1,7 @@
-"""A session: one program on one device. Clips go in, predictions come out.
+"""A session runs one program on one backend: frames in, scores or labels out.
 
-The host encodes the clip and turns the last codes into probabilities; everything between runs on
-the backend.
+The host encodes the frames, and turns the output codes into logits and probabilities. Every layer
+runs on the backend.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
 
 import numpy as np
 
@@ -18,90 +17,128 @@ from pynq_kgrc.backends.base import Backend, Counters, open_backend
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.program import Program
 from pynq_kgrc.quant import Array
+from pynq_kgrc.results import Label
 
 
-class Label(NamedTuple):
-    """A class and its probability."""
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time of one clip went, in seconds on this host."""
 
-    name: str
-    score: float
+    encode: float
+    """Pixels to input codes."""
+    copy: float
+    """Input codes to the device."""
+    device: float
+    """All tasks, from start to end."""
+    read: float
+    """Output codes from the device, to logits and probabilities."""
+
+    @property
+    def total(self) -> float:
+        """From frames to probabilities."""
+        return self.encode + self.copy + self.device + self.read
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What the network computed for one clip, and at what cost."""
+
+    logits: Array
+    """[classes] float64."""
+    probabilities: Array
+    """[classes] float64: the soft-max of the logits."""
+    layers: tuple[Counters, ...]
+    """The counters of each task, in order."""
+    seconds: Seconds
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a clip shows: the best labels first, and what it took to find out."""
+    """The best labels of one clip, the most probable first, and at what cost."""
 
     labels: tuple[Label, ...]
     layers: tuple[Counters, ...]
+    """The counters of each task, in order."""
     backend: str
-    seconds: float
-    """From frames to labels, on this host."""
+    """Name of the backend that ran it."""
+    timing: Seconds
+
+    @property
+    def seconds(self) -> float:
+        """From frames to probabilities, in seconds on this host."""
+        return self.timing.total
 
 
 class Session:
     """A program loaded on a backend; a context manager.
 
     Args:
-        program: what to run.
-        backend: a name ("emulate"), or a backend that is already open and then stays open.
+        program: the program to load.
+        backend: the name of a backend ("emulate"), which the session opens and closes; or an open
+            backend, which `close` leaves open.
 
     Raises:
         ProgramError: the program is for another accelerator than the backend.
-        DeviceError: no such backend, or its device does not answer.
+        DeviceError: there is no backend of that name, or its device does not answer.
     """
 
     def __init__(self, program: Program, backend: str | Backend = "emulate") -> None:
         self.program = program
         self._owned = isinstance(backend, str)
-        self.backend_name = backend if isinstance(backend, str) else type(backend).__name__.lower()
         self.backend: Backend = (
             open_backend(backend, program.config) if isinstance(backend, str) else backend
         )
+        self.backend_name = self.backend.name
         try:
             self.backend.load(program)
         except BaseException:
             self.close()
             raise
 
-    def classify(self, frames: Array, top: int = 5) -> Prediction:
-        """The `top` best labels of a clip.
+    def run(self, frames: Array) -> Scores:
+        """Run one clip through the network.
 
         Args:
-            frames: uint8 RGB [D, H, W, 3], as large as `program.clip` says.
-            top: how many labels; all of them if there are fewer.
+            frames: uint8 RGB [D, H, W, 3] of the size of `program.clip`.
 
         Raises:
             ProgramError: frames of another shape or type.
             DeviceError: the device did not finish.
         """
         start = time.perf_counter()
-        self.write(frames)
-        layers = self.backend.run()
-        scores = softmax(self.logits())
-        labels = best_labels(scores, self.program.labels, top)
-        seconds = time.perf_counter() - start
-        return Prediction(labels, tuple(layers), self.backend_name, seconds)
+        codes = self.program.encode_clip(frames)
+        encoded = time.perf_counter()
+        self.backend.write(self.program.source, codes)
+        copied = time.perf_counter()
+        layers = tuple(self.backend.run())
+        done = time.perf_counter()
+        last = self.program.tasks[-1]
+        found = self.backend.read(last.target, last.shape.out_channels, last.out_size)
+        logits = self.program.output.dequantize(found).reshape(-1)
+        probabilities = softmax(logits)
+        end = time.perf_counter()
+        seconds = Seconds(encoded - start, copied - encoded, done - copied, end - done)
+        return Scores(logits, probabilities, layers, seconds)
+
+    def classify(self, frames: Array, top: int = 5) -> Prediction:
+        """The `top` most probable labels of one clip; all labels if there are fewer.
+
+        Args and errors are those of `run`.
+        """
+        scores = self.run(frames)
+        labels = best_labels(scores.probabilities, self.program.labels, top)
+        return Prediction(labels, scores.layers, self.backend_name, scores.seconds)
 
     def trace(self, frames: Array) -> Iterator[tuple[str, Array, Counters]]:
         """Run task by task: the name, output codes [C, D, H, W] and counters of each."""
-        self.write(frames)
+        self.backend.write(self.program.source, self.program.encode_clip(frames))
         for i, task in enumerate(self.program.tasks):
             (counters,) = self.backend.run(i, i + 1)
             codes = self.backend.read(task.target, task.shape.out_channels, task.out_size)
             yield task.name, codes, counters
 
-    def write(self, frames: Array) -> None:
-        """Encode frames and hand them to the device."""
-        self.backend.write(self.program.source, self.program.encode_clip(frames))
-
-    def logits(self) -> Array:
-        """The result of the last run as reals [classes]."""
-        last = self.program.tasks[-1]
-        codes = self.backend.read(last.target, last.shape.out_channels, last.out_size)
-        return self.program.output.dequantize(codes).reshape(-1)
-
     def close(self) -> None:
-        """Give the device back."""
+        """Close the backend, if the session opened it."""
         if self._owned:
             self.backend.close()
 
@@ -119,7 +156,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first element in which two backends disagree."""
+    """The first element in which two backends differ."""
 
     task: str
     index: tuple[int, int, int, int]
@@ -127,11 +164,11 @@ class Difference:
     left: int
     right: int
     count: int
-    """How many elements of that task differ."""
+    """Number of elements of that task that differ."""
 
 
 def compare(left: Session, right: Session, frames: Array) -> Difference | None:
-    """Run a clip on two sessions of one program; the first differing task and element, or none.
+    """Run a clip on two sessions of one program: the first task and element that differ, or None.
 
     Raises:
         ProgramError: the sessions run different programs.
@@ -149,14 +186,17 @@ def compare(left: Session, right: Session, frames: Array) -> Difference | None:
     return None
 
 
-def best_labels(scores: Array, names: tuple[str, ...], top: int) -> tuple[Label, ...]:
-    """The `top` best classes, one at least; without names they are called by their numbers."""
-    order = np.argsort(-scores, kind="stable")[: max(1, top)]
-    return tuple(Label(names[i] if names else str(i), float(scores[i])) for i in order)
+def best_labels(probabilities: Array, names: tuple[str, ...], top: int) -> tuple[Label, ...]:
+    """The `top` (at least 1) most probable classes of [classes] probabilities, in that order.
+
+    Without `names` a class is called by its number.
+    """
+    order = np.argsort(-probabilities, kind="stable")[: max(1, top)]
+    return tuple(Label(names[i] if names else str(i), float(probabilities[i])) for i in order)
 
 
 def softmax(logits: Array) -> Array:
-    """Probabilities [classes] of logits."""
+    """Probabilities [classes] of logits [classes]."""
     powers = np.exp(logits - logits.max())
     probabilities: Array = powers / powers.sum()
     return probabilities

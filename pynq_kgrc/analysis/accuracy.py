@@ -1,4 +1,4 @@
-"""How often a compiled program is right, counted on labelled clips."""
+"""The accuracy of a compiled program on labelled clips."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from pynq_kgrc.quant import Array
 from pynq_kgrc.runtime import Session
 
 LabelledClip = tuple[Array, int]
-"""uint8 frames [D, H, W, 3], and the number of the class they show."""
+"""uint8 frames [D, H, W, 3] and the number of their class."""
 
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
-    """What a program made of labelled clips."""
+    """How often a program was right on labelled clips."""
 
     clips: int
     top1: float
-    """Fraction of clips whose first label is right."""
+    """Fraction of the clips whose most probable class is right."""
     top5: float
+    """Fraction of the clips whose class is among the five most probable."""
     confusion: Array
-    """[true class, first label] counts."""
+    """[true class, most probable class] counts of clips."""
 
 
 def measure_accuracy(
@@ -34,10 +35,16 @@ def measure_accuracy(
     backend: str = "emulate",
     bar: Callable[[Iterable[LabelledClip]], Iterable[LabelledClip]] = lambda clips: clips,
 ) -> Accuracy:
-    """Run every clip on a backend: this is the compiled integer program, not a float network.
+    """Run every clip through the compiled integer program (not the float network).
+
+    Args:
+        program: the program to measure.
+        clips: labelled clips, each of the size of `program.clip`.
+        backend: the name of the backend that runs it.
+        bar: wraps the clips to show progress.
 
     Raises:
-        ProgramError: there is no clip, one of another size than the program's, or a label that is
+        ProgramError: there is no clip, a clip has another size than the program's, or a label is
             not one of its classes.
         DeviceError: the backend did not answer.
     """
@@ -48,9 +55,7 @@ def measure_accuracy(
         for frames, label in bar(clips):
             if not 0 <= label < classes:
                 raise ProgramError(f"label {label} is not one of the {classes} of {program.name}")
-            session.write(frames)
-            session.backend.run()
-            order = np.argsort(-session.logits(), kind="stable")
+            order = np.argsort(-session.run(frames).logits, kind="stable")
             confusion[label, order[0]] += 1
             among_five += int(label in order[:5])
     count = int(confusion.sum())

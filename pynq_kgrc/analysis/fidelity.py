@@ -63,7 +63,7 @@ def measure_fidelity(graph: Graph, program: Program, clips: Iterable[Array]) -> 
                 signal[name] = signal.get(name, 0.0) + float(np.square(tensor, dtype=float).sum())
                 noise[name] = noise.get(name, 0.0) + float(np.square(error).sum())
             count += 1
-            agreeing += int(np.argmax(result) == np.argmax(session.logits()))
+            agreeing += int(np.argmax(result) == np.argmax(codes))
     tasks = tuple(
         TaskFidelity(
             task.name,

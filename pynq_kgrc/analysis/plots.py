@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -34,12 +35,12 @@ MOST_GROUPS = (4, 6)
 
 def plot_labels(prediction: Prediction) -> Figure:
     """Bars of the best labels."""
-    names = [label.name for label in prediction.labels]
-    scores = [label.score for label in prediction.labels]
+    names = [each.label for each in prediction.labels]
+    confidences = [each.confidence for each in prediction.labels]
     figure = Figure(figsize=(6, 0.4 * len(names) + 0.8), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(names, scores)
-    axes.bar_label(bars, [f"{score:.1%}" for score in scores], padding=3)
+    bars = axes.barh(names, confidences)
+    axes.bar_label(bars, [f"{confidence:.1%}" for confidence in confidences], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15)
     axes.set_xlabel(f"probability ({prediction.backend})")
@@ -53,16 +54,21 @@ def plot_timeline(found: Sequence[tuple[Clip, Prediction]], top: int = 4) -> Fig
         found: windows in order with what was seen in them.
         top: lines to draw, those that are likely the longest.
     """
-    weight: dict[str, float] = {}
-    for _, prediction in found:
-        for label in prediction.labels:
-            weight[label.name] = weight.get(label.name, 0.0) + label.score
+    confidences = [{e.label: e.confidence for e in prediction.labels} for _, prediction in found]
+    total: Counter[str] = Counter()
+    for window in confidences:
+        total.update(window)
     edges = [clip.start_ms / 1e3 for clip, _ in found] + [found[-1][0].end_ms / 1e3]
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.subplots()
-    for name in sorted(weight, key=lambda name: -weight[name])[:top]:
-        scores = [dict(prediction.labels).get(name, 0.0) for _, prediction in found]
-        axes.stairs(scores, edges, label=name, linewidth=2, baseline=None)
+    for name in sorted(total, key=lambda name: -total[name])[:top]:
+        axes.stairs(
+            [window.get(name, 0.0) for window in confidences],
+            edges,
+            label=name,
+            linewidth=2,
+            baseline=None,
+        )
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("seconds of the video")
     axes.set_ylabel("probability")

@@ -1,11 +1,11 @@
-"""The seam: what a backend is. Five verbs, and a table of those there are."""
+"""The interface of a backend (load, write, run, read, close) and the table of backends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from pynq_kgrc.quant import Array, code_dtype
 
 @dataclass(frozen=True)
 class Counters:
-    """What one task did. Bytes are traffic to and from memory, counted at each reading."""
+    """What one task did. Bytes are memory traffic: data that is read twice counts twice."""
 
     task: str
     macs: int
@@ -29,13 +29,13 @@ class Counters:
     bytes_weight: int
     bytes_out: int
     seconds: float
-    """Time on this host."""
+    """Time on this host. A backend that starts several tasks at once shares the time out."""
     cycles: int | None = None
-    """Trips of the array that a device reported, one a cycle of its clock; or none."""
+    """Trips of the array that the kernel reported, one per clock cycle; None if it did not."""
 
 
 def count_task(program: Program, task: Task) -> Counters:
-    """What a task does by the cost model; the C-simulation counts it while it runs."""
+    """The counters of a task by the cost model, with `seconds` 0."""
     config = program.config
     cost = task_cost(config, program.work(task))
     return Counters(
@@ -51,7 +51,7 @@ def count_task(program: Program, task: Task) -> Counters:
 def reported_counters(
     config: AcceleratorConfig, names: Sequence[str], status: Array, seconds: Array
 ) -> list[Counters]:
-    """What tasks did by the kernel's own report.
+    """The counters of tasks from the kernel's status words.
 
     `status` [tasks, words] is in the order of accelerator.header.STATUS; `seconds` [tasks].
     """
@@ -82,10 +82,10 @@ def check_design(program: Program, config: AcceleratorConfig) -> None:
 
 
 def check_codes(program: Program, slot: Slot, codes: Array) -> None:
-    """Refuse codes that are not what a slot's buffer takes.
+    """Refuse codes of another type or shape than a slot's buffer.
 
     Raises:
-        ProgramError: names the type and shape that it takes.
+        ProgramError: names the type and shape of the buffer.
     """
     buffer = program.buffers[slot.buffer]
     dtype, shape = code_dtype(buffer.bits), (codes.shape[0], *buffer.size)
@@ -108,7 +108,7 @@ def check_size(program: Program, slot: Slot, size: Size) -> None:
 
 
 class Loaded:
-    """What every backend has: a program, or the refusal that there is none."""
+    """What every backend shares: the loaded program and the checks that need it."""
 
     _program: Program | None = None
 
@@ -117,36 +117,109 @@ class Loaded:
         """The loaded program.
 
         Raises:
-            ProgramError: none is.
+            ProgramError: no program is loaded.
         """
         if self._program is None:
             raise ProgramError("no program is loaded")
         return self._program
 
+    def task_range(self, first: int, last: int | None) -> tuple[int, int]:
+        """The range [first, last) of `Backend.run`; without `last`, to the end of the program.
+
+        Raises:
+            ProgramError: no program is loaded, or not 0 <= first <= last <= number of tasks.
+        """
+        count = len(self.program.tasks)
+        end = count if last is None else last
+        if not 0 <= first <= end <= count:
+            raise ProgramError(
+                f"run({first}, {last}): {self.program.name} has {count} tasks; accepted are "
+                f"0 <= first <= last <= {count}"
+            )
+        return first, end
+
 
 class Backend(Protocol):
-    """Whatever can run a program. Maps are [channel, depth, height, width] codes.
+    """Runs programs that are compiled for one accelerator.
 
-    The memory layout of the maps is the backend's own business.
+    A map is an array of codes [C, D, H, W]: channel, depth, height, width. Its numpy type is that
+    of `quant.code_dtype` for the bits of its buffer. How a backend lays maps out in memory is
+    private to it.
+
+    **Order of calls.** `load` first; then any number of `write`, `run`, `read`; `close` last.
+    `write`, `run` and `read` before a `load` raise ProgramError. After `close` only `close` may
+    be called: open another backend instead.
+
+    **Threads.** A backend is not thread-safe. Calls must not overlap, and one thread at a time
+    must own the backend. Use one process for each backend that shall run at the same time.
+
+    **Failure.** A ProgramError means that the arguments were refused: nothing has changed, and
+    the backend goes on with the program and the maps that it had. A DeviceError from `run`, or an
+    interrupt during it, loses the contents of all maps but not the program: `write` the clip
+    again, then `run`. A DeviceError from `load` leaves no program loaded. The backend restarts
+    what has to be restarted (worker processes, the device) in the next call by itself.
     """
+
+    name: str
+    """Its key in `BACKENDS`."""
+
+    exclusive: bool
+    """Whether only one process of a host can hold the device at a time."""
 
     config: AcceleratorConfig
     """The accelerator that this backend is."""
 
     def load(self, program: Program) -> None:
-        """Place the buffers, write all weights once. A second call replaces the first program."""
+        """Allocate the maps and transfer all weights.
+
+        May be called again at any time outside of `run`: the new program replaces the old one,
+        and the contents of all maps are undefined until they are written. The backend keeps a
+        reference to `program` and never changes it.
+
+        Raises:
+            ProgramError: the program is for another accelerator, or one that it cannot address.
+                The program that was loaded stays.
+            DeviceError: the device has not enough memory, or does not answer.
+        """
 
     def write(self, slot: Slot, codes: Array) -> None:
-        """Host to device: codes [C, D, H, W] into a slot."""
+        """Host to device: copy codes [C, D, H, W] into a slot.
+
+        The caller keeps `codes` and may change it as soon as `write` returns.
+
+        Raises:
+            ProgramError: no program is loaded, or the codes have another type or shape than the
+                slot's buffer.
+            DeviceError: the device does not answer.
+        """
 
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
-        """Run the tasks [first, last) in order, in one start; blocking, with a time limit."""
+        """Run the tasks [first, last) in order and wait until they are done.
+
+        `last` defaults to the number of tasks; an empty range (first == last) runs nothing. A run
+        from the middle reads the maps that earlier runs left.
+
+        Returns:
+            The counters of each task of the range, in order.
+
+        Raises:
+            ProgramError: no program is loaded, or not 0 <= first <= last <= number of tasks.
+            DeviceError: the device did not finish within its time limit, or reported a fault.
+        """
 
     def read(self, slot: Slot, channels: int, size: Size) -> Array:
-        """Device to host: a copy of the codes [C, D, H, W] in a slot."""
+        """Device to host: the codes [C, D, H, W] of `channels` channels from a slot on.
+
+        Returns:
+            A copy, which later calls do not change.
+
+        Raises:
+            ProgramError: no program is loaded, or the slot's buffer holds maps of another size.
+            DeviceError: the last run failed, or the device does not answer.
+        """
 
     def close(self) -> None:
-        """Give everything back; closing twice is no error."""
+        """Release the device, its memory and all processes; closing twice is no error."""
 
 
 BACKENDS = {
@@ -154,24 +227,32 @@ BACKENDS = {
     "csim": "pynq_kgrc.backends.csim:CSimulation",
     "board": "pynq_kgrc.backends.board.backend:Board",
 }
-"""Name of a backend -> where its class is. Adding one touches no other line."""
+"""Name of a backend -> module:class. A new backend needs one line here and no other change."""
 
 
-def open_backend(name: str, config: AcceleratorConfig) -> Backend:
-    """The backend of that name, as the accelerator `config`.
+def backend_class(name: str) -> Any:
+    """The class of the backend of that name, not opened: its `name` and `exclusive` can be read.
 
     Raises:
-        DeviceError: there is no such backend, or what it needs is not installed.
+        DeviceError: there is no backend of that name, or a package that it needs is missing.
     """
     if name not in BACKENDS:
         raise DeviceError(f"no backend named {name!r}; there are {', '.join(BACKENDS)}")
     module, _, kind = BACKENDS[name].partition(":")
     try:
-        made = getattr(import_module(module), kind)
+        return getattr(import_module(module), kind)
     except (ImportError, OSError) as error:
         raise DeviceError(
             f"the backend {name} cannot be used here: {error}; on a PYNQ image run in its own "
             f"environment, elsewhere install pynq_kgrc[board]"
         ) from error
-    backend: Backend = made(config)
+
+
+def open_backend(name: str, config: AcceleratorConfig) -> Backend:
+    """Open the backend of that name for the accelerator `config`.
+
+    Raises:
+        DeviceError: there is no backend of that name, or a package that it needs is missing.
+    """
+    backend: Backend = backend_class(name)(config)
     return backend

@@ -113,6 +113,9 @@ def _processor() -> str:
 class CSimulation(Loaded):
     """The accelerator `config` as its own C++ sources, compiled for this host."""
 
+    name = "csim"
+    exclusive = False
+
     def __init__(self, config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> None:
         self.config = config
         self._library = ctypes.CDLL(str(build_library(config, flags)))
@@ -147,9 +150,12 @@ class CSimulation(Loaded):
         return decode_map(self.config, raw, channels, size, bits)
 
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
-        """Run the tasks [first, last) in order."""
-        program = self.program
-        last = len(program.tasks) if last is None else last
+        """Run the tasks [first, last) in order.
+
+        Raises:
+            ProgramError: no program is loaded, or the range is not within it.
+        """
+        first, last = self.task_range(first, last)
         found = []
         for number in range(first, last):
             began = time.perf_counter()

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from pynq_kgrc.cli.arguments import Declare, add_sampling, positive, progress
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def _document(clip: Clip, prediction: Prediction) -> dict[str, Any]:
         "start_ms": clip.start_ms,
         "end_ms": clip.end_ms,
         "notes": list(clip.notes),
-        "labels": [label._asdict() for label in prediction.labels],
+        "labels": [msgspec.to_builtins(label) for label in prediction.labels],
         "backend": prediction.backend,
         "seconds": prediction.seconds,
     }
@@ -85,7 +87,8 @@ def _print_predictions(video: str, found: list[tuple[Clip, Prediction]]) -> None
         for note in clip.notes:
             print(f"  note: {note}")
         for label in prediction.labels:
-            print(f"  {label.score:6.1%} {'█' * round(20 * label.score):20} {label.name}")
+            bar = "█" * round(20 * label.confidence)
+            print(f"  {label.confidence:6.1%} {bar:20} {label.label}")
 
 
 def run_compare(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
-"""An archive of videos: which files it has, what one file shows, and what was found out so far.
+"""An archive of videos: its files, the result of each file, and the journal of results so far.
 
-Nothing here needs Ray: `look` is what every process does with a file, alone or in a cluster, and
+Nothing here needs Ray: every process calls `classify_file` for a file, alone or in a cluster, and
 `Journal` is the one place where results are kept until the table is written.
 """
 
@@ -20,27 +20,29 @@ import numpy as np
 from pynq_kgrc.errors import ConfigError, DataError, KgrcError, VideoError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.quant import Array
-from pynq_kgrc.runtime import Session, best_labels, softmax
+from pynq_kgrc.results import Label, WindowLabels
+from pynq_kgrc.runtime import Session, best_labels
 from pynq_kgrc.video import Clip, load_clip, load_windows
 
-VERSION = 1
-"""Of the rows; results of another version are not mixed with these."""
+VERSION = 2
+"""Version of `FileResult`; results of another version are not mixed with these. Version 1 had
+`labels` and `scores` as two lists."""
 
 
-class Question(msgspec.Struct, frozen=True):
-    """What is asked of every file; results belong to one question."""
+class ArchiveSettings(msgspec.Struct, frozen=True):
+    """Everything that decides the result of a file; a table has results of one set of settings."""
 
     program: str
     """SHA-256 of the program's file."""
     backend: str = "emulate"
     top: int = 5
     stride: int | None = None
-    """Frames between two clips; none: one clip a video."""
+    """Frames between the starts of two clips; None: one clip per video."""
     sampling: str = "centre"
     version: int = VERSION
 
-    def differences(self, other: Question) -> str:
-        """In which fields another question differs, in words."""
+    def differences(self, other: ArchiveSettings) -> str:
+        """The fields in which `other` differs, for an error message."""
         ours, theirs = msgspec.to_builtins(self), msgspec.to_builtins(other)
         return ", ".join(
             f"{k} {theirs[k]} there, {v} here" for k, v in ours.items() if v != theirs[k]
@@ -48,45 +50,34 @@ class Question(msgspec.Struct, frozen=True):
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file as it was found; one that changes is another file."""
+    """A file of the archive; if its size or time of change differs, its result is out of date."""
 
     path: str
-    """Below the archive's folder; bytes that are no UTF-8 as backslash escapes."""
+    """Relative to the archive's folder; bytes that are not UTF-8 become backslash escapes."""
     size: int
     modified_ns: int
     place: bytes
-    """Where it can be opened."""
+    """Absolute path, as the bytes that the system calls take."""
 
 
-class Window(msgspec.Struct, frozen=True):
-    """A clip of a video and its best labels."""
-
-    start_ms: float
-    end_ms: float
-    labels: list[str]
-    scores: list[float]
-
-
-class Row(msgspec.Struct, frozen=True):
-    """What a file shows, or why that is not known."""
+class FileResult(msgspec.Struct, frozen=True):
+    """The labels of a file, or the reason why it has none."""
 
     path: str
     size: int
     modified_ns: int
-    labels: list[str] = []
-    """The best over the whole video, by the mean of its clips' probabilities."""
-    scores: list[float] = []
-    """Their probabilities."""
-    windows: list[Window] = []
-    notes: list[str] = []
+    labels: tuple[Label, ...] = ()
+    """The best labels of the whole video, by the mean of its clips' probabilities."""
+    windows: tuple[WindowLabels, ...] = ()
+    notes: tuple[str, ...] = ()
     error: str | None = None
 
 
 def find_files(folder: Path, leave_out: Iterable[Path] = ()) -> list[File]:
-    """Every file below a folder, sorted by path; hidden ones and links to folders are left out.
+    """Every file below a folder, sorted by path, without hidden files and links to folders.
 
     Raises:
-        DataError: no such folder, one that cannot be read, or no file in it.
+        DataError: the folder does not exist, a folder cannot be read, or there is no file.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
@@ -104,17 +95,17 @@ def find_files(folder: Path, leave_out: Iterable[Path] = ()) -> list[File]:
                 continue
             found.append(_as_file(path, os.path.relpath(path, folder)))
     if not found:
-        raise DataError(f"{folder}: holds no file")
+        raise DataError(f"{folder}: contains no file")
     return sorted(found, key=lambda file: file.path)
 
 
 def _as_file(path: Path, name: str) -> File:
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     try:
-        seen = path.stat()
-    except OSError:  # such as a link that leads nowhere: `look` will say so
+        status = path.stat()
+    except OSError:  # such as a dangling link: `classify_file` reports it
         return File(text, 0, 0, os.fsencode(path))
-    return File(text, seen.st_size, seen.st_mtime_ns, os.fsencode(path))
+    return File(text, status.st_size, status.st_mtime_ns, os.fsencode(path))
 
 
 def digest_of(program: Path) -> str:
@@ -129,126 +120,124 @@ def digest_of(program: Path) -> str:
         raise ConfigError(f"{program}: cannot be read: {error.strerror}") from error
 
 
-def look(session: Session, file: File, question: Question) -> Row:
-    """What a file shows; a file that is no video gives a row that says why.
+def classify_file(session: Session, file: File, settings: ArchiveSettings) -> FileResult:
+    """Classify one file; a file that is not a readable video gives a result with an error.
 
     Raises:
-        KgrcError: the device or the program is at fault, not the file.
+        KgrcError: the device or the program failed, not the file.
     """
     path = Path(os.fsdecode(file.place))
-    windows: list[tuple[Clip, Array]] = []
+    clips: list[tuple[Clip, Array]] = []
     try:
-        for clip in _clips(path, session.program.clip, question):
-            session.write(clip.frames)
-            session.backend.run()
-            # the frames are not kept: a long video has many windows
-            seen = Clip(clip.frames[:0], clip.start_ms, clip.end_ms, clip.notes)
-            windows.append((seen, softmax(session.logits())))
+        for clip in _clips(path, session.program.clip, settings):
+            # keep the times, not the frames: a long video has many windows
+            kept = Clip(clip.frames[:0], clip.start_ms, clip.end_ms, clip.notes)
+            clips.append((kept, session.run(clip.frames).probabilities))
     except VideoError as error:
         return failed(file, str(error).removeprefix(f"{path}: "))
     names = session.program.labels
-
-    def best(scores: Array) -> tuple[list[str], list[float]]:
-        labels = best_labels(scores, names, question.top)
-        return [label.name for label in labels], [label.score for label in labels]
-
-    labels, scores = best(np.mean([s for _, s in windows], axis=0))
-    found = [Window(clip.start_ms, clip.end_ms, *best(s)) for clip, s in windows]
-    notes = list(dict.fromkeys(note for clip, _ in windows for note in clip.notes))
-    return Row(file.path, file.size, file.modified_ns, labels, scores, found, notes)
+    labels = best_labels(np.mean([p for _, p in clips], axis=0), names, settings.top)
+    windows = tuple(
+        WindowLabels(clip.start_ms, clip.end_ms, best_labels(p, names, settings.top))
+        for clip, p in clips
+    )
+    notes = tuple(dict.fromkeys(note for clip, _ in clips for note in clip.notes))
+    return FileResult(file.path, file.size, file.modified_ns, labels, windows, notes)
 
 
-def _clips(path: Path, spec: ClipSpec, question: Question) -> Iterator[Clip]:
-    """The clips to look at; whatever a decoder thinks of is the file's fault, not the archive's."""
+def _clips(path: Path, spec: ClipSpec, settings: ArchiveSettings) -> Iterator[Clip]:
+    """The clips of a video; every exception of a decoder becomes a VideoError of this file."""
     try:
-        if question.stride:
-            yield from load_windows(path, spec, stride=question.stride)
+        if settings.stride:
+            yield from load_windows(path, spec, stride=settings.stride)
         else:
-            yield load_clip(path, spec, sampling=question.sampling)
+            yield load_clip(path, spec, sampling=settings.sampling)
     except KgrcError:
         raise
     except Exception as error:
         raise VideoError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def failed(file: File, why: str) -> Row:
-    """The row of a file of which nothing is known but why."""
-    return Row(file.path, file.size, file.modified_ns, error=why)
+def failed(file: File, why: str) -> FileResult:
+    """The result of a file that could not be classified."""
+    return FileResult(file.path, file.size, file.modified_ns, error=why)
 
 
 class Journal:
-    """Rows on disk, one transaction each, so that a run can end at any moment; a context manager.
+    """Results on disk, one transaction each, so that a run may end at any moment.
+
+    A context manager. Its file is locked for as long as it is open.
 
     Args:
-        path: a sqlite file; it is made if it is not there.
-        question: what the rows answer.
+        path: a sqlite file; it is created if it does not exist.
+        settings: what the results depend on.
 
     Raises:
-        ConfigError: the file answers another question, is no journal, or is in use.
+        ConfigError: the file has results of other settings, is not a journal, or is in use.
     """
 
-    def __init__(self, path: Path, question: Question) -> None:
+    def __init__(self, path: Path, settings: ArchiveSettings) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # nobody else until this process ends, however it ends
             self._store = sqlite3.connect(path, isolation_level=None, timeout=1.0)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{path}: cannot be written: {error}") from error
         try:
-            self._open(question)
+            self._open(settings)
         except BaseException:
             self._store.close()
             raise
 
-    def _open(self, question: Question) -> None:
+    def _open(self, settings: ArchiveSettings) -> None:
         try:
+            # the lock is held until this process ends, however it ends
             self._store.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._store.execute("BEGIN EXCLUSIVE")
             self._store.execute("CREATE TABLE IF NOT EXISTS question (document BLOB)")
             self._store.execute("CREATE TABLE IF NOT EXISTS rows (path TEXT PRIMARY KEY, row BLOB)")
-            asked = self._store.execute("SELECT document FROM question").fetchone()
-            if asked is None:
-                text = msgspec.json.encode(question)
+            stored = self._store.execute("SELECT document FROM question").fetchone()
+            if stored is None:
+                text = msgspec.json.encode(settings)
                 self._store.execute("INSERT INTO question VALUES (?)", (text,))
             else:
-                check_question(self.path, asked[0], question)
+                check_same_settings(self.path, stored[0], settings)
             self._store.execute("COMMIT")
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise ConfigError(f"{self.path}: another run is writing these results") from error
             raise ConfigError(f"{self.path}: cannot be written: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{self.path}: is no journal of results: {error}") from error
+            raise ConfigError(f"{self.path}: is not a journal of results: {error}") from error
 
-    def add(self, row: Row) -> None:
-        """Keep a row, in place of an older one of the same path.
+    def add(self, result: FileResult) -> None:
+        """Store a result; it replaces an older one of the same path.
 
         Raises:
-            DataError: it cannot be written; the rows before it are safe.
+            DataError: it cannot be written; results that were added before are safe.
         """
         try:
-            document = (row.path, msgspec.json.encode(row))
+            document = (result.path, msgspec.json.encode(result))
             self._store.execute("INSERT OR REPLACE INTO rows VALUES (?, ?)", document)
         except sqlite3.Error as error:
             raise DataError(f"{self.path}: a result cannot be written: {error}") from error
 
-    def rows(self, files: Iterable[File]) -> Iterator[Row]:
-        """The rows of those files that have one, as they are now, in the order of the files."""
+    def results(self, files: Iterable[File]) -> Iterator[FileResult]:
+        """The stored results that are up to date, in the order of `files`."""
         for file in files:
             query = "SELECT row FROM rows WHERE path = ?"
-            kept = self._store.execute(query, (file.path,)).fetchone()
-            if kept is not None:
-                row = msgspec.json.decode(kept[0], type=Row)
-                if (row.size, row.modified_ns) == (file.size, file.modified_ns):
-                    yield row
+            stored = self._store.execute(query, (file.path,)).fetchone()
+            if stored is not None:
+                result = msgspec.json.decode(stored[0], type=FileResult)
+                if (result.size, result.modified_ns) == (file.size, file.modified_ns):
+                    yield result
 
     def close(self) -> None:
-        """Let others at the file."""
+        """Close the file and release its lock."""
         self._store.close()
 
     def delete(self) -> None:
-        """Close and remove it."""
+        """Close and remove the file."""
         self.close()
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
@@ -265,18 +254,18 @@ class Journal:
         self.close()
 
 
-def check_question(path: Path, asked: bytes, question: Question) -> None:
-    """Refuse results of another question.
+def check_same_settings(path: Path, stored: bytes, settings: ArchiveSettings) -> None:
+    """Refuse a file whose results were made with other settings.
 
     Raises:
-        ConfigError: says in what the questions differ.
+        ConfigError: names the fields that differ.
     """
     try:
-        other = msgspec.json.decode(asked, type=Question)
+        other = msgspec.json.decode(stored, type=ArchiveSettings)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise ConfigError(f"{path}: holds results of another release ({error})") from error
-    if other != question:
+        raise ConfigError(f"{path}: has results of another release ({error})") from error
+    if other != settings:
         raise ConfigError(
-            f"{path}: holds results of another question ({question.differences(other)}); "
+            f"{path}: has results of other settings ({settings.differences(other)}); "
             f"give another --out, or --anew to start over"
         )

@@ -1,8 +1,8 @@
-"""An archive of videos through Ray Data: a row for every file, in one Parquet table.
+"""Classify an archive of videos with Ray Data: a row for every file, in one Parquet table.
 
-Ray starts the workers, hands each a file at a time, starts another where one dies and gives it the
-file again. What comes back is written down at once (`archive.Journal`) by this process alone, so
-that nothing is lost or doubled whoever is killed.
+Ray starts the workers, gives each one file at a time, and restarts a worker that dies. This
+process alone writes each result to disk as soon as it arrives (`archive.Journal`), so that no
+result is lost or written twice, whichever process is killed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import pyarrow.parquet
 import ray
 import ray.data
 
-from pynq_kgrc.backends.base import BACKENDS
+from pynq_kgrc.backends.base import BACKENDS, backend_class
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.backends.emulation.crew import available_cores
 from pynq_kgrc.cluster.archive import (
+    ArchiveSettings,
     File,
+    FileResult,
     Journal,
-    Question,
-    Row,
-    check_question,
+    check_same_settings,
+    classify_file,
     digest_of,
     failed,
     find_files,
-    look,
 )
 from pynq_kgrc.cluster.local import ray_started
 from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
@@ -44,46 +44,42 @@ from pynq_kgrc.runtime import Session
 from pynq_kgrc.storage import written_beside
 
 ATTEMPTS = 3
-"""A file whose worker died so often is given up."""
+"""A file is given up after the workers of this many attempts ended."""
 START_SECONDS = 300.0
-"""Ray and the workers may take so long until the first row."""
+"""Time limit for Ray and its workers to give the first row."""
 RAY_SECONDS = 60.0
-"""An answer between two processes of Ray may take so long."""
+"""Time limit for a call from one process of Ray to another."""
 ROWS_AT_ONCE = 1000
+"""Rows of a row group of the table."""
 KEY = b"pynq_kgrc.question"
-"""Of the table's metadata: what its rows answer."""
+"""Key of the table's metadata that holds its `ArchiveSettings`."""
 
-_STRINGS = pyarrow.list_(pyarrow.string())
-_REALS = pyarrow.list_(pyarrow.float64())
+_LABELS = pyarrow.list_(
+    pyarrow.struct({"label": pyarrow.string(), "confidence": pyarrow.float64()})
+)
 _WINDOW = pyarrow.struct(
-    {
-        "start_ms": pyarrow.float64(),
-        "end_ms": pyarrow.float64(),
-        "labels": _STRINGS,
-        "scores": _REALS,
-    }
+    {"start_ms": pyarrow.float64(), "end_ms": pyarrow.float64(), "labels": _LABELS}
 )
 SCHEMA = pyarrow.schema(
     {
         "path": pyarrow.string(),
-        "labels": _STRINGS,
-        "scores": _REALS,
+        "labels": _LABELS,
         "windows": pyarrow.list_(_WINDOW),
-        "notes": _STRINGS,
+        "notes": pyarrow.list_(pyarrow.string()),
         "error": pyarrow.string(),
         "size": pyarrow.int64(),
         "modified_ns": pyarrow.int64(),
     }
 )
-"""Of the table; its fields are those of `archive.Row`."""
+"""Columns of the table: the fields of `archive.FileResult`."""
 
-Watch = Callable[[Iterable[Row], int], Iterable[Row]]
-"""Passes rows on, of which there will be so many: a progress bar."""
+Watch = Callable[[Iterable[FileResult], int], Iterable[FileResult]]
+"""Passes results on and is told their number: a progress bar."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One archive, and how it is gone through."""
+    """An archive, and how to classify it."""
 
     folder: Path
     program: Path
@@ -94,97 +90,104 @@ class Batch:
     sampling: str = "centre"
     workers: int = 1
     file_seconds: float = 600.0
-    """A file may take a worker so long."""
+    """Time limit of a worker for one file."""
     address: str = "local"
-    """Of a Ray cluster that sees the same files; "local" starts one here and ends it."""
+    """Address of a Ray cluster whose machines see the same files; "local" starts Ray here and
+    stops it afterwards."""
     anew: bool = False
-    """Whether to throw away what an earlier run found."""
+    """Whether to discard the results of an earlier run."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of an archive."""
+class BatchSummary:
+    """How many rows the table has."""
 
     rows: int
     errors: int
-    """Rows that say why there are no labels."""
+    """Rows with an error instead of labels."""
     kept: int
-    """Rows that an earlier run had found."""
+    """Rows taken over from an earlier run."""
 
 
-def classify_archive(batch: Batch, watch: Watch = lambda rows, _: rows) -> Outcome:
-    """Look at every file that has no row yet, and write the table.
+def classify_archive(batch: Batch, watch: Watch = lambda results, _: results) -> BatchSummary:
+    """Classify every file that has no up-to-date result, and write the table.
 
     Raises:
-        ConfigError: `out` holds something else, or another run is writing it.
-        DataError: no folder, or no file in it.
-        DeviceError: a worker cannot run the program; what was found is kept.
+        ConfigError: `out` is something else, or another run is writing it.
+        DataError: the folder does not exist or contains no file.
+        DeviceError: a worker cannot run the program; the results so far are kept.
     """
     _check(batch)
-    question = Question(
+    settings = ArchiveSettings(
         digest_of(batch.program), batch.backend, batch.top, batch.stride, batch.sampling
     )
     partial = batch.out.with_name(batch.out.name + ".partial")
     files = find_files(batch.folder, (batch.out, partial))
-    done = [] if batch.anew else read_table(batch.out, question)
+    earlier = [] if batch.anew else read_table(batch.out, settings)
     if batch.anew:
         partial.unlink(missing_ok=True)
-    with Journal(partial, question) as journal:
-        for row in done:
-            journal.add(row)
-        kept = {row.path for row in journal.rows(files)}
-        todo = [file for file in files if file.path not in kept]
-        if todo:
-            with contextlib.closing(find_rows(todo, batch, question)) as found:
-                for row in watch(found, len(todo)):
-                    journal.add(row)
-        errors = write_table(batch.out, question, journal.rows(files), len(files))
+    with Journal(partial, settings) as journal:
+        for result in earlier:
+            journal.add(result)
+        kept = {result.path for result in journal.results(files)}
+        missing = [file for file in files if file.path not in kept]
+        if missing:
+            with contextlib.closing(classify_files(missing, batch, settings)) as results:
+                for result in watch(results, len(missing)):
+                    journal.add(result)
+        errors = write_table(batch.out, settings, journal.results(files), len(files))
         journal.delete()
-    return Outcome(len(files), errors, len(kept))
+    return BatchSummary(len(files), errors, len(kept))
 
 
 def _check(batch: Batch) -> None:
-    """Refuse what cannot work, before anything starts."""
+    """Refuse settings that cannot work, before anything starts."""
     load(batch.program)
     if batch.backend not in BACKENDS:
         raise ConfigError(f"--backend {batch.backend}; there are {', '.join(BACKENDS)}")
-    if batch.backend == "board" and batch.workers > 1 and batch.address == "local":
-        raise ConfigError(f"--workers {batch.workers}: a board takes one")
+    if batch.workers > 1 and batch.address == "local" and backend_class(batch.backend).exclusive:
+        raise ConfigError(f"--workers {batch.workers}: a {batch.backend} takes one")
 
 
-def find_rows(files: list[File], batch: Batch, question: Question) -> Generator[Row, None, None]:
-    """A row for every file, in the order in which they are found.
+def classify_files(
+    files: list[File], batch: Batch, settings: ArchiveSettings
+) -> Generator[FileResult, None, None]:
+    """A result for every file, in the order in which the workers finish.
 
     Raises:
         DeviceError: a worker cannot run the program, or Ray failed.
     """
     missing = {file.path for file in files}
     with ray_started(batch.workers, batch.address):
-        for document, trouble in _stream(_dataset(files, batch, question), batch.file_seconds):
-            if trouble:
-                raise DeviceError(trouble)
-            row = msgspec.json.decode(document, type=Row)
-            if row.path in missing:
-                missing.remove(row.path)
-                yield row
+        for document, failure in _stream(_dataset(files, batch, settings), batch.file_seconds):
+            if failure:
+                raise DeviceError(failure)
+            result = msgspec.json.decode(document, type=FileResult)
+            if result.path in missing:
+                missing.remove(result.path)
+                yield result
     if missing:
         raise DeviceError(f"Ray gave no row for {len(missing)} files, such as {min(missing)}")
 
 
-def _dataset(files: list[File], batch: Batch, question: Question) -> Any:
-    """The files as a lazy data set of rows; a block a file, so that each is handed out alone."""
+def _dataset(files: list[File], batch: Batch, settings: ArchiveSettings) -> Any:
+    """A lazy data set of results; one block per file, so that Ray hands files out one by one."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     items = ray.data.from_items(
         [{"file": msgspec.json.encode(file)} for file in files], override_num_blocks=len(files)
     )
-    tries = ray.remote(Tries).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+    attempts = (
+        ray.remote(AttemptCounter)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .remote()
+    )
     cores = available_cores()
     return items.map_batches(
-        Looker,
+        FileClassifier,
         fn_constructor_args=(
             str(batch.program.absolute()),
-            question,
-            tries,
+            settings,
+            attempts,
             max(1, cores // batch.workers),
             batch.file_seconds,
         ),
@@ -194,88 +197,91 @@ def _dataset(files: list[File], batch: Batch, question: Question) -> Any:
     )
 
 
-class Tries:
-    """How often workers began with each file, in a process of its own.
+class AttemptCounter:
+    """Counts the attempts at each file, in a process of its own.
 
-    Ray hands the file of a worker that dies to another one, for ever.
+    If a worker dies, Ray gives its file to another worker, without a limit; this is the limit.
     """
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
 
     def begin(self, path: str) -> int:
-        """How many began with this file before."""
+        """Count one attempt; the number of attempts before it that did not end."""
         before = self.counts.get(path, 0)
         self.counts[path] = before + 1
         return before
 
     def end(self, path: str) -> None:
-        """It came to an end."""
+        """The file has a result: forget its attempts."""
         self.counts.pop(path, None)
 
 
-class Looker:
-    """A worker's part: it has the program, and is handed a file at a time."""
+class FileClassifier:
+    """What runs in a worker of Ray: holds the program and classifies one file per call."""
 
     def __init__(
-        self, program: str, question: Question, tries: Any, threads: int, seconds: float
+        self, program: str, settings: ArchiveSettings, attempts: Any, threads: int, seconds: float
     ) -> None:
-        self.program, self.question, self.tries = Path(program), question, tries
+        self.program, self.settings, self.attempts = Path(program), settings, attempts
         self.threads, self.seconds = threads, seconds
         self.session: Session | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch of one file as a row, or what keeps this worker from looking."""
-        row, trouble = b"", ""
+        """The result of a batch of one file, or why this worker cannot classify files."""
+        row, failure = b"", ""
         try:
             file = msgspec.json.decode(batch["file"][0], type=File)
-            row = msgspec.json.encode(self._look(file))
+            row = msgspec.json.encode(self._classify(file))
         except KgrcError as error:
-            trouble = str(error)
+            failure = str(error)
         except Exception:
-            trouble = f"a worker failed: {traceback.format_exc()}"
-        return {"row": [row], "trouble": [trouble]}
+            failure = f"a worker failed: {traceback.format_exc()}"
+        return {"row": [row], "failure": [failure]}
 
-    def _look(self, file: File) -> Row:
-        before = ray.get(self.tries.begin.remote(file.path), timeout=RAY_SECONDS)
+    def _classify(self, file: File) -> FileResult:
+        before = ray.get(self.attempts.begin.remote(file.path), timeout=RAY_SECONDS)
         if before == ATTEMPTS:
-            why = f"{before} workers ended while they looked at it, each by a crash or after "
+            why = f"{before} workers ended while they classified it, each by a crash or after "
             return failed(file, f"given up: {why}{self.seconds:g} s")
-        # a thread that Python does not run: it also ends a decoder that never comes back
+        # a watchdog thread in C: it also ends a decoder that holds the GIL and never returns
         faulthandler.dump_traceback_later(self.seconds, exit=True)
         try:
-            row = look(self._opened(), file, self.question)
+            result = classify_file(self._opened(), file, self.settings)
         finally:
             faulthandler.cancel_dump_traceback_later()
-        self.tries.end.remote(file.path)
-        return row
+        self.attempts.end.remote(file.path)
+        return result
 
     def _opened(self) -> Session:
         if self.session is None:
-            if digest_of(self.program) != self.question.program:
-                raise ConfigError(f"{self.program}: is another program now; start again")
+            if digest_of(self.program) != self.settings.program:
+                raise ConfigError(f"{self.program}: the file has changed; start again")
             program = load(self.program)
-            if self.question.backend == "emulate":
+            if self.settings.backend == Emulation.name:
                 emulation = Emulation(program.config, self.threads)
                 self.session = Session(program, emulation)
             else:
-                self.session = Session(program, self.question.backend)
+                self.session = Session(program, self.settings.backend)
         return self.session
 
 
 def _stream(dataset: Any, seconds: float) -> Iterator[tuple[bytes, str]]:
-    """Rows and troubles as they come; Ray waits for ever, so that a thread waits for it.
+    """Results and failures as they arrive.
+
+    Ray's iterator has no time limit, so that a thread reads it and this generator waits for the
+    thread.
 
     Raises:
-        DeviceError: nothing came for too long, or Ray failed.
+        DeviceError: nothing arrived within the time limit, or Ray failed.
     """
     arrived: queue.Queue[tuple[bytes, str] | BaseException | None] = queue.Queue()
 
     def pull() -> None:
         try:
             for block in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-                for row, trouble in zip(block["row"], block["trouble"], strict=True):
-                    arrived.put((bytes(row), str(trouble)))
+                for row, failure in zip(block["row"], block["failure"], strict=True):
+                    arrived.put((bytes(row), str(failure)))
             arrived.put(None)
         except BaseException as error:
             arrived.put(error)
@@ -294,30 +300,32 @@ def _stream(dataset: Any, seconds: float) -> Iterator[tuple[bytes, str]]:
         yield item
 
 
-def write_table(out: Path, question: Question, rows: Iterable[Row], count: int) -> int:
-    """Write the table beside its place and rename it; how many rows have an error.
+def write_table(
+    out: Path, settings: ArchiveSettings, results: Iterable[FileResult], count: int
+) -> int:
+    """Write the table beside `out`, then rename it to `out`; the number of rows with an error.
 
     Raises:
-        DeviceError: there are not as many rows as there have to be.
+        DeviceError: there are not `count` results.
     """
     written = errors = 0
-    schema = SCHEMA.with_metadata({KEY: msgspec.json.encode(question)})
+    schema = SCHEMA.with_metadata({KEY: msgspec.json.encode(settings)})
     with written_beside(out) as beside:
         with pyarrow.parquet.ParquetWriter(beside, schema) as writer:
-            for group in _groups(rows):
-                documents = [msgspec.to_builtins(row) for row in group]
+            for group in _groups(results):
+                documents = [msgspec.to_builtins(result) for result in group]
                 writer.write_table(pyarrow.Table.from_pylist(documents, schema))
                 written += len(group)
-                errors += sum(row.error is not None for row in group)
+                errors += sum(result.error is not None for result in group)
         if written != count:
             raise DeviceError(f"{out}: {written} rows of {count} files; start again")
     return errors
 
 
-def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    group: list[Row] = []
-    for row in rows:
-        group.append(row)
+def _groups(results: Iterable[FileResult]) -> Iterator[list[FileResult]]:
+    group: list[FileResult] = []
+    for result in results:
+        group.append(result)
         if len(group) == ROWS_AT_ONCE:
             yield group
             group = []
@@ -325,22 +333,24 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield group
 
 
-def read_table(out: Path, question: Question) -> list[Row]:
-    """The rows of a table; none if there is no table.
+def read_table(out: Path, settings: ArchiveSettings) -> list[FileResult]:
+    """The results of a table; none if there is no table.
 
     Raises:
-        ConfigError: the file is no such table, or answers another question.
+        ConfigError: the file is not such a table, or has results of other settings.
     """
     if not out.exists():
         return []
     try:
         table = pyarrow.parquet.read_table(out)
-        asked = (table.schema.metadata or {}).get(KEY)
-        if asked is None:
-            raise ConfigError(f"{out}: is no table of this command; give another --out, or --anew")
-        check_question(out, asked, question)
-        return [msgspec.convert(row, Row) for row in table.to_pylist()]
+        stored = (table.schema.metadata or {}).get(KEY)
+        if stored is None:
+            raise ConfigError(
+                f"{out}: is not a table of this command; give another --out, or --anew"
+            )
+        check_same_settings(out, stored, settings)
+        return [msgspec.convert(row, FileResult) for row in table.to_pylist()]
     except (OSError, pyarrow.ArrowException, msgspec.ValidationError) as error:
         raise ConfigError(
-            f"{out}: is no table of results ({error}); give another --out, or --anew"
+            f"{out}: is not a table of results ({error}); give another --out, or --anew"
         ) from error

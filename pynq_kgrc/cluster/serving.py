@@ -1,6 +1,6 @@
 """Many boards behind one endpoint: an application of Ray Serve.
 
-client -> guard.py -> Gateway -> a Board or an Emulator, each a replica that takes one request at a
+client -> guard.py -> Gateway -> a Replica or an Emulator, each a replica that takes one request at a
 time. Ray Serve starts the replicas, puts them on machines, and starts another where one dies.
 
 `serve run pynq_kgrc.cluster.serving:build boards=http://a:8000,http://b:8000`, or
@@ -109,7 +109,7 @@ def failure_of(error: Exception) -> str:
     return f"its replica failed ({type(error).__name__}: {first[-1][:200] if first else ''})"
 
 
-class Board:
+class Replica:
     """A replica that stands for one `pynq-kgrc serve` elsewhere.
 
     Args:
@@ -234,7 +234,7 @@ class Emulator:
             except KgrcError as error:
                 return str(error)
             self._service, self._app = service, make_app(service)
-        return self._service.trouble()
+        return self._service.unavailable_reason()
 
     async def _classify(self, query: str, headers: dict[str, str], body: bytes) -> Reply:
         trouble = await self._ready()
@@ -488,14 +488,14 @@ def build(args: dict[str, Any]) -> Any:
     for url in filter(None, (part.strip() for part in layout.boards.split(","))):
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ConfigError(f"board {url!r}: is no address such as http://board:8000")
-        board = _replica(Board, f"board-{len(replicas)}", 0)
+        board = _deployment(Replica, f"board-{len(replicas)}", 0)
         replicas.append((url, board.bind(url, layout.answer_seconds)))
     if layout.emulators:
         program = str(Path(layout.program or shipped_program()).absolute())
         load(program)
     for number in range(layout.emulators):
         name = f"emulator-{number}"
-        emulator = _replica(Emulator, name, 1).bind(
+        emulator = _deployment(Emulator, name, 1).bind(
             program, layout.backend, layout.max_bytes, layout.answer_seconds
         )
         replicas.append((name, emulator))
@@ -512,7 +512,7 @@ def build(args: dict[str, Any]) -> Any:
     return gateway.bind(layout, names, handles)
 
 
-def _replica(kind: type, name: str, cpus: int) -> Any:
+def _deployment(kind: type, name: str, cpus: int) -> Any:
     """A deployment of one replica that takes one request at a time."""
     return serve.deployment(
         name=name,

@@ -33,7 +33,7 @@ from pynq_kgrc.service.jobs import FINAL, Admission, Job, Jobs
 from pynq_kgrc.service.live import LiveSession, refuse_live, serve_live
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.metrics import Metrics
-from pynq_kgrc.service.pool import Pool, Run
+from pynq_kgrc.service.pool import Pool, ClipRun
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.schemas import ERRORS, GONE, Classification, JobDocument
 from pynq_kgrc.service.server import Server, listen, make_server
@@ -114,7 +114,7 @@ class Service:
             raise ConfigError(f"--state {folder}: {error.strerror}") from error
         return lock
 
-    def _count_run(self, run: Run) -> None:
+    def _count_run(self, run: ClipRun) -> None:
         self.metrics.clip_seconds.observe(run.seconds)
         self.metrics.wait_seconds.observe(run.waited)
 
@@ -154,13 +154,13 @@ class Service:
         """Whether the service is about to stop."""
         return self.server is not None and self.server.draining
 
-    def trouble(self) -> str:
+    def unavailable_reason(self) -> str:
         """Why no request can be served; empty if they can."""
         if self.draining:
             return "the service is stopping"
-        if self.pool.trouble:
-            return self.pool.trouble
-        return "" if self.catalogue.entries else "no program is loaded"
+        if self.pool.unavailable_reason:
+            return self.pool.unavailable_reason
+        return "" if self.catalogue.served else "no program is loaded"
 
     async def watched(self, request: Request, work: Awaitable[Any]) -> Any:
         """Await something for as long as the client is there.
@@ -203,12 +203,12 @@ class Service:
         context = contextlib.ExitStack()
         context.callback(upload.close)
         try:
-            entry = context.enter_context(self.catalogue.lend(options.program))
-            check_options(entry, self.settings, options)
+            program = context.enter_context(self.catalogue.lease(options.program))
+            check_options(program, self.settings, options)
 
             def work(report: Any) -> Awaitable[dict[str, Any]]:
                 return classify(
-                    upload, entry, options, self.settings, self.pool, self.decoder, report
+                    upload, program, options, self.settings, self.pool, self.decoder, report
                 )
 
             return self.jobs.submit(work, context.close)
@@ -385,8 +385,8 @@ def make_app(service: Service) -> FastAPI:
     async def programs() -> dict[str, Any]:
         """What is loaded: clips, labels, layers with operations and modelled time."""
         listed = [
-            {**entry.description, "name": entry.name, "version": entry.version}
-            for entry in catalogue.entries.values()
+            {**program.description, "name": program.name, "version": program.version}
+            for program in catalogue.served.values()
         ]
         return {"backend": settings.backend, "programs": listed}
 
@@ -399,7 +399,7 @@ def make_app(service: Service) -> FastAPI:
         counted.queue_limit.set(service.queue.limit)
         counted.restarts.set(service.pool.restarts)
         counted.idle.set(service.pool.idle)
-        counted.ready.set(0 if service.trouble() else 1)
+        counted.ready.set(0 if service.unavailable_reason() else 1)
         return Response(counted.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.websocket("/v1/live")
@@ -408,10 +408,10 @@ def make_app(service: Service) -> FastAPI:
         chosen = next((name for name in offered if name.startswith(KEY_PROTOCOL)), None)
         await client.accept(chosen)
         try:
-            with service.live.enter(), catalogue.lend(program) as entry:
+            with service.live.enter(), catalogue.lease(program) as program:
                 session = LiveSession(
                     client,
-                    entry,
+                    program,
                     settings,
                     service.pool,
                     service.decoder,
@@ -447,7 +447,7 @@ def make_app(service: Service) -> FastAPI:
             catalogue,
             service.pool,
             service.queue,
-            service.trouble,
+            service.unavailable_reason,
             service.watched,
         )
     )
@@ -483,7 +483,7 @@ async def run_service(settings: Settings, announce: Any = print) -> None:
             "url": f"http://{host}:{port}",
             "port": port,
             "backend": settings.backend,
-            "programs": list(service.catalogue.entries),
+            "programs": list(service.catalogue.served),
         }
     )
     try:

@@ -1,7 +1,7 @@
-"""The programs that are served, by name, and those that could be.
+"""The programs that are served, by name, and those that may be loaded.
 
-A program that is loaded is copied into the state folder under its SHA-256, so that what is served
-does not change when the file it came from does, and a worker that is restarted finds it again.
+A loaded program is copied into the state folder under its SHA-256. So a change of the original
+file does not change what is served, and a restarted worker loads the same program again.
 """
 
 from __future__ import annotations
@@ -15,106 +15,113 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pynq_kgrc.errors import KgrcError, ProgramError
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
-
-MAX_PROGRAM = 4_000_000_000
+from pynq_kgrc.service.wire import ProgramDocument
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A program that is loaded."""
+class ServedProgram:
+    """A program that is loaded in all workers."""
 
     name: str
     version: str
     """The first 12 hex digits of the SHA-256 of its file."""
     key: str
-    """What the workers call it."""
+    """Its name in the commands to the workers."""
     path: Path
-    """Our copy of it."""
-    description: dict[str, Any]
+    """The copy in the state folder."""
+    description: ProgramDocument
 
     @property
     def labels(self) -> list[str]:
         """A name for each class."""
-        named = self.description["labels"]
-        return named or [str(i) for i in range(self.description["classes"])]
+        return self.description.labels or [str(i) for i in range(self.description.classes)]
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
-        """Of the frames: [D, H, W, 3]."""
-        clip = self.description["clip"]
-        return clip["frames"], clip["height"], clip["width"], 3
+        """Shape of a clip of uint8 frames: [D, H, W, 3]."""
+        clip = self.description.clip
+        return clip.frames, clip.height, clip.width, 3
 
 
 class Catalogue:
-    """Programs by name; a name is that of the file without its suffix."""
+    """Programs by name; a program is named after its file, without the suffix.
+
+    Args:
+        pool: the workers that load the programs.
+        state: the service's folder, for copies of the files.
+        programs: files that may be loaded.
+        folder: a folder of further files that may be loaded.
+    """
 
     def __init__(self, pool: Pool, state: Path, programs: Iterable[Path], folder: Path | None):
         self.pool, self.folder = pool, folder
         self.copies = state / "programs"
         self.given = {path.stem: path for path in programs}
-        self.entries: dict[str, Entry] = {}
+        self.served: dict[str, ServedProgram] = {}
         self.reasons: dict[str, str] = {}
-        """Why a program that was asked for is not loaded."""
+        """Name -> why that program is not loaded."""
         self._lock = asyncio.Lock()
         self._users: Counter[str] = Counter()
-        self._retired: dict[str, Entry] = {}
+        """Key -> number of leases (reference count)."""
+        self._retired: dict[str, ServedProgram] = {}
+        """Programs that are no longer served, but are still leased."""
         self._drops: set[asyncio.Task[None]] = set()
 
     def sources(self) -> dict[str, Path]:
-        """Every program that may be loaded."""
+        """Name -> file of every program that may be loaded."""
         found = {path.stem: path for path in sorted((self.folder or Path()).glob("*.kgrc"))}
         return {**(found if self.folder is not None else {}), **self.given}
 
-    def find(self, name: str | None, version: str | None = None) -> Entry:
-        """The program of that name; if none is named, the first.
+    def find(self, name: str | None, version: str | None = None) -> ServedProgram:
+        """The loaded program of that name; without a name, the first one.
 
         Raises:
-            Refusal: 404, there is none; it names those there are.
+            Refusal: 404, it is not loaded; the message names the loaded ones.
         """
-        if name is None and self.entries:
-            name = next(iter(self.entries))
-        entry = self.entries.get(name or "")
-        if entry is None or version not in (None, entry.version):
+        if name is None and self.served:
+            name = next(iter(self.served))
+        program = self.served.get(name or "")
+        if program is None or version not in (None, program.version):
             asked = (name or "") + (f" version {version}" if version else "")
-            there = ", ".join(self.entries) or "none is loaded"
+            there = ", ".join(self.served) or "none is loaded"
             raise Refusal(404, f"no program {asked[:100]!r}; loaded are: {there}")
-        return entry
+        return program
 
     @contextlib.contextmanager
-    def lend(self, name: str | None, version: str | None = None) -> Iterator[Entry]:
-        """The program of that name, which stays loaded until it is given back.
+    def lease(self, name: str | None, version: str | None = None) -> Iterator[ServedProgram]:
+        """The program of that name; it stays loaded for as long as the context lasts.
 
         Raises:
-            Refusal: 404, there is none.
+            Refusal: 404, it is not loaded.
         """
-        entry = self.find(name, version)
-        self._users[entry.key] += 1
+        program = self.find(name, version)
+        self._users[program.key] += 1
         try:
-            yield entry
+            yield program
         finally:
-            self._users[entry.key] -= 1
-            if not self._users[entry.key]:
-                del self._users[entry.key]
-                if entry.key in self._retired:
-                    self._forget(entry)
+            self._users[program.key] -= 1
+            if not self._users[program.key]:
+                del self._users[program.key]
+                if program.key in self._retired:
+                    self._start_drop(program)
 
-    async def load(self, name: str) -> Entry:
-        """Load a program, or its file anew; until that is done the old one serves.
+    async def load(self, name: str) -> ServedProgram:
+        """Load a program, or reload its file; the old version is served until the new one is ready.
 
         Raises:
-            Refusal: 404, there is no such file; 400, it is no program for this backend; 503.
+            Refusal: 404, there is no such file; 503, no worker.
+            ProgramError: the file is not a program for this backend.
         """
         source = self.sources().get(name)
         if source is None:
             there = ", ".join(self.sources()) or "none"
             raise Refusal(404, f"no program file {name[:100]!r}; there are: {there}")
         async with self._lock:
-            old = self.entries.get(name)
+            old = self.served.get(name)
             path = None
             try:
                 digest, path = await asyncio.to_thread(self._copy, source)
@@ -126,53 +133,53 @@ class Catalogue:
                 self.reasons[name] = str(error)
                 self._delete(path)
                 raise
-            self.entries[name] = Entry(name, digest[:12], key, path, description)
+            self.served[name] = ServedProgram(name, digest[:12], key, path, description)
             self.reasons.pop(name, None)
             if old is not None:
                 self._retire(old)
-            return self.entries[name]
+            return self.served[name]
 
     async def unload(self, name: str) -> None:
-        """Stop serving a program.
+        """Stop serving a program; requests that lease it still finish.
 
         Raises:
             Refusal: 404, it is not loaded.
         """
         async with self._lock:
-            entry = self.find(name)
-            del self.entries[name]
+            program = self.find(name)
+            del self.served[name]
             self.reasons[name] = "unloaded"
-            self._retire(entry)
+            self._retire(program)
 
-    def _retire(self, entry: Entry) -> None:
-        """Drop a program as soon as nobody uses it."""
-        if self._users[entry.key]:
-            self._retired[entry.key] = entry
+    def _retire(self, program: ServedProgram) -> None:
+        """Drop a program as soon as no request leases it."""
+        if self._users[program.key]:
+            self._retired[program.key] = program
         else:
-            self._forget(entry)
+            self._start_drop(program)
 
-    def _forget(self, entry: Entry) -> None:
-        self._retired.pop(entry.key, None)
-        task = asyncio.get_running_loop().create_task(self._drop(entry))
+    def _start_drop(self, program: ServedProgram) -> None:
+        self._retired.pop(program.key, None)
+        task = asyncio.get_running_loop().create_task(self._drop(program))
         self._drops.add(task)
         task.add_done_callback(self._drops.discard)
 
-    async def _drop(self, entry: Entry) -> None:
+    async def _drop(self, program: ServedProgram) -> None:
         async with self._lock:
-            if entry.key in {other.key for other in self.entries.values()}:
-                return  # loaded again meanwhile
+            if program.key in {other.key for other in self.served.values()}:
+                return  # it was loaded again in the meantime
             with contextlib.suppress(KgrcError):
-                await self.pool.drop(entry.key)
-            self._delete(entry.path)
+                await self.pool.drop(program.key)
+            self._delete(program.path)
 
     def _delete(self, path: Path | None) -> None:
-        """Delete a copy that no program needs, the retired ones included."""
-        needed = {entry.path for entry in [*self.entries.values(), *self._retired.values()]}
+        """Delete a copy of a file, unless a served or retired program needs it."""
+        needed = {program.path for program in [*self.served.values(), *self._retired.values()]}
         if path is not None and path not in needed:
             path.unlink(missing_ok=True)
 
     def _copy(self, source: Path) -> tuple[str, Path]:
-        """The SHA-256 of a file, and where its copy is.
+        """Copy a file into the state folder; its SHA-256 and the path of the copy.
 
         Raises:
             ProgramError: it cannot be read.

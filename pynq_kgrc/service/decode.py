@@ -28,7 +28,7 @@ from pynq_kgrc.errors import VideoError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.quant import Array
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.wire import Job, Piece
+from pynq_kgrc.service.wire import DecodeRequest, DecodeReply
 from pynq_kgrc.video import MAX_ELONGATION, fit
 
 FORMATS = "mov,matroska,avi,mpegts,gif"
@@ -39,7 +39,7 @@ CODECS = (
     "mpeg2video,mjpeg,theora,gif,wmv1,wmv2,prores,dvvideo,rawvideo"
 )
 
-SMALLEST = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+SMALLEST_GIF = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
 """A video of one frame of one pixel."""
 
 MAX_RATE = 240
@@ -53,11 +53,11 @@ class Frame(NamedTuple):
     pixels: Array
 
 
-NOTHING: Array = np.empty(0, np.uint8)
+NO_PIXELS: Array = np.empty(0, np.uint8)
 """The pixels of a frame that nobody looks at."""
 
 
-class Window(NamedTuple):
+class FrameSpan(NamedTuple):
     """Frames of one clip; `end_ms` is when its last frame begins to be shown."""
 
     start_ms: float
@@ -65,9 +65,9 @@ class Window(NamedTuple):
     pixels: list[Array]
 
 
-def clip_spec(job: Job) -> ClipSpec:
+def clip_spec(request: DecodeRequest) -> ClipSpec:
     """What `video.fit` asks for."""
-    return ClipSpec(job.frames, job.height, job.width, job.short_side, job.step)
+    return ClipSpec(request.frames, request.height, request.width, request.short_side, request.step)
 
 
 # ---- choosing frames ------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def spread_offsets(frames: int, count: int) -> list[int]:
     return [int(i) for i in (edges[:-1] + edges[1:]) / 2]
 
 
-def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Iterator[Window]:
+def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Iterator[FrameSpan]:
     """Windows that begin every `stride` frames; the last ends with the video.
 
     As `video.load_windows`, in one pass. A video shorter than a window starts over.
@@ -109,7 +109,7 @@ def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Ite
         kept.append(frame)
         count += 1
         if count == following + span:
-            yield _window([kept[i] for i in offsets])
+            yield _frame_span([kept[i] for i in offsets])
             last = following
             following += stride
     if not count:
@@ -118,12 +118,12 @@ def cut_windows(frames: Iterable[Frame], offsets: list[int], stride: int) -> Ite
             "more memory than is accepted"
         )
     if last != max(0, count - span):
-        yield _window([kept[i % len(kept)] for i in offsets])
+        yield _frame_span([kept[i % len(kept)] for i in offsets])
 
 
-def _window(chosen: list[Frame]) -> Window:
+def _frame_span(chosen: list[Frame]) -> FrameSpan:
     times = [frame.ms for frame in chosen]
-    return Window(min(times), max(times), [frame.pixels for frame in chosen])
+    return FrameSpan(min(times), max(times), [frame.pixels for frame in chosen])
 
 
 # ---- decoding -------------------------------------------------------------------------------
@@ -136,14 +136,14 @@ class Video:
         VideoError: not a video that is accepted, and why.
     """
 
-    def __init__(self, file: BinaryIO, job: Job) -> None:
-        self.job, self.spec = job, clip_spec(job)
+    def __init__(self, file: BinaryIO, request: DecodeRequest) -> None:
+        self.request, self.spec = request, clip_spec(request)
         file.seek(0)
         options = {
             "protocol_whitelist": "none",
             "format_whitelist": FORMATS,
             "codec_whitelist": CODECS,
-            "max_pixels": str(job.max_pixels),
+            "max_pixels": str(request.max_pixels),
         }
         try:
             self.container = av.open(file, "r", options=options, metadata_errors="replace")
@@ -160,7 +160,7 @@ class Video:
         if codec is None:
             raise VideoError("the video is of a codec that is not accepted")
         self.check_size(codec.width, codec.height)
-        codec.options = {**codec.options, "max_pixels": str(job.max_pixels)}
+        codec.options = {**codec.options, "max_pixels": str(request.max_pixels)}
         codec.thread_count = 1
         rate = float(self.stream.average_rate or 0)
         self.frame_ms = 1000 / (rate if 1 <= rate <= MAX_RATE else 25.0)
@@ -170,10 +170,10 @@ class Video:
         self.declared = self.stream.frames if 0 < self.stream.frames < 10_000_000 else 0
         duration = self.stream.duration
         base = self.stream.time_base
-        if duration and base and float(duration * base) > job.max_seconds + 1:
+        if duration and base and float(duration * base) > request.max_seconds + 1:
             raise TooLong(
                 f"a video of {float(duration * base):.0f} s is longer than the "
-                f"{job.max_seconds:g} s accepted"
+                f"{request.max_seconds:g} s accepted"
             )
         self.count = 0
         self.end_ms = 0.0
@@ -185,10 +185,10 @@ class Video:
         Raises:
             TooLarge: names both sizes.
         """
-        if width * height > self.job.max_pixels:
+        if width * height > self.request.max_pixels:
             raise TooLarge(
                 f"frames of {width} x {height} pixels are larger than the "
-                f"{self.job.max_pixels} accepted"
+                f"{self.request.max_pixels} accepted"
             )
         if max(width, height) > MAX_ELONGATION * max(1, min(width, height)):
             raise VideoError(
@@ -204,7 +204,7 @@ class Video:
         """
         first: float | None = None
         ms = -self.frame_ms
-        limit = self.job.max_seconds
+        limit = self.request.max_seconds
         try:
             for frame in self.container.decode(self.stream):
                 self.check_size(frame.width, frame.height)
@@ -218,12 +218,12 @@ class Video:
                     raise TooLong(f"a video longer than the {limit:g} s accepted")
                 self.count += 1
                 self.end_ms = ms + self.frame_ms
-                looked_at = wanted is None or self.count - 1 in wanted
-                yield Frame(ms, fit(upright(frame), self.spec) if looked_at else NOTHING)
+                needed = wanted is None or self.count - 1 in wanted
+                yield Frame(ms, fit(upright(frame), self.spec) if needed else NO_PIXELS)
         except (av.error.FFmpegError, ValueError) as error:
             if not self.count and not all(self.size):  # FFmpeg hides a size beyond max_pixels
                 raise TooLarge(
-                    f"frames of more than the {self.job.max_pixels} pixels accepted, or of "
+                    f"frames of more than the {self.request.max_pixels} pixels accepted, or of "
                     f"a size that cannot be told"
                 ) from None
             if not self.count:
@@ -259,23 +259,23 @@ def reason(error: Exception) -> str:
     return text.split(":")[0].removeprefix("[Errno ").strip()
 
 
-def send_clips(file: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
+def send_clips(file: BinaryIO, out: BinaryIO, request: DecodeRequest, timer: Timer) -> None:
     """Decode an upload; a message for each clip, and one at the end."""
-    video = Video(file, job)
-    offsets = frame_offsets(job.frames, job.step, job.window)
-    windows = cut_windows(while_wanted(video.frames(), out), offsets, job.stride or offsets[-1] + 1)
-    if job.uniform:
-        for _ in while_wanted(video.frames(wanted=()), out):
+    video = Video(file, request)
+    offsets = frame_offsets(request.frames, request.step, request.window)
+    windows = cut_windows(until_reader_leaves(video.frames(), out), offsets, request.stride or offsets[-1] + 1)
+    if request.uniform:
+        for _ in until_reader_leaves(video.frames(wanted=()), out):
             pass  # frames are counted, the container is not believed
-        spread = spread_offsets(job.frames, video.count)
-        video = Video(file, job)
+        spread = spread_offsets(request.frames, video.count)
+        video = Video(file, request)
         if spread:
-            frames = while_wanted(video.frames(wanted=set(spread)), out)
-            windows = iter([_window([frame for frame in frames if frame.pixels.size])])
+            frames = until_reader_leaves(video.frames(wanted=set(spread)), out)
+            windows = iter([_frame_span([frame for frame in frames if frame.pixels.size])])
         else:  # too short to spread
-            windows = cut_windows(while_wanted(video.frames(), out), offsets, 1)
+            windows = cut_windows(until_reader_leaves(video.frames(), out), offsets, 1)
     for number, window in enumerate(windows):
-        head = Piece(
+        head = DecodeReply(
             "clip",
             number=number,
             start_ms=window.start_ms,
@@ -285,12 +285,12 @@ def send_clips(file: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
         )
         with timer.paused():  # whoever waits for the device must not run out of time
             wire.send(out, head, np.stack(window.pixels).tobytes())
-    if video.count < (job.frames if job.uniform else offsets[-1] + 1):
+    if video.count < (request.frames if request.uniform else offsets[-1] + 1):
         video.notes.append(
             f"the video has {video.count} frames, the network looks at {offsets[-1] + 1}: "
             f"it starts over to fill the clip"
         )
-    end = Piece(
+    end = DecodeReply(
         "end",
         decoded=video.count,
         declared=video.declared,
@@ -304,7 +304,7 @@ def send_clips(file: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
     wire.send(out, end)
 
 
-def while_wanted(frames: Iterator[Frame], out: BinaryIO) -> Iterator[Frame]:
+def until_reader_leaves(frames: Iterator[Frame], out: BinaryIO) -> Iterator[Frame]:
     """The frames, for as long as somebody is there to read what comes of them.
 
     Raises:
@@ -318,7 +318,7 @@ def while_wanted(frames: Iterator[Frame], out: BinaryIO) -> Iterator[Frame]:
         yield frame
 
 
-def send_frames(images: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None:
+def send_frames(images: BinaryIO, out: BinaryIO, request: DecodeRequest, timer: Timer) -> None:
     """Decode the JPEG images of a live session, each to a frame [H, W, 3] RGB."""
     while True:
         with timer.paused():
@@ -327,14 +327,14 @@ def send_frames(images: BinaryIO, out: BinaryIO, job: Job, timer: Timer) -> None
             return
         timer.restart()
         try:
-            frame = decode_jpeg(message[1], job)
+            frame = decode_jpeg(message[1], request)
         except VideoError as error:
-            wire.send(out, Piece("error", text=str(error)))
+            wire.send(out, DecodeReply("error", text=str(error)))
             continue
-        wire.send(out, Piece("frame"), frame.tobytes())
+        wire.send(out, DecodeReply("frame"), frame.tobytes())
 
 
-def decode_jpeg(image: bytes, job: Job) -> Array:
+def decode_jpeg(image: bytes, request: DecodeRequest) -> Array:
     """A JPEG image as the network wants a frame: [H, W, 3] RGB.
 
     Raises:
@@ -343,7 +343,7 @@ def decode_jpeg(image: bytes, job: Job) -> Array:
     if image[:2] != b"\xff\xd8":
         raise VideoError(f"an image that begins with {image[:2].hex() or 'nothing'}, not a JPEG")
     codec = av.CodecContext.create("mjpeg", "r")
-    codec.options = {"max_pixels": str(job.max_pixels)}
+    codec.options = {"max_pixels": str(request.max_pixels)}
     codec.thread_count = 1
     try:
         frames = [*codec.decode(av.Packet(image)), *codec.decode(None)]
@@ -351,9 +351,9 @@ def decode_jpeg(image: bytes, job: Job) -> Array:
         raise VideoError(f"a JPEG that cannot be decoded: {reason(error)}") from None
     if not frames:
         raise VideoError("a JPEG without an image")
-    if frames[0].width * frames[0].height > job.max_pixels:
-        raise VideoError(f"an image of more than {job.max_pixels} pixels")
-    return fit(frames[0].to_ndarray(format="bgr24"), clip_spec(job))
+    if frames[0].width * frames[0].height > request.max_pixels:
+        raise VideoError(f"an image of more than {request.max_pixels} pixels")
+    return fit(frames[0].to_ndarray(format="bgr24"), clip_spec(request))
 
 
 # ---- the child's limits ---------------------------------------------------------------------
@@ -386,45 +386,45 @@ class Pause:
         signal.setitimer(signal.ITIMER_REAL, max(0.001, self.left))
 
 
-def limit_process(job: Job) -> Timer:
+def limit_process(request: DecodeRequest) -> Timer:
     """Memory, processor time, files and processes of this process; nothing can be written."""
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
-    most = used + job.decode_bytes
+    most = used + request.decode_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     # a live session lasts as long as it lasts, each image has the timer
-    if job.verb == "clips":
-        seconds = max(1, round(job.decode_seconds))
+    if request.verb == "clips":
+        seconds = max(1, round(request.decode_seconds))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
-    return Timer(job.decode_seconds)
+    return Timer(request.decode_seconds)
 
 
-def run_child(source: int, target: int, job: Job) -> None:
+def run_child(source: int, target: int, request: DecodeRequest) -> None:
     """What a child does from its first instruction to its last."""
     out = os.fdopen(target, "wb")
-    verbs: dict[str, Callable[[BinaryIO, BinaryIO, Job, Timer], None]] = {
+    verbs: dict[str, Callable[[BinaryIO, BinaryIO, DecodeRequest, Timer], None]] = {
         "clips": send_clips,
         "frames": send_frames,
     }
     try:
-        timer = limit_process(job)
+        timer = limit_process(request)
         with os.fdopen(source, "rb") as file:
-            verbs[job.verb](file, out, job, timer)
+            verbs[request.verb](file, out, request, timer)
     except VideoError as error:
         status = {TooLarge: 413, TooLong: 413}.get(type(error), 422)
-        wire.send(out, Piece("error", status=status, text=str(error)))
+        wire.send(out, DecodeReply("error", status=status, text=str(error)))
     except MemoryError:
-        text = f"decoding takes more than the {job.decode_bytes} bytes of memory accepted"
-        wire.send(out, Piece("error", status=413, text=text))
+        text = f"decoding takes more than the {request.decode_bytes} bytes of memory accepted"
+        wire.send(out, DecodeReply("error", status=413, text=text))
 
 
-def rehearse() -> None:
+def warm_up() -> None:
     """Decode a picture, so that a child finds everything imported before its memory is limited."""
-    job = Job("clips", frames=1, height=1, width=1, short_side=1, step=1)
-    for _ in Video(io.BytesIO(SMALLEST), job).frames():
+    request = DecodeRequest("clips", frames=1, height=1, width=1, short_side=1, step=1)
+    for _ in Video(io.BytesIO(SMALLEST_GIF), request).frames():
         pass
 
 
@@ -433,7 +433,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the children
     av.logging.set_level(None)
-    rehearse()
+    warm_up()
     gc.freeze()  # a child that collects garbage would copy every page
     orders = socket.socket(fileno=int(sys.argv[1]))
     while True:
@@ -445,7 +445,7 @@ def main() -> None:
             try:
                 orders.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                run_child(source, target, msgspec.json.decode(message, type=Job))
+                run_child(source, target, msgspec.json.decode(message, type=DecodeRequest))
             except BrokenPipeError:
                 pass  # nobody wants the clips any more
             except BaseException as error:

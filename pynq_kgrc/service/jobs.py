@@ -1,8 +1,8 @@
-"""Videos at work: how many, in which order, who waits for them, and what became of them.
+"""Jobs: admission control, the queue of videos, and the results that clients fetch later.
 
-Every video is a job. Who sent it waits for the result; if that takes long, the job gets an address
-and goes on by itself. Only such jobs are written down (sqlite), so that after a restart whoever
-asks learns that a job is lost, rather than that it never was.
+Every video is a job. The client waits for the result; if that takes long, the job gets an address
+(long polling) and goes on without the client. Only such jobs are written to disk (sqlite): after a
+restart, a request for a job that was not done is answered with `lost` instead of 404.
 """
 
 from __future__ import annotations
@@ -16,44 +16,45 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
-
 import msgspec
 
 from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.service.refusal import Refusal, refusal_of
+from pynq_kgrc.service.schemas import Classification, JobDocument, Progress
 from pynq_kgrc.service.waiting import within
 
 log = logging.getLogger("pynq_kgrc.service")
 
 FINAL = ("done", "failed", "cancelled", "lost")
 MAX_KEPT = 10_000
-"""Jobs in the database; the oldest go first."""
+"""Jobs in the database; beyond that the oldest are deleted."""
 MAX_RETRY_SECONDS = 60
-"""Nobody is told to stay away for longer."""
+"""Largest Retry-After, in seconds."""
 
-Report = Callable[[dict[str, Any]], None]
-Work = Callable[[Report], Awaitable[dict[str, Any]]]
+Report = Callable[[Progress], None]
+"""Called with the progress of a job."""
+Work = Callable[[Report], Awaitable[Classification]]
+"""Does a job."""
 
 
 class Admission:
-    """So many requests at a time; the next one is refused at once, and told when to come again.
+    """Back-pressure: admits `limit` requests at a time and refuses others at once.
 
-    Who is refused is told to come when those refused before have had their turn. If all were told
-    the same, they would all come back together, and be refused again.
+    Retry-After grows with the number already refused, so that the clients do not all return at
+    the same time and are refused again (thundering herd).
     """
 
     def __init__(self, limit: int, what: str) -> None:
         self.limit, self.what = limit, what
         self.inside = 0
         self.refused = 0
-        self._stay = 1.0
-        """Seconds that a request is inside, the recent ones more."""
-        self._promised = 0.0
-        """The moment that was promised last."""
+        self._mean_seconds = 1.0
+        """Moving average of the seconds that a request takes."""
+        self._last_promise = 0.0
+        """When the client that was refused last is to return, on the monotonic clock."""
 
     def check(self) -> None:
-        """Refuse if there is no room.
+        """Refuse if the limit is reached.
 
         Raises:
             Refusal: 429 with Retry-After.
@@ -61,18 +62,18 @@ class Admission:
         if self.inside >= self.limit:
             self.refused += 1
             now = time.monotonic()
-            # where all places are taken, one gets free every so often
-            moment = max(self._promised, now) + self._stay / self.limit
-            self._promised = min(moment, now + MAX_RETRY_SECONDS)
-            seconds = max(1, math.ceil(self._promised - now))
+            # with all places taken, one becomes free every mean / limit seconds
+            moment = max(self._last_promise, now) + self._mean_seconds / self.limit
+            self._last_promise = min(moment, now + MAX_RETRY_SECONDS)
+            seconds = max(1, math.ceil(self._last_promise - now))
             raise Refusal(429, f"{self.inside} {self.what} are the most at a time", seconds)
 
     @contextlib.contextmanager
     def enter(self) -> Iterator[None]:
-        """A place, for as long as the context lasts.
+        """Admit a request for as long as the context lasts.
 
         Raises:
-            Refusal: 429, there is none.
+            Refusal: 429, the limit is reached.
         """
         self.check()
         self.inside += 1
@@ -81,58 +82,58 @@ class Admission:
             yield
         finally:
             self.inside -= 1
-            self._stay += 0.1 * (time.monotonic() - began - self._stay)
+            self._mean_seconds += 0.1 * (time.monotonic() - began - self._mean_seconds)
 
 
 class Job:
-    """One video: its state, and whoever waits for the next."""
+    """The job of one video: its state, progress and result."""
 
     def __init__(self) -> None:
         self.id = secrets.token_urlsafe(16)
         self.state = "queued"
         self.created = time.time()
-        self.progress: dict[str, Any] = {"windows": 0, "frames": 0, "share": None}
-        self.result: dict[str, Any] | None = None
+        self.progress = Progress(0, 0, None)
+        self.result: Classification | None = None
         self.error: Refusal | None = None
         self.kept = False
-        """Whether it has an address of its own."""
+        """Whether the job has an address, so that it is written to disk."""
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
-    def change(self, state: str | None = None, progress: dict[str, Any] | None = None) -> None:
-        """A new state or progress, for all who wait."""
+    def change(self, state: str | None = None, progress: Progress | None = None) -> None:
+        """Set the state or the progress, and wake everyone who waits in `changed`."""
         self.state = state or self.state
         self.progress = progress or self.progress
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def changed(self, seconds: float) -> None:
-        """Wait for a change, or so long."""
+        """Wait for a change, at most `seconds`."""
         with contextlib.suppress(asyncio.TimeoutError):
             await within(self._changed.wait(), seconds)
 
-    def document(self) -> dict[str, Any]:
-        """As a client sees it."""
-        return {
-            "id": self.id,
-            "state": self.state,
-            "created": round(self.created, 3),
-            "progress": self.progress,
-            "result": self.result,
-            "error": None if self.error is None else self.error.text,
-        }
+    def document(self) -> JobDocument:
+        """The job as it is answered to clients."""
+        return JobDocument(
+            id=self.id,
+            state=self.state,
+            created=round(self.created, 3),
+            progress=self.progress,
+            result=self.result,
+            error=None if self.error is None else self.error.text,
+        )
 
 
 class Jobs:
-    """All jobs of this service; opening it declares those of the last run lost.
+    """All jobs of this service. Opening the database marks unfinished jobs of an earlier run lost.
 
     Args:
         path: the database.
-        queue: how many may be unfinished.
-        at_once: how many are worked on; one more than there are workers, so that the next video
-            is decoded while this one is on the device.
-        seconds: what one may take.
-        keep_seconds: results are kept so long.
+        queue: limits the number of unfinished jobs.
+        at_once: jobs that run at the same time; one more than there are workers, so that the next
+            video is decoded while this one is on the device.
+        seconds: time limit of one job.
+        keep_seconds: how long results are kept.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Jobs:
     ) -> None:
         self.queue, self.seconds, self.keep_seconds = queue, seconds, keep_seconds
         self.active: dict[str, Job] = {}
-        self._turns = asyncio.Semaphore(at_once)
+        self._running = asyncio.Semaphore(at_once)
         self._store = sqlite3.connect(path, isolation_level=None)
         self._store.execute("PRAGMA journal_mode=WAL")
         self._store.execute("PRAGMA synchronous=NORMAL")
@@ -150,43 +151,45 @@ class Jobs:
         )
         rows = self._store.execute("SELECT id, document FROM jobs WHERE state = 'running'")
         for key, document in rows.fetchall():
-            lost = msgspec.json.decode(document)
-            lost["state"] = "lost"
-            lost["error"] = "the service was restarted before this job was done; send it again"
-            self._put(key, "lost", lost["created"], lost)
+            lost = msgspec.structs.replace(
+                msgspec.json.decode(document, type=JobDocument),
+                state="lost",
+                error="the service was restarted before this job was done; send it again",
+            )
+            self._put(key, lost)
 
     def close(self) -> None:
         """Close the database."""
         self._store.close()
 
     def submit(self, work: Work, close: Callable[[], None]) -> Job:
-        """Start a job, or let it wait for its turn.
+        """Queue a job; it starts as soon as fewer than `at_once` others run.
 
         Args:
-            work: does it.
-            close: is called when it is over, however it ends.
+            work: does the job.
+            close: called when the job has ended, whether it succeeded or not.
 
         Raises:
-            Refusal: 429, too many are unfinished.
+            Refusal: 429, too many jobs are unfinished.
         """
-        place = self.queue.enter()
-        place.__enter__()
+        admission = self.queue.enter()
+        admission.__enter__()
         job = Job()
         self.active[job.id] = job
         job.task = asyncio.get_running_loop().create_task(self._work(job, work))
 
-        def over(_: asyncio.Task[None]) -> None:
-            place.__exit__(None, None, None)
+        def ended(_: asyncio.Task[None]) -> None:
+            admission.__exit__(None, None, None)
             close()
             self.active.pop(job.id, None)
 
-        job.task.add_done_callback(over)
+        job.task.add_done_callback(ended)
         return job
 
     async def _work(self, job: Job, work: Work) -> None:
         state = "failed"
         try:
-            async with self._turns:
+            async with self._running:
                 job.change("running")
                 report: Report = lambda progress: job.change(progress=progress)  # noqa: E731
                 job.result = await within(work(report), self.seconds)
@@ -204,25 +207,24 @@ class Jobs:
         job.change(state)
         if job.kept:
             try:
-                self._put(job.id, job.state, job.created, job.document())
-            except Refusal as error:  # whoever asks will read that it is lost
+                self._put(job.id, job.document())
+            except Refusal as error:  # after a restart the job will be reported as lost
                 log.error("a result cannot be kept", extra={"reason": error.text})
 
     def keep(self, job: Job) -> None:
-        """Give a job an address: it goes on though nobody waits.
+        """Give a job an address: it continues although its client does not wait.
 
         Raises:
-            Refusal: 507, it cannot be written down.
+            Refusal: 507, it cannot be written to disk.
         """
         job.kept = True
-        state = job.state if job.state in FINAL else "running"
-        self._put(job.id, state, job.created, job.document())
+        self._put(job.id, job.document())
 
-    def find(self, key: str) -> tuple[dict[str, Any], Job | None]:
-        """A job's document, and the job if it is unfinished.
+    def find(self, key: str) -> tuple[JobDocument, Job | None]:
+        """The document of a job, and the job itself if it is unfinished.
 
         Raises:
-            Refusal: 404, there is none, or its result is no longer kept.
+            Refusal: 404, there is no such job, or its result is no longer kept.
         """
         job = self.active.get(key)
         if job is not None and job.kept and job.state not in FINAL:
@@ -232,11 +234,13 @@ class Jobs:
         row = self._store.execute(query, (key, oldest)).fetchone()
         if row is None:
             raise Refusal(404, f"no job {key[:50]!r}; results are kept for {self.keep_seconds:g} s")
-        document: dict[str, Any] = msgspec.json.decode(row[0])
-        return document, None
+        return msgspec.json.decode(row[0], type=JobDocument), None
 
-    async def events(self, key: str, every: float) -> AsyncIterator[dict[str, Any] | None]:
-        """A job's document after each change, until it is final; none to show life in between."""
+    async def events(self, key: str, every: float) -> AsyncIterator[JobDocument | None]:
+        """A job's document after each change, until its state is final.
+
+        Yields None after `every` seconds without a change, for a heartbeat.
+        """
         document, job = self.find(key)
         if job is None:
             yield document
@@ -249,21 +253,21 @@ class Jobs:
             if now == (job.state, job.progress) and job.state not in FINAL:
                 await job.changed(every)
 
-    def cancel(self, key: str) -> dict[str, Any]:
-        """Stop a job, or forget its result; its document.
+    def cancel(self, key: str) -> JobDocument:
+        """Cancel a job, or delete its result; the document of the job.
 
         Raises:
-            Refusal: 404, there is none.
+            Refusal: 404, there is no such job.
         """
         document, job = self.find(key)
         if job is None or job.task is None:
             self._store.execute("DELETE FROM jobs WHERE id = ?", (key,))
             return document
         job.task.cancel()
-        return {**document, "state": "cancelled"}
+        return msgspec.structs.replace(document, state="cancelled")
 
     async def finish(self, seconds: float) -> None:
-        """Wait so long for what is unfinished, then stop it; what was kept is lost, and says so."""
+        """Wait at most `seconds` for unfinished jobs, then cancel them; kept ones become `lost`."""
         tasks = [job.task for job in self.active.values() if job.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
@@ -275,13 +279,14 @@ class Jobs:
             if job.kept:
                 job.error = Refusal(410, "the service was stopped before this job was done")
                 job.state = "lost"
-                self._put(job.id, job.state, job.created, job.document())
+                self._put(job.id, job.document())
 
-    def _put(self, key: str, state: str, created: float, document: dict[str, Any]) -> None:
+    def _put(self, key: str, document: JobDocument) -> None:
+        state = document.state if document.state in FINAL else "running"
         try:
             self._store.execute(
                 "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)",
-                (key, state, created, msgspec.json.encode(document)),
+                (key, state, document.created, msgspec.json.encode(document)),
             )
             oldest = time.time() - self.keep_seconds - self.seconds
             self._store.execute("DELETE FROM jobs WHERE created < ?", (oldest,))
@@ -291,4 +296,4 @@ class Jobs:
                 (MAX_KEPT,),
             )
         except sqlite3.Error as error:
-            raise Refusal(507, f"the job cannot be written down: {error}", 60) from error
+            raise Refusal(507, f"the job cannot be written to disk: {error}", 60) from error

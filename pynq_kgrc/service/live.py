@@ -19,14 +19,14 @@ from fastapi import WebSocket, WebSocketDisconnect
 
 from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.catalogue import Entry
+from pynq_kgrc.service.catalogue import ServedProgram
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.videos import Decoder, Options, best, decode_job
+from pynq_kgrc.service.videos import Decoder, Options, best, decode_request
 from pynq_kgrc.service.waiting import within
-from pynq_kgrc.service.wire import Piece
+from pynq_kgrc.service.wire import DecodeReply
 
 IDLE_SECONDS = 30.0
 """A session in which no frame comes for so long is closed."""
@@ -40,23 +40,23 @@ class LiveSession:
     def __init__(
         self,
         client: WebSocket,
-        entry: Entry,
+        program: ServedProgram,
         settings: Settings,
         pool: Pool,
         decoder: Decoder,
         metrics: Metrics,
         top_k: int,
     ) -> None:
-        self.client, self.entry, self.pool, self.top_k = client, entry, pool, top_k
+        self.client, self.program, self.pool, self.top_k = client, program, pool, top_k
         self.metrics = metrics
-        self.job = decode_job(entry, settings, Options(), "frames")
+        self.request = decode_request(program, settings, Options(), "frames")
         self.decoder = decoder
-        frames, *picture = entry.clip_shape
+        frames, *picture = program.clip_shape
         self.frame_bytes = int(np.prod(picture))
-        self.window: deque[bytes] = deque(maxlen=frames)
+        self.clip: deque[bytes] = deque(maxlen=frames)
         self.newest: bytes | None = None
         self.received = self.dropped = self.decoded = 0
-        self.arrived, self.ready = asyncio.Event(), asyncio.Event()
+        self.image_ready, self.frame_ready = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
         """Until the client leaves.
@@ -67,12 +67,12 @@ class LiveSession:
         await self.client.send_json(
             {
                 "type": "ready",
-                "program": self.entry.name,
-                "frames": self.window.maxlen,
+                "program": self.program.name,
+                "frames": self.clip.maxlen,
                 "backend": self.pool.backend,
             }
         )
-        tasks = [asyncio.ensure_future(part()) for part in (self._take, self._decode, self._look)]
+        tasks = [asyncio.ensure_future(part()) for part in (self._receive_images, self._decode_images, self._predict)]
         try:
             done, _ = await asyncio.wait(
                 tasks, timeout=MAX_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -84,7 +84,7 @@ class LiveSession:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _take(self) -> None:
+    async def _receive_images(self) -> None:
         while True:
             message = await within(self.client.receive(), IDLE_SECONDS)
             if message["type"] == "websocket.disconnect":
@@ -97,24 +97,24 @@ class LiveSession:
                 self.dropped += 1
                 self.metrics.live_frames.labels("dropped").inc()
             self.newest = image
-            self.arrived.set()
+            self.image_ready.set()
 
-    async def _decode(self) -> None:
+    async def _decode_images(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.decoder.fork(self.job, theirs.fileno(), theirs.fileno())
+            self.decoder.fork(self.request, theirs.fileno(), theirs.fileno())
         stream, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
         try:
             while True:
-                await self.arrived.wait()
-                self.arrived.clear()
+                await self.image_ready.wait()
+                self.image_ready.clear()
                 image, self.newest = self.newest, None
                 if image is None:
                     continue
                 writer.write(wire.pack_head({}, len(image)) + image)
                 await writer.drain()
-                reading = wire.read(stream, Piece, self.frame_bytes)
-                answer = await within(reading, self.job.decode_seconds + 5)
+                reading = wire.read(stream, DecodeReply, self.frame_bytes)
+                answer = await within(reading, self.request.decode_seconds + 5)
                 if answer is None:
                     raise Refusal(422, "decoding a frame took too long, or too much memory")
                 piece, pixels = answer
@@ -122,28 +122,28 @@ class LiveSession:
                     raise Refusal(422, piece.text or "a frame of another size")
                 self.decoded += 1
                 self.metrics.live_frames.labels("decoded").inc()
-                self.window.append(pixels)
-                self.ready.set()
+                self.clip.append(pixels)
+                self.frame_ready.set()
         finally:
             writer.close()
 
-    async def _look(self) -> None:
-        need = self.window.maxlen or 1
+    async def _predict(self) -> None:
+        need = self.clip.maxlen or 1
         while True:
-            await self.ready.wait()
-            self.ready.clear()
+            await self.frame_ready.wait()
+            self.frame_ready.clear()
             counts = {"received": self.received, "dropped": self.dropped}
-            if len(self.window) < need:
-                filling: dict[str, Any] = {"type": "filling", "have": len(self.window)}
+            if len(self.clip) < need:
+                filling: dict[str, Any] = {"type": "filling", "have": len(self.clip)}
                 await self.client.send_json({**filling, "need": need, **counts})
                 continue
             began = time.perf_counter()
-            found = await self.pool.run(self.entry.key, b"".join(self.window))
+            found = await self.pool.run(self.program.key, b"".join(self.clip))
             scores = np.frombuffer(found.values, "<f4").reshape(2, -1)[1]
             await self.client.send_json(
                 {
                     "type": "prediction",
-                    "labels": best(scores, self.entry.labels, self.top_k),
+                    "labels": best(scores, self.program.labels, self.top_k),
                     "run_ms": round(1e3 * found.seconds, 1),
                     "latency_ms": round(1e3 * (time.perf_counter() - began), 1),
                     "received": self.received,

@@ -19,7 +19,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from pynq_kgrc.service.catalogue import Catalogue, Entry
+from pynq_kgrc.service.catalogue import Catalogue, ServedProgram
 from pynq_kgrc.service.jobs import Admission
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
@@ -61,16 +61,16 @@ class Inference(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
-def metadata(entry: Entry) -> dict[str, Any]:
+def metadata(program: ServedProgram) -> dict[str, Any]:
     """A model's inputs and outputs."""
     outputs = [
-        {"name": name, "datatype": "FP32", "shape": [-1, len(entry.labels)]} for name in OUTPUTS
+        {"name": name, "datatype": "FP32", "shape": [-1, len(program.labels)]} for name in OUTPUTS
     ]
     return {
-        "name": entry.name,
-        "versions": [entry.version],
+        "name": program.name,
+        "versions": [program.version],
         "platform": "pynq_kgrc",
-        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *entry.clip_shape]}],
+        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *program.clip_shape]}],
         "outputs": outputs,
     }
 
@@ -123,7 +123,7 @@ def inflate(body: bytes, encoding: str, most: int) -> bytes:
     return plain
 
 
-def read_clips(entry: Entry, request: Inference, binary: bytes) -> list[bytes]:
+def read_clips(program: ServedProgram, request: Inference, binary: bytes) -> list[bytes]:
     """The clips of a request, uint8 [D, H, W, 3] each.
 
     Raises:
@@ -131,11 +131,11 @@ def read_clips(entry: Entry, request: Inference, binary: bytes) -> list[bytes]:
     """
     if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
         named = ", ".join(tensor.name[:30] for tensor in request.inputs[:5]) or "none"
-        raise Refusal(400, f"inputs {named}; {entry.name} has one, {INPUT}")
+        raise Refusal(400, f"inputs {named}; {program.name} has one, {INPUT}")
     tensor = request.inputs[0]
     if tensor.datatype != "UINT8":
         raise Refusal(400, f"input {INPUT} of type {tensor.datatype[:20]}; accepted is UINT8")
-    shape, wanted = tuple(tensor.shape), entry.clip_shape
+    shape, wanted = tuple(tensor.shape), program.clip_shape
     count = 1 if shape == wanted else shape[0] if shape[1:] == wanted else 0
     if not 1 <= count <= MAX_BATCH:
         raise Refusal(
@@ -173,7 +173,7 @@ def _from_json(tensor: Tensor, size: int) -> bytes:
 
 
 def write_answer(
-    entry: Entry, request: Inference, results: dict[str, Any], head: dict[str, str]
+    program: ServedProgram, request: Inference, results: dict[str, Any], head: dict[str, str]
 ) -> Response:
     """The answer, as the request wants it: JSON or binary, values or classes, plain or gzip.
 
@@ -193,7 +193,7 @@ def write_answer(
         as_binary = bool(wanted.parameters.get("binary_data", everything))
         output: dict[str, Any] = {"name": wanted.name}
         if best:
-            texts = [_classes(row, entry.labels, best) for row in values]
+            texts = [_classes(row, program.labels, best) for row in values]
             output |= {"datatype": "BYTES", "shape": [len(texts), len(texts[0])]}
             flat = [text for row in texts for text in row]
             data = b"".join(struct.pack("<I", len(t.encode())) + t.encode() for t in flat)
@@ -207,7 +207,7 @@ def write_answer(
         else:
             output["data"] = plain
         outputs.append(output)
-    document = {"model_name": entry.name, "model_version": entry.version, "outputs": outputs}
+    document = {"model_name": program.name, "model_version": program.version, "outputs": outputs}
     if request.id:
         document["id"] = request.id
     text = msgspec.json.encode(document)
@@ -270,10 +270,10 @@ def make_router(
     @router.get("/models/{name}/ready", tags=[OIP], responses=GONE)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model is served."""
-        entry = catalogue.find(name, version)
+        program = catalogue.find(name, version)
         if ready():
             raise Refusal(503, ready(), 5)
-        return {"name": entry.name, "ready": True}
+        return {"name": program.name, "ready": True}
 
     @router.get("/models/{name}/versions/{version}", tags=[OIP], responses=GONE)
     @router.get("/models/{name}", tags=[OIP], responses=GONE)
@@ -293,16 +293,16 @@ def make_router(
     )
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
         """Run a model on clips of frames."""
-        with queue.enter(), catalogue.lend(name, version) as entry:
+        with queue.enter(), catalogue.lease(name, version) as program:
             head = dict(request.headers)
             inference, binary = read_request(await request.body(), head, settings)
-            clips = read_clips(entry, inference, binary)
+            clips = read_clips(program, inference, binary)
             timeout = inference.parameters.get("timeout", 0)
             usable = isinstance(timeout, int) and timeout > 0
             seconds = timeout / 1e6 if usable else settings.job_seconds
 
             async def run() -> list[Any]:
-                found = [await pool.run(entry.key, clip) for clip in clips]
+                found = [await pool.run(program.key, clip) for clip in clips]
                 return [np.frombuffer(run.values, "<f4").reshape(2, -1) for run in found]
 
             began = time.perf_counter()
@@ -312,19 +312,19 @@ def make_router(
                 waited = time.perf_counter() - began
                 raise Refusal(504, f"not done within the {waited:.3f} s asked for") from None
             results = {"logits": values[:, 0], "probabilities": values[:, 1]}
-            return write_answer(entry, inference, results, head)
+            return write_answer(program, inference, results, head)
 
     @router.post("/repository/index", tags=["Model repository"])
     async def index() -> list[dict[str, str]]:
         """Every program that is loaded or may be, and why one is not."""
         rows = []
-        for name in {**catalogue.sources(), **catalogue.entries}:
-            entry = catalogue.entries.get(name)
+        for name in {**catalogue.sources(), **catalogue.served}:
+            program = catalogue.served.get(name)
             rows.append(
                 {
                     "name": name,
-                    "version": "" if entry is None else entry.version,
-                    "state": "UNAVAILABLE" if entry is None else "READY",
+                    "version": "" if program is None else program.version,
+                    "state": "UNAVAILABLE" if program is None else "READY",
                     "reason": catalogue.reasons.get(name, ""),
                 }
             )
@@ -333,8 +333,8 @@ def make_router(
     @router.post("/repository/models/{name}/load", tags=["Model repository"], responses=GONE)
     async def load(name: str) -> dict[str, Any]:
         """Load a program, or its file anew; the old one serves until the new one has run a clip."""
-        entry = await catalogue.load(name)
-        return {"name": entry.name, "version": entry.version}
+        program = await catalogue.load(name)
+        return {"name": program.name, "version": program.version}
 
     @router.post("/repository/models/{name}/unload", tags=["Model repository"], responses=GONE)
     async def unload(name: str) -> dict[str, Any]:

@@ -1,51 +1,32 @@
-"""What the service answers, as schemas for the API's description."""
+"""Documents that the service answers with, as msgspec structs; OpenAPI's schemas come from them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+import msgspec
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from pynq_kgrc.results import Label, Segment, WindowLabels
+from pynq_kgrc.service.wire import LayerRun, ProgramDocument
 
 
-class ErrorDocument(BaseModel):
-    """Of every status from 400 on."""
+class ErrorDocument(msgspec.Struct, frozen=True):
+    """The body of every answer whose status is 400 or more."""
 
     error: str
 
 
-class Label(BaseModel):
-    """A class and its probability."""
-
-    label: str
-    confidence: float
-
-
-class Segment(BaseModel):
-    """A stretch of the video in which one label is the best; confidence is the mean over it."""
-
-    label: str
-    confidence: float
-    start_ms: float
-    end_ms: float
-
-
-class Window(BaseModel):
-    """What the network saw in one clip."""
-
-    start_ms: float
-    end_ms: float
-    labels: list[Label]
-
-
-class ProgramName(BaseModel):
-    """Which program it was; the version is the start of its file's SHA-256."""
+class ProgramName(msgspec.Struct, frozen=True):
+    """Which program ran; the version is the first 12 hex digits of its file's SHA-256."""
 
     name: str
     version: str
 
 
-class VideoFacts(BaseModel):
-    """What the video was, as far as it could be decoded."""
+class VideoFacts(msgspec.Struct, frozen=True):
+    """Properties of the part of the video that could be decoded."""
 
     duration_ms: float
     frames: int
@@ -56,8 +37,8 @@ class VideoFacts(BaseModel):
     notes: list[str]
 
 
-class Timings(BaseModel):
-    """Where the time went, on this host."""
+class Timings(msgspec.Struct, frozen=True):
+    """Milliseconds on this host, summed over all clips."""
 
     wait_for_device: float
     run: float
@@ -65,18 +46,14 @@ class Timings(BaseModel):
     total: float
 
 
-class LayerFacts(BaseModel):
+class LayerFacts(LayerRun, frozen=True, kw_only=True):
     """One task of the last clip: counted work, time on this host, modelled time on the board."""
 
-    task: str
-    macs: int
-    bytes: int
-    ms: float
     modelled_ms: float
 
 
-class BoardFacts(BaseModel):
-    """Latency of a clip on the accelerator."""
+class BoardFacts(msgspec.Struct, frozen=True):
+    """Latency of a clip on the accelerator; `kind` says how it was found."""
 
     latency_ms: float
     clock_mhz: float
@@ -84,30 +61,30 @@ class BoardFacts(BaseModel):
     note: str
 
 
-class Classification(BaseModel):
-    """What a video shows: the best labels over all of it, and when."""
+class Classification(msgspec.Struct, frozen=True):
+    """The best labels of the whole video, of its segments, and of each window."""
 
     program: ProgramName
     backend: str
     video: VideoFacts
-    labels: list[Label]
+    labels: tuple[Label, ...]
     segments: list[Segment]
-    windows: list[Window]
+    windows: list[WindowLabels]
     timings_ms: Timings
     layers: list[LayerFacts]
     board: BoardFacts
 
 
-class Progress(BaseModel):
-    """How far a job is; `share` of the frames that the container declares."""
+class Progress(msgspec.Struct, frozen=True):
+    """How far a job is; `share` is of the frames that the container declares, if it does."""
 
     windows: int
     frames: int
     share: float | None
 
 
-class JobDocument(BaseModel):
-    """A job: queued, running, done, failed, cancelled, or lost."""
+class JobDocument(msgspec.Struct, frozen=True):
+    """A job; `state` is queued, running, done, failed, cancelled or lost."""
 
     id: str
     state: str
@@ -117,27 +94,72 @@ class JobDocument(BaseModel):
     error: str | None
 
 
+class ListedProgram(ProgramDocument, frozen=True, kw_only=True):
+    """A loaded program: its description and version."""
+
+    version: str
+
+
+class ProgramList(msgspec.Struct, frozen=True):
+    """All loaded programs, and the backend that runs them."""
+
+    backend: str
+    programs: list[ListedProgram]
+
+
+class StructResponse(JSONResponse):
+    """A msgspec struct as JSON."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return msgspec.json.encode(content)
+
+
+_, COMPONENTS = msgspec.json.schema_components(
+    [ErrorDocument, Classification, JobDocument, ProgramList],
+    ref_template="#/components/schemas/{name}",
+)
+
+
+class DescribedApp(FastAPI):
+    """FastAPI with the schemas of msgspec structs in `/openapi.json`."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document; FastAPI makes it once and caches it."""
+        document = super().openapi()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(COMPONENTS)
+        return document
+
+
 Documented = dict[int | str, dict[str, Any]]
+"""Status -> what FastAPI's `responses` takes."""
+
+
+def answer_of(kind: type[msgspec.Struct], description: str) -> dict[str, Any]:
+    """A response for FastAPI's `responses` whose body is this struct as JSON."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
 
 ERRORS: Documented = {
-    status: {"model": ErrorDocument, "description": text}
+    status: answer_of(ErrorDocument, text)
     for status, text in {
-        400: "Not understood",
+        400: "The request is malformed",
         401: "A key is needed",
-        403: "Another origin",
+        403: "The request comes from a page of another origin",
         404: "No such program or job",
-        408: "The body came too slowly",
+        408: "The body arrived too slowly",
         413: "Too large",
-        415: "Another kind of body",
-        421: "Another host",
+        415: "Unsupported type of body",
+        421: "The Host header names another host",
         422: "Not a video, or an option out of range",
-        429: "Too many at a time; see Retry-After",
-        431: "The head is too large",
+        429: "Too many requests at a time; see Retry-After",
+        431: "The header is too large",
         500: "The service failed",
         503: "The device does not answer; see Retry-After",
-        504: "Not done in the time asked for",
-        507: "No room on the disk",
+        504: "Not done within the time the request asked for",
+        507: "The disk is full",
     }.items()
 }
 
-GONE: Documented = {404: ERRORS[404]}
+NOT_FOUND: Documented = {404: ERRORS[404]}

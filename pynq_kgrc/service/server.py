@@ -3,7 +3,7 @@
 uvicorn waits for ever for a request's head, and for a client that does not read its answer; its
 limit of connections counts those that send nothing. So each connection has timers here. And the
 loop reads whatever has arrived before it goes on: a thousand requests in one turn would hold up
-everybody else for half a second. So those that bring a body wait at a `Door`.
+everybody else for half a second. So those that bring a body wait at a `RequestThrottle`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from pynq_kgrc.service.settings import Settings
 
 log = logging.getLogger("pynq_kgrc.service")
 
-TOO_SLOW = (
+REQUEST_TIMEOUT = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: 59\r\n"
     b'connection: close\r\n\r\n{"error": "the head of the request did not arrive in time"}'
 )
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
-AT_ONCE = 32
+ACCEPTS_PER_TURN = 32
 """Connections accepted in one turn of the loop."""
-HEADS_AT_ONCE = 8
+REQUESTS_PER_TURN = 8
 """Requests with a body that are let in in one turn of the loop; each takes about 1 ms."""
 HEAD_BYTES = 1 << 14
 """So much is read of a request before it is let in."""
@@ -46,7 +46,7 @@ READ_BYTES = 1 << 18
 LINGER_SECONDS = 5.0
 LINGER_BYTES = 10_000_000
 """So much of a refused body is taken."""
-MAX_SOCKET = 4_000_000
+MAX_WEBSOCKET_MESSAGE = 4_000_000
 """Of a message on a WebSocket: a JPEG image."""
 
 
@@ -88,7 +88,7 @@ class LingeringTransport:
             self._transport.abort()
 
 
-class Door:
+class RequestThrottle:
     """Lets requests in, a few in each turn of the loop, first come first served."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Door:
 
     def _open(self) -> None:
         loop = asyncio.get_running_loop()
-        for _ in range(min(HEADS_AT_ONCE, len(self._waiting))):
+        for _ in range(min(REQUESTS_PER_TURN, len(self._waiting))):
             loop.call_soon(self._waiting.popleft())
         if self._waiting:
             loop.call_soon(self._open)
@@ -113,21 +113,21 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     header_seconds = 10.0
     send_seconds = 30.0
-    door: Door
+    throttle: RequestThrottle
     buffer: memoryview
     """One for all connections: what is read into it is copied before the next one reads."""
     _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
-    _at_door: bytes | None = None
+    _held_data: bytes | None = None
     _lingering: LingeringTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the time for the first head."""
-        self._lingering = LingeringTransport(cast(asyncio.Transport, transport), self._has_body)
+        self._lingering = LingeringTransport(cast(asyncio.Transport, transport), self._body_has_arrived)
         super().connection_made(cast(asyncio.Transport, self._lingering))
         self._start_timer()
 
-    def _has_body(self) -> bool:
+    def _body_has_arrived(self) -> bool:
         return self.conn.their_state is not h11.SEND_BODY
 
     def _is_idle(self) -> bool:
@@ -139,20 +139,20 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
         return self.buffer[:HEAD_BYTES] if outside else self.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So many bytes have arrived; those that begin a request with a body wait at the door."""
+        """So many bytes have arrived; those that begin a request with a body wait at the throttle."""
         if self._lingering.discarded is not None:
             self._lingering.discard(nbytes)
             return
         data = bytes(self.buffer[:nbytes])
         if self._is_idle() and not data.startswith(b"GET "):
-            self._at_door = data
+            self._held_data = data
             self.transport.pause_reading()
-            self.door.wait(self._enter)
+            self.throttle.wait(self._proceed)
         else:
             self.data_received(data)
 
-    def _enter(self) -> None:
-        data, self._at_door = self._at_door, None
+    def _proceed(self) -> None:
+        data, self._held_data = self._held_data, None
         if data is not None and not self.transport.is_closing():
             self.transport.resume_reading()
             self.data_received(data)
@@ -167,7 +167,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     def shutdown(self) -> None:
         """Who is at the door is still let in."""
-        self._enter()
+        self._proceed()
         super().shutdown()
 
     def pause_writing(self) -> None:
@@ -203,11 +203,11 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self._at_door is not None:  # not the client's fault
+        if self._held_data is not None:  # not the client's fault
             self._start_timer()
         elif self._is_idle() and not self.transport.is_closing():
             if self.conn.trailing_data[0]:
-                self.transport.write(TOO_SLOW)
+                self.transport.write(REQUEST_TIMEOUT)
             self.transport.close()
 
 
@@ -283,7 +283,7 @@ def make_server(app: App, settings: Settings, **options: Any) -> Server:
     shared = {
         "header_seconds": settings.header_seconds,
         "send_seconds": settings.send_seconds,
-        "door": Door(),
+        "throttle": RequestThrottle(),
         "buffer": memoryview(bytearray(READ_BYTES)),
     }
     protocol = type("Timed", (TimedProtocol,), shared)
@@ -291,13 +291,13 @@ def make_server(app: App, settings: Settings, **options: Any) -> Server:
         app,
         http=protocol,
         ws="websockets-sansio",
-        ws_max_size=MAX_SOCKET,
+        ws_max_size=MAX_WEBSOCKET_MESSAGE,
         ws_ping_interval=20,
         ws_ping_timeout=20,
         h11_max_incomplete_event_size=settings.max_header_bytes,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=round(settings.grace_seconds),
-        backlog=AT_ONCE,
+        backlog=ACCEPTS_PER_TURN,
         log_config=None,
         access_log=False,
         server_header=False,

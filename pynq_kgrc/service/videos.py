@@ -1,4 +1,4 @@
-"""From an upload to actions: clips from a child that decodes, through the pool, to segments."""
+"""Classify an upload: clips from a decoder child, scores from the pool, then segments."""
 
 from __future__ import annotations
 
@@ -9,37 +9,49 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Literal
+from collections.abc import AsyncIterator
+from typing import Literal
 
 import msgspec
 import numpy as np
 
 from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.quant import Array
+from pynq_kgrc.results import Label, Segment, WindowLabels
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.catalogue import Entry
-from pynq_kgrc.service.pool import Pool
+from pynq_kgrc.service.catalogue import ServedProgram
+from pynq_kgrc.service.jobs import Report
+from pynq_kgrc.service.pool import ClipRun, Pool
 from pynq_kgrc.service.refusal import Refusal
+from pynq_kgrc.service.schemas import (
+    BoardFacts,
+    Classification,
+    LayerFacts,
+    ProgramName,
+    Progress,
+    Timings,
+    VideoFacts,
+)
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.uploads import Upload
 from pynq_kgrc.service.waiting import within
-from pynq_kgrc.service.wire import Job, Piece
+from pynq_kgrc.service.wire import DecodeReply, DecodeRequest, LayerRun, ProgramDocument
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
-"""A child is forked, and what is forked must have one thread."""
+"""Only a process with one thread may fork safely, so the numeric libraries get one thread."""
 
-Clips = AsyncIterator[tuple[Piece, bytes]]
+Clips = AsyncIterator[tuple[DecodeReply, bytes]]
 
 
 class Decoder:
-    """The process that forks a child for each upload; started anew if it is gone."""
+    """The process that forks a child for each upload (a zygote); restarted if it has died."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
     def start(self) -> None:
-        """Start the process; a child takes 10 ms from then on instead of a second."""
+        """Start the process; forking a child from it takes 10 ms instead of a second."""
         self.stop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -54,7 +66,7 @@ class Decoder:
         self._socket = ours
 
     def stop(self) -> None:
-        """End it; children that are at work end with their pipe."""
+        """End the process; running children end when their pipe closes."""
         if self._socket is not None:
             self._socket.close()
         if self._process is not None:
@@ -64,37 +76,38 @@ class Decoder:
 
     @property
     def pid(self) -> int:
-        """Of the process; 0 if there is none."""
+        """Process id; 0 if there is no process."""
         return 0 if self._process is None else self._process.pid
 
-    def fork(self, job: Job, source: int, target: int) -> None:
-        """A child that reads from one descriptor and writes to the other.
+    def fork(self, request: DecodeRequest, source: int, target: int) -> None:
+        """Fork a child that reads from descriptor `source` and writes to `target`.
 
         Raises:
-            DeviceError: there cannot be one.
+            DeviceError: the process does not start.
         """
         for _ in range(2):
             if self._socket is None or self._process is None or self._process.poll() is not None:
                 self.start()
             assert self._socket is not None
             try:
-                socket.send_fds(self._socket, [msgspec.json.encode(job)], [source, target])
+                socket.send_fds(self._socket, [msgspec.json.encode(request)], [source, target])
                 return
             except OSError:
                 self.stop()
         raise DeviceError("the process that decodes videos does not start")
 
     @contextlib.asynccontextmanager
-    async def clips(self, upload: Upload, job: Job, clip_bytes: int) -> AsyncIterator[Clips]:
-        """The clips of an upload, and last the piece that says what the video was.
+    async def clips(self, upload: Upload, request: DecodeRequest, clip_bytes: int) -> AsyncIterator[Clips]:
+        """The clips of an upload; the last reply, of kind `end`, has the properties of the video.
 
-        While one is looked at, the next two are decoded; leaving the context ends the child.
+        The pipe's buffer gives back-pressure: while a clip runs on the device, the child decodes
+        about two clips ahead. Leaving the context ends the child.
         """
         source = upload.open()
         ours, theirs = os.pipe2(os.O_CLOEXEC)
-        wire.widen(ours)
+        wire.enlarge_pipe(ours)
         try:
-            self.fork(job, source, theirs)
+            self.fork(request, source, theirs)
         except BaseException:
             os.close(ours)
             raise
@@ -107,42 +120,42 @@ class Decoder:
             lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(ours, "rb", buffering=0)
         )
         try:
-            yield _pieces(stream, job, clip_bytes)
+            yield _replies(stream, request, clip_bytes)
         finally:
             transport.close()
 
 
-async def _pieces(stream: asyncio.StreamReader, job: Job, clip_bytes: int) -> Clips:
-    """Clips and the end.
+async def _replies(stream: asyncio.StreamReader, request: DecodeRequest, clip_bytes: int) -> Clips:
+    """The replies of a decoder child, up to `end`.
 
     Raises:
-        Refusal: what was wrong with the video.
+        Refusal: what is wrong with the video.
     """
     began = time.monotonic()
     while True:
         try:
-            reading = wire.read(stream, Piece, clip_bytes)
-            message = await within(reading, job.decode_seconds + 5)
+            reading = wire.read(stream, DecodeReply, clip_bytes)
+            message = await within(reading, request.decode_seconds + 5)
         except (asyncio.TimeoutError, DeviceError):
             message = None
         if message is None:
-            if time.monotonic() - began >= 0.9 * job.decode_seconds:
-                why = f"took longer than the {job.decode_seconds:g} s accepted"
+            if time.monotonic() - began >= 0.9 * request.decode_seconds:
+                why = f"took longer than the {request.decode_seconds:g} s accepted"
             else:
-                why = f"failed, or took more than the {job.decode_bytes} bytes of memory accepted"
+                why = f"failed, or took more than the {request.decode_bytes} bytes of memory accepted"
             raise Refusal(422, f"decoding this video {why}")
-        piece, payload = message
-        if piece.kind == "error":
-            raise Refusal(413 if piece.status == 413 else 422, piece.text[:500])
-        if piece.kind == "clip" and len(payload) != clip_bytes:
+        reply, payload = message
+        if reply.kind == "error":
+            raise Refusal(413 if reply.status == 413 else 422, reply.text[:500])
+        if reply.kind == "clip" and len(payload) != clip_bytes:
             raise Refusal(422, "decoding this video gave a clip of another size")
-        yield piece, payload
-        if piece.kind == "end":
+        yield reply, payload
+        if reply.kind == "end":
             return
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What a client may choose."""
+    """Options of a request."""
 
     top_k: int = 5
     window: int | None = None
@@ -151,16 +164,16 @@ class Options(msgspec.Struct, frozen=True):
     sampling: Literal["windows", "uniform"] = "windows"
 
 
-def decode_job(entry: Entry, settings: Settings, options: Options, verb: str = "clips") -> Job:
-    """The order for a child."""
-    clip = entry.description["clip"]
-    return Job(
+def decode_request(program: ServedProgram, settings: Settings, options: Options, verb: str = "clips") -> DecodeRequest:
+    """The request to a decoder child for this program."""
+    clip = program.description.clip
+    return DecodeRequest(
         verb,
-        frames=clip["frames"],
-        height=clip["height"],
-        width=clip["width"],
-        short_side=clip["short_side"],
-        step=clip["step"],
+        frames=clip.frames,
+        height=clip.height,
+        width=clip.width,
+        short_side=clip.short_side,
+        step=clip.step,
         window=options.window,
         stride=options.stride,
         uniform=options.sampling == "uniform",
@@ -171,116 +184,137 @@ def decode_job(entry: Entry, settings: Settings, options: Options, verb: str = "
     )
 
 
-def check_options(entry: Entry, settings: Settings, options: Options) -> None:
-    """Refuse a window that the program's clip does not fit in, or that is too long.
+def check_options(program: ServedProgram, settings: Settings, options: Options) -> None:
+    """Refuse a window that is shorter than the program's clip, or too long.
 
     Raises:
-        Refusal: 422, names what is accepted.
+        Refusal: 422, names the accepted range.
     """
-    frames = entry.description["clip"]["frames"]
+    frames = program.description.clip.frames
     if options.window is not None and not frames <= options.window <= settings.max_window:
         raise Refusal(
             422,
-            f"window={options.window}; {entry.name} looks at {frames} frames, so that accepted "
+            f"window={options.window}; a clip of {program.name} has {frames} frames; accepted "
             f"are {frames} to {max(frames, settings.max_window)}",
         )
 
 
 async def classify(
     upload: Upload,
-    entry: Entry,
+    program: ServedProgram,
     options: Options,
     settings: Settings,
     pool: Pool,
     decoder: Decoder,
-    report: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """What a video shows, as it is answered to the client (docs/service.md); `report` hears of
-    the progress after each window.
+    report: Report,
+) -> Classification:
+    """Classify a video; `report` is called with the progress after each window.
 
     Raises:
-        Refusal: what was wrong.
+        Refusal: what is wrong with the video, or why no worker can run it.
     """
     began = time.perf_counter()
-    clip_bytes = int(np.prod(entry.clip_shape))
-    job = decode_job(entry, settings, options)
-    windows: list[tuple[Piece, Any]] = []
-    layers: list[dict[str, Any]] = []
+    clip_bytes = int(np.prod(program.clip_shape))
+    request = decode_request(program, settings, options)
+    windows: list[tuple[DecodeReply, Array]] = []
+    layers: list[LayerRun] = []
     run = waited = 0.0
-    end = Piece("end")
-    async with decoder.clips(upload, job, clip_bytes) as pieces:
-        async for piece, payload in pieces:
-            if piece.kind == "end":
-                end = piece
+    end = DecodeReply("end")
+    async with decoder.clips(upload, request, clip_bytes) as replies:
+        async for reply, payload in replies:
+            if reply.kind == "end":
+                end = reply
                 break
-            found = await pool.run(entry.key, payload)
-            scores = np.frombuffer(found.values, "<f4").reshape(2, -1)[1]
-            windows.append((piece, scores))
+            found = await pool.run(program.key, payload)
+            windows.append((reply, probabilities_of(found)))
             layers, run, waited = found.layers, run + found.seconds, waited + found.waited
-            share = min(1.0, piece.decoded / piece.declared) if piece.declared else None
-            report({"windows": len(windows), "frames": piece.decoded, "share": share})
+            share = min(1.0, reply.decoded / reply.declared) if reply.declared else None
+            report(Progress(len(windows), reply.decoded, share))
     total = time.perf_counter() - began
-    mean = np.mean([scores for _, scores in windows], axis=0)
-    modelled = {row["name"]: row["modelled_ms"] for row in entry.description["tasks"]}
-    return {
-        "program": {"name": entry.name, "version": entry.version},
-        "backend": pool.backend,
-        "video": {
-            "duration_ms": round(end.duration_ms, 1),
-            "frames": end.decoded,
-            "width": end.width,
-            "height": end.height,
-            "codec": end.codec,
-            "container": end.container,
-            "notes": end.notes,
-        },
-        "labels": best(mean, entry.labels, options.top_k),
-        "segments": merge([(p.start_ms, p.end_ms, s) for p, s in windows], entry.labels),
-        "windows": [
-            {
-                "start_ms": round(piece.start_ms, 1),
-                "end_ms": round(piece.end_ms, 1),
-                "labels": best(scores, entry.labels, options.top_k),
-            }
-            for piece, scores in windows
+    mean: Array = np.mean([probabilities for _, probabilities in windows], axis=0)
+    spans = [(reply.start_ms, reply.end_ms, probabilities) for reply, probabilities in windows]
+    return Classification(
+        program=ProgramName(program.name, program.version),
+        backend=pool.backend,
+        video=video_facts(end),
+        labels=best_labels(mean, program.labels, options.top_k),
+        segments=merge_windows(spans, program.labels),
+        windows=[
+            WindowLabels(
+                start_ms=round(start, 1),
+                end_ms=round(stop, 1),
+                labels=best_labels(probabilities, program.labels, options.top_k),
+            )
+            for start, stop, probabilities in spans
         ],
-        "timings_ms": {
-            "wait_for_device": round(1e3 * waited, 2),
-            "run": round(1e3 * run, 2),
-            "decode_and_rest": round(1e3 * (total - run - waited), 2),
-            "total": round(1e3 * total, 2),
-        },
-        "layers": [{**layer, "modelled_ms": modelled.get(layer["task"], 0.0)} for layer in layers],
-        "board": {
-            "latency_ms": entry.description["modelled_ms"],
-            "clock_mhz": entry.description["modelled_clock_mhz"],
-            "kind": "modelled",
-            "note": "of a clip, by the cost model; not measured on a board",
-        },
-    }
+        timings_ms=Timings(
+            wait_for_device=round(1e3 * waited, 2),
+            run=round(1e3 * run, 2),
+            decode_and_rest=round(1e3 * (total - run - waited), 2),
+            total=round(1e3 * total, 2),
+        ),
+        layers=layer_facts(layers, program.description),
+        board=BoardFacts(
+            latency_ms=program.description.modelled_ms,
+            clock_mhz=program.description.modelled_clock_mhz,
+            kind="modelled",
+            note="of a clip, by the cost model; not measured on a board",
+        ),
+    )
 
 
-def best(scores: Any, labels: list[str], count: int) -> list[dict[str, Any]]:
-    """The best labels with their probabilities, the best first."""
-    order = np.argsort(-scores, kind="stable")[:count]
-    return [{"label": labels[i], "confidence": round(float(scores[i]), 6)} for i in order]
+def probabilities_of(run: ClipRun) -> Array:
+    """The probabilities [classes] of a clip, float32."""
+    scores: Array = np.frombuffer(run.scores, "<f4").reshape(2, -1)
+    return scores[1]
 
 
-def merge(windows: list[tuple[float, float, Any]], labels: list[str]) -> list[dict[str, Any]]:
-    """Windows in a row with the same best label as one segment.
+def video_facts(end: DecodeReply) -> VideoFacts:
+    """The properties of a video, from the decoder's last reply."""
+    return VideoFacts(
+        duration_ms=round(end.duration_ms, 1),
+        frames=end.decoded,
+        width=end.width,
+        height=end.height,
+        codec=end.codec,
+        container=end.container,
+        notes=end.notes,
+    )
 
-    Where windows overlap, the border between two segments is the middle of the overlap.
+
+def layer_facts(layers: list[LayerRun], description: ProgramDocument) -> list[LayerFacts]:
+    """The layers of a clip with their modelled time; 0 if the cost model has no such task."""
+    modelled = {task.name: task.modelled_ms for task in description.tasks}
+    return [
+        LayerFacts(**msgspec.structs.asdict(layer), modelled_ms=modelled.get(layer.task, 0.0))
+        for layer in layers
+    ]
+
+
+def best_labels(probabilities: Array, labels: list[str], count: int) -> tuple[Label, ...]:
+    """The `count` most probable labels, the most probable first, rounded to 6 digits.
+
+    Not `runtime.best_labels`: the answering process must not import the runtime.
+    """
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return tuple(Label(labels[i], round(float(probabilities[i]), 6)) for i in order)
+
+
+def merge_windows(windows: list[tuple[float, float, Array]], labels: list[str]) -> list[Segment]:
+    """Merge consecutive windows with the same best label into one segment.
+
+    Where the windows of two segments overlap, the border is the middle of the overlap.
 
     Args:
-        windows: start_ms, end_ms, and probabilities [classes].
+        windows: start_ms, end_ms and probabilities [classes] of each window.
         labels: a name for each class.
     """
     runs: list[list[tuple[float, float, float, int]]] = []
-    for start, end, scores in windows:
-        top = int(np.argmax(scores))
+    for start, end, probabilities in windows:
+        top = int(np.argmax(probabilities))
         if not runs or runs[-1][0][3] != top:
             runs.append([])
-        runs[-1].append((start, end, float(scores[top]), top))
+        runs[-1].append((start, end, float(probabilities[top]), top))
     segments = []
     for i, run in enumerate(runs):
         start, end = run[0][0], run[-1][1]
@@ -289,11 +323,11 @@ def merge(windows: list[tuple[float, float, Any]], labels: list[str]) -> list[di
         if i + 1 < len(runs):
             end = min(end, (end + runs[i + 1][0][0]) / 2)
         segments.append(
-            {
-                "label": labels[run[0][3]],
-                "confidence": round(sum(window[2] for window in run) / len(run), 6),
-                "start_ms": round(start, 1),
-                "end_ms": round(end, 1),
-            }
+            Segment(
+                label=labels[run[0][3]],
+                confidence=round(sum(window[2] for window in run) / len(run), 6),
+                start_ms=round(start, 1),
+                end_ms=round(end, 1),
+            )
         )
     return segments

@@ -1,8 +1,8 @@
 """Messages between the processes of the service: a JSON head and a payload, over a pipe.
 
-A message is two lengths, little-endian (4 bytes of head, 8 of payload), then head and payload. Both
-sides are ours, but a child that decodes a stranger's video may be taken over, so that the one
-who reads checks lengths and types.
+A message is two little-endian lengths (4 bytes for the head, 8 for the payload), then the head and
+the payload. A decoder child may be taken over by the video that it decodes, so the reader checks
+lengths and types.
 """
 
 from __future__ import annotations
@@ -24,27 +24,87 @@ MAX_PAYLOAD = 1 << 30
 T = TypeVar("T")
 
 
-class Order(msgspec.Struct, forbid_unknown_fields=True):
-    """For a worker: `load` a program from `path`, `run` a clip, `drop` a program, or `ping`."""
+class Command(msgspec.Struct, forbid_unknown_fields=True):
+    """To a worker: `load` a program from `path`, `run` a clip, `drop` a program, or `ping`."""
 
     verb: str
     key: str = ""
     path: str = ""
 
 
+class LayerRun(msgspec.Struct, frozen=True, kw_only=True):
+    """One task of a clip: counted work, and milliseconds on this host."""
+
+    task: str
+    macs: int
+    bytes: int
+    """Traffic to and from memory."""
+    ms: float
+
+
+class ClipFormat(msgspec.Struct, frozen=True):
+    """The frames that a program takes, and how they are sampled and scaled (`graph.ClipSpec`)."""
+
+    frames: int
+    height: int
+    width: int
+    short_side: int
+    step: int
+
+
+class TaskDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """One task of a program; sizes are [C, D, H, W] or [D, H, W]. Pools have no weights."""
+
+    name: str
+    in_: list[int] = msgspec.field(name="in")
+    out: list[int]
+    kernel: list[int]
+    stride: list[int]
+    mode: str
+    kept_rows: int | msgspec.UnsetType = msgspec.UNSET
+    kept_columns: int | msgspec.UnsetType = msgspec.UNSET
+    macs_dense: int | msgspec.UnsetType = msgspec.UNSET
+    macs_kept: int | msgspec.UnsetType = msgspec.UNSET
+    weight_bytes: int | msgspec.UnsetType = msgspec.UNSET
+    rides: list[str] | msgspec.UnsetType = msgspec.UNSET
+    modelled_ms: float
+
+
+class ProgramDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """What a program holds (`analysis.description.describe`), with labels and modelled latency."""
+
+    name: str
+    format_version: int
+    accelerator: str
+    accelerator_digest: str
+    bits: int
+    clip: ClipFormat
+    classes: int
+    activation_peak_bytes: int
+    weight_bytes: int
+    macs_dense: int
+    macs_kept: int
+    tasks: list[TaskDocument]
+    labels: list[str]
+    """One per class; empty if the program has none."""
+    modelled_ms: float
+    """Latency of a clip by the cost model, at `modelled_clock_mhz`."""
+    modelled_clock_mhz: float
+
+
 class Answer(msgspec.Struct):
-    """A worker's; `error` is empty if all went well."""
+    """A worker's answer to a command; `error` is empty if the command succeeded."""
 
     error: str = ""
     kind: str = ""
-    """The error's class, such as DeviceError."""
+    """Class of the error, such as DeviceError."""
     seconds: float = 0.0
-    layers: list[dict[str, Any]] = []
-    program: dict[str, Any] = {}
+    layers: list[LayerRun] = []
+    program: ProgramDocument | None = None
 
 
-class Job(msgspec.Struct, forbid_unknown_fields=True):
-    """For a child that decodes: what to do, within which limits."""
+class DecodeRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """To a decoder child: what to decode, into which clips, within which limits."""
 
     verb: str
     """`clips` of a video, or `frames` of a live session."""
@@ -63,8 +123,8 @@ class Job(msgspec.Struct, forbid_unknown_fields=True):
     decode_bytes: int = 1_000_000_000
 
 
-class Piece(msgspec.Struct):
-    """From a child that decodes: a clip, a frame, the end, or an error."""
+class DecodeReply(msgspec.Struct):
+    """From a decoder child; `kind` is `clip`, `frame`, `end` or `error`."""
 
     kind: str
     number: int = 0
@@ -82,14 +142,14 @@ class Piece(msgspec.Struct):
     text: str = ""
 
 
-def widen(descriptor: int) -> None:
-    """Let a pipe hold a megabyte instead of 64 kB: a clip passes in fewer turns."""
-    with contextlib.suppress(OSError):  # the user's pipes may be limited
+def enlarge_pipe(descriptor: int) -> None:
+    """Set a pipe's buffer to 1 MB instead of 64 kB: a clip passes in fewer system calls."""
+    with contextlib.suppress(OSError):  # the system limits the pipe buffers of a user
         fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, 1 << 20)
 
 
 def pack_head(head: Any, payload: int) -> bytes:
-    """What goes before a payload of that many bytes."""
+    """The lengths and the head of a message whose payload has `payload` bytes."""
     text = msgspec.json.encode(head)
     return LENGTHS.pack(len(text), payload) + text
 
@@ -103,47 +163,47 @@ def send(file: BinaryIO, head: Any, payload: bytes | memoryview = b"") -> None:
 
 
 def receive(file: BinaryIO, kind: type[T]) -> tuple[T, bytes] | None:
-    """Read one message; none at the end; blocks.
+    """Read one message, or None at the end of the file; blocks.
 
     Raises:
-        DeviceError: what arrives is no message of that kind.
+        DeviceError: the bytes are not a message of that kind.
     """
     lengths = file.read(LENGTHS.size)
     if len(lengths) < LENGTHS.size:
         return None
-    head, payload = _checked(lengths)
+    head, payload = _unpack_lengths(lengths)
     text = file.read(head)
     body = file.read(payload)
     if len(text) < head or len(body) < payload:
         return None
-    return _decoded(text, kind), body
+    return _decode_head(text, kind), body
 
 
 async def read(
     stream: asyncio.StreamReader, kind: type[T], most: int = MAX_PAYLOAD
 ) -> tuple[T, bytes] | None:
-    """As `receive`, without blocking others.
+    """As `receive`, for asyncio.
 
     Raises:
-        DeviceError: what arrives is no message of that kind, or its payload exceeds `most`.
+        DeviceError: the bytes are not a message of that kind, or the payload exceeds `most`.
     """
     try:
-        head, payload = _checked(await stream.readexactly(LENGTHS.size), most)
+        head, payload = _unpack_lengths(await stream.readexactly(LENGTHS.size), most)
         text = await stream.readexactly(head)
         body = await stream.readexactly(payload) if payload else b""
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    return _decoded(text, kind), body
+    return _decode_head(text, kind), body
 
 
-def _checked(lengths: bytes, most: int = MAX_PAYLOAD) -> tuple[int, int]:
+def _unpack_lengths(lengths: bytes, most: int = MAX_PAYLOAD) -> tuple[int, int]:
     head, payload = LENGTHS.unpack(lengths)
     if head > MAX_HEAD or payload > most:
         raise DeviceError(f"a message of {head} + {payload} bytes; at most {MAX_HEAD} + {most}")
     return head, payload
 
 
-def _decoded(text: bytes, kind: type[T]) -> T:
+def _decode_head(text: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(text, type=kind)
     except msgspec.MsgspecError as error:

@@ -1,7 +1,8 @@
 """The process that owns the device: `python -m pynq_kgrc.service.worker BACKEND`.
 
-It reads orders on standard input and answers each on standard output, one after the other, until
-standard input ends. If it dies, the device is free again, and `pool.py` starts another.
+It reads commands from standard input and writes an answer to each on standard output, one after
+the other, until standard input ends. If it dies, the operating system releases the device, and
+`pool.py` starts another worker.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+import msgspec
 import numpy as np
 
 from pynq_kgrc.accelerator.cost import task_cost
@@ -21,16 +23,16 @@ from pynq_kgrc.analysis.description import describe
 from pynq_kgrc.errors import KgrcError, ProgramError
 from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
-from pynq_kgrc.runtime import Session, softmax
+from pynq_kgrc.runtime import Session
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.wire import Answer, Order
+from pynq_kgrc.service.wire import Answer, Command, LayerRun, ProgramDocument
 
 
-class Owner:
-    """The programs that are loaded, and the one device they run on.
+class DeviceSessions:
+    """The loaded programs, and their open sessions on the one device.
 
-    The emulation keeps a session for each program. A device holds one program at a time, so that
-    there the session changes with the program asked for.
+    A backend that is not exclusive keeps a session open for each program. An exclusive one holds
+    one program at a time: a session is closed before another program's is opened.
     """
 
     def __init__(self, backend: str) -> None:
@@ -38,48 +40,51 @@ class Owner:
         self.programs: dict[str, Program] = {}
         self.sessions: dict[str, Session] = {}
 
-    def obey(self, order: Order, payload: bytes) -> tuple[Answer, bytes]:
-        """Carry out one order.
+    def execute(self, command: Command, payload: bytes) -> tuple[Answer, bytes]:
+        """Execute one command; its answer and payload.
 
         Raises:
-            KgrcError: what stood in the way.
+            KgrcError: why it could not be executed.
         """
-        if order.verb == "load":
-            return Answer(program=self.load(order.key, Path(order.path))), b""
-        if order.verb == "run":
-            return self.run(order.key, payload)
-        if order.verb == "drop":
-            self.drop(order.key)
-        elif order.verb != "ping":
-            raise ProgramError(f"no order {order.verb!r}; there are load, run, drop and ping")
+        if command.verb == "load":
+            return Answer(program=self.load(command.key, Path(command.path))), b""
+        if command.verb == "run":
+            return self.run(command.key, payload)
+        if command.verb == "drop":
+            self.drop(command.key)
+        elif command.verb != "ping":
+            raise ProgramError(f"no command {command.verb!r}; there are load, run, drop and ping")
         return Answer(), b""
 
-    def load(self, key: str, path: Path) -> dict[str, Any]:
+    def load(self, key: str, path: Path) -> ProgramDocument:
         """Load a program and run a clip of zeros through it; its description."""
         program = load(path)
         self.programs[key] = program
         try:
             clip = program.clip
-            frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
-            self.session(key).classify(frames)
+            self.session(key).run(np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8))
             return describe_for_clients(program)
         except BaseException:
             self.drop(key)
             raise
 
     def session(self, key: str) -> Session:
-        """The session of a program, opened if need be."""
+        """The session of a program; it is opened if it is not open.
+
+        Raises:
+            ProgramError: no program of that key is loaded.
+        """
         if key not in self.sessions:
             if key not in self.programs:
                 raise ProgramError(f"no program {key!r} is loaded")
-            if self.backend != "emulate":
-                for other in list(self.sessions):
+            for other, session in list(self.sessions.items()):
+                if session.backend.exclusive:
                     self.sessions.pop(other).close()
             self.sessions[key] = Session(self.programs[key], self.backend)
         return self.sessions[key]
 
     def run(self, key: str, payload: bytes) -> tuple[Answer, bytes]:
-        """Logits and probabilities, float32 [2, classes], of one clip."""
+        """Run a clip, uint8 [D, H, W, 3]; logits and probabilities as float32 [2, classes]."""
         session = self.session(key)
         clip = session.program.clip
         shape = (clip.frames, clip.height, clip.width, 3)
@@ -87,34 +92,33 @@ class Owner:
             raise ProgramError(f"a clip of {len(payload)} bytes; {key} takes uint8 {shape}")
         start = time.perf_counter()
         frames: Array = np.frombuffer(payload, np.uint8).reshape(shape)
-        prediction = session.classify(frames, 1)
-        logits = session.logits()
-        result = np.stack([logits, softmax(logits)]).astype("<f4")
+        scores = session.run(frames)
+        result = np.stack([scores.logits, scores.probabilities]).astype("<f4")
         layers = [
-            {
-                "task": counters.task,
-                "macs": counters.macs,
-                "bytes": counters.bytes_in + counters.bytes_weight + counters.bytes_out,
-                "ms": round(1e3 * counters.seconds, 3),
-            }
-            for counters in prediction.layers
+            LayerRun(
+                task=counters.task,
+                macs=counters.macs,
+                bytes=counters.bytes_in + counters.bytes_weight + counters.bytes_out,
+                ms=round(1e3 * counters.seconds, 3),
+            )
+            for counters in scores.layers
         ]
         return Answer(seconds=time.perf_counter() - start, layers=layers), result.tobytes()
 
     def drop(self, key: str) -> None:
-        """Forget a program; one that is not there is no error."""
+        """Forget a program; a key that is not loaded is no error."""
         if key in self.sessions:
             self.sessions.pop(key).close()
         self.programs.pop(key, None)
 
     def close(self) -> None:
-        """Give the device back."""
+        """Drop all programs and release the device."""
         for key in list(self.programs):
             self.drop(key)
 
 
-def describe_for_clients(program: Program) -> dict[str, Any]:
-    """A description with the labels, how frames are chosen, and modelled latency in ms."""
+def describe_for_clients(program: Program) -> ProgramDocument:
+    """A description with labels, the sampling of frames, and modelled latencies in ms."""
     document = describe(program)
     clip = program.clip
     chosen = ("frames", "height", "width", "short_side", "step")
@@ -126,29 +130,29 @@ def describe_for_clients(program: Program) -> dict[str, Any]:
         row["modelled_ms"] = round(cycles / (PUBLISHED_CLOCK_MHZ * 1e3), 4)
     document["modelled_ms"] = round(sum(row["modelled_ms"] for row in document["tasks"]), 3)
     document["modelled_clock_mhz"] = PUBLISHED_CLOCK_MHZ
-    return document
+    return msgspec.convert(document, ProgramDocument)
 
 
-def serve(owner: Owner, orders: BinaryIO, answers: BinaryIO) -> None:
-    """Obey until there are no more orders."""
-    while (message := wire.receive(orders, Order)) is not None:
-        order, payload = message
+def serve(sessions: DeviceSessions, commands: BinaryIO, answers: BinaryIO) -> None:
+    """Execute commands until their stream ends."""
+    while (message := wire.receive(commands, Command)) is not None:
+        command, payload = message
         try:
-            answer, body = owner.obey(order, payload)
+            answer, body = sessions.execute(command, payload)
         except (KgrcError, MemoryError) as error:
             text = str(error) or "out of memory"
             answer, body = Answer(error=text, kind=type(error).__name__), b""
         wire.send(answers, answer, body)
-    owner.close()
+    sessions.close()
 
 
 def main() -> None:
-    # a print somewhere must not end up among the answers
+    # answers go to a copy of descriptor 1; prints of any library go to standard error
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    # Ctrl-C reaches the whole group; the service asks when it is time to stop
+    # Ctrl-C reaches the whole process group; the service itself ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    serve(Owner(sys.argv[1]), sys.stdin.buffer, answers)
+    serve(DeviceSessions(sys.argv[1]), sys.stdin.buffer, answers)
 
 
 if __name__ == "__main__":

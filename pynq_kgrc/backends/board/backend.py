@@ -86,6 +86,9 @@ class Board(Loaded):
         DeviceError: no device, no overlay, or not the one that it should be; says what to do.
     """
 
+    name = "board"
+    exclusive = True
+
     def __init__(
         self,
         config: AcceleratorConfig,
@@ -356,13 +359,12 @@ class Board(Loaded):
         Seconds are those of the whole start, shared out by the cycles that each task reports.
 
         Raises:
-            ProgramError: nothing is loaded.
+            ProgramError: nothing is loaded, or the range is not within the program.
             DeviceError: it did not finish in time, or not as it should; names the task. The maps
                 are lost then, and the device is programmed again.
         """
-        program = self.program
-        last = len(program.tasks) if last is None else min(last, len(program.tasks))
-        if first >= last:
+        first, last = self.task_range(first, last)
+        if first == last:
             return []
         self._refuse_lost()
         try:

@@ -63,6 +63,9 @@ class Emulation(Loaded):
             default where `may_fork` says so when a program is loaded.
     """
 
+    name = "emulate"
+    exclusive = False
+
     def __init__(
         self, config: AcceleratorConfig, cores: int | None = None, fork: bool | None = None
     ) -> None:
@@ -133,9 +136,12 @@ class Emulation(Loaded):
         """Run the tasks [first, last) in order.
 
         Raises:
+            ProgramError: no program is loaded, or the range is not within it.
             DeviceError: a process that shares the work was killed; the next run starts it anew.
         """
-        last = len(self.program.tasks) if last is None else last
+        first, last = self.task_range(first, last)
+        if first == last:
+            return []
         crew = self._crew = self._crew or self._gather()
         counters = []
         try:

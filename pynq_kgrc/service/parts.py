@@ -1,0 +1,217 @@
+"""The parts of a running service: how they are started, used for a request, and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.service.catalogue import Catalogue
+from pynq_kgrc.service.jobs import Admission, Job, Jobs, Report
+from pynq_kgrc.service.metrics import Metrics
+from pynq_kgrc.service.pool import ClipRun, Pool
+from pynq_kgrc.service.refusal import Refusal
+from pynq_kgrc.service.schemas import Classification, StructResponse
+from pynq_kgrc.service.server import Server
+from pynq_kgrc.service.settings import Settings
+from pynq_kgrc.service.uploads import Upload, receive_upload
+from pynq_kgrc.service.videos import Decoder, Options, check_options, classify
+
+PROBE_SECONDS = 10.0
+"""Seconds between two health checks of idle workers."""
+
+
+class Service:
+    """All parts of a service, and the order in which they start and stop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.pool = Pool(settings.backend, settings.workers, settings.clip_seconds)
+        self.decoder = Decoder()
+        self.queue = Admission(settings.queue, "videos or inferences")
+        self.uploads = Admission(settings.uploads, "uploads")
+        self.live = Admission(settings.live, "live sessions")
+        self.server: Server | None = None
+        self._probing: asyncio.Task[None] | None = None
+        self._lock = self._open_state(settings.state)
+        self.catalogue = Catalogue(
+            self.pool, settings.state, settings.programs, settings.repository
+        )
+        self.jobs = Jobs(
+            settings.state / "jobs.sqlite",
+            self.queue,
+            settings.workers + 1,
+            settings.job_seconds,
+            settings.keep_seconds,
+        )
+        self.pool.on_run = self._count_run
+
+    def _open_state(self, folder: Path) -> int:
+        """Lock the state folder and delete the program copies that a killed service left there.
+
+        Raises:
+            ConfigError: it cannot be written, or another service uses it.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            copies = folder / "programs"
+            copies.mkdir(exist_ok=True)
+            for left in copies.iterdir():
+                left.unlink()
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"--state {folder}: another service uses it; give this one a folder of its own"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"--state {folder}: {error.strerror}") from error
+        return lock
+
+    def _count_run(self, run: ClipRun) -> None:
+        self.metrics.clip_seconds.observe(run.seconds)
+        self.metrics.wait_seconds.observe(run.waited)
+
+    async def start(self) -> None:
+        """Start the processes and load the programs.
+
+        Raises:
+            KgrcError: a process does not start, or a program is refused.
+        """
+        try:
+            self.decoder.start()
+            await self.pool.start()
+            for path in self.settings.programs:
+                await self.catalogue.load(path.stem)
+        except BaseException:
+            await self.stop()
+            raise
+        self._probing = asyncio.get_running_loop().create_task(self._probe())
+
+    async def stop(self) -> None:
+        """Finish the accepted jobs within the grace period, then end all processes."""
+        if self._probing is not None:
+            self._probing.cancel()
+        await self.jobs.finish(self.settings.grace_seconds)
+        self.decoder.stop()
+        await self.pool.stop()
+        self.jobs.close()
+        os.close(self._lock)
+
+    async def _probe(self) -> None:
+        while True:
+            await asyncio.sleep(PROBE_SECONDS)
+            await self.pool.probe()
+
+    @property
+    def draining(self) -> bool:
+        """Whether the service is about to stop."""
+        return self.server is not None and self.server.draining
+
+    def unavailable_reason(self) -> str:
+        """Why the service cannot answer requests now; empty if it can."""
+        if self.draining:
+            return "the service is stopping"
+        if self.pool.unavailable_reason:
+            return self.pool.unavailable_reason
+        return "" if self.catalogue.served else "no program is loaded"
+
+    async def while_connected(self, request: Request, work: Awaitable[Any]) -> Any:
+        """Await `work`, and cancel it if the client disconnects.
+
+        Raises:
+            Refusal: the client disconnected; nobody will read this answer.
+        """
+        task = asyncio.ensure_future(work)
+        leaving = asyncio.ensure_future(disconnected(request))
+        try:
+            await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Refusal(408, "the client disconnected")
+            return task.result()
+        finally:
+            leaving.cancel()
+            task.cancel()
+            await asyncio.gather(leaving, task, return_exceptions=True)
+
+    async def receive(self, request: Request) -> Upload:
+        """Store the body of a request in a file.
+
+        If the queue is full, the request is refused before its body is read.
+
+        Raises:
+            Refusal: 429, 507, or what is wrong with the body.
+        """
+        self.queue.check()
+        with self.uploads.enter():
+            expected = int(request.headers.get("content-length", "0") or 0)
+            kind = request.headers.get("content-type", "")
+            folder, free = self.settings.state, self.settings.free_bytes
+            return await receive_upload(request.stream(), kind, expected, folder, free)
+
+    def submit(self, upload: Upload, options: Options) -> Job:
+        """Start a job that classifies an upload; the job closes the upload.
+
+        Raises:
+            Refusal: 404 no such program, 422 an option out of range, 429 the queue is full.
+        """
+        context = contextlib.ExitStack()
+        context.callback(upload.close)
+        try:
+            program = context.enter_context(self.catalogue.lease(options.program))
+            check_options(program, self.settings, options)
+
+            def work(report: Report) -> Awaitable[Classification]:
+                return classify(
+                    upload, program, options, self.settings, self.pool, self.decoder, report
+                )
+
+            return self.jobs.submit(work, context.close)
+        except BaseException:
+            context.close()
+            raise
+
+    async def answer(self, request: Request, job: Job, seconds: float) -> Response:
+        """A job's result if it is done within `seconds`, else 202 and the address of the job.
+
+        Raises:
+            Refusal: why the job failed.
+        """
+        assert job.task is not None
+        leaving = asyncio.ensure_future(disconnected(request))
+        try:
+            if seconds > 0:
+                await asyncio.wait(
+                    {job.task, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                )
+            if job.error is not None:
+                raise job.error
+            if job.state == "done":
+                return StructResponse(job.result)
+            if leaving.done():
+                raise Refusal(408, "the client disconnected")
+            self.jobs.keep(job)
+            headers = {"location": f"/v1/jobs/{job.id}"}
+            return StructResponse(job.document(), 202, headers=headers)
+        except BaseException:
+            job.task.cancel()
+            raise
+        finally:
+            leaving.cancel()
+
+
+async def disconnected(request: Request) -> None:
+    """Return when the client has disconnected; the body must have been read before."""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
