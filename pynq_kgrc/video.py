@@ -177,6 +177,7 @@ def _opened(
 
 @contextmanager
 def _file(source: str | bytes | os.PathLike[str], limits: Limits) -> Iterator[BinaryIO]:
+    file: BinaryIO
     if isinstance(source, bytes):
         size, file = len(source), io.BytesIO(source)
     else:

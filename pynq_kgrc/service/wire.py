@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.graph import ClipSpec
 
 LENGTHS = struct.Struct("<IQ")
 MAX_HEAD = 4_000_000
@@ -40,16 +41,6 @@ class LayerRun(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     """Traffic to and from memory."""
     ms: float
-
-
-class ClipFormat(msgspec.Struct, frozen=True):
-    """The frames that a program takes, and how they are sampled and scaled (`graph.ClipSpec`)."""
-
-    frames: int
-    height: int
-    width: int
-    short_side: int
-    step: int
 
 
 class TaskDocument(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +69,7 @@ class ProgramDocument(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str
     accelerator_digest: str
     bits: int
-    clip: ClipFormat
+    clip: ClipSpec
     classes: int
     activation_peak_bytes: int
     weight_bytes: int
@@ -108,15 +99,11 @@ class DecodeRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     verb: str
     """`clips` of a video, or `frames` of a live session."""
-    frames: int
-    height: int
-    width: int
-    short_side: int
-    step: int
+    clip: ClipSpec
+    sampling: str = "windows"
+    """One of `graph.SAMPLINGS`."""
     window: int | None = None
     stride: int | None = None
-    uniform: bool = False
-    """One clip whose frames are spread over the whole video."""
     max_pixels: int = 1920 * 1088
     max_seconds: float = 600.0
     decode_seconds: float = 120.0
@@ -131,7 +118,7 @@ class DecodeReply(msgspec.Struct):
     start_ms: float = 0.0
     end_ms: float = 0.0
     decoded: int = 0
-    declared: int = 0
+    declared_ms: float = 0.0
     duration_ms: float = 0.0
     width: int = 0
     height: int = 0
