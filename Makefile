@@ -1,17 +1,17 @@
-# Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
+# `make demo` and `make test` install what they need into .venv; nothing else has to be set up.
 PYTHON ?= python3
 VENV   := .venv
 CLUSTER := .venv-cluster
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# a file of tests stays in one process: its tests share what they build
+# all tests of a file run in one process, because they share fixtures
 PARALLEL := -n 2 --dist loadfile
 
-# beside the pynq of constraints.txt: what the images of boards carry
+# versions of pynq on the images of boards, tested in addition to the one in constraints.txt
 OLDER_PYNQ := 3.0.1 3.1.2
 
-.PHONY: help demo notebooks test test-all rtl-tools matrix versions cluster bench check clean
+.PHONY: help demo notebooks docs test test-all rtl-tools matrix versions cluster bench check check-cpp clean
 help: ## show this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -21,15 +21,15 @@ $(VENV)/base: setup.py constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) -e '.[train,dev,board,serve,clients]'
-	$(PIP) --no-deps hls4ml # only its ap_int headers, for the C-simulation's second set of types
+	$(PIP) -e '.[train,dev,docs,board,serve,clients]'
+	$(PIP) --no-deps hls4ml # only for its ap_int headers: the C-simulation is tested with them too
 	@touch $@
 
 $(VENV)/jupyter: $(VENV)/base
 	$(PIP) -e '.[train,notebooks]'
 	@touch $@
 
-# Ray is large: apart, so that the tests of everything else need not wait for it
+# Ray is large (about 750 MB): in an environment of its own, so that `make test` does not install it
 $(CLUSTER)/done: setup.py constraints.txt
 	$(PYTHON) -m venv $(CLUSTER)
 	$(CLUSTER)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
@@ -47,7 +47,7 @@ $(VENV)/pynq-%/done: setup.py constraints.txt
 		-e '.[board]' pynq==$* pytest pytest-timeout
 	@touch $@
 
-demo: $(VENV)/base ## recognize real clips with a real 3-D CNN at 8 bits, bit for bit as on the board
+demo: $(VENV)/base ## classify real clips with a pretrained I3D at 8 bits, in the bit-exact emulation
 	$(BIN)/python examples/demo.py
 
 notebooks: $(VENV)/jupyter ## open the notebooks in a browser
@@ -58,14 +58,21 @@ check: $(VENV)/dev ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: check ## the tests, within minutes
+# clang-format is stable within a version only: constraints.txt pins it
+check-cpp: $(VENV)/dev ## format of the C++ sources
+	$(BIN)/clang-format --dry-run --Werror $(wildcard hls_src/*.cpp hls_src/*.h hls_src/*/*.cpp hls_src/*/*.h)
+
+docs: $(VENV)/dev ## build the site of the documents into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test: check ## format, lint, types, and all tests but the slow ones
 	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
 
-test-all: test matrix versions cluster rtl-tools ## every proof, the slow ones too
+test-all: test matrix versions cluster rtl-tools ## every test, the slow ones too
 	$(BIN)/python -m pytest -m slow
 
-# without them the tests of hls_src/rtl are skipped, and say so
-rtl-tools: ## Verilator and yosys, which simulate and synthesize hls_src/rtl
+# without them the tests of hls_src/rtl are skipped with a message
+rtl-tools: ## install Verilator and yosys, which simulate and synthesize hls_src/rtl
 	@if command -v verilator >/dev/null && command -v yosys >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -q && apt-get install -q -y --no-install-recommends verilator yosys make g++ \
@@ -73,19 +80,19 @@ rtl-tools: ## Verilator and yosys, which simulate and synthesize hls_src/rtl
 	else echo 'rtl-tools: RTL not tested; put verilator (5) and yosys (0.23) or later on PATH,' \
 		'on Debian with "sudo apt-get install verilator yosys"'; fi
 
-matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## the driver under older versions of pynq
+matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## test the driver under older versions of pynq
 	for version in $(OLDER_PYNQ); do \
 		$(VENV)/pynq-$$version/bin/python -m pytest -m 'not slow' -k 'board or doctor' \
 			host_tests/test_board.py host_tests/test_doctor.py host_tests/test_backends.py || exit 1; \
 	done
 
-versions: ## the runtime on the oldest and newest Python and numpy
+versions: ## test the runtime on the oldest and newest Python and numpy
 	.ci/versions
 
-cluster: $(CLUSTER)/done ## batches and many boards, with Ray in an environment of its own
+cluster: $(CLUSTER)/done ## test batches and several boards, with Ray in an environment of its own
 	$(CLUSTER)/bin/python -m pytest host_tests/test_cluster.py
 
-bench: $(VENV)/bench $(VENV)/dev ## emulation against other engines, interleaved; the driver's cost
+bench: $(VENV)/bench $(VENV)/dev ## benchmark the emulation beside other engines, and the driver's overhead
 	$(BIN)/python benchmarks/emulation.py --csim
 	$(BIN)/python benchmarks/driver.py
 

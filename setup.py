@@ -1,10 +1,18 @@
-"""Package metadata. Versions are pinned in constraints.txt, tools set in pyproject.toml."""
+"""Package metadata. Versions are pinned in constraints.txt, tools are set in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# folders that travel inside the package; pynq_kgrc/places.py finds them in either place
+ROOT = Path(__file__).resolve().parent
+
+# read as text, because importing the package needs its dependencies
+(VERSION,) = re.findall(
+    r'^VERSION = "(.+)"$', (ROOT / "pynq_kgrc" / "version.py").read_text("utf-8"), re.MULTILINE
+)
+
+# folders outside pynq_kgrc/ that are installed as its subpackages (pynq_kgrc/places.py)
 FOLDERS = {
     "pynq_kgrc.hls_src": "hls_src",
     "pynq_kgrc.overlays": "overlays",
@@ -14,17 +22,41 @@ FOLDERS = {
 
 setup(
     name="pynq_kgrc",
-    version="0.1.0",
+    version=VERSION,
     description="3-D CNN action recognition on an FPGA with balanced kernel group sparsity",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="pynq_kgrc contributors",
+    license_expression="BSD-3-Clause",
+    license_files=["LICENSE", "LICENSES.md"],
+    keywords=[
+        *("action recognition", "3-D CNN", "video", "FPGA", "PYNQ", "HLS", "accelerator"),
+        *("pruning", "quantization", "structured sparsity", "ZCU102"),
+    ],
+    # no "License ::" classifier: a licence expression replaces it (PEP 639)
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: C++",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Topic :: System :: Hardware",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["pynq_kgrc", "pynq_kgrc.*"]), *FOLDERS],
     package_dir=FOLDERS,
     package_data={
         "pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*", "programs/*"],
         "pynq_kgrc.hls_src": ["Makefile", "*.*", "rtl/*.*", "scripts/*.*"],
-        # a bitstream and its .hwh too, where somebody has built them
+        # includes a bitstream and its .hwh if they were built in this checkout
         "pynq_kgrc.overlays": ["README.md", "*/manifest.json", "*/kgrc.bit", "*/kgrc.hwh"],
         "pynq_kgrc.notebooks": ["*.ipynb"],
         "pynq_kgrc.clips": ["*.*", "calibration/*.*"],
@@ -35,7 +67,7 @@ setup(
         "safetensors>=0.4",
         "threadpoolctl>=3.1",
         "tqdm>=4.60",
-        # the same module as opencv-python, without the X11 libraries that a bare server lacks
+        # provides the module cv2 as opencv-python does, but needs no X11 libraries
         "opencv-python-headless>=4.8",
     ],
     extras_require={
@@ -43,35 +75,41 @@ setup(
         "train": ["torch>=2.6", "tomli-w>=1.0", "tomli>=2.0; python_version < '3.11'"],
         "serve": [
             "fastapi>=0.162",
-            "starlette>=1.7",  # below: form limits that are not kept (CVE-2026-54283)
+            "starlette>=1.7",  # older versions do not enforce form limits (CVE-2026-54283)
             "uvicorn>=0.40",
             "h11>=0.16",
             "websockets>=15",
             "av>=17",
             "prometheus-client>=0.20",
-            "python-multipart>=0.0.32",  # below: unbounded headers of parts (CVE-2026-42561)
+            # older versions do not limit the headers of a part (CVE-2026-42561)
+            "python-multipart>=0.0.32",
         ],
-        # many boards or processes as one; needs serve. pyarrow 26 refuses the numpy of pynq (<2)
+        # batches and several boards behind one endpoint; install together with serve.
+        # pyarrow 26 needs numpy 2, pynq needs numpy 1
         "cluster": ["ray[data,serve]>=2.60", "pyarrow>=17,<26", "aiohttp>=3.12"],
-        # the service as its clients see it
+        # clients that the tests of the service use
         "clients": ["tritonclient[http]", "schemathesis", "playwright"],
         "plots": ["matplotlib>=3.6"],
-        # to open the notebooks where there is no Jupyter; a PYNQ image has one
+        # to open the notebooks on a computer; a PYNQ image already has Jupyter
         "notebooks": ["notebook", "matplotlib>=3.6"],
         "bench": ["onnx", "onnxruntime", "openvino", "psutil"],
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy"),
             *("matplotlib", "onnx", "onnxruntime"),
-            # run the notebooks
+            # host_tests/test_notebooks.py executes the notebooks
             *("nbclient", "nbformat", "ipykernel"),
-            # reads hls_src for the lint (host_tests/test_hls_lint.py)
-            "libclang",
+            # host_tests/test_hls_lint.py parses hls_src; make check-cpp compares its format
+            *("libclang", "clang-format"),
+            # host_tests/test_docs.py parses the Markdown files
+            "markdown-it-py",
         ],
+        # make docs
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
     entry_points={
         "console_scripts": ["pynq-kgrc=pynq_kgrc.cli:main"],
-        # where pynq looks: for x/x.bit by name, for what get-notebooks copies, and for drivers,
-        # which every pynq.Overlay imports
+        # groups that pynq reads: bitstreams by name, the notebooks that `pynq get-notebooks`
+        # copies, and drivers, which every pynq.Overlay imports
         "pynq.overlays": ["pynq_kgrc=pynq_kgrc.overlays"],
         "pynq.notebooks": ["pynq_kgrc=pynq_kgrc.notebooks"],
         "pynq.lib": ["pynq_kgrc=pynq_kgrc.backends.board.kernel"],

@@ -1,7 +1,7 @@
-"""The tables of docs/accuracy.md: dense, pruned and quantized networks on people never seen.
+"""The tables of docs/accuracy.md: dense, pruned and quantized networks on people not trained on.
 
-Each row is a command of pynq-kgrc in a folder of its own; what is done already is not done again,
-and what was killed goes on. Top-1 of programs is that of the compiled integers, emulated.
+Each row is a command of pynq-kgrc in a folder of its own. A finished command is not run again, an
+interrupted one continues. Top-1 of programs is that of the compiled integers, emulated.
 
     python benchmarks/accuracy.py DATA --seeds 0 1 2       # DATA holds index.csv, see docs
 """
@@ -21,34 +21,34 @@ LAYERS = {
     "thin_c3d": ["--layers", "conv1,conv2,conv3a,conv3b,conv4a,conv4b"],
     "thin_r2plus1d": [],
 }
-"""Of thin_c3d the first one too: with three frames to a kernel it has a quarter of the MACs."""
+"""Layers to prune. In thin_c3d also the first: its kernels of three frames are 1/4 of the MACs."""
 
 REDUCTION = {"thin_c3d": "3", "thin_r2plus1d": "2.9"}
-"""Of `kgrc-3x`; more than 2.97 is not to be had of the second under eq. (9)."""
+"""Of `kgrc-3x`. Eq. (9) allows thin_r2plus1d at most 2.97."""
 
 EQUAL_REDUCTION = "2.5"
-"""`kgc` reaches 2.94 at most, blocks 2.35, `kgr` 2: those two are in `patterns` only."""
+"""`kgc` allows at most 2.94, blocks 2.35, `kgr` 2: the last two are in `patterns` only."""
 
 PATTERNS = {
     p: (p, "one-shot") for p in ("kgr", "kgc", "kgrc", "vanilla", "blockwise", "filter", "krp")
 }
 PATTERNS_REDUCTION = {"thin_c3d": "1.9", "thin_r2plus1d": "1.7"}
-"""What each of them can reach."""
+"""A reduction that every pattern can reach."""
 
 PAPER = ("kgr", "kgc", "kgrc")
-"""Recipes: the paper's rates for the layers that bear C3D's names."""
+"""Recipes: the paper's rates, for the layers with the same names as in C3D."""
 
 EQUAL = {
     **{f"kgrc, {a}": ("kgrc", a) for a in ("one-shot", "heuristic", "lasso", "reweighted", "admm")},
     **{f"{p}, one-shot": (p, "one-shot") for p in ("kgc", "vanilla", "filter", "krp")},
 }
-"""At equal operations: patterns by one algorithm, and algorithms on one pattern."""
+"""Compared at equal operations: patterns with one algorithm, algorithms with one pattern."""
 
 SECONDS = 6 * 3600
 
 
 def run(folder, command, *arguments):
-    """The JSON of a command of pynq-kgrc, from its folder if it ran before."""
+    """The JSON result of a pynq-kgrc command; from its folder if it ran before."""
     done = folder / "result.json"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,14 +91,14 @@ class Study:
         return run(
             folder,
             *("quantize", self.network, *self.data, "-o", folder, *weights, *settings),
-            *("--accelerator", f"{bits}-sparse"),
+            *("--design", f"{bits}-sparse"),
         )
 
 
 def add(rows, name, reduction, top1, coded):
-    """Another seed's results of a row; a column holds one value a seed.
+    """Add the results of one more seed to a row; a column holds one value per seed.
 
-    `coded` has the result of `quantize` under the name of each column.
+    `coded` maps the name of a column to the result of `quantize`.
     """
     row = rows.setdefault(name, {})
     found = {"operations": reduction, "float": 100 * top1}
@@ -111,12 +111,12 @@ def add(rows, name, reduction, top1, coded):
 
 
 def searched(options, pattern, reduction):
-    """Arguments of `prune` for rates that are searched."""
+    """Arguments of `prune` that search the rates."""
     return ["--pattern", pattern, "--reduction", reduction, *LAYERS[options.network]]
 
 
 def long_table(options):
-    """Dense, and KGRC at 3 times fewer operations, trained to the end; bits trained too."""
+    """Dense and KGRC with 1/3 of the operations, fully trained; then 8 and 4 bits, also trained."""
     rows = {}
     for seed in options.seeds:
         study = Study(options, seed)
@@ -135,7 +135,7 @@ def long_table(options):
 
 
 def rates_table(options):
-    """The paper's rates, few epochs of training; bits without training."""
+    """The paper's rates, few epochs of training; 16, 8 and 4 bits without training."""
     rows = {}
     for seed in options.seeds:
         study = Study(options, seed)
@@ -151,7 +151,7 @@ def rates_table(options):
 
 
 def compare_briefly(options, kind, reduction, runs):
-    """Each of `runs` (name: pattern and algorithm) at one reduction, few epochs of training."""
+    """Each of `runs` (name -> pattern, algorithm) at one reduction, few epochs of training."""
     rows = {}
     for seed in options.seeds:
         study = Study(options, seed)
@@ -164,12 +164,12 @@ def compare_briefly(options, kind, reduction, runs):
 
 
 def equal_table(options):
-    """Patterns and algorithms at 2.5 times fewer operations, few epochs of training."""
+    """Patterns and algorithms with 1/2.5 of the operations, few epochs of training."""
     return compare_briefly(options, "equal", EQUAL_REDUCTION, EQUAL)
 
 
 def patterns_table(options):
-    """Every pattern at the operations that all can reach, one-shot, few epochs of training."""
+    """Every pattern at a reduction that all can reach, one-shot, few epochs of training."""
     return compare_briefly(options, "patterns", PATTERNS_REDUCTION[options.network], PATTERNS)
 
 
@@ -182,13 +182,13 @@ TABLES = {
 
 
 def spread(values):
-    """Mean and, of several seeds, the standard deviation."""
+    """Mean and, for several seeds, standard deviation."""
     text = f"{statistics.mean(values):.1f}"
     return text + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def write(rows):
-    """A table in Markdown; sizes and modelled latencies are those of the first seed."""
+    """A Markdown table; sizes and modelled latencies are of the first seed."""
     every = list(next(iter(rows.values())))
     columns = [name for name in every if name != "operations" and ":" not in name]
     sizes = list(dict.fromkeys(name.partition(":")[0] for name in every if ":" in name))

@@ -1,8 +1,8 @@
 """What the PYNQ driver costs beside the device's own time, over the simulated board.
 
-The board is simulated on this computer: its kernel is the C-simulation, whose own time is taken
-off. What is left is the driver, pynq, and the simulated registers (about as slow as Python is).
-Each figure is the median over the rounds. Nothing here was measured on a ZCU102.
+The board is simulated on this computer: its kernel is the C-simulation, whose own time is
+subtracted. What remains is the time of the driver, of pynq, and of the simulated registers, which
+are Python. Each figure is the median over the rounds. Nothing here was measured on a ZCU102.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LIMIT_MS = 2.0
 
 
 def measure(program, rounds):
-    """Milliseconds of (run less device, write, read) and tasks of a program."""
-    from pynq_kgrc.backends.board.backend import Board
+    """Median milliseconds of each call: run (without the device's time), write and read."""
+    from pynq_kgrc.backends.board.backend import BoardBackend
     from pynq_kgrc.backends.board.simulated import shared_device
 
     rng = np.random.default_rng(0)
@@ -34,7 +34,7 @@ def measure(program, rounds):
     last = program.tasks[-1]
     times = {"run": [], "write": [], "read": []}
     device = shared_device()
-    with Board(program.config, device=device, floor_seconds=600) as board:
+    with BoardBackend(program.config, device=device, floor_seconds=600) as board:
         board.load(program)
         for _ in range(rounds + 1):
             began = time.perf_counter()
@@ -51,7 +51,7 @@ def measure(program, rounds):
 
 
 def chain(layers):
-    """A program of that many small convolutions."""
+    """A program of `layers` small convolutions in a row."""
     from networks import Net, compiled
 
     net = Net(size=(2, 4, 4))
@@ -98,8 +98,8 @@ def main():
             flush=True,
         )
     print(
-        f"write and read hold the coding of maps, and the copies that stand for cache upkeep;\n"
-        f"limit of what run costs: {LIMIT_MS} ms"
+        f"write and read include the encoding of maps, and copies in place of cache flushes;\n"
+        f"limit for run: {LIMIT_MS} ms"
     )
     return int(worst > LIMIT_MS)
 

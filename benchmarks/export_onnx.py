@@ -1,7 +1,7 @@
-"""A Graph as an fp32 ONNX file, written node by node: what the peers of the benchmark run.
+"""Export a Graph as an fp32 ONNX file, for the other engines of the benchmark.
 
-Batch norm is folded in the Graph already. A layer whose kernel is its whole map becomes Gemm,
-which is what a peer's own exporter would write for a fully connected layer.
+Batch norm is folded in the Graph already. A layer whose kernel is its whole map becomes Gemm, as
+exporters write a fully connected layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pynq_kgrc.graph import ADD, AVERAGE_POOL, CONCAT, CONV, INPUT, MAX_POOL, Graph, Layer
+from pynq_kgrc.graph import (
+    ACTIVATIONS,
+    ADD,
+    AVERAGE_POOL,
+    CONCAT,
+    CONV,
+    INPUT,
+    MAX_POOL,
+    Graph,
+    Layer,
+)
 
 OPSET, IR_VERSION = 17, 8
 
@@ -37,7 +47,7 @@ class Exporter:
         return output
 
     def as_map(self, layer: str, channels: int) -> str:
-        """The output of `layer`, five-dimensional."""
+        """The output of `layer`, reshaped to five dimensions if it is flat."""
         if layer not in self.flat:
             return layer
         shape = self.constant(
@@ -46,7 +56,7 @@ class Exporter:
         return self.node("Reshape", [layer, shape], f"{layer}/map_{len(self.nodes)}")
 
     def add(self, layer: Layer, graph: Graph) -> None:
-        """The nodes of one layer; its activation is a node of its own."""
+        """Add the nodes of one layer; its activation is a separate node."""
         plain = layer.activation == "none"
         output = layer.name if plain else f"{layer.name}/linear"
         if layer.op == CONV and _is_fully_connected(layer):
@@ -57,7 +67,11 @@ class Exporter:
         if layer.activation == "relu":
             self.node("Relu", [output], layer.name)
         elif not plain:
-            ends = [self.constant(f"{layer.name}/{v}", np.float32(v)) for v in (0, 6)]
+            low, high = ACTIVATIONS[layer.activation]
+            ends = [
+                "" if end is None else self.constant(f"{layer.name}/{end:g}", np.float32(end))
+                for end in (low, high)  # ONNX omits an optional input by an empty name
+            ]
             self.node("Clip", [output, *ends], layer.name)
 
     def _gemm(self, layer: Layer, output: str) -> None:

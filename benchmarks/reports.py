@@ -1,4 +1,4 @@
-"""What every report of a benchmark says (where, when, by which command), and how it is written."""
+"""What the reports of all benchmarks share: command, time, computer, versions; tables; writing."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ def circumstances(script: str, packages: Iterable[str]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What this ran on."""
+    """The computer: processor, its vector instructions, cores, memory, system."""
     model, flags = platform.processor() or platform.machine(), set[str]()
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else ():
@@ -37,11 +37,11 @@ def machine() -> dict[str, Any]:
             model = value.strip()
         elif key.strip() in ("flags", "Features"):
             flags = set(value.split())
-    telling = ("avx2", "avx512f", "avx512_vnni", "amx_int8", "neon", "asimd", "asimddp")
+    vector_instructions = ("avx2", "avx512f", "avx512_vnni", "amx_int8", "neon", "asimd", "asimddp")
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": model,
-        "instructions": [flag for flag in telling if flag in flags],
+        "instructions": [flag for flag in vector_instructions if flag in flags],
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": pages,
         "system": platform.platform(),
@@ -56,7 +56,7 @@ def version(package: str) -> str:
 
 
 def revision() -> str:
-    """The commit of this checkout."""
+    """The commit of this checkout, with `-dirty` if there are changes."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
@@ -82,7 +82,7 @@ def where(doc: dict[str, Any]) -> list[str]:
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table; all columns but the first are numbers."""
+    """Lines of a Markdown table; all columns but the first are aligned right."""
     cells = [head, *rows]
     wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
 
@@ -97,7 +97,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def write(folder: Path, name: str, text: str) -> None:
-    """A report is whole, or it is the old one."""
+    """Replace a report atomically: readers see the old or the new one, never a part."""
     folder.mkdir(parents=True, exist_ok=True)
     with written_beside(folder / name) as path:
         path.write_text(text, encoding="utf-8")

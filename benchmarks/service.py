@@ -2,12 +2,12 @@
 
 Starts `pynq-kgrc serve` with a program and asks four questions, each bounded in time:
 
-1. overhead: how much longer does a clip take through HTTP than in a bare Session?
-2. crowd: 1,000 clients at once; is everybody answered 200, 429 or 503, and how fast is health?
-3. overload: how many clips a second at the peak, and with ten times as many clients or more?
+1. overhead: how much longer does a clip take through HTTP than in a Session alone?
+2. crowd: 1,000 clients at once: are all answered with 200, 429 or 503, and how fast is health?
+3. overload: how many clips per second at the peak, and with at least ten times as many clients?
 4. memory: how much does the process take that answers clients?
 
-The clients run on the same cores as the service, so that speeds are lower than they could be.
+The clients share the cores with the service, which makes it slower than with remote clients.
 Writes service.md and service.json to benchmarks/results.
 """
 
@@ -41,7 +41,7 @@ from pynq_kgrc.service.settings import shipped_program
 RESULTS = ROOT / "benchmarks" / "results"
 
 FEW = (4, 16)
-"""Clients, of which the service can take as many as it gets: the peak is at one of these."""
+"""Numbers of clients that the service answers without refusals: the peak is at one of these."""
 MANY = 160
 
 LIMIT_SECONDS = 60.0
@@ -50,7 +50,7 @@ LIMIT_SECONDS = 60.0
 
 @dataclass
 class Tally:
-    """What clients saw."""
+    """Counts of the answers that clients got, and the seconds of successful ones."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
@@ -65,10 +65,10 @@ class Tally:
 
 
 async def ask(port: int, request: bytes, tally: Tally) -> tuple[str, float]:
-    """One request on a connection of its own.
+    """Send one request on a new connection.
 
     Returns:
-        Its status, or what went wrong, and the seconds after which to come again.
+        The status or the name of an error, and the seconds of Retry-After (1 without the header).
     """
     began = time.perf_counter()
     head, status = b"", "timeout"
@@ -93,7 +93,7 @@ async def ask(port: int, request: bytes, tally: Tally) -> tuple[str, float]:
 
 
 def infer_request(name: str, frames: Any) -> bytes:
-    """A clip by the Open Inference Protocol, as bytes on the wire."""
+    """The HTTP request for a clip by the Open Inference Protocol."""
     tensor = {
         "name": "frames",
         "shape": list(frames.shape),
@@ -113,9 +113,9 @@ def infer_request(name: str, frames: Any) -> bytes:
 
 
 def watch_health(port: int, kept: bool, stop: Event, answer: Connection) -> None:
-    """Ask for health 50 times a second until told to stop, on one connection or on new ones.
+    """Ask for health 50 times a second until `stop`, on one connection or each time on a new one.
 
-    In a process of its own, which waits for nothing but the service.
+    Runs in a process of its own, so that no other client delays it.
     """
     seconds: list[float] = []
     line: http.client.HTTPConnection | None = None
@@ -134,7 +134,7 @@ def watch_health(port: int, kept: bool, stop: Event, answer: Connection) -> None
 
 
 async def measure_crowd(port: int, request: bytes, clients: int) -> dict[str, Any]:
-    """So many clients at once, while others ask for health all the time."""
+    """`clients` requests at once, while two processes ask for health all the time."""
     crowd, stop = Tally(), multiprocessing.Event()
     watches = []
     for kept in (True, False):
@@ -168,7 +168,10 @@ async def measure_crowd(port: int, request: bytes, clients: int) -> dict[str, An
 
 
 async def measure_goodput(port: int, request: bytes, clients: int, seconds: float) -> float:
-    """Clips a second that clients get who come back at once, or when they were told to."""
+    """Clips answered per second.
+
+    A client sends its next request at once, or after a refusal when Retry-After says.
+    """
     tally = Tally()
     end = time.perf_counter() + seconds
 
@@ -186,7 +189,7 @@ async def measure_goodput(port: int, request: bytes, clients: int, seconds: floa
 async def measure_overhead(
     port: int, request: bytes, session: Session, frames: Any, rounds: int
 ) -> dict[str, float]:
-    """A clip in a bare session and through the service, in turns; medians in ms."""
+    """A clip in a session alone and through the service, in turns; medians in ms."""
     bare, served, tally = [], [], Tally()
     for _ in range(rounds):
         began = time.perf_counter()
@@ -216,7 +219,7 @@ def resident_mb(pid: int) -> float:
 
 
 def measure(program_path: Path, clients: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """All four answers."""
+    """Measure all four."""
     program = load(program_path)
     clip = program.clip
     shape = (clip.frames, clip.height, clip.width, 3)
@@ -243,11 +246,11 @@ def measure(program_path: Path, clients: int, seconds: float, rounds: int) -> di
                 document["overhead"] = asyncio.run(
                     measure_overhead(port, request, session, frames, rounds)
                 )
-                # of the process that answers; it hardly depends on what else the computer does
+                # of the process that answers; hardly affected by other load
                 document["overhead"]["cpu_ms"] = (cpu_ms(process.pid) - used) / rounds
             document["crowd"] = asyncio.run(measure_crowd(port, request, clients))
             rates: dict[int, list[float]] = {n: [] for n in (*FEW, MANY)}
-            for _ in range(5):  # in turns: what else the computer does meets all of them
+            for _ in range(5):  # in turns: other load affects all of them
                 for n, found in rates.items():
                     found.append(asyncio.run(measure_goodput(port, request, n, seconds)))
             peak = max(statistics.median(rates[n]) for n in FEW)
@@ -267,7 +270,7 @@ def measure(program_path: Path, clients: int, seconds: float, rounds: int) -> di
 
 
 def lines_of(doc: dict[str, Any]) -> list[str]:
-    """The report in Markdown: each question, what was found, and the target set beforehand."""
+    """The report in Markdown: each question, its target and the result."""
     crowd, goodput, overhead = doc["crowd"], doc["goodput"], doc["overhead"]
     statuses = ", ".join(f"{n} x {status}" for status, n in sorted(crowd["statuses"].items()))
     rows = [

@@ -1,9 +1,9 @@
-"""`make demo`: real clips, real trained networks at 8 bits, run bit for bit as on the board.
+"""`make demo`: classifies real clips with trained networks at 8 bits, in the bit-exact emulation.
 
-Fetches I3D's weights once (47 MB), compiles once (calibrating on two clips that are not recognized
-here), then recognizes three clips through the numpy emulation. Where the depth videos that the
-project's own program was trained for lie beside the checkout, it recognizes some of a person it has
-not seen; they may not be shipped.
+Fetches I3D's weights once (47 MB) and compiles it once, calibrated on two clips. Then it classifies
+three other clips. If the depth videos on which the shipped program was trained lie beside the
+checkout, it also classifies three videos of a person who is not in the training set. The
+project may not ship those videos.
 """
 
 import sys
@@ -21,12 +21,12 @@ CLIPS = sorted(
 OWN = HERE.parent / "pynq_kgrc" / "programs" / "utd_mhad27.kgrc"
 DEPTH = HERE.parent.parent / "shared" / "data" / "utd_mhad_depth"
 UNSEEN = [DEPTH / f"a{action:02}_s6_t1.mp4" for action in (1, 9, 25)]
-"""Swipe to the left, draw a circle, sit down; subject 6 was not learned from."""
+"""Swipe to the left, draw a circle, sit down. Subject 6 is not in the training set."""
 CALIBRATION = sorted(str(path) for path in (HERE / "clips" / "calibration").glob("*.avi"))
 
 
 def demo() -> int:
-    """Every step as a person would type it; the first that fails ends the demo."""
+    """Run each command as a person would type it; stop at the first that fails."""
     weights = "i3d-kinetics400"
     steps = [["pull", weights]]
     try:
@@ -41,7 +41,7 @@ def demo() -> int:
             ["classify", "--program", str(OWN), "--sampling", "uniform", "--top", "3", *unseen]
         )
     else:
-        print(f"{DEPTH.name}: not beside this checkout, so {OWN.name} has nothing to look at")
+        print(f"{DEPTH} does not exist, so {OWN.name} is not run")
     for step in steps:
         print("$ pynq-kgrc", *step, flush=True)
         status = main(step)

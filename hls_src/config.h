@@ -24,14 +24,19 @@ enum Design {
   kWeightPortWords = 4,
   kIndexWords = 1,
   kMaxTaps = 512,
-  kStatusWords = 13,
+  kSumBits = 32,
+  kMinFeatureRows = 4,
 };
 
 static const unsigned long long kDigest = 0xc458a0c832c5dd7fULL;
 
-enum Kind { kConvolution = 0, kMaxPool = 1, kSumPool = 2 };
+enum Kind {
+  kConvolution,
+  kMaxPool,
+  kSumPool,
+};
 
-// The words of a task's descriptor, 32 bits each.
+// The fields of a task's descriptor, 32 bits each.
 enum Field {
   kKind,
   kSource,
@@ -43,7 +48,7 @@ enum Field {
   kScales,
   kItemCount,
   kRegions,
-  kFilterBlocks,
+  kVectors,
   kInD,
   kInH,
   kInW,
@@ -84,6 +89,48 @@ enum Field {
   kWide,
   kReserved,
   kFields,
+};
+
+// The words of a task's status, 64 bits each.
+enum Status {
+  kStatusDone,
+  kStatusArray,
+  kStatusInput,
+  kStatusWeights,
+  kStatusScale,
+  kStatusStore,
+  kStatusPlan,
+  kStatusMacs,
+  kStatusInputBeats,
+  kStatusShortcutBeats,
+  kStatusOutputBeats,
+  kStatusWeightBeats,
+  kStatusTableWords,
+  kStatusWords,
+};
+
+// The first bit and the width of each field of an item of the plan.
+enum ItemBits {
+  kItemChannelTileFirst = 0,
+  kItemChannelTileBits = 16,
+  kItemHeldTileFirst = 16,
+  kItemHeldTileBits = 8,
+  kItemMaskFirst = 24,
+  kItemMaskBits = 16,
+  kItemNewRegionFirst = 40,
+  kItemNewRegionBits = 1,
+  kItemEndBlockFirst = 41,
+  kItemEndBlockBits = 1,
+  kItemVectorsFirst = 48,
+  kItemVectorsBits = 16,
+};
+
+// The same of the second word of a filter's scale.
+enum ScaleBits {
+  kScaleMultFirst = 0,
+  kScaleMultBits = 16,
+  kScaleShiftFirst = 16,
+  kScaleShiftBits = 8,
 };
 
 }  // namespace kgrc

@@ -1,5 +1,12 @@
-// What follows from the numbers of config.h: derived sizes, the refusal of tilings that cannot be
-// built, and the words that pass between the processes.
+// What follows from the numbers of config.h: derived sizes, the refusal of designs that cannot be
+// built, and the types that pass between the processes.
+//
+// Words of the project, in all sources: a *vector* is the T_N codes of neighbouring channels at one
+// position; a *map* is a feature map in memory; a *beat* is what a memory port moves in one
+// transfer; a *trip* is one iteration of a pipelined loop; an *item* of the plan is a filter tile
+// times a channel tile; a *block* is the run of items that add to the same sums; a *region* is the
+// input that one output tile needs of one channel tile; a *weight word* is what the array takes of
+// the weights for one trip, and a *chunk* is one kernel group's share of a weight word in memory.
 #pragma once
 
 #include <config.h>
@@ -10,17 +17,15 @@
 namespace kgrc {
 
 enum Derived {
-  kGroups = kTm / kGm,      // kernel groups along the filters of a tile
-  kRows = kPm / kGroups,    // rows of one group worked on at once
-  kBlocks = kTm / kTn,      // output vectors of a filter tile
+  kGroups = kTm / kGm,       // kernel groups along the filters of a tile
+  kRows = kPm / kGroups,     // rows (filters) of one group that a trip works on
+  kTileVectors = kTm / kTn,  // output vectors of a filter tile
   kSumRows = kFilterTiles * kFeatureRows,
-  // a bank has two ports, so a copy of the region serves two reads a trip
+  // reads of a region in one trip. A bank has two ports, so that a copy of the region serves two.
   kReads = (kSparse ? kGroups : 1) * kPk,
   kCopies = (kReads + 1) / 2,
-  kSumBits = kBits == 16 ? 48 : 32,
-  kMinFeatureRows = 4,      // trips between two visits of a sum, for its read, add and write
   kBeatWords = kPortPositions * kTn * kBits / 64,
-  kWidePerBeat = 16 / kBits // beats of 16-bit codes for one beat of codes
+  kWidePerBeat = 16 / kBits  // beats that the 16-bit codes of one beat of codes take
 };
 
 static_assert(kBits == 16 || kBits == 8 || kBits == 4, "a code has 16, 8 or 4 bits");
@@ -29,56 +34,82 @@ static_assert(kPm % kGroups == 0, "P_M has to share out over the T_M / G_M group
 static_assert(kGm % kRows == 0, "the rows of a group (G_M) have to be a multiple of those a trip");
 static_assert(kTm % kTn == 0, "a filter tile (T_M) has to be made of whole output vectors (T_N)");
 static_assert(kPk <= kTk, "P_K cannot exceed the taps of a tile (T_K)");
-static_assert(kGroups <= 16, "an item of the plan has room for 16 groups in a filter tile");
+static_assert(int(kGroups) <= int(kItemMaskBits),
+              "an item's mask has a bit for each group of a filter tile");
+static_assert(kFilterTiles <= 1 << kItemHeldTileBits, "an item has no room for its held tile");
 static_assert(kPortPositions * kTn * kBits % 64 == 0, "a beat has to be made of 64-bit words");
-static_assert(kPortPositions <= kPf, "a beat of sums would meet a bank more than once");
+static_assert(kPortPositions <= kPf, "a beat of sums would access a bank more than once");
 static_assert(kWeightPortWords >= 1 && kChunkWords % kWeightPortWords == 0,
               "a chunk of weights has to be made of whole beats of the weight port");
 
-typedef UInt<64> Word;
+typedef UInt<64> Word64;
 typedef Int<kBits> Code;
 typedef Int<kSumBits> Sum;
 
-struct Beat { Word word[kBeatWords]; };
-struct WeightBeat { Word word[kWeightPortWords]; };
+struct Beat {
+  Word64 word64[kBeatWords];
+};
+struct WeightBeat {
+  Word64 word64[kWeightPortWords];
+};
 
 // The T_N channels of one position.
-struct Vector { Code code[kTn]; };
+struct Vector {
+  Code code[kTn];
+};
 
-// A task as it is worked on; see pynq_kgrc/accelerator/layout.py for the fields.
+// A task's descriptor; FIELDS in pynq_kgrc/accelerator/header.py says what the fields hold.
 struct Task {
   int field[kFields];
   int operator[](Field name) const { return field[name]; }
 };
 
-// One entry of the plan: a filter tile times a channel tile.
+// An item of the plan; Item in pynq_kgrc/accelerator/plan.py.
 struct Item {
-  int channel_tile;   // q
-  int slot;           // which of the filter tiles whose sums are held
-  int mask;           // groups that are enabled
-  bool new_region;    // the first with this channel tile
-  bool end_block;     // the last before the sums are handed on
-  bool first;         // the first of a pass over the plan
-  int blocks;         // output vectors to hand on, at the end of a block
+  int channel_tile;
+  int held_tile;    // index of the filter tile among those whose sums are held
+  int mask;         // a bit for each kernel group, set if the group is enabled
+  bool new_region;  // the first item of its block with this channel tile
+  bool end_block;   // the last item of its block: the sums are handed on after it
+  bool first;       // the first item of an output tile
+  int vectors;      // output vectors to hand on, at the end of a block
 };
 
-// An output tile and the addresses of the input region it sees. The region lies in P_F banks, cut
-// into phases of the stride, its rows so long that output f reads bank f mod P_F plus a constant
-// of the tap: so P_F neighbouring outputs never meet in a bank.
+// An output tile, and the addresses in the region that it needs. Positions whose coordinates leave
+// the same remainders modulo the stride form a phase; the phases of a region follow each other.
+// Address a of a region lies in row a / P_F of bank a % P_F. The rows of a phase are padded so that
+// output f of the tile reads, at each tap, bank (f + a constant of the tap) % P_F: the P_F outputs
+// of a trip read from P_F different banks.
 struct Tile {
-  int first[3];       // its first output along depth, height, width
-  int size[3];        // outputs along each axis
-  int feature_rows;   // ceil(outputs / P_F)
-  int phases[3];      // min(kernel, stride)
-  int pitch, plane, block;
-  int step[3];        // P_F outputs further, along each axis
+  int first[3];      // its first output along depth, height, width
+  int size[3];       // outputs along each axis
+  int feature_rows;  // ceil(outputs / P_F): trips for one weight word
+  int phases[3];     // min(kernel, stride)
+  // addresses from a row to the next, from a plane to the next, from a phase to the next
+  int pitch, plane, phase_size;
+  int step[3];  // coordinates of output P_F of the tile: from one trip to the next
+  // rows of a bank from one trip to the next; more where the width or the height wraps around
   int row_step, row_wrap_w, row_wrap_h;
-  int lane_at[kPf][3];
-  int lane_row[kPf];
+  int lane_at[kPf][3];  // of each lane in the first trip: the coordinates of its output,
+  int lane_row[kPf];    // and the row in its bank
 };
 
-struct Place { int row, bank; };
+// The part of a map that one output tile reads of one channel tile, padding included.
+struct Region {
+  int stride[3], kernel[3];
+  int begin[3];  // its first position on the map; negative in the padding
+  int rows[2];   // rows along depth and height; those between the windows are left out
+  int width;
+  int first_beat, beats;  // along the width, counted from the start of the map's row
+  int row_beats;          // beats in a row of the map
+};
 
+// A place in a region.
+struct Place {
+  int row, bank;
+};
+
+// A beat of a region with the place of each position.
 struct RegionWord {
   bool last;
   bool valid[kPortPositions];
@@ -88,21 +119,28 @@ struct RegionWord {
 
 struct WeightWord {
   Code code[kGroups][kRows][kPk][kTn];
-  Place offset[kGroups][kPk];
-  int row[kGroups][kRows];
+  Place offset[kGroups][kPk];  // of the tap of each column, from the place of an output
+  int row[kGroups][kRows];     // filter of the group
 };
 
-struct SumWord { Sum sum[kPortPositions][kTn]; };
-struct CodeWord { Int<16> code[kPortPositions][kTn]; };
+struct SumWord {
+  Sum sum[kPortPositions][kTn];
+};
+struct CodeWord {
+  Int<16> code[kPortPositions][kTn];
+};
 
-struct Index { Word word[kIndexWords]; };
+// The indices of a chunk, a byte each: first the taps of its P_K columns, then its rows.
+struct Index {
+  Word64 word64[kIndexWords];
+};
 
 struct Scale {
   Int<64> bias;
   int mult, shift;
 };
 
-// ---- small things shared by the processes --------------------------------------------------
+// ---- small functions that the processes share ------------------------------------------------
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
@@ -117,59 +155,87 @@ inline int tile_count(const Task& task) {
   return tiles_along(task, 0) * tiles_along(task, 1) * tiles_along(task, 2);
 }
 inline bool is_convolution(const Task& task) { return task[kKind] == kConvolution; }
+inline int taps_of(const Task& task) { return task[kKernelD] * task[kKernelH] * task[kKernelW]; }
+// Weight words of an item; a pool has a word without weights for each tap.
+inline int item_words(const Task& task) {
+  return is_convolution(task) ? task[kTapTiles] * task[kColSteps] * task[kRowSteps] : taps_of(task);
+}
 inline int beats_of_row(int width) { return ceil_div(width, kPortPositions); }
 
-// Dividers are as wide as their operands: 16 by 10 bits will do for places within a tile.
+// Dividers for coordinates within a tile: 16 by 10 bits suffice.
 inline int quotient(int a, int b) { return int(UInt<16>(a) / UInt<10>(b)); }
 inline int remainder(int a, int b) { return int(UInt<16>(a) % UInt<10>(b)); }
 
-// Byte number i of an index: first the P_K columns, then the rows.
-inline Word index_byte(const Index& index, int i) {
+// The number in `bits` bits of a 64-bit word, from bit `first` on.
+inline int bit_field(const Word64& word64, int first, int bits) {
 #pragma HLS INLINE
-  return index.word[i / 8] >> (i % 8 * 8) & 0xff;
+  return int(word64 >> first & ((Word64(1) << bits) - 1));
 }
 
-// Takes code number i of a beat.
-inline Code code_of(const Beat& beat, int i) {
+// Byte i of the indices of a chunk.
+inline int index_byte(const Index& index, int i) {
+#pragma HLS INLINE
+  return bit_field(index.word64[i / 8], i % 8 * 8, 8);
+}
+
+// Code i of an array of 64-bit words.
+template <int kCount>
+inline Code code_of(const Word64 (&words64)[kCount], int i) {
 #pragma HLS INLINE
   const int bit = i * kBits;
-  return Code(Int<64>(beat.word[bit / 64] << (64 - kBits - bit % 64)) >> (64 - kBits));
+  // sign extension: the code at the top of the word, then an arithmetic shift
+  return Code(Int<64>(words64[bit / 64] << (64 - kBits - bit % 64)) >> (64 - kBits));
+}
+
+// The offset of row `row` of a region, from the region's first position.
+inline int row_offset(const Region& region, int axis, int row) {
+#pragma HLS INLINE
+  const int kernel = region.kernel[axis], stride = region.stride[axis];
+  return kernel < stride ? quotient(row, kernel) * stride + remainder(row, kernel) : row;
 }
 
 Tile make_tile(const Task& task, int d, int h, int w);
+Region make_region(const Task& task, const Tile& tile);
 
-// ---- the processes -------------------------------------------------------------------------
+// ---- the processes ---------------------------------------------------------------------------
 
-// `trips` are those of the pipelined loop of a process.
+// `trips` counts the trips of a process's pipelined loops.
 
-void read_plan(const Task& task, const Word* words, Stream<Tile>& tiles_to_read,
-               Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_word,
+// plan.cpp
+void read_plan(const Task& task, const Word64* words64, Stream<Tile>& tiles_to_read,
+               Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_decode,
                Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
-               Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_store,
-               Stream<Item>& items_to_read,
-               Stream<Item>& items_to_place, Stream<Item>& items_to_word,
+               Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_pack,
+               Stream<Tile>& tiles_to_write, Stream<Item>& items_to_read,
+               Stream<Item>& items_to_place, Stream<Item>& items_to_decode,
                Stream<Item>& items_to_multiply, long& trips);
+// memory.cpp
 void read_input(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Item>& items,
                 Stream<Beat>& beats, long& trips);
-void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats,
-                 Stream<RegionWord>& region_words, long& trips);
 void read_weights(const Task& task, const WeightBeat* weights, Stream<WeightBeat>& beats,
                   long& trips);
-void read_indices(const Task& task, const Word* words, Stream<Index>& indices, long& trips);
+void read_indices(const Task& task, const Word64* words64, Stream<Index>& indices, long& trips);
+void read_scales(const Task& task, const Word64* words64, Stream<Word64>& scales, long& trips);
+void read_shortcut(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
+                   long& trips);
+void write_output(const Task& task, Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
+                  long& trips);
+// decode.cpp
+void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats,
+                 Stream<RegionWord>& region_words, long& trips);
 void make_words(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
                 Stream<WeightBeat>& beats, Stream<Index>& indices, Stream<WeightWord>& words,
                 long& trips);
+// compute.cpp
 void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
               Stream<RegionWord>& region, Stream<WeightWord>& words, Stream<SumWord>& sums,
               long& trips, long& macs);
-void read_scales(const Task& task, const Word* words, Stream<Word>& scales, long& trips);
-void read_shortcut(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
-                   long& trips);
-void scale(const Task& task, Stream<Tile>& tiles, Stream<Word>& scales, Stream<Beat>& shortcut,
-           Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips);
-void store(const Task& task, Beat* maps, Stream<Tile>& tiles, Stream<CodeWord>& codes, long& trips,
-           long& output_beats);
-
 void clear_sums();
+// post.cpp
+void scale(const Task& task, Stream<Tile>& tiles, Stream<Word64>& scales, Stream<Beat>& shortcut,
+           Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips);
+// pool.cpp
+void pack_output(const Task& task, Stream<Tile>& tiles, Stream<CodeWord>& codes,
+                 Stream<Beat>& beats, long& trips);
 
 }  // namespace kgrc

@@ -6,12 +6,13 @@
 //    8 bit   two:  (w1 << 18 | w0) * x            two filters, one output position
 //    4 bit   four: (w1 << 22 | w0) * (x1 << 11 | x0)  two filters, two output positions
 //
-// The products of one multiplier lie in fields of its result. The channels are added before the
-// fields are taken apart (a cascade of DSPs does it for nothing), as many as a field has room for:
-// 8 * 127 * 128 < 2^17 and 8 * 7 * 8 < 2^10, weights being symmetric (|w| <= 2^(bits-1) - 1).
-// A field that is negative has borrowed one from the field above, which take_field gives back.
+// Each product lies in a field of the multiplier's result. The results of 8 channels are added
+// before the fields are separated (a cascade of DSPs adds them without LUTs). A field has room for
+// that: 8 * 127 * 128 < 2^17 and 8 * 7 * 8 < 2^10, because weights are symmetric
+// (|w| <= 2^(bits-1) - 1).
+// A negative field has borrowed 1 from the field above; take_field returns it.
 //
-// DotDirect writes down what is meant. Both give the same sums (host_tests/test_dot.py).
+// DotDirect computes the same sums without packing (host_tests/test_dot.py).
 #pragma once
 
 #include "types.h"
@@ -20,7 +21,7 @@ namespace kgrc {
 
 enum { kChannelsPerField = 8 };
 
-// Takes the lowest kWidth bits of the sum, as a signed number, and leaves the fields above.
+// Removes the lowest field, kWidth bits, from the sum and returns it as a signed number.
 template <int kWidth>
 inline Int<kWidth> take_field(Int<64>& sum) {
 #pragma HLS INLINE

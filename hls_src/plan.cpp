@@ -1,4 +1,4 @@
-// The plan of a task and the geometry of its tiles.
+// The plan of a task, and the geometry of its tiles and their regions.
 #include "design.h"
 
 namespace kgrc {
@@ -7,7 +7,7 @@ namespace kgrc {
 Tile make_tile(const Task& task, int d, int h, int w) {
   Tile tile;
   const int number[3] = {d, h, w};
-  int extent[3], reach[3];
+  int extent[3];  // positions of a phase along each axis
 axes:
   for (int axis = 0; axis < 3; ++axis) {
     const int size = task[Field(kTileD + axis)], out = task[Field(kOutD + axis)];
@@ -15,15 +15,14 @@ axes:
     tile.first[axis] = number[axis] * size;
     tile.size[axis] = smaller(size, out - tile.first[axis]);
     tile.phases[axis] = smaller(kernel, stride);
-    reach[axis] = (tile.size[axis] - 1) * stride + kernel;
-    extent[axis] = ceil_div(reach[axis], stride);
+    extent[axis] = ceil_div((tile.size[axis] - 1) * stride + kernel, stride);
   }
   const int nh = tile.size[1], nw = tile.size[2];
-  // the next length that is at least what is needed and congruent to the outputs, modulo P_F
+  // padded to the next length that is congruent to the outputs, modulo P_F
   tile.pitch = extent[2] + (nw - extent[2] % kPf + kPf * kTw * kPf) % kPf;
   tile.plane = extent[1] * tile.pitch;
   tile.plane += (nh * nw - tile.plane % kPf + kPf * kTh * kTw * kPf) % kPf;
-  tile.block = extent[0] * tile.plane;
+  tile.phase_size = extent[0] * tile.plane;
   tile.feature_rows = ceil_div(tile.size[0] * nh * nw, kPf);
   tile.step[2] = kPf % nw;
   tile.step[1] = kPf / nw % nh;
@@ -40,13 +39,34 @@ lanes:
   return tile;
 }
 
-// Every process that follows the plan gets its own copy of the tiles and of the items.
-void read_plan(const Task& task, const Word* words, Stream<Tile>& tiles_to_read,
-               Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_word,
+Region make_region(const Task& task, const Tile& tile) {
+  Region region;
+axes:
+  for (int axis = 0; axis < 3; ++axis) {
+    region.stride[axis] = task[Field(kStrideD + axis)];
+    region.kernel[axis] = task[Field(kKernelD + axis)];
+    region.begin[axis] = tile.first[axis] * region.stride[axis] - task[Field(kPadD + axis)];
+  }
+  for (int axis = 0; axis < 2; ++axis)
+    region.rows[axis] = region.kernel[axis] < region.stride[axis]
+                            ? tile.size[axis] * region.kernel[axis]
+                            : (tile.size[axis] - 1) * region.stride[axis] + region.kernel[axis];
+  region.width = (tile.size[2] - 1) * region.stride[2] + region.kernel[2];
+  region.first_beat = floor_div(region.begin[2], kPortPositions);
+  region.beats = floor_div(region.begin[2] + region.width - 1, kPortPositions) - region.first_beat +
+                 1;
+  region.row_beats = beats_of_row(task[kInW]);
+  return region;
+}
+
+// Reads the items once for each output tile. Every process that follows the plan gets its own copy
+// of the tiles, and of the items where it needs them.
+void read_plan(const Task& task, const Word64* words64, Stream<Tile>& tiles_to_read,
+               Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_decode,
                Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
-               Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_store,
-               Stream<Item>& items_to_read,
-               Stream<Item>& items_to_place, Stream<Item>& items_to_word,
+               Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_pack,
+               Stream<Tile>& tiles_to_write, Stream<Item>& items_to_read,
+               Stream<Item>& items_to_place, Stream<Item>& items_to_decode,
                Stream<Item>& items_to_multiply, long& trips) {
 tiles_d:
   for (int d = 0; d < tiles_along(task, 0); ++d)
@@ -57,28 +77,29 @@ tiles_d:
         const Tile tile = make_tile(task, d, h, w);
         tiles_to_read.write(tile);
         tiles_to_place.write(tile);
-        tiles_to_word.write(tile);
+        tiles_to_decode.write(tile);
         tiles_to_multiply.write(tile);
         tiles_to_scale.write(tile);
         tiles_to_add.write(tile);
-        tiles_to_store.write(tile);
+        tiles_to_pack.write(tile);
+        tiles_to_write.write(tile);
       items:
         for (int i = 0; i < task[kItemCount]; ++i) {
-          // II = 1: nothing is carried from one item to the next
+      // II = 1: nothing is carried from one item to the next
 #pragma HLS PIPELINE II = 1
           KGRC_TRIP();
-          const Word word = words[task[kItems] + i];
+          const Word64 word64 = words64[task[kItems] + i];
           Item item;
-          item.channel_tile = int(word & 0xffff);
-          item.slot = int(word >> 16 & 0xff);
-          item.mask = int(word >> 24 & 0xffff);
-          item.new_region = bool(word >> 40 & 1);
-          item.end_block = bool(word >> 41 & 1);
-          item.blocks = int(word >> 48 & 0xffff);
+          item.channel_tile = bit_field(word64, kItemChannelTileFirst, kItemChannelTileBits);
+          item.held_tile = bit_field(word64, kItemHeldTileFirst, kItemHeldTileBits);
+          item.mask = bit_field(word64, kItemMaskFirst, kItemMaskBits);
+          item.new_region = bit_field(word64, kItemNewRegionFirst, kItemNewRegionBits) != 0;
+          item.end_block = bit_field(word64, kItemEndBlockFirst, kItemEndBlockBits) != 0;
+          item.vectors = bit_field(word64, kItemVectorsFirst, kItemVectorsBits);
           item.first = i == 0;
           items_to_read.write(item);
           items_to_place.write(item);
-          items_to_word.write(item);
+          items_to_decode.write(item);
           items_to_multiply.write(item);
           ++trips;
         }

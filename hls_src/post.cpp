@@ -1,4 +1,4 @@
-// Sums to codes: bias, multiplier and shift, shortcut, clamp (numerics.md, "One convolution task").
+// From sums to codes: bias, multiplier and shift, shortcut, clamp (docs/equations.md).
 #include "design.h"
 
 namespace kgrc {
@@ -9,80 +9,33 @@ static Int<64> rounded_shift(Int<64> value, int shift) {
   return shift > 0 ? Int<64>((value + (Int<64>(1) << (shift - 1))) >> shift) : value;
 }
 
-// The scales of every block of outputs: two words a filter.
-void read_scales(const Task& task, const Word* words, Stream<Word>& scales, long& trips) {
-  const int tiles = tile_count(task), count = task[kFilterBlocks] * kTn * 2;
-passes:
-  for (int pass = 0; pass < tiles; ++pass)
-  scale_words:
-    for (int word = 0; word < count; ++word) {
-      // II = 1: neighbours in memory
-#pragma HLS PIPELINE II = 1
-      KGRC_TRIP();
-      scales.write(words[task[kScales] + word]);
-      ++trips;
-    }
-}
-
-// The beats of the shortcut that lie on each tile, row by row.
-void read_shortcut(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
-                   long& trips) {
-  const int count = tile_count(task);
-  const int row_beats = beats_of_row(task[kShortcutW]);
-tiles:
-  for (int pass = 0; pass < count; ++pass) {
-    const Tile tile = tiles.read();
-    const int run = ceil_div(tile.size[2], kPortPositions);
-    if (!task[kHasShortcut]) continue;
-  blocks:
-    for (int block = 0; block < task[kFilterBlocks]; ++block)
-    rows:
-      for (int row = 0; row < tile.size[0] * tile.size[1]; ++row) {
-        const int d = tile.first[0] + quotient(row, tile.size[1]);
-        const int h = tile.first[1] + remainder(row, tile.size[1]);
-        const int plane = (block * task[kShortcutD] + d) * task[kShortcutH];
-        const Beat* from = maps + task[kShortcut] + (plane + h) * row_beats +
-                           tile.first[2] / kPortPositions;
-      run:
-        for (int beat = 0; beat < run; ++beat) {
-          // II = 1: neighbours in memory
-#pragma HLS PIPELINE II = 1
-          KGRC_TRIP();
-          beats.write(from[beat]);
-          ++trips;
-        }
-      }
-  }
-}
-
-void scale(const Task& task, Stream<Tile>& tiles, Stream<Word>& scales, Stream<Beat>& shortcut,
+void scale(const Task& task, Stream<Tile>& tiles, Stream<Word64>& scales, Stream<Beat>& shortcut,
            Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips) {
   const int count = tile_count(task);
 tiles:
-  for (int pass = 0; pass < count; ++pass) {
+  for (int number = 0; number < count; ++number) {
     const Tile tile = tiles.read();
-    const int words =
-        tile.size[0] * tile.size[1] * ceil_div(tile.size[2], kPortPositions);
-  blocks:
-    for (int block = 0; block < task[kFilterBlocks]; ++block) {
+    const int words = tile.size[0] * tile.size[1] * beats_of_row(tile.size[2]);
+  vectors:
+    for (int vector = 0; vector < task[kVectors]; ++vector) {
       Scale of[kTn];
     filters:
       for (int i = 0; i < 2 * kTn; ++i) {
-        // II = 1: a word a trip, into registers
+        // II = 1: a 64-bit word a trip, into registers
 #pragma HLS PIPELINE II = 1
         KGRC_TRIP();
-        const Word word = scales.read();
+        const Word64 word64 = scales.read();
         if (i % 2 == 0) {
-          of[i / 2].bias = Int<64>(word);
+          of[i / 2].bias = Int<64>(word64);
         } else {
-          of[i / 2].mult = int(word & 0xffff);
-          of[i / 2].shift = int(word >> 16 & 0xff);
+          of[i / 2].mult = bit_field(word64, kScaleMultFirst, kScaleMultBits);
+          of[i / 2].shift = bit_field(word64, kScaleShiftFirst, kScaleShiftBits);
         }
         ++trips;
       }
     sum_words:
       for (int word = 0; word < words; ++word) {
-        // II = 1: every word stands for itself
+        // II = 1: a word does not depend on another
 #pragma HLS PIPELINE II = 1
         KGRC_TRIP();
         const SumWord in = sums.read();
@@ -93,11 +46,10 @@ tiles:
         for (int i = 0; i < kPortPositions; ++i)
           for (int n = 0; n < kTn; ++n) {
 #pragma HLS UNROLL
-            Int<64> value =
-                rounded_shift((Int<64>(in.sum[i][n]) + of[n].bias) * Int<64>(of[n].mult),
-                              of[n].shift);
+            Int<64> value = rounded_shift(
+                (Int<64>(in.sum[i][n]) + of[n].bias) * Int<64>(of[n].mult), of[n].shift);
             if (task[kHasShortcut]) {
-              const Int<64> r = Int<64>(code_of(beat, i * kTn + n)) - task[kShortcutZero];
+              const Int<64> r = Int<64>(code_of(beat.word64, i * kTn + n)) - task[kShortcutZero];
               value += rounded_shift(r * Int<64>(task[kShortcutMult]), task[kShortcutShift]);
             }
             value += task[kOutZero];

@@ -1,8 +1,8 @@
 // A memory bank with two ports, and the streams between processes.
 //
-// With KGRC_PORTS a simulation counts the accesses of every bank in each trip of the pipelined
-// loop around it, and remembers when there were more than two: then II = 1 would be a lie. So would
-// it be if a cell were read fewer than kDistance trips after it was written; that is counted too.
+// With KGRC_PORTS a simulation counts the accesses of every bank in each trip of a pipelined loop.
+// Two faults are counted that II = 1 would not forgive: more than two accesses to a bank in a trip,
+// and a read of a cell fewer than kDistance trips after it was written.
 #pragma once
 
 #include "types.h"
@@ -10,14 +10,17 @@
 #ifndef __SYNTHESIS__
 #include <cstddef>
 #include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
 #endif
 
 namespace kgrc {
 
 #ifdef KGRC_PORTS
-extern long current_trip;    // of whichever pipelined loop is running
-extern long port_conflicts;  // banks asked for more than two accesses in one trip
-extern long early_reads;     // cells read before what was written to them can be there
+extern long current_trip;    // of the pipelined loop that runs; counts on through all loops
+extern long port_conflicts;  // more than two accesses to a bank in a trip
+extern long early_reads;     // reads fewer than kDistance trips after the write
 #define KGRC_TRIP() (++current_trip)
 #else
 #define KGRC_TRIP() ((void)0)
@@ -28,15 +31,15 @@ class Ram {
  public:
   Value read(int address) {
 #pragma HLS INLINE
-    count();
-    look(address);
+    count_access();
+    check_read(address);
     return cells[address];
   }
   void write(int address, const Value& value) {
 #pragma HLS INLINE
-    count();
+    count_access();
     cells[address] = value;
-    note(address);
+    note_write(address);
   }
 
  private:
@@ -44,12 +47,12 @@ class Ram {
 #ifdef KGRC_PORTS
   long trip;
   int accesses;
-  long written[kDepth];  // the trip after it
-  void look(int address) {
+  long written[kDepth];  // the trip of the last write, plus 1
+  void check_read(int address) {
     if (written[address] > 0 && current_trip < written[address] - 1 + kDistance) ++early_reads;
   }
-  void note(int address) { written[address] = current_trip + 1; }
-  void count() {
+  void note_write(int address) { written[address] = current_trip + 1; }
+  void count_access() {
     if (trip != current_trip) {
       trip = current_trip;
       accesses = 0;
@@ -57,25 +60,26 @@ class Ram {
     if (++accesses == 3) ++port_conflicts;
   }
 #else
-  void count() {}
-  void look(int) {}
-  void note(int) {}
+  void count_access() {}
+  void check_read(int) {}
+  void note_write(int) {}
 #endif
 };
 
 #if defined(__SYNTHESIS__)
 
 #include <hls_stream.h>
-template <class Value> using Stream = hls::stream<Value>;
+template <class Value>
+using Stream = hls::stream<Value>;
 
 #else
 
-// What a simulation needs of a stream: processes run one after the other, so that it must hold
-// whatever one of them writes. Reading from an empty one ends the simulation: hardware would hang.
+// A FIFO without a bound: a simulation runs the processes one after the other, so that a stream
+// has to hold all that its writer writes.
 template <class Value>
 class Stream {
  public:
-  Stream() : cells(0), size(0), first(0), last(0) {}
+  explicit Stream(const char* name) : name(name), cells(0), size(0), first(0), last(0) {}
   ~Stream() { std::free(cells); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -84,8 +88,9 @@ class Stream {
     if (last == size) grow();
     cells[last++] = value;
   }
+  // Throws std::runtime_error if the stream is empty: hardware would wait for ever.
   Value read() {
-    if (first == last) std::abort();
+    if (first == last) fail();
     Value value = cells[first++];
     if (first == last) first = last = 0;
     return value;
@@ -93,12 +98,17 @@ class Stream {
   bool empty() const { return first == last; }
 
  private:
+  [[noreturn]] void fail() const {
+    throw std::runtime_error("the stream " + std::string(name) +
+                             " is empty where it is read; hardware would hang");
+  }
   void grow() {
     size = size ? 2 * size : 256;
     void* moved = std::realloc(static_cast<void*>(cells), size * sizeof(Value));
-    if (!moved) std::abort();
+    if (!moved) throw std::bad_alloc();
     cells = static_cast<Value*>(moved);
   }
+  const char* name;
   Value* cells;
   size_t size, first, last;
 };

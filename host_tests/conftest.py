@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests, and the loud skip where ../shared/data is not there."""
+"""Fixtures that all tests share. A test that needs ../shared/data is skipped without it."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The same random numbers for a test, whatever ran before it."""
+    """Seed torch, so that a test does not depend on the tests before it."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
 
@@ -25,19 +25,19 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def example_clips() -> Path:
-    """The few clips that the project carries."""
+    """The folder of the clips that ship with the project."""
     return ROOT / "examples" / "clips"
 
 
 @pytest.fixture(autouse=True)
 def simulated_board(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever opens the board gets the simulated one."""
+    """Make the backend "board" open the simulated board."""
     monkeypatch.setenv("PYNQ_KGRC_SIMULATE", "1")
 
 
 @pytest.fixture(scope="session")
 def i3d(example_clips):
-    """Pretrained I3D as (graph, program at 8 bits); skipped loudly without its weights."""
+    """Pretrained I3D as (graph, program at 8 bits); the test is skipped without its weights."""
     from pynq_kgrc.accelerator.config import preset
     from pynq_kgrc.compiler.network import compile_graph
     from pynq_kgrc.errors import ModelError
@@ -51,7 +51,7 @@ def i3d(example_clips):
     try:
         weights = pull("i3d-kinetics400")
     except ModelError as error:
-        pytest.skip(f"I3D's weights cannot be had: {error}")
+        pytest.skip(f"I3D's weights cannot be fetched: {error}")
     network = build()
     load_state(network, weights)
     graph = trace(network, CLIP, name="i3d")

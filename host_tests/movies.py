@@ -1,4 +1,4 @@
-"""Small data sets of made videos, for tests of training: what moves where is the label."""
+"""Small synthetic data sets for tests of training: the label is the direction of a movement."""
 
 import csv
 
@@ -9,7 +9,7 @@ MOVES = ("left", "right", "up", "down")
 
 
 def write_video(path, label, seed, size=32, frames=24):
-    """A bright square that moves in the direction of its label over a noisy ground."""
+    """Write a video of a bright square that moves in the direction of its label over noise."""
     rng = np.random.default_rng(seed)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 15, (size, size))
     assert writer.isOpened()
@@ -25,7 +25,7 @@ def write_video(path, label, seed, size=32, frames=24):
 
 
 def write_movies(folder, train=24, test=12):
-    """A folder with index.csv: four classes, people 1 to 3 in train and 4 in test."""
+    """Write a folder with index.csv: four classes; subjects 1 to 3 in train, 4 in test."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [("file", "label", "class", "subject", "split")]
     for i in range(train + test):

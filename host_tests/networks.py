@@ -15,7 +15,7 @@ def triple(value):
 
 
 class Net:
-    """Adds layers one after the other; every method returns the name of the new tensor."""
+    """Builds a graph layer by layer; every method returns the name of its output tensor."""
 
     def __init__(self, size=(4, 7, 7), seed=0, channels=3):
         self.rng = np.random.default_rng(seed)

@@ -1,9 +1,10 @@
-"""An outside oracle: ONNX Runtime computes each task from the very integers the emulation read.
+"""An independent oracle: ONNX Runtime computes each task from the same codes as the emulation.
 
-A task becomes a tiny ONNX model that says in reals what the task says in integers (QDQ form):
-DequantizeLinear, Conv or a pool, QuantizeLinear. It shares no arithmetic with this project. It
-rounds once, half to even, where the accelerator rounds half up and a shortcut on its own, so
-codes may differ by one. Whole networks are not compared: such differences grow on their way.
+A task becomes a small ONNX model in QDQ form, which computes in reals what the task computes in
+integers: DequantizeLinear, Conv or a pool, QuantizeLinear. It shares no arithmetic with this
+project. It rounds once, half to even. The accelerator rounds half up, and a shortcut separately.
+So codes may differ by one. Whole networks are not compared, because differences grow from layer
+to layer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pynq_kgrc.program import ConvTask, PoolTask, Program, Task
 from pynq_kgrc.quant import Array
 
 OPSET, IR_VERSION = 21, 10
-"""The first opset whose QuantizeLinear knows 16 bits, and the file format that goes with it."""
+"""The first opset whose QuantizeLinear has 16 bits, and its file format version."""
 
 ELEMENTS = {
     np.dtype(np.int8): TensorProto.INT8,
@@ -32,7 +33,7 @@ ELEMENTS = {
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the codes of one task compare."""
+    """How many codes of one task differ, and by how much."""
 
     task: str
     elements: int
@@ -42,7 +43,7 @@ class Agreement:
 
     @property
     def fraction(self) -> float:
-        """Of the elements, those that differ."""
+        """Fraction of the elements that differ."""
         return self.differing / self.elements
 
 
@@ -55,7 +56,7 @@ class Model:
         self.constants: dict[str, Array] = {}
 
     def codes(self, name: str, codes: Array, scale: float, zero: int) -> str:
-        """An input [C, D, H, W] of codes, as reals."""
+        """Add an input of codes [C, D, H, W]; the tensor of their reals."""
         self.inputs.append((name, codes[None]))
         return self._linear("DequantizeLinear", name, scale, zero, codes.dtype)
 
@@ -77,13 +78,13 @@ class Model:
         return self.node(op, source, scales, zeros, axis=0)
 
     def weight(self, codes: Array, scale: Array) -> str:
-        """Symmetric codes [M, ...] with a scale for each filter, as reals."""
+        """Add symmetric weight codes [M, ...] with a scale per filter; their reals."""
         name = self.constant("weight", codes)
         zeros = np.zeros(scale.shape, codes.dtype)
         return self._linear("DequantizeLinear", name, scale, zeros, codes.dtype)
 
     def run(self, real: str, task: Task) -> Array:
-        """Clamp and quantize the tensor `real` to the task's output, and let ONNX compute it."""
+        """Clamp and quantize the tensor `real` as the task does; compute its codes [C, D, H, W]."""
         out = task.out
         low = (task.lo - out.zero_point) * out.scale
         high = (task.hi - out.zero_point) * out.scale
@@ -116,7 +117,7 @@ class Model:
 
 
 def session(model: ModelProto) -> ort.InferenceSession:
-    """The model as it is written: no rewriting into 8-bit kernels, some of which saturate."""
+    """A session without graph optimizations: these use 8-bit kernels, and some saturate."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 2
@@ -124,7 +125,7 @@ def session(model: ModelProto) -> ort.InferenceSession:
 
 
 def window(shape) -> dict[str, object]:
-    """The attributes of a window in ONNX."""
+    """The ONNX attributes of a kernel's or pool's window."""
     return {
         "kernel_shape": list(shape.kernel),
         "strides": list(shape.stride),
@@ -133,22 +134,22 @@ def window(shape) -> dict[str, object]:
 
 
 def real_scale(mult: Array | int, shift: Array | int) -> Array:
-    """What a multiplier and its shift stand for."""
+    """The real factor of a multiplier and its shift."""
     return np.asarray(mult, np.float64) * np.exp2(-np.asarray(shift, np.float64))
 
 
 def run_task(program: Program, task: Task, source: Array, shortcut: Array | None) -> Array:
     """The task's output codes by ONNX Runtime, from its input codes [C, D, H, W].
 
-    A task holds only the ratio S_x * S_w / S_y. S_y is known; for a convolution S_x is set to 1
-    and S_w follows, for a pool S_x follows.
+    A task stores only the ratio S_x * S_w / S_y, and S_y. For a convolution S_x is set to 1, which
+    gives S_w; for a pool the ratio gives S_x.
     """
     model = Model()
     if isinstance(task, PoolTask):
         taps = task.shape.taps if task.average else 1
         scale = float(real_scale(task.mult, task.shift)) * task.out.scale * taps
         real = model.codes("source", source, scale, task.in_zero)
-        if task.average:  # our divisor is always the whole window
+        if task.average:  # we always divide by the size of the whole window
             real = model.node("AveragePool", real, **window(task.shape), count_include_pad=1)
         else:
             real = model.node("MaxPool", real, **window(task.shape))
@@ -156,7 +157,7 @@ def run_task(program: Program, task: Task, source: Array, shortcut: Array | None
     config, shape = program.config, task.shape
     codes = task.weights.expand(shape, config.gm, program.group_columns(task))
     scale = real_scale(task.mult, task.shift) * task.out.scale
-    # the task's bias is for sums of codes, that of ONNX for sums of codes less their zero point
+    # the task's bias is for sums of w * x, that of ONNX for sums of w * (x - Z_x)
     bias = (task.bias + task.in_zero * codes.sum(axis=(1, 2), dtype=np.int64)) * scale
     weight = codes.reshape(shape.filters, shape.channels, *shape.kernel)
     real = model.node(
@@ -177,12 +178,12 @@ def run_task(program: Program, task: Task, source: Array, shortcut: Array | None
 def agreements(
     program: Program, codes: Array, oracle: Program | None = None
 ) -> Iterator[Agreement]:
-    """Emulate a program task by task and let ONNX Runtime repeat each.
+    """Emulate a program task by task, compute each task with ONNX Runtime too, and compare.
 
     Args:
         program: what the emulation runs.
         codes: the input [C, D, H, W].
-        oracle: what ONNX Runtime is told to compute, if not the same: for tests of the oracle.
+        oracle: the program that ONNX Runtime computes; another one to test the oracle itself.
     """
     backend = open_backend("emulate", program.config)
     try:
@@ -191,7 +192,7 @@ def agreements(
         for i, (task, told) in enumerate(
             zip(program.tasks, (oracle or program).tasks, strict=True)
         ):
-            # buffers are used again, so what a task reads is read right before it runs
+            # buffers are reused, so the inputs of a task are read right before it runs
             source = backend.read(task.source, task.shape.channels, task.shape.in_size)
             shortcut = None
             if isinstance(task, ConvTask) and task.shortcut is not None:

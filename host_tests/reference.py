@@ -16,7 +16,7 @@ def shift_right(value, shift):
 
 
 def dense_weight(task, program):
-    """Codes {(m, n, k): w} of a task's kept, enabled weights."""
+    """{(filter, channel, tap): code} of the non-zero kept weights in enabled groups."""
     config, weights, found = program.config, task.weights, {}
     gk = min(task.shape.taps, config.tk)
     p, q, t, kr, gn, kc = weights.values.shape
@@ -39,11 +39,11 @@ def run_conv(task, program, source, shortcut):
     padded = np.pad(source.astype(np.int64), widths, constant_values=task.in_zero)
     taps = list(np.ndindex(*shape.kernel))
     for (m, n, k), weight in dense_weight(task, program).items():
-        seen = padded[n]
+        inputs = padded[n]
         for axis, (first, stride) in enumerate(zip(taps[k], shape.stride, strict=True)):
             places = [first + f * stride for f in range(shape.out_size[axis])]
-            seen = seen.take(places, axis)
-        acc[m] += weight * seen
+            inputs = inputs.take(places, axis)
+        acc[m] += weight * inputs
     for m, d, h, w in np.ndindex(*out.shape):
         total = int(acc[m, d, h, w])
         code = shift_right((total + int(task.bias[m])) * int(task.mult[m]), int(task.shift[m]))
@@ -55,7 +55,7 @@ def run_conv(task, program, source, shortcut):
 
 
 def windows(shape, source):
-    """For each output, the codes inside its window and how many places lie outside."""
+    """Yield for each output: its index, the codes in its window, the number of padded places."""
     for c, d, h, w in np.ndindex(shape.channels, *shape.out_size):
         inside, outside = [], 0
         for tap in np.ndindex(*shape.kernel):

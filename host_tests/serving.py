@@ -1,4 +1,4 @@
-"""A service in a process of its own, and clients that say exactly what is sent."""
+"""Starts a service in a process of its own, and sends raw requests to it."""
 
 import contextlib
 import http.client
@@ -22,7 +22,7 @@ LABELS = ("run", "jump", "wave", "clap")
 
 
 def write_program(path, size=(8, 32, 32), seed=0, filters=8, labels=LABELS):
-    """A small network that takes milliseconds; `filters` makes it slow."""
+    """Write a small program that runs in milliseconds; more `filters` make it slow."""
     net = Net(size, seed=seed)
     x = net.conv("clip", filters)
     if filters > 8:
@@ -35,7 +35,7 @@ def write_program(path, size=(8, 32, 32), seed=0, filters=8, labels=LABELS):
 
 
 def write_video(path, frames=40, size=(64, 48), codec="mpeg4", rate=25, **options):
-    """A video whose picture changes all the time; its bytes."""
+    """Write a video whose frames all differ; its bytes."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", **options) as container:
         stream = container.add_stream(codec, rate=rate)
@@ -53,7 +53,7 @@ def write_video(path, frames=40, size=(64, 48), codec="mpeg4", rate=25, **option
 
 @dataclass
 class Reply:
-    """What a service answered."""
+    """The answer of a service."""
 
     status: int
     headers: dict
@@ -94,11 +94,11 @@ class Serving:
 
     @property
     def records(self):
-        """The lines of the log, as they were meant."""
+        """The lines of the log, decoded."""
         return [json.loads(line) for line in self.log.splitlines()]
 
     def children(self, module):
-        """Processes of this service that run a module of it."""
+        """Ids of this service's child processes that run a module."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -109,12 +109,12 @@ class Serving:
         return found
 
     def memory(self):
-        """Resident bytes of the process that answers."""
+        """Resident memory of the answering process, in bytes."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(text.split("VmRSS:")[1].split()[0])
 
     def ask(self, method, path, body=None, headers=None, timeout=60):
-        """One request on a connection of its own."""
+        """Send one request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             connection.request(method, path, body, headers or {})
@@ -132,7 +132,7 @@ class Serving:
         return self.ask("POST", f"/v1/videos:classify{query}", video, heads, **more)
 
     def infer(self, frames, name="tiny", **more):
-        """A clip by the Open Inference Protocol, binary; the reply."""
+        """Send clips by the Open Inference Protocol as binary tensors."""
         count = frames.nbytes
         tensor = {"name": "frames", "shape": list(frames.shape), "datatype": "UINT8"}
         tensor["parameters"] = {"binary_data_size": count}
@@ -146,7 +146,7 @@ class Serving:
         return socket.create_connection(("127.0.0.1", self.port), timeout)
 
     def until(self, check, seconds=20):
-        """Wait until something holds."""
+        """Wait until `check` is true."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if check():
@@ -158,7 +158,7 @@ class Serving:
         return self.get("/v2/health/ready").status == 200
 
     def stop(self, seconds=60):
-        """SIGTERM, and its exit status."""
+        """Send SIGTERM; the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 

@@ -1,4 +1,4 @@
-"""Accuracy of a program: counted on its own codes, and refused where it means nothing."""
+"""The accuracy of a program, and the input that it is refused for."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,21 @@
-"""One battery of checks that every backend passes: its codes are those of the plain loops."""
+"""One battery of tests for every backend: its codes equal those of the loops in `reference.py`.
+
+Quick start: adding a backend
+1. Write a class with `name`, `exclusive` and the five verbs of `backends/base.py:Backend`, in a new
+   file in `pynq_kgrc/backends/`. `Loaded` holds the program and checks the range of `run`.
+2. Add one line to the table `BACKENDS` in `backends/base.py`: its name, and where its class is.
+3. `pytest host_tests/test_backends.py -k NAME`. Nothing changes here: the fixture `run` and the
+   tests with a parameter `name` take their backends from that table.
+
+Quick start: adding something that a task can do
+1. Add its formula to docs/equations.md and its plain loops to `reference.py`.
+2. Add a network with it to a test below, and call `assert_as_reference(run, program)`.
+3. If it is a new kind of task, `test_every_kind_of_task` fails until its network has one.
+"""
 
 import dataclasses
 from fractions import Fraction
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -13,17 +27,17 @@ from pynq_kgrc.backends.base import BACKENDS, open_backend
 from pynq_kgrc.backends.emulation import choice, exact, winograd
 from pynq_kgrc.backends.emulation.backend import Emulation, Scaling
 from pynq_kgrc.errors import ConfigError, DeviceError, ProgramError
-from pynq_kgrc.program import ConvTask
+from pynq_kgrc.program import ConvTask, PoolTask, Task
 
 DESIGNS = [(bits, sparse) for bits in (16, 8, 4) for sparse in (True, False)]
 
 
-@pytest.fixture(params=[*sorted(BACKENDS), "team"])
+@pytest.fixture(params=[*sorted(BACKENDS), "two-cores"])
 def run(request):
-    """Run codes through a program on this backend; the output codes of every task by name."""
+    """A function that runs a program on one backend: codes to {task name: output codes}."""
 
     def outputs(program, codes):
-        if request.param == "team":  # blocks and filters are cut for more than one core
+        if request.param == "two-cores":  # splits blocks and filters among processes
             backend = Emulation(program.config, cores=2, fork=True)
         else:
             backend = open_backend(request.param, program.config)
@@ -35,7 +49,7 @@ def run(request):
                 backend.run(i, i + 1)
                 channels = task.shape.out_channels
                 found[task.name] = backend.read(task.target, channels, task.out_size)
-            # a second call, in one go, must give the same
+            # a second run, of all tasks in one call, must give the same codes
             backend.write(program.source, codes)
             backend.run()
             last = program.tasks[-1]
@@ -86,7 +100,7 @@ def test_kept_fractions_at_twice_the_tile_and_one(run, bits, sparse, kept):
 )
 def test_kernels_strides_and_padding(run, shape):
     net = Net(size=(5, 9, 8))
-    source = net.conv("clip", 5, 1, pad=0, act="none")  # a zero point inside the range
+    source = net.conv("clip", 5, 1, pad=0, act="none")  # so its zero point is not the lowest code
     net.conv(source, 7, **shape)
     program, _ = compiled(net, small_config(td=3))
     assert_as_reference(run, program)
@@ -96,7 +110,10 @@ def test_kernels_strides_and_padding(run, shape):
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_transformed_convolutions(run, kernel, channels, bits, monkeypatch):
-    """Wide enough for the Winograd form, if moving memory were free; at odd and even sizes."""
+    """Convolutions in the Winograd form, at odd and even sizes.
+
+    They are too small for it, so its cost of memory traffic is set to 0.
+    """
     monkeypatch.setattr(choice, "ELEMENT_COST", 0)
     monkeypatch.setattr(choice, "WEIGHT_COST", 0)
     net = Net(size=(5, 6, 7))
@@ -105,7 +122,7 @@ def test_transformed_convolutions(run, kernel, channels, bits, monkeypatch):
     net.conv(source, 18, kernel, pad=pad, kept=0.5)
     program, _ = compiled(net, small_config(bits))
     form = choice.choose_convolution(
-        np.ones((18, channels, *kernel), int), program.tasks[-1].shape, (0, 15), exact.WIDE, 1
+        np.ones((18, channels, *kernel), int), program.tasks[-1].shape, (0, 15), exact.FLOAT64, 1
     )
     assert isinstance(form, winograd.WinogradConvolution)
     assert_as_reference(run, program)
@@ -113,14 +130,14 @@ def test_transformed_convolutions(run, kernel, channels, bits, monkeypatch):
 
 @pytest.mark.parametrize("window", [(1, 2, 2), (2, 2, 2), (2, 3, 2), (1, 1, 4), (2, 3, 3)])
 @pytest.mark.parametrize("channels", [5, 16])
-def test_pools_that_ride_on_a_convolution(run, window, channels):
+def test_pools_fused_into_a_convolution(run, window, channels):
     net = Net(size=(5, 7, 6))
     pooled = net.pool(net.conv(net.conv("clip", channels), 6, act="none"), window, act="relu")
     net.conv(pooled, 3, 1, pad=0)
     program, _ = compiled(net)
-    rides = [isinstance(task, ConvTask) and task.pool is not None for task in program.tasks]
-    # a port moves 4 positions at once: windows of 3 along the width do not share it out
-    assert rides == ([False, True, False] if window[2] != 3 else [False] * 4)
+    fused = [isinstance(task, ConvTask) and task.pool is not None for task in program.tasks]
+    # a beat holds 4 positions; a window of 3 along the width does not divide it and is not fused
+    assert fused == ([False, True, False] if window[2] != 3 else [False] * 4)
     assert_as_reference(run, program)
 
 
@@ -137,7 +154,7 @@ def test_pools_that_ride_on_a_convolution(run, window, channels):
     ],
 )
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_pools_of_their_own(run, pool, bits):
+def test_pools_that_are_tasks(run, pool, bits):
     net = Net()
     source = net.conv("clip", 6, act="none")
     net.conv(net.pool(source, **pool), 3, 1, pad=0)
@@ -159,7 +176,7 @@ def test_shortcut_and_pool_on_one_convolution(run, bits):
 
 
 def test_concat_add_and_copies(run):
-    """What cannot ride or be placed becomes a copy: same codes, more tasks."""
+    """An add that cannot be fused, or a concat of maps already placed, becomes a copy."""
     net = Net(size=(3, 5, 5))
     a, b = net.conv("clip", 4), net.conv("clip", 3, act="none")
     c = net.concat(a, b, "clip")
@@ -215,19 +232,19 @@ def test_pruned_for_another_tiling_is_right_with_more_kept(run):
     assert kept[0] == 0.5 < kept[1]
 
 
-def test_a_group_that_is_off_is_not_computed(run):
+def test_a_group_that_is_not_enabled_is_not_computed(run):
     net = Net(size=(3, 5, 5))
     name = net.conv(net.conv("clip", 8), 8)
     net.layers[name].weight[:4, 4:] = 0
     program, _ = compiled(net)
     weights = program.tasks[1].weights
     assert weights.enabled.tolist() == [[True, False], [True, True]]
-    weights.values[0, 1] = 9  # whatever lies there must not matter
+    weights.values[0, 1] = 9  # values of a group that is not enabled are not read
     assert_as_reference(run, program)
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
-def test_what_was_read_stays_as_it_was(name):
+def test_read_returns_a_copy(name):
     net = Net(size=(1, 1, 1), channels=8)
     net.dense("clip", 8)
     program, _ = compiled(net)
@@ -302,18 +319,27 @@ def test_config_refuses_by_name():
         small_config(tm=12, gm=8)
 
 
-def test_every_task_kind_is_covered():
-    net = Net()
-    net.pool(net.conv("clip", 4), 3, stride=1)
+def test_every_kind_of_task(run):
+    """One program with every kind of task, and with all that can be fused into a convolution."""
+    net = Net(size=(4, 6, 6))
+    first = net.conv("clip", 8)
+    pooled = net.pool(net.add(net.conv(first, 8, act="none"), first), 2)
+    pooled = net.pool(pooled, (1, 2, 2), stride=1, op="average_pool")
+    net.dense(net.pool(pooled, (2, 1, 1), stride=1, pad=(1, 0, 0)), 5)
     program, _ = compiled(net)
-    assert [isinstance(task, ConvTask) for task in program.tasks] == [True, False]
+    assert {type(task) for task in program.tasks} == set(get_args(Task))
+    convolutions = [task for task in program.tasks if isinstance(task, ConvTask)]
+    pools = [task for task in program.tasks if isinstance(task, PoolTask)]
+    assert any(task.pool is not None and task.shortcut is not None for task in convolutions)
+    assert {task.average for task in pools} == {True, False}
+    assert_as_reference(run, program)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 8, 17, 18, 20, 25, 40, 62])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_scaling_rounds_every_sum_as_the_integers_do(shift, bits):
     one = 1 << shift
-    # multipliers that bring some sum as close below the next code as can be
+    # multipliers for which some sum, scaled, is as little as possible below a half
     close = (((one >> 1) - 1) * pow(s, -1, one) % one for s in range(1, 97_000, 2))
     mult = [16384, 32767, *[m for m in close if 1 << 14 <= m < 1 << 15]][:9]
     net = Net(size=(1, 4, 4))
@@ -330,8 +356,8 @@ def test_scaling_rounds_every_sum_as_the_integers_do(shift, bits):
         hi=(1 << (bits - 1)) - 1,
     )
     scaling = Scaling(task, 8, np.full((len(mult), 3, 1), 127), (-255, 255))
-    # the largest sums here, 3 * 127 * 255, are of either sign: twice that must stay below 2^15
-    assert scaling.whole == (np.int16 if shift >= 18 and bits == 8 else np.int32)
+    # the largest sums are +-3 * 127 * 255: scaled, their range must be below 2^15 for int16
+    assert scaling.integer_dtype == (np.int16 if shift >= 18 and bits == 8 else np.int32)
     sums = np.arange(-97_000, 97_000.0, dtype=np.float32).reshape(50, -1, 1)
     sums = np.repeat(sums, len(mult), axis=2)
     codes = np.empty(sums.shape, task.out.dtype)

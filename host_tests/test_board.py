@@ -1,4 +1,4 @@
-"""The driver on pynq's own classes over the simulated board: every fault ends well, and in time."""
+"""The board backend on pynq's own classes over the simulated board, with every fault injected."""
 
 import asyncio
 import gc
@@ -20,19 +20,20 @@ import pytest
 from networks import Net, compiled, random_codes, small_config
 from reference import run_program
 
-pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board's driver not tested")
+pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
 
 from pynq_kgrc.accelerator.header import ADDRESSES, REGISTERS, register_of  # noqa: E402
 from pynq_kgrc.backends.base import count_task, open_backend  # noqa: E402
 from pynq_kgrc.backends.board import backend as driver  # noqa: E402
-from pynq_kgrc.backends.board import overlays, simulated  # noqa: E402
-from pynq_kgrc.backends.board.backend import Board, KgrcIp, KgrcOverlay  # noqa: E402
+from pynq_kgrc.backends.board import overlays, simulated, simulated_overlay  # noqa: E402
+from pynq_kgrc.backends.board.backend import BoardBackend  # noqa: E402
+from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay  # noqa: E402
 from pynq_kgrc.backends.board.lock import DeviceLock, lock_path  # noqa: E402
 from pynq_kgrc.backends.csim import CSimulation, source_folder  # noqa: E402
 from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError  # noqa: E402
 
 QUICK = dict(floor_seconds=0.03, margin=1.0)
-"""Limits for a kernel that never ends; the simulated one computes before it is waited for."""
+"""Short timeouts: the simulated kernel has computed before the driver begins to wait."""
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +66,14 @@ def device(request):
 
 
 def large_program():
-    """More of everything than `program`."""
+    """A program that needs larger buffers of each kind than `program`."""
     net = Net(size=(6, 20, 20))
     net.conv(net.conv("clip", 24), 24)
     return compiled(net)[0]
 
 
 def classify(board, program, codes):
-    """What a session does with a clip."""
+    """Write a clip, run, read the result, as a session does."""
     board.write(program.source, codes)
     board.run()
     last = program.tasks[-1]
@@ -81,7 +82,7 @@ def classify(board, program, codes):
 
 @pytest.fixture
 def board(device, program):
-    with Board(program.config, device=device, **QUICK) as opened:
+    with BoardBackend(program.config, device=device, **QUICK) as opened:
         opened.load(program)
         yield opened
 
@@ -105,7 +106,7 @@ def test_registers_are_the_arguments_of_the_kernel():
         *(f"{register_of(name)}_{word}" for name in ADDRESSES for word in (1, 2)),
         *("digest_1", "digest_2", "digest_ctrl", "first_task", "task_count"),
     ]
-    # as in the headers that Vitis HLS writes: 12 bytes an address, 24 what it returns
+    # as in the headers that Vitis HLS writes: 12 bytes per 64-bit input, 24 per 64-bit output
     assert REGISTERS["shortcut_1"] - REGISTERS["input_r_1"] == 12
     assert REGISTERS["first_task"] - REGISTERS["digest_1"] == 24
     assert REGISTERS["task_count"] - REGISTERS["first_task"] == 8
@@ -155,7 +156,7 @@ def test_a_write_between_tasks_keeps_what_the_device_wrote(board, program, clips
     codes, wanted = clips[0]
     board.write(program.source, codes)
     board.run(0, 1)
-    board.write(program.source, codes)  # never where the task that reads it writes
+    board.write(program.source, codes)  # its buffer does not overlap the first task's output
     board.run(1)
     last = program.tasks[-1]
     found = board.read(program.target, last.shape.out_channels, last.out_size)
@@ -164,13 +165,13 @@ def test_a_write_between_tasks_keeps_what_the_device_wrote(board, program, clips
 
 @pytest.mark.parametrize("forgotten", ["weights", "maps"])
 def test_a_forgotten_flush_gives_wrong_codes(device, program, clips, forgotten, monkeypatch):
-    """So that the other tests mean something."""
+    """The simulated memory shows a missing flush; the other tests rely on this."""
     codes, wanted = clips[0]
-    with Board(program.config, device=device, **QUICK) as board:
+    with BoardBackend(program.config, device=device, **QUICK) as board:
         real = simulated.SimulatedDevice.flush
 
         def flush(self, buffer, *rest):
-            held = board._held.buffers.get(forgotten)
+            held = board._resources.buffers.get(forgotten)
             if held is None or buffer is not held.bo:
                 real(self, buffer, *rest)
 
@@ -207,11 +208,11 @@ def test_a_refused_program_leaves_the_loaded_one(board, program, clips):
 
 
 def test_inside_an_event_loop_it_polls(device, program, clips):
-    """As in a notebook, where a loop runs already."""
+    """In a notebook an event loop runs already, so the driver cannot await the interrupt."""
     device.latency = 0.01
 
     async def cell():
-        with Board(program.config, device=device) as board:
+        with BoardBackend(program.config, device=device) as board:
             board.load(program)
             return classify(board, program, clips[0][0])
 
@@ -220,7 +221,7 @@ def test_inside_an_event_loop_it_polls(device, program, clips):
 
 def test_the_interrupt_ends_the_wait(device, program, clips, caplog):
     device.latency = 0.02
-    with Board(program.config, device=device, floor_seconds=1.0) as board:
+    with BoardBackend(program.config, device=device, floor_seconds=1.0) as board:
         board.load(program)
         polls = []
         get = board._ip.get
@@ -228,7 +229,7 @@ def test_the_interrupt_ends_the_wait(device, program, clips, caplog):
         for codes, wanted in clips:
             np.testing.assert_array_equal(classify(board, program, codes), wanted)
         count = polls.count("CTRL")
-    # ready, before the wait, after it; a wait may be cut in two or three while it is long
+    # before the run, before the wait, after it; a long wait may be split in two or three
     assert (count <= 12) == device.interrupt
     assert not caplog.records
 
@@ -238,7 +239,7 @@ def test_both_kinds_of_interrupt_status(program, clips, clears_on_read, caplog):
     device = simulated.SimulatedDevice(clears_on_read=clears_on_read)
     pynq.Device.active_device = device
     device.latency = 2e-3
-    with Board(program.config, device=device) as board:
+    with BoardBackend(program.config, device=device) as board:
         board.load(program)
         for codes, wanted in clips * 3:
             np.testing.assert_array_equal(classify(board, program, codes), wanted)
@@ -254,10 +255,10 @@ def test_both_kinds_of_interrupt_status(program, clips, clears_on_read, caplog):
     ("fault", "text"),
     [
         ("never_done", r"task conv1 \(1 of 3\) did not finish .*; registers CTRL=0x1 "),
-        ("error_status", r"task conv2 \(2 of 3\) reports 0xdead where 1 is done"),
+        ("error_status", r"task conv2 \(2 of 3\) reports 0xdead instead of 1 \(done\)"),
         ("wrong_digest", r"the device is of the design .*, not small-8"),
         ("decode_error", r"bus decode error: .*weights_2 reads 0x0, not 0x8"),
-        ("bad_table", r"task conv1 .* bus decode error, or worse: its tables"),
+        ("bad_table", r"task conv1 .* probably a bus decode error: the tables in memory"),
         ("reprogrammed", r"re-programmed or reset while it ran: input_r_2 reads 0x0, not 0x8"),
         ("power_cycle", r"reset, re-programmed or without power while it ran"),
     ],
@@ -274,7 +275,7 @@ def test_a_fault_is_named_in_time_and_the_next_call_works(
         board.run()
     assert time.monotonic() - began < 1
     assert not device.faults
-    # nothing of before is given out as a result, nor run again by itself
+    # the result of the clip before is not returned, and no run is repeated silently
     last = program.tasks[-1]
     with pytest.raises(DeviceError, match="write the clip again after"):
         board.read(program.target, last.shape.out_channels, last.out_size)
@@ -284,7 +285,7 @@ def test_a_fault_is_named_in_time_and_the_next_call_works(
 
 
 def test_names_of_the_tasks_are_those_of_the_program(program):
-    """The texts above name them."""
+    """The error messages that the test above matches contain these names."""
     assert [task.name for task in program.tasks][:2] == ["conv1", "conv2"]
 
 
@@ -296,7 +297,7 @@ def test_every_fault_is_tested():
 
 def test_late_but_in_time(device, program, clips):
     device.delay = 0.05
-    with Board(program.config, device=device, floor_seconds=2.0) as board:
+    with BoardBackend(program.config, device=device, floor_seconds=2.0) as board:
         board.load(program)
         device.faults = ["late"]
         began = time.monotonic()
@@ -308,9 +309,9 @@ def test_too_late(board, device, program, clips):
     device.delay = 0.2
     device.faults = ["late"]
     board.write(program.source, clips[0][0])
-    with pytest.raises(DeviceError, match="did not finish"):
+    with pytest.raises(DeviceError, match="the kernel, its tasks done, did not finish"):
         board.run()
-    time.sleep(0.25)  # its end must not be taken for that of the next
+    time.sleep(0.25)  # the end of the late run must not count as the end of the next one
     np.testing.assert_array_equal(classify(board, program, clips[1][0]), clips[1][1])
 
 
@@ -343,7 +344,7 @@ def test_a_pool_that_is_too_small(program):
     device = simulated.SimulatedDevice(memory_bytes=3 * simulated.PAGE)
     pynq.Device.active_device = device
     with (
-        Board(program.config, device=device) as board,
+        BoardBackend(program.config, device=device) as board,
         pytest.raises(DeviceError, match=r"0\.0 MiB were free.*cma=512M"),
     ):
         board.load(program)
@@ -360,12 +361,12 @@ def test_reprogrammed_between_two_calls(board, device, program, clips):
 
 
 def other_overlay(device):
-    """Another notebook cell loads its own overlay."""
+    """Load another overlay on the device, as another notebook cell may."""
     pynq.Overlay(str(device.supply_overlay(small_config(4)) / "kgrc.bit"), device=device)
 
 
 def test_a_stopped_cell_stops_the_kernel(board, device, program, clips, monkeypatch):
-    """Ctrl-C, or Jupyter's stop: the kernel must not go on writing to memory that is freed."""
+    """After Ctrl-C or Jupyter's stop the kernel must not write to memory that is freed."""
     device.faults = ["never_done"]
     board.write(program.source, clips[0][0])
 
@@ -375,7 +376,7 @@ def test_a_stopped_cell_stops_the_kernel(board, device, program, clips, monkeypa
     downloads = device.downloads
     with monkeypatch.context() as patch:
         patch.setattr(driver.time, "sleep", interrupted)
-        patch.setattr(Board, "_wait_interrupt", interrupted)
+        patch.setattr(BoardBackend, "_wait_interrupt", interrupted)
         with pytest.raises(KeyboardInterrupt):
             board.run()
     assert device.downloads == downloads + 1
@@ -402,9 +403,9 @@ def test_a_device_that_stays_dead_is_refused_with_the_reason(
 
 
 def test_wrong_counts_are_no_result(board, program, clips):
-    board._counted[1, 0] += 1
+    board._modelled_counts[1, 0] += 1
     board.write(program.source, clips[0][0])
-    with pytest.raises(DeviceError, match=r"conv2 .* counted \d+ macs where \d+ are due"):
+    with pytest.raises(DeviceError, match=r"conv2 .* counted \d+ macs; the cost model says \d+"):
         board.run()
 
 
@@ -413,7 +414,7 @@ def test_wrong_counts_are_no_result(board, program, clips):
 
 @pytest.fixture
 def overlay(tmp_path, program):
-    """The folder of a simulated overlay to damage."""
+    """The folder of a simulated overlay, for a test to damage."""
     simulated.write_overlay(tmp_path / "small", program.config)
     return tmp_path / "small"
 
@@ -424,7 +425,7 @@ def change(folder, **fields):
 
 
 def replace_in(folder, name, old, new):
-    """Another file, and the manifest knows."""
+    """Change a file of an overlay and its SHA-256 in the manifest."""
     path = folder / name
     text = path.read_text()
     assert old in text
@@ -440,18 +441,18 @@ def replace_in(folder, name, old, new):
         (lambda f: (f / "kgrc.bit").unlink(), r"kgrc.bit is missing; build it from hls_src"),
         (lambda f: (f / "kgrc.bit").write_text("{}"), r"kgrc.bit has SHA-256 .* its manifest says"),
         (lambda f: (f / "manifest.json").unlink(), r"no overlay of small-8 .*there is none"),
-        (lambda f: change(f, clock_mhz=-1), r"clock_mhz=-1.* use more than 0"),
-        (lambda f: change(f, pl_clock=4), r"one of the clocks 0 to 3"),
+        (lambda f: change(f, clock_mhz=-1), r"clock_mhz=-1.0, .*use a clock_mhz above 0"),
+        (lambda f: change(f, pl_clock=4), r"pl_clock=4; .* a pl_clock of 0 to 3"),
         (lambda f: change(f, clock_mhz="fast"), r"manifest.json: Expected `float`"),
         (lambda f: change(f, digest="0" * 16), r"digest 0{16} is not that of its config"),
         (lambda f: change(f, clock_mhz=200), r"reads back as 149.\d+ MHz, .* built for 200"),
-        (lambda f: change(f, pl_clock=1), r"set the frequency of pl_clk1"),
+        (lambda f: change(f, pl_clock=1), r"set that frequency of pl_clk1 in the block design"),
     ],
 )
 def test_a_damaged_overlay_is_refused(device, overlay, program, damage, text):
     damage(overlay)
     with pytest.raises(DeviceError, match=text):
-        Board(program.config, overlay, device=device)
+        BoardBackend(program.config, overlay, device=device)
 
 
 def test_an_overlay_of_another_design(device, overlay, program, monkeypatch):
@@ -460,10 +461,10 @@ def test_an_overlay_of_another_design(device, overlay, program, monkeypatch):
     with pytest.raises(DeviceError, match=r"no overlay of small-4 \(4 bits.*there is small-8"):
         overlays.find_overlay(other)
     assert overlays.find_overlay(program.config).folder == overlay
-    # the manifest says one design, the hardware is of another: only the device can tell
+    # manifest and hardware are of different designs: only the device's digest shows it
     replace_in(overlay, "kgrc.bit", '"bits": 8', '"bits": 4')
     with pytest.raises(DeviceError, match=r"the device is of the design .*use the overlay of this"):
-        Board(program.config, overlay, device=device)
+        BoardBackend(program.config, overlay, device=device)
 
 
 @pytest.mark.parametrize(
@@ -476,27 +477,28 @@ def test_an_overlay_of_another_design(device, overlay, program, monkeypatch):
 def test_another_kernel_in_the_overlay(device, overlay, program, old, new, text):
     replace_in(overlay, "kgrc.hwh", old, new)
     with pytest.raises(DeviceError, match=text):
-        Board(program.config, overlay, device=device)
+        BoardBackend(program.config, overlay, device=device)
 
 
 def test_registers_are_where_the_overlay_says(device, overlay, program, clips, monkeypatch):
-    """Vivado's file is the truth about the hardware; the list only names."""
+    """The driver takes the offsets of registers from the .hwh, not from header.REGISTERS."""
     moved = {name: at + 0x100 * (at >= 0x10) for name, at in REGISTERS.items()}
-    monkeypatch.setattr(simulated, "REGISTERS", moved)
+    for module in (simulated, simulated_overlay):
+        monkeypatch.setattr(module, "REGISTERS", moved)
     simulated.write_overlay(overlay, program.config)
-    with Board(program.config, overlay, device=device) as board:
+    with BoardBackend(program.config, overlay, device=device) as board:
         board.load(program)
         np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
 
 
 def test_a_busy_kernel_and_its_cure(device, program, clips):
     """An earlier process was killed while the kernel ran."""
-    with Board(program.config, device=device) as board:
+    with BoardBackend(program.config, device=device) as board:
         board._ip.put("CTRL", 0)
     device.kernel._control = simulated.START
     with pytest.raises(DeviceError, match=r"not idle \(CTRL=0x1\).*open it with download=True"):
-        Board(program.config, device=device, download=False)
-    with Board(program.config, device=device) as board:
+        BoardBackend(program.config, device=device, download=False)
+    with BoardBackend(program.config, device=device) as board:
         board.load(program)
         np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
 
@@ -506,7 +508,7 @@ def test_a_kernel_that_does_not_answer(device, program, monkeypatch):
         simulated.Kernel, "_run", lambda *_: (_ for _ in ()).throw(simulated.BusError())
     )
     with pytest.raises(DeviceError, match=r"does not answer within 0.03 s; registers CTRL=0x1"):
-        Board(program.config, device=device, **QUICK)
+        BoardBackend(program.config, device=device, **QUICK)
 
 
 def test_the_simulated_board_needs_a_compiler(device, program, monkeypatch, tmp_path):
@@ -515,7 +517,7 @@ def test_the_simulated_board_needs_a_compiler(device, program, monkeypatch, tmp_
     with pytest.raises(
         DeviceError, match=r"simulated board runs the C-simulation: no C\+\+ compiler"
     ):
-        Board(program.config, device=device)
+        BoardBackend(program.config, device=device)
 
 
 @pytest.mark.parametrize(
@@ -547,7 +549,7 @@ def test_no_board(monkeypatch, environment, devices, user, text):
 
 
 def test_without_pynq():
-    """The driver is then unavailable, with a sentence; all else works."""
+    """Without pynq the board backend is refused with a message; everything else works."""
     code = (
         "import sys; sys.modules['pynq'] = None; sys.path.insert(0, sys.argv[1])\n"
         "from networks import small_config\n"
@@ -567,14 +569,14 @@ def test_without_pynq():
     assert "install pynq_kgrc[board]" in done.stdout
 
 
-# ---- giving back ----------------------------------------------------------------------------
+# ---- releasing the device -------------------------------------------------------------------
 
 
 def test_two_users_of_one_device(board, device, program):
     with pytest.raises(DeviceError, match=rf"in use by process {os.getpid()} \(this one"):
-        Board(program.config, device=device)
+        BoardBackend(program.config, device=device)
     board.close()
-    Board(program.config, device=device).close()
+    BoardBackend(program.config, device=device).close()
 
 
 HOLDER = """
@@ -583,7 +585,7 @@ sys.path.insert(0, sys.argv[1])
 import pynq
 from networks import Net, compiled
 from pynq_kgrc.backends.board import simulated
-from pynq_kgrc.backends.board.backend import Board
+from pynq_kgrc.backends.board.backend import BoardBackend
 net = Net(size=(2, 3, 3))
 net.dense("clip", 4)
 program, _ = compiled(net)
@@ -591,7 +593,7 @@ device = simulated.SimulatedDevice(tag="held-by-a-test")
 pynq.Device.active_device = device
 import atexit
 atexit.register(lambda: print("left", len(device.memory.buffers), flush=True))
-board = Board(program.config, device=device)
+board = BoardBackend(program.config, device=device)
 board.load(program)
 print("ready", len(device.memory.buffers), flush=True)
 if len(sys.argv) > 2:
@@ -609,15 +611,15 @@ def test_another_process_is_refused_until_the_first_is_killed(program):
     try:
         assert holder.stdout.readline() == "ready 4\n"
         with pytest.raises(DeviceError, match=rf"in use by process {holder.pid};"):
-            Board(program.config, device=device)
+            BoardBackend(program.config, device=device)
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait(30)
         holder.stdout.close()
-    Board(program.config, device=device).close()
+    BoardBackend(program.config, device=device).close()
 
 
-def test_a_process_that_ends_in_an_error_gives_back():
+def test_a_process_that_ends_in_an_error_releases_its_memory():
     done = subprocess.run(
         [sys.executable, "-c", HOLDER, os.path.dirname(__file__), "oh"],
         capture_output=True,
@@ -629,8 +631,8 @@ def test_a_process_that_ends_in_an_error_gives_back():
     DeviceLock("held-by-a-test").release()
 
 
-def test_what_is_forgotten_is_given_back(device, program):
-    board = Board(program.config, device=device)
+def test_a_board_that_is_garbage_collected_releases_its_memory(device, program):
+    board = BoardBackend(program.config, device=device)
     board.load(program)
     assert len(device.memory.buffers) == 4
     del board
@@ -641,7 +643,7 @@ def test_what_is_forgotten_is_given_back(device, program):
 def test_an_exception_in_a_with_block(device, program):
     with (
         pytest.raises(ProgramError, match="no program is loaded"),
-        Board(program.config, device=device) as board,
+        BoardBackend(program.config, device=device) as board,
     ):
         board.run()
     assert not device.memory.buffers
@@ -653,9 +655,9 @@ def test_an_exception_in_a_with_block(device, program):
 
 
 def test_a_running_kernel_is_stopped_before_its_memory_is_freed(device, program, clips):
-    board = Board(program.config, device=device, **QUICK)
+    board = BoardBackend(program.config, device=device, **QUICK)
     board.load(program)
-    board._held.running = True
+    board._resources.running = True
     device.kernel._control = simulated.START
     order = []
     download, free = device.download, device.memory.return_pointer
@@ -665,7 +667,7 @@ def test_a_running_kernel_is_stopped_before_its_memory_is_freed(device, program,
     assert order == ["download", *["free"] * 4]
 
 
-def test_a_forked_child_gives_back_nothing(board, device, program, clips):
+def test_a_forked_child_releases_nothing(board, device, program, clips):
     child = os.fork()
     if not child:
         board.close()
@@ -682,8 +684,8 @@ def test_a_lock_of_a_strange_name():
 # ---- at random ------------------------------------------------------------------------------
 
 
-def storm(program, clips, runs, seed, interrupt):
-    """Runs with a random fault each, or none; how many gave labels, and the errors by kind."""
+def run_with_random_faults(program, clips, runs, seed, interrupt):
+    """Run `runs` clips, each with up to two random faults; numbers of right results and errors."""
     rng = np.random.default_rng(seed)
     device = simulated.SimulatedDevice(interrupt=interrupt)
     pynq.Device.active_device = device
@@ -696,7 +698,7 @@ def storm(program, clips, runs, seed, interrupt):
         codes, wanted = clips[rng.integers(len(clips))]
         try:
             if board is None:
-                board = Board(program.config, device=device, margin=1.0, floor_seconds=0.01)
+                board = BoardBackend(program.config, device=device, margin=1.0, floor_seconds=0.01)
                 board.load(program)
             elif rng.random() < 0.1:
                 board.load(program)
@@ -715,9 +717,9 @@ def storm(program, clips, runs, seed, interrupt):
             board.close()
             board = None
             assert not device.memory.buffers
-    # the weather clears: the very next call works
+    # without further faults the next call works
     device.faults = []
-    board = board or Board(program.config, device=device)
+    board = board or BoardBackend(program.config, device=device)
     board.load(program)
     assert (classify(board, program, clips[0][0]) == clips[0][1]).all()
     board.close()
@@ -730,21 +732,21 @@ def storm(program, clips, runs, seed, interrupt):
 
 @pytest.mark.parametrize("interrupt", [True, False])
 def test_faults_at_random(program, clips, interrupt):
-    right, refused = storm(program, clips, 100, 1, interrupt)
+    right, refused = run_with_random_faults(program, clips, 100, 1, interrupt)
     assert min(right, refused) > 20
 
 
 @pytest.mark.slow
 def test_a_thousand_faults_at_random(program, clips):
-    right, refused = storm(program, clips, 1000, 2, True)
+    right, refused = run_with_random_faults(program, clips, 1000, 2, True)
     assert min(right, refused) > 200
 
 
-# ---- size -----------------------------------------------------------------------------------
+# ---- register accesses, and whole networks --------------------------------------------------
 
 
 def accesses_of_a_run(layers, monkeypatch):
-    """How often one run reads or writes a register."""
+    """The number of register accesses in one run."""
     net = Net(size=(2, 4, 4))
     name = "clip"
     for _ in range(layers):
@@ -775,7 +777,7 @@ def test_a_run_touches_as_many_registers_whatever_its_layers(monkeypatch):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("network", ["c3d", "r2plus1d_18", "i3d"])
 def test_whole_networks(network):
-    """One start of a whole network at 8 bits: the emulation's very logits, the model's counts."""
+    """A whole network in one start at 8 bits: the emulation's logits, the cost model's counts."""
     from test_networks import seeded_graph
 
     from pynq_kgrc.accelerator.config import preset

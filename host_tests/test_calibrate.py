@@ -1,4 +1,4 @@
-"""Formats chosen from clips: what is tied, what covers what, and how close the program comes."""
+"""Calibration: ranges, shared formats, and the accuracy of the program's values."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A state dict fills a network whole, or leaves it alone and says why."""
+"""A state dict is loaded whole, or refused with a reason and the network left as it was."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ def write(state, path):
 
 
 def load_in_vain(path) -> str:
-    """The message of the refusal, after which the module has to be as it was."""
+    """The message of the ModelError; the module must be unchanged afterwards."""
     module = small()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     with pytest.raises(ModelError) as caught:

@@ -1,11 +1,17 @@
-"""The command line as a person uses it: every command, its JSON, and its mistakes."""
+"""The command line: every command, its JSON, and its messages for wrong input."""
 
+import argparse
+import inspect
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
-from pynq_kgrc.cli import main
+from pynq_kgrc.accelerator.config import preset, write_design
+from pynq_kgrc.cli import _parser, main
+from pynq_kgrc.graph import DEFAULT_SAMPLING, SAMPLINGS
+from pynq_kgrc.video import load_clip
 
 NETWORK = '''
 """A small network of someone's own."""
@@ -111,11 +117,47 @@ def test_info(program, capsys):
 @pytest.mark.parametrize("config", ["16-sparse", "4-dense"])
 def test_compile_with_a_report(network, clips, config, tmp_path, capsys):
     path = tmp_path / "x.kgrc"
-    arguments = ["compile", network, "--clips", *clips, "--config", config, "-o", str(path)]
+    arguments = ["compile", network, "--clips", *clips, "--design", config, "-o", str(path)]
     document = run_json(capsys, *arguments, "--report")
     assert document["fidelity"]["clips"] == 2
     assert min(document["fidelity"]["snr_db"].values()) > (60 if config == "16-sparse" else 0)
     assert path.is_file()
+
+
+def test_compile_takes_the_design_that_explore_writes(network, clips, tmp_path, capsys):
+    design = replace(preset("8-sparse"), name="found", gm=4)
+    write_design(design, tmp_path / "best.json")
+    arguments = ["compile", network, "--clips", *clips, "-o", str(tmp_path / "x.kgrc")]
+    for spelling in ("--design", "--config"):
+        document = run_json(capsys, *arguments, spelling, str(tmp_path / "best.json"))
+        assert (document["accelerator"], document["accelerator_digest"]) == ("found", design.digest)
+
+
+def options_of(command):
+    """The options of a command by name, with their help."""
+    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    actions = commands.choices[command]._actions
+    return {name: action for action in actions for name in action.option_strings}
+
+
+def test_an_accelerator_is_chosen_by_one_option():
+    """`--design` in every command; an earlier spelling is accepted, but not in the help."""
+    design = options_of("compile")["--design"]
+    assert design.default == "8-sparse"
+    assert options_of("compile")["--config"].dest == "design"
+    assert options_of("compile")["--config"].help == argparse.SUPPRESS
+    for command in ("compile", "doctor"):
+        assert "--accelerator" not in options_of(command)
+        assert options_of(command)["--design"].default == design.default
+
+
+def test_commands_that_take_one_clip_sample_alike():
+    for command in ("classify", "batch"):
+        sampling = options_of(command)["--sampling"]
+        assert sampling.default == DEFAULT_SAMPLING
+        assert tuple(sampling.choices) == SAMPLINGS
+        assert f"default: {DEFAULT_SAMPLING}" in sampling.help
+    assert inspect.signature(load_clip).parameters["sampling"].default == DEFAULT_SAMPLING
 
 
 def test_compare(program, clips, capsys):
@@ -135,7 +177,7 @@ def mistakes(tmp_path, network, program, clip):
         "no backend named 'gpu'; there are": ["classify", clip, "-p", program, "--backend", "gpu"],
         "'vgg' is no network": [*build, "vgg"],
         "No module named 'nope'": [*build, "nope:net"],
-        "no accelerator named '9-bit'": [*build, network, "--config", "9-bit"],
+        "no accelerator named '9-bit'": [*build, network, "--design", "9-bit"],
         "no recipe 'kgr' for": [*build, network, "--recipe", "kgr"],
         "method='best'; accepted are": [*build, network, "--method", "best"],
         "gone.pt": [*build, network, "--weights", "gone.pt"],

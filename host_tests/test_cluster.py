@@ -1,7 +1,7 @@
 """Scale-out: batches through Ray Data, and many devices behind Ray Serve.
 
-What needs no Ray runs everywhere; the rest in an environment of its own (`make cluster`), where
-every process that Ray is part of is a child, so that it can be killed like any other.
+The tests without Ray run everywhere; the others in an environment of their own (`make cluster`).
+There every process that uses Ray is a child process, so that a test can kill it.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from serving import THREADS, Reply, Serving, write_program, write_video
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.cli import main
 from pynq_kgrc.cluster.archive import (
-    File,
-    Journal,
     ArchiveSettings,
+    File,
     FileResult,
+    Journal,
+    classify_file,
     failed,
     find_files,
-    classify_file,
 )
 from pynq_kgrc.errors import ConfigError, DataError, DeviceError, KgrcError
 from pynq_kgrc.runtime import Session
@@ -53,12 +53,12 @@ BAD = {
     "notes.txt": b"no video at all",
     "cut.mp4": None,
 }
-"""None: the beginning of a video."""
+"""File -> content; None: the first half of a video."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_folder():
-    """Where Ray keeps its sockets and what a killed run leaves; pytest's names are too long."""
+    """A temporary folder with a short path for Ray's sockets; pytest's paths are too long."""
     made = tempfile.TemporaryDirectory(prefix="kg", dir="/tmp", ignore_cleanup_errors=True)
     with made as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
@@ -75,7 +75,7 @@ def program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """Videos that differ, in folders, and three files that are none."""
+    """Videos in folders, and three files that are not videos."""
     folder = tmp_path_factory.mktemp("archive")
     for i in range(VIDEOS):
         path = folder / "abc"[i % 3] / f"video {i:02}.mp4"
@@ -89,7 +89,7 @@ def archive(tmp_path_factory):
 
 
 def one_process(archive, path, stride=None):
-    """What a single session says of each file, as (path, labels, scores) or (path, error)."""
+    """File -> the labels of each of its clips from a single session; None if it is not a video."""
     from pynq_kgrc.program import load
 
     program = load(path)
@@ -111,7 +111,7 @@ def one_process(archive, path, stride=None):
 
 
 def check_rows(rows, expected):
-    """As many rows as files, sorted, with exactly the numbers of one process."""
+    """Check that there is a row per file, sorted, with exactly the numbers of one process."""
     assert [row["path"] for row in rows] == sorted(expected)
     for row in rows:
         labels = expected[row["path"]]
@@ -119,10 +119,12 @@ def check_rows(rows, expected):
             assert row["error"] and not row["labels"] and not row["windows"], row
             continue
         assert row["error"] is None, row
-        windows = [list(zip(w["labels"], w["scores"], strict=True)) for w in row["windows"]]
-        assert windows == [[(label.label, label.confidence) for label in clip] for clip in labels]
+        windows = [window["labels"] for window in row["windows"]]
+        assert [list(window) for window in windows] == [
+            list(msgspec.to_builtins(c)) for c in labels
+        ]
         if len(windows) == 1:
-            assert list(zip(row["labels"], row["scores"], strict=True)) == windows[0]
+            assert row["labels"] == windows[0]
 
 
 # ---------------------------------------------------------------- without Ray
@@ -135,11 +137,11 @@ def test_every_file_is_found_once_and_hidden_ones_are_not(archive, tmp_path):
     assert len(find_files(archive, [archive / "notes.txt"])) == len(files) - 1
     with pytest.raises(DataError, match="no such folder"):
         find_files(tmp_path / "none")
-    with pytest.raises(DataError, match="holds no file"):
+    with pytest.raises(DataError, match="contains no file"):
         find_files(tmp_path)
 
 
-def test_a_name_that_is_no_text_and_a_link_to_nowhere_have_rows_too(tmp_path, program):
+def test_a_name_that_is_not_utf8_and_a_dangling_link_have_rows(tmp_path, program):
     from pynq_kgrc.program import load
 
     (tmp_path / os.fsdecode(b"\xff.mp4")).write_bytes(b"")
@@ -164,13 +166,14 @@ def test_a_row_is_what_a_session_says(archive, program, stride):
     if stride:
         assert max(len(row["windows"]) for row in documents) > 3
         row = next(row for row in documents if len(row["windows"]) > 1)
-        scores = [dict(zip(w["labels"], w["scores"], strict=True)) for w in row["windows"]]
-        mean = sum(window[row["labels"][0]] for window in scores) / len(scores)
-        assert row["scores"][0] == pytest.approx(mean, abs=1e-12)
+        scores = [{x["label"]: x["confidence"] for x in w["labels"]} for w in row["windows"]]
+        best = row["labels"][0]
+        mean = sum(window[best["label"]] for window in scores) / len(scores)
+        assert best["confidence"] == pytest.approx(mean, abs=1e-12)
 
 
 @pytest.mark.parametrize("fault", [DeviceError("hung"), ValueError("a fault of ours")])
-def test_a_device_at_fault_is_no_fault_of_the_file(archive, program, monkeypatch, fault):
+def test_a_failure_of_the_device_is_not_an_error_of_the_file(archive, program, monkeypatch, fault):
     from pynq_kgrc.program import load
 
     def broken(*_):
@@ -207,26 +210,30 @@ def test_the_journal_keeps_each_row_once_and_forgets_changed_files(tmp_path):
         journal.add(failed(files[0], "second"))
         journal.add(failed(files[1], "b"))
     with Journal(path, settings) as journal:
-        assert [row.error for row in journal.rows(files)] == ["second", "b"]
+        assert [row.error for row in journal.results(files)] == ["second", "b"]
         changed = [files[0], file_of("b", modified=2), files[2]]
-        assert [row.path for row in journal.rows(changed)] == ["a"]
+        assert [row.path for row in journal.results(changed)] == ["a"]
         journal.delete()
     assert not path.exists()
 
 
-def test_the_journal_refuses_other_questions_and_a_second_run(tmp_path):
+def test_the_journal_refuses_other_settings_and_a_second_run(tmp_path):
     path = tmp_path / "x.partial"
     with Journal(path, ArchiveSettings("p")) as journal:
         journal.add(failed(file_of("a"), "kept"))
         with pytest.raises(ConfigError, match="another run"):
             Journal(path, ArchiveSettings("p"))
-    for other in (ArchiveSettings("q"), ArchiveSettings("p", top=3), ArchiveSettings("p", stride=8)):
-        with pytest.raises(ConfigError, match="another settings"):
+    for other in (
+        ArchiveSettings("q"),
+        ArchiveSettings("p", top=3),
+        ArchiveSettings("p", stride=8),
+    ):
+        with pytest.raises(ConfigError, match="other settings"):
             Journal(path, other)
     with Journal(path, ArchiveSettings("p")) as journal:
-        assert [row.error for row in journal.rows([file_of("a")])] == ["kept"]
+        assert [row.error for row in journal.results([file_of("a")])] == ["kept"]
     (tmp_path / "y").write_bytes(b"no database" * 100)
-    with pytest.raises(ConfigError, match="no journal"):
+    with pytest.raises(ConfigError, match="is not a journal"):
         Journal(tmp_path / "y", ArchiveSettings("p"))
     assert (tmp_path / "y").read_bytes() == b"no database" * 100
 
@@ -244,19 +251,19 @@ for i in range(100):
 """
 
 
-def test_a_killed_process_leaves_every_row_it_spoke_of(tmp_path):
+def test_a_killed_process_leaves_every_row_that_it_reported(tmp_path):
     path = tmp_path / "x.partial"
     command = [sys.executable, "-c", KILLED, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     with Journal(path, ArchiveSettings("p")) as journal:
-        assert len(list(journal.rows([file_of(str(i)) for i in range(100)]))) == 58
+        assert len(list(journal.results([file_of(str(i)) for i in range(100)]))) == 58
 
 
 @pytest.mark.parametrize(
     "arguments", [["batch", ".", "--out", "x.parquet"], ["cluster", "--emulators", "1"]]
 )
-def test_without_ray_a_person_hears_what_to_install(arguments, monkeypatch, capsys, tmp_path):
+def test_without_ray_the_error_names_the_extra_to_install(arguments, monkeypatch, capsys, tmp_path):
     for name in ("ray", "pyarrow"):
         monkeypatch.setitem(sys.modules, name, None)
     for name in [name for name in sys.modules if name.startswith("pynq_kgrc.cluster.")]:
@@ -290,7 +297,7 @@ print(classify_archive(Batch(
 
 
 def batch(folder, program, out, *more, **options):
-    """`pynq-kgrc batch` to its end; the process."""
+    """Run `pynq-kgrc batch` to its end; the completed process."""
     command = [sys.executable, "-m", "pynq_kgrc.cli", "batch", str(folder), "--out", str(out)]
     command += ["--program", str(program), "--workers", "2", "--json", *map(str, more)]
     return subprocess.run(
@@ -304,7 +311,7 @@ def batch(folder, program, out, *more, **options):
 
 
 def rows_of(out):
-    """The rows of a table, read by somebody else's program."""
+    """The rows of a table, read with pyarrow."""
     import pyarrow.parquet
 
     return pyarrow.parquet.read_table(out).to_pylist()
@@ -312,7 +319,7 @@ def rows_of(out):
 
 @contextlib.contextmanager
 def driver(folder, program, out, seconds=60, stride=0):
-    """A run that says each file's name once its row is safe."""
+    """A run that prints each file's name after its row is written."""
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, *map(str, (folder, program, out, seconds, stride))],
         stdout=subprocess.PIPE,
@@ -350,7 +357,7 @@ def descendants(pid):
 
 
 def until(check, seconds):
-    """What `check` says once it says something."""
+    """Wait until `check` returns something true; that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := check():
@@ -400,7 +407,7 @@ def test_windows_and_a_new_file_and_a_changed_one(archive, program, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kept"] == 1
     rows = rows_of(out)
-    out.rename(tmp_path / "results.parquet")  # it lay in the archive, and is no part of it
+    out.rename(tmp_path / "results.parquet")  # not a file of the archive
     check_rows(rows, one_process(folder, program, 5))
 
 
@@ -414,7 +421,7 @@ def test_a_table_of_somebody_else_is_not_touched(archive, program, tmp_path):
     for body in (out.read_bytes(), b"text"):
         out.write_bytes(body)
         done = batch(archive, program, out)
-        assert done.returncode == 2 and "is no table of" in done.stderr
+        assert done.returncode == 2 and "is not a table of" in done.stderr
         assert out.read_bytes() == body
 
 
@@ -506,7 +513,7 @@ KEY = "a key of the cluster's clients"
 
 
 class FakeBoard:
-    """An HTTP server that behaves as it is told, and remembers what it was asked."""
+    """An HTTP server with settable behaviour that records its requests."""
 
     def __init__(self):
         self.mode, self.ready, self.seconds = "good", True, 0.0
@@ -607,7 +614,7 @@ class Cluster:
         return self.ask("POST", f"/v1/videos:classify{query}", body, heads)
 
     def crowd(self, count, body=b"video"):
-        """So many requests at a time; the replies."""
+        """Send `count` requests at the same time; the replies."""
         with ThreadPoolExecutor(count) as pool:
             return list(pool.map(lambda _: self.classify(body), range(count)))
 
@@ -619,13 +626,13 @@ class Cluster:
         until(lambda: set(self.states()) == {"idle"}, 60)
 
     def replica(self, name):
-        """The process of a replica."""
+        """The process id of a replica."""
         below = descendants(self.process.pid)  # at work, a process adds .METHOD to its title
         found = [pid for pid, its in below if "ServeReplica" in its and f"{name}." in its + "."]
         return found[0] if found else None
 
     def stop(self):
-        """SIGTERM, or worse; the exit status."""
+        """Send SIGTERM, then SIGKILL; the exit status."""
         self.process.terminate()
         try:
             return self.process.wait(90)
@@ -663,7 +670,7 @@ def two_boards(boards, tmp_path_factory):
 
 @pytest.fixture
 def cluster(two_boards, boards):
-    """The two boards behind one endpoint, all well."""
+    """The two boards behind one endpoint, both in the rotation."""
     for board in boards:
         board.reset()
     two_boards.settle()
@@ -714,7 +721,7 @@ def test_a_board_that_hangs_leaves_and_its_video_goes_elsewhere(cluster, boards)
 
 
 @needs_ray
-def test_no_board_is_an_answer_too(cluster, boards):
+def test_without_a_ready_board_the_answer_is_503(cluster, boards):
     for board in boards:
         board.reset(mode="503", ready=False)
     reply = cluster.classify()  # meets both, and no third
@@ -776,7 +783,7 @@ def test_a_killed_replica_loses_and_doubles_no_answer(cluster, boards):
 
 
 def steady(document):
-    """An answer without what differs from run to run."""
+    """An answer without the times, which differ from run to run."""
     layers = [{**layer, "ms": 0} for layer in document["layers"]]
     return {**document, "timings_ms": 0, "layers": layers}
 
@@ -805,10 +812,10 @@ def test_emulators_answer_as_one_service_does_and_survive_a_kill(archive, progra
 
 
 @needs_ray
-def test_a_cluster_that_cannot_be_is_refused(tmp_path, capsys):
+def test_bad_settings_are_refused(tmp_path, capsys):
     for arguments, text in (
         ((), "no device"),
-        (("--board", "ftp://x"), "is no address"),
+        (("--board", "ftp://x"), "not an address"),
         (("--emulators", "1", "--program", str(tmp_path / "x.kgrc")), "no such program file"),
         (("--board", "http://x", "--host", "0.0.0.0"), "--api-key-file"),
     ):

@@ -1,16 +1,27 @@
-"""The cost model: tiles, what is skipped, what binds; test_csim.py holds its counts to the C++."""
+"""The cost model: tiles, skipped groups, the slowest process, designs.
 
+test_csim.py compares the counts of whole programs with those of the C-simulation.
+"""
+
+import json
 import math
+import shutil
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
-from networks import Net, compiled, small_config
+from networks import Net, compiled, random_codes, small_config
 
 from pynq_kgrc.accelerator import cost, tiling
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
 from pynq_kgrc.accelerator.plan import plan_convolution
+from pynq_kgrc.backends import csim
+from pynq_kgrc.compress.patterns import Rates, project
 from pynq_kgrc.errors import CompileError, ConfigError
 from pynq_kgrc.graph import ConvShape
+
+TABLE_V = json.loads((Path(__file__).parent / "kgrc_tables.json").read_text("utf-8"))
 
 
 def window(size, kernel, stride=1, pad=0, filters=8):
@@ -48,7 +59,7 @@ def test_a_tile_that_fits_nowhere_is_refused():
 
 
 def test_skipped_groups_cost_nothing():
-    """Half of the channel tiles switched off: half of the trips, weights and input."""
+    """Without weights in half of the channel tiles, weights, input and MACs are half as many."""
     config = small_config()
     net = Net(size=(2, 6, 8), channels=16)
     net.conv("clip", 16)
@@ -66,7 +77,7 @@ def test_skipped_groups_cost_nothing():
     assert half.output_beats == full.output_beats
 
 
-def test_a_layer_says_what_binds_it():
+def test_the_slowest_process_of_a_layer():
     config = preset("8-sparse")
     plan = tuple(plan_convolution(config, np.ones((64, 64), bool), 512))
     shape = ConvShape(512, (1, 3, 3), (1, 3, 3), filters=512)
@@ -74,7 +85,7 @@ def test_a_layer_says_what_binds_it():
     words = tiling.conv_words(config, shape, 8, 9)
     dense = tiling.Work(shape, one, one, one, words, plan, columns=3)
     assert cost.task_cost(config, dense).bound == "weights"
-    # of one column in nine, only that one is fetched
+    # with one column kept of nine, a weight word holds one column only
     words = tiling.conv_words(config, shape, 8, 1)
     single = tiling.Work(shape, one, one, one, words, plan, columns=1)
     beats = [cost.task_cost(config, work).weight_beats for work in (dense, single)]
@@ -85,10 +96,58 @@ def test_a_layer_says_what_binds_it():
     assert cost.task_cost(config, program.work(program.tasks[0])).bound == "array"
 
 
-def test_presets_are_those_of_table_v():
-    macs_a_cycle = {name: c.pm * c.tn * c.pk * c.pf for name, c in PRESETS.items()}
-    assert macs_a_cycle["8-sparse"] == 3072
-    assert {c.rows_per_cycle for c in PRESETS.values() if c.sparse} == {4}
+@pytest.mark.parametrize("pool", [None, 2])
+@pytest.mark.parametrize("name", ["8-sparse", "4-sparse", "8-zcu102"])
+def test_a_layer_alone_costs_what_its_compiled_task_costs(name, pool):
+    """`layer_cycles` from kept rows and columns equals the cost of the pruned, compiled layer."""
+    config = preset(name)
+    net = Net(size=(4, 15, 30), channels=24)
+    conv = net.conv("clip", 72, kernel=3, pad=1)
+    rates = Rates(rows=Fraction(1, 2), cols=Fraction(2, 3))
+    weight = net.layers[conv].weight
+    weight[...] = project(weight, rates, config.group_size)
+    if pool:
+        net.dense(net.pool(conv, pool), 5)
+    program, _ = compiled(net, config)
+    task = program.tasks[0]
+    assert task.weights.kept == (4, 3)
+    assert (task.pool is not None) == bool(pool)
+    window = (pool,) * 3 if pool else tiling.NO_POOL
+    wide = task.out.bits > config.bits
+    found = cost.layer_cycles(config, task.shape, 4, 3, window, wide=wide)
+    assert found == cost.task_cost(config, program.work(task)).cycles
+    assert found < cost.layer_cycles(config, task.shape, 8, 9, window, wide=wide)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("empty", range(5))
+def test_trips_of_a_layer_that_begins_with_empty_filter_tiles(empty):
+    """The second region is loaded while the empty tiles drain, before the first one is used."""
+    config = small_config(filter_tiles=1)
+    net = Net(size=(2, 3, 9))
+    conv = net.conv(net.conv("clip", 16), 5 * config.tm, 1, (1, 1, 3), 0)
+    net.layers[conv].weight[: empty * config.tm] = 0
+    program, _ = compiled(net, config)
+    backend = csim.CSimulation(config)
+    backend.load(program)
+    backend.write(program.source, random_codes(program))
+    backend.run(0, 2)
+    counted = backend.status(1)["array"]
+    assert counted == cost.task_cost(config, program.work(program.tasks[1])).array
+
+
+@pytest.mark.parametrize(
+    "row", TABLE_V["table_v"], ids=lambda row: f"{row['bits']}-{row['design']}"
+)
+def test_presets_are_those_of_table_v(row):
+    config = preset(f"{row['bits']}-{row['design']}")
+    numbers = {key: getattr(config, key) for key in ("tm", "pm", "tn", "pf", "pk")}
+    assert numbers == {key: row[key] for key in numbers}
+    assert {key: getattr(config, key) for key in TABLE_V["common"]} == TABLE_V["common"]
+    assert (config.bits, config.sparse) == (row["bits"], row["design"] == "sparse")
+
+
+def test_a_digest_depends_on_the_numbers_and_not_on_the_name():
     assert len({c.digest for c in PRESETS.values()}) == 7
     assert (
         preset("8-sparse").digest
@@ -101,20 +160,20 @@ def test_presets_are_those_of_table_v():
     [
         (dict(bits=5), "bits=5 is not a width of this accelerator; use 16, 8, 4"),
         (dict(tm=9), r"tm=9 is not a multiple of gm=4; use 4, 8, 12"),
-        (dict(pm=3), r"pm=3 does not share out over the 2 groups"),
-        (dict(pm=6), r"pm=6 does not share out"),
-        (dict(pk=10), r"pk=10 is more than the tk=9 columns"),
-        (dict(tw=0), r"tw=0 has to be 1 or more"),
+        (dict(pm=3), r"pm=3 cannot be divided over the 2 groups"),
+        (dict(pm=6), r"pm=6 cannot be divided"),
+        (dict(pk=10), r"pk=10 is more than the tk=9 columns of a tile; use 1 to 9"),
+        (dict(tw=0), r"tw=0 is not 1 or more"),
         (dict(tk=300), r"tk=300: row and column indices are one byte"),
-        (dict(tn=3), r"tm=8 is not a multiple of tn=3"),
+        (dict(tn=3), r"tm=8 is not a multiple of tn=3.*; use a multiple of 3"),
         (dict(tm=12, tn=6, pm=12, gm=6), r"tn=6 channels of 8 bits do not fill 64-bit words"),
         (dict(tm=128, pm=32), r"tm=128 makes 32 groups of gm=4; use 64 at most"),
-        (dict(pf=1), r"pf=1 is less than the 2 positions"),
-        (dict(filter_tiles=0), r"filter_tiles=0 has to be 1 or more"),
+        (dict(pf=1), r"pf=1 is less than the 2 positions of a beat; use 2 or more"),
+        (dict(filter_tiles=0), r"filter_tiles=0 is not 1 or more"),
         (dict(beat=3), r"beat=3 is not a power of two; use 2, 4, 8"),
     ],
 )
-def test_bad_tilings_are_refused_in_a_sentence(numbers, text):
+def test_the_error_of_a_bad_design_names_value_and_choice(numbers, text):
     with pytest.raises(ConfigError, match=text):
         small_config(**numbers)
 

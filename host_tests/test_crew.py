@@ -1,4 +1,4 @@
-"""Those who share the emulation's work: the same codes from any number of them, and no one lost."""
+"""Threads and processes that share the emulation's work: same codes, no process lost or left."""
 
 import fcntl
 import gc
@@ -22,16 +22,18 @@ from pynq_kgrc.backends.emulation import choice, crew
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.errors import DeviceError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="teams are forked on Linux only")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="processes are forked on Linux only"
+)
 
 
-def members():
-    """The processes that this one has forked and not yet waited for."""
+def children():
+    """Process ids of the children of this process that were not reaped yet."""
     lists = Path("/proc/self/task").glob("*/children")
     return {int(child) for file in lists for child in file.read_text().split()}
 
 
-def gone(process, seconds=20.0):
+def ends(process, seconds=20.0):
     """Whether a process ends within some seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -39,14 +41,14 @@ def gone(process, seconds=20.0):
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return True
-        if state == "Z":  # it waits to be asked after
+        if state == "Z":  # a zombie: it has ended and was not reaped
             return True
         time.sleep(0.02)
     return False
 
 
 def a_program(bits=8):
-    """Winograd and unfolded layers, a shortcut, pools within a tile, across tiles and apart."""
+    """Winograd and GEMM layers, a shortcut, pools within a tile, across tiles and as a task."""
     net = Net(size=(3, 6, 6))
     first = net.conv(net.conv("clip", 16), 24)
     joined = net.add(first, net.conv(first, 24, (1, 3, 3), pad=(0, 1, 1)))
@@ -61,8 +63,8 @@ def program():
 
 
 @pytest.fixture(autouse=True)
-def moving_memory_is_free(monkeypatch):
-    """So that small convolutions are transformed as large ones are."""
+def memory_traffic_is_free(monkeypatch):
+    """So that small convolutions use Winograd, too."""
     monkeypatch.setattr(choice, "ELEMENT_COST", 0)
     monkeypatch.setattr(choice, "WEIGHT_COST", 0)
 
@@ -77,7 +79,7 @@ def run(emulation, program, seed=0):
 
 
 def run_often(emulation):
-    """Until everyone has had a job."""
+    """So often that every process gets a job."""
     for _ in range(100):
         emulation.run()
 
@@ -85,42 +87,42 @@ def run_often(emulation):
 @pytest.fixture
 def team(program):
     emulation = Emulation(program.config, cores=2, fork=True)
-    before = members()
+    before = children()
     emulation.load(program)
-    (emulation.other,) = members() - before
+    (emulation.child,) = children() - before
     yield emulation
     emulation.close()
-    assert not members() - before
+    assert not children() - before
 
 
 @pytest.mark.parametrize("fork", [True, False])
 @pytest.mark.parametrize("cores", [2, 3])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_any_number_of_them_gives_the_same_codes(bits, cores, fork):
+def test_any_number_of_cores_gives_the_same_codes(bits, cores, fork):
     program = a_program(bits)
-    before = members()
+    before = children()
     emulation = Emulation(program.config, cores=cores, fork=fork)
     emulation.load(program)
     convolutions = [step for step in emulation._steps if isinstance(step, engine.ConvStep)]
-    assert len({type(step.exact) for step in convolutions}) == 2
+    assert len({type(step.convolution) for step in convolutions}) == 2
     assert {step.pools_sums for step in convolutions} == {True, False}
-    assert len(members() - before) == (cores - 1 if fork else 0)
+    assert len(children() - before) == (cores - 1 if fork else 0)
     for seed in range(3):
         run(emulation, program, seed)
     emulation.close()
-    assert not members() - before
+    assert not children() - before
 
 
-def test_jobs_are_done_once_by_whoever_is_free():
-    """More jobs than members, fewer, and none."""
+def test_each_job_is_done_once():
+    """More jobs than processes, fewer, and none."""
     counts = (100, 1, 0, 2, 7)
     done = crew.shared_array(8 * sum(counts)).view(np.int64)
 
     class Count:
-        def run(self, each):
+        def run(self, parallel_for):
             start = 0
             for count in counts:
-                each(self.note, range(start, start + count))
+                parallel_for(self.note, range(start, start + count))
                 start += count
 
         def note(self, job):
@@ -128,21 +130,21 @@ def test_jobs_are_done_once_by_whoever_is_free():
             done[job] += os.getpid()
 
     step = Count()
-    team = crew.Team([step], 3)
+    team = crew.ProcessCrew([step], 3)
     team.begin(0, 1)
-    step.run(team.each)
-    others = set(team._members)
+    step.run(team.parallel_for)
+    forked = set(team._children)
     team.close()
-    assert set(done.tolist()) <= others | {os.getpid()}
+    assert set(done.tolist()) <= forked | {os.getpid()}
     assert len(set(done[:100].tolist())) > 1
 
 
-def test_another_program_takes_the_place_of_the_first(team):
+def test_a_second_load_replaces_the_children(team):
     run(team, team.program)
     other = a_program(8)
-    first = team.other
+    first = team.child
     team.load(other)
-    assert gone(first)
+    assert ends(first)
     run(team, other)
 
 
@@ -150,26 +152,28 @@ def test_another_program_takes_the_place_of_the_first(team):
 def test_a_killed_process_is_an_error_and_the_next_run_is_right(team, program, monkeypatch, when):
     run(team, program)
     if when == "before a run":
-        os.kill(team.other, signal.SIGKILL)
-        assert gone(team.other)
+        os.kill(team.child, signal.SIGKILL)
+        assert ends(team.child)
     else:
-        each = crew.Team.each
+        parallel_for = crew.ProcessCrew.parallel_for
 
         def deadly(self, work, jobs):
-            os.kill(team.other, signal.SIGKILL)
-            each(self, work, jobs)
+            os.kill(team.child, signal.SIGKILL)
+            parallel_for(self, work, jobs)
 
-        monkeypatch.setattr(crew.Team, "each", deadly)
-    with pytest.raises(DeviceError, match=f"lost: process {team.other} has ended.*cores=1"):
+        monkeypatch.setattr(crew.ProcessCrew, "parallel_for", deadly)
+    with pytest.raises(
+        DeviceError, match=f"lost a child process: process {team.child} has ended.*cores=1"
+    ):
         team.run()
     monkeypatch.undo()
     run(team, program)
 
 
-def test_a_process_that_stands_still_is_an_error(team, program, monkeypatch):
+def test_a_process_that_hangs_is_an_error(team, program, monkeypatch):
     monkeypatch.setattr(crew, "STALL_SECONDS", 0.5)
-    os.kill(team.other, signal.SIGSTOP)
-    with pytest.raises(DeviceError, match=r"lost: no end after 0\.5 s"):
+    os.kill(team.child, signal.SIGSTOP)
+    with pytest.raises(DeviceError, match=r"lost a child process: no answer in 0\.5 s"):
         team.run()
     run(team, program)
 
@@ -192,25 +196,27 @@ def test_a_fault_in_a_process_is_printed_and_an_error_here(program, monkeypatch,
     assert "ZeroDivisionError: planted" in capfd.readouterr().err
 
 
-def test_an_interrupted_run_is_over_for_all(team, program, monkeypatch):
+def test_an_interrupted_run_ends_the_children(team, program, monkeypatch):
     def interrupted(self, *arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.ConvStep, "_store", interrupted)  # here; it was forked before
+    monkeypatch.setattr(
+        engine.ConvStep, "_store", interrupted
+    )  # in this process only: the child was forked before
     with pytest.raises(KeyboardInterrupt):
         run_often(team)
-    assert gone(team.other)
+    assert ends(team.child)
     monkeypatch.undo()
     run(team, program)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_are_the_parents_to_answer(team, program, number):
-    """Ctrl-C and a service that is stopped reach all; who is at work ends with the parent."""
-    os.kill(team.other, number)
+def test_children_ignore_sigint_and_sigterm(team, program, number):
+    """Ctrl-C and the stop of a service reach all processes; the parent decides."""
+    os.kill(team.child, number)
     time.sleep(0.2)
     run(team, program)
-    assert team.other in members()
+    assert team.child in children()
 
 
 def test_cores_are_counted_where_linux_is_not(monkeypatch):
@@ -220,18 +226,18 @@ def test_cores_are_counted_where_linux_is_not(monkeypatch):
     assert not crew.may_fork()
 
 
-def test_nobody_is_left_when_it_is_forgotten(program):
-    before = members()
+def test_children_end_when_the_emulation_is_garbage_collected(program):
+    before = children()
     emulation = Emulation(program.config, cores=3, fork=True)
     emulation.load(program)
-    started = members() - before
+    started = children() - before
     del emulation
     gc.collect()
     assert len(started) == 2
-    assert all(map(gone, started))
+    assert all(map(ends, started))
 
 
-def test_nobody_outlives_a_killed_parent(program, tmp_path):
+def test_children_end_when_the_parent_is_killed(program, tmp_path):
     path = tmp_path / "small.kgrc"
     program.save(path)
     code = (
@@ -241,27 +247,27 @@ def test_nobody_outlives_a_killed_parent(program, tmp_path):
         "program = load(sys.argv[1])\n"
         "emulations = [Emulation(program.config, cores=2, fork=True) for _ in range(2)]\n"
         "for emulation in emulations: emulation.load(program)\n"
-        "print(*[e._crew._members[0] for e in emulations], flush=True)\n"
+        "print(*[e._crew._children[0] for e in emulations], flush=True)\n"
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)
-    others = list(map(int, parent.stdout.readline().split()))
+    forked = list(map(int, parent.stdout.readline().split()))
     parent.kill()
     parent.wait(20)
     parent.stdout.close()
-    assert len(others) == 2
-    assert all(map(gone, others))
+    assert len(forked) == 2
+    assert all(map(ends, forked))
 
 
-def test_they_hold_nothing_of_their_parent_open(program):
-    """A connection that the parent closes is closed, and its port is free."""
+def test_children_close_inherited_files(program):
+    """Else a connection that the parent closes would stay open."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-    sockets[1].close()  # between two others there is room for its pipe
+    sockets[1].close()  # so that the pipe may get a number between two sockets
     emulation = Emulation(program.config, cores=2, fork=True)
-    before = members()
+    before = children()
     emulation.load(program)
-    (other,) = members() - before
-    run(emulation, program)  # by now it has let go of them
+    (other,) = children() - before
+    run(emulation, program)  # the child has closed them before its first step
     held = {os.readlink(f"/proc/{other}/fd/{fd}") for fd in os.listdir(f"/proc/{other}/fd")}
     assert not [name for name in held if name.startswith("socket")]
     emulation.close()
@@ -269,7 +275,7 @@ def test_they_hold_nothing_of_their_parent_open(program):
         one.close()
 
 
-def test_a_parent_may_hold_more_files_than_select_can_count(program, monkeypatch):
+def test_a_pipe_above_the_limit_of_select(program, monkeypatch):
     pipe, (soft, hard) = os.pipe, resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def high_pipe():
@@ -298,20 +304,20 @@ def test_a_process_with_threads_is_not_forked():
     assert crew.may_fork() is alone
 
 
-def test_threads_do_it_where_no_process_can_be_had(program, monkeypatch):
+def test_threads_replace_processes_if_fork_fails(program, monkeypatch):
     def refused():
         raise BlockingIOError(11, "planted")
 
     monkeypatch.setattr(os, "fork", refused)
-    before = members()
+    before = children()
     emulation = Emulation(program.config, cores=2, fork=True)
     emulation.load(program)
     run(emulation, program)
     emulation.close()
-    assert members() == before
+    assert children() == before
 
 
-def test_a_small_program_is_run_alone(program):
+def test_a_small_program_runs_on_one_core(program):
     emulation = Emulation(program.config)
     emulation.load(program)
     assert emulation.cores == 1

@@ -1,8 +1,9 @@
-"""The C-simulation: whole programs bit for bit, its trips against the model, its memory ports."""
+"""The C-simulation: codes bit for bit, trips equal to the cost model's, accesses of its banks."""
 
 import ctypes
 import shutil
-from dataclasses import asdict
+import subprocess
+from dataclasses import asdict, fields
 from functools import lru_cache
 
 import numpy as np
@@ -11,25 +12,30 @@ from networks import Net, compiled, random_codes, small_config
 from reference import run_program
 from test_dot import include_folders
 
-from pynq_kgrc.accelerator import cost
+from pynq_kgrc.accelerator import cost, header, tiling
 from pynq_kgrc.accelerator.config import PRESETS, preset
-from pynq_kgrc.accelerator.header import STATUS, config_header
-from pynq_kgrc.backends import csim
+from pynq_kgrc.accelerator.header import config_header
+from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField, Item, item_words64
+from pynq_kgrc.accelerator.resources import estimate_resources
+from pynq_kgrc.backends import base, csim, image
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.patterns import recipe
-from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.program import ConvTask
+from pynq_kgrc.quant import ACCUMULATOR_BITS
 from pynq_kgrc.video import load_clip
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 DESIGNS = [(bits, sparse) for bits in (16, 8, 4) for sparse in (True, False)]
+QUICK = ("-O0", "-DKGRC_PLAIN")
+"""Quick to build, for small programs."""
 PORTS = ("-O2", "-DKGRC_PLAIN", "-DKGRC_PORTS")
 
 
 def every_kind(size=(5, 9, 17)):
-    """A network with each thing that a task can be, at sizes of twice a tile and one."""
+    """A network with every kind of task, at sizes of two tiles and one more output."""
     net = Net(size=size)
     stem = net.conv("clip", 9, (1, 7, 7), (1, 2, 2), (0, 3, 3))
     body = net.conv(stem, 17, kept=0.5)
@@ -60,7 +66,7 @@ def outputs(backend, program, codes):
 
 
 def assert_costs_agree(backend, program):
-    """Every count of the simulation is the model's."""
+    """Every count of the simulation equals the cost model's."""
     for number, task in enumerate(program.tasks):
         reported = backend.status(number)
         assert reported.pop("done") == 1
@@ -80,7 +86,7 @@ def test_trips_macs_and_beats_are_those_of_the_cost_model(bits, sparse):
 
 @pytest.mark.parametrize(("bits", "sparse"), DESIGNS)
 def test_no_bank_is_asked_for_more_than_two_accesses_a_trip(bits, sparse):
-    """What II = 1 rests on; the design has more groups, lanes and columns than the small one."""
+    """A bank has two ports; the design has more groups, lanes and columns than the small one."""
     program = program_of(bits, sparse, tm=16, pm=16, pk=3, pf=6)
     backend = csim.CSimulation(program.config, PORTS)
     codes = random_codes(program)
@@ -93,7 +99,7 @@ def test_no_bank_is_asked_for_more_than_two_accesses_a_trip(bits, sparse):
 
 
 def with_sources(monkeypatch, folder, changes):
-    """The HLS sources with some text changed, as what the backend builds."""
+    """A copy of the HLS sources with some text changed, which the backend then builds."""
     shutil.copytree(csim.source_folder(), folder, ignore=shutil.ignore_patterns("rtl", "scripts"))
     for name, old, new in changes:
         path = folder / name
@@ -104,13 +110,24 @@ def with_sources(monkeypatch, folder, changes):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
 
+def with_header(monkeypatch, old, new):
+    """config.h with some text changed, as the backend builds with it."""
+
+    def changed(config):
+        text = config_header(config)
+        assert text.count(old) == 1, f"config.h has {text.count(old)} times {old!r}"
+        return text.replace(old, new)
+
+    monkeypatch.setattr(csim, "config_header", changed)
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
         # one copy of the region for all columns: more than two reads of a bank
-        ("compute.cpp", "region_ram[in_use][read / 2]", "region_ram[in_use][0]"),
+        ("compute.cpp", "region_ram[s.in_use][read / 2]", "region_ram[s.in_use][0]"),
         # a stride of 3 and more without cutting the beat in parts
-        ("memory.cpp", "region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1", "1"),
+        ("decode.cpp", "region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1", "1"),
     ],
 )
 def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
@@ -126,15 +143,15 @@ def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        # fewer trips between two words that add to a sum than its read, add and write take
-        ("design.h", "kMinFeatureRows = 4", "kMinFeatureRows = 1"),
-        # a block that begins as soon as the sums of the one before the last are handed on
-        ("compute.cpp", "larger(0, kMinFeatureRows + 1 - tile.feature_rows)", "0"),
+        # a sum is added to again before it is read, added to and written
+        (None, "kMinFeatureRows = 4", "kMinFeatureRows = 1"),
+        # a block begins as soon as the sums of the block before the last are handed on
+        ("compute.cpp", "larger(0, kMinFeatureRows + 1 - s.tile.feature_rows)", "0"),
     ],
 )
 def test_sums_are_left_alone_long_enough(monkeypatch, tmp_path, name, old, new):
-    # the distance that is watched stays what it is
-    changes = [(name, old, new), ("compute.cpp", "kSumRows, kMinFeatureRows>", "kSumRows, 4>")]
+    # the distance that the bank checks stays what it is
+    changes = [("compute.cpp", "kSumRows, kMinFeatureRows>", "kSumRows, 4>")]
     # blocks of four trips, whose sums are handed on in four: the shortest there are
     net = Net(size=(1, 1, 1))
     net.conv("clip", 96, 1, pad=0)
@@ -143,6 +160,10 @@ def test_sums_are_left_alone_long_enough(monkeypatch, tmp_path, name, old, new):
     clean = csim.CSimulation(program.config, PORTS)
     outputs(clean, program, codes)
     assert clean._library.kgrc_early_reads() == 0
+    if name is None:
+        with_header(monkeypatch, old, new)
+    else:
+        changes.append((name, old, new))
     with_sources(monkeypatch, tmp_path / "hls", changes)
     backend = csim.CSimulation(program.config, PORTS)
     outputs(backend, program, codes)
@@ -180,8 +201,8 @@ SANITIZED = """
 #include <vector>
 #include "design.h"
 using namespace kgrc;
-extern "C" void kgrc_run(const Beat*, const Beat*, Beat*, const WeightBeat*, const Word*,
-                         const Word*, const Word*, const Word*, Word*, Word*, int, int);
+extern "C" void kgrc_run(const Beat*, const Beat*, Beat*, const WeightBeat*, const Word64*,
+                         const Word64*, const Word64*, const Word64*, Word64*, Word64*, int, int);
 static std::vector<char> file(const char* name) {
   std::FILE* in = std::fopen(name, "rb");
   std::fseek(in, 0, SEEK_END);
@@ -194,10 +215,10 @@ static std::vector<char> file(const char* name) {
 int main(int, char** names) {
   std::vector<char> maps = file(names[1]), weights = file(names[2]), tables = file(names[3]);
   const int tasks = std::atoi(names[4]);
-  std::vector<Word> status(tasks * kStatusWords);
-  Word digest;
+  std::vector<Word64> status(tasks * kStatusWords);
+  Word64 digest;
   Beat* map = reinterpret_cast<Beat*>(maps.data());
-  const Word* table = reinterpret_cast<const Word*>(tables.data());
+  const Word64* table = reinterpret_cast<const Word64*>(tables.data());
   kgrc_run(map, map, map, reinterpret_cast<WeightBeat*>(weights.data()), table, table, table,
            table, status.data(), &digest, 0, tasks);
   std::FILE* out = std::fopen(names[5], "wb");
@@ -209,9 +230,7 @@ int main(int, char** names) {
 
 @pytest.mark.parametrize(("bits", "sparse"), [(8, True), (4, False)])
 def test_sanitizers_find_nothing(bits, sparse, tmp_path):
-    """Buffers of exactly the size that the driver allocates; a read past their end would show."""
-    import subprocess
-
+    """The buffers are exactly as large as the driver's, so that a read past their end is seen."""
     program = program_of(bits, sparse)
     backend = csim.CSimulation(program.config)
     codes = random_codes(program)
@@ -244,7 +263,7 @@ def test_sanitizers_find_nothing(bits, sparse, tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_published_design_builds(name, tmp_path):
-    """A small program on the very designs of table V."""
+    """A small program on each design of table V, and on ours."""
     config = preset(name)
     net = Net(size=(3, 15, 17), channels=3)
     first = net.conv("clip", 70, kept=1.0 if not config.sparse else 0.4)
@@ -271,13 +290,111 @@ def test_every_published_design_builds(name, tmp_path):
 )
 def test_bad_tilings_do_not_compile(monkeypatch, tmp_path, old, new, text):
     config = small_config(8)
-    header = config_header(config)
-    assert old in header
-    monkeypatch.setattr(csim, "config_header", lambda _: header.replace(old, new))
+    with_header(monkeypatch, old, new)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(DeviceError, match=text):
         csim.build_library(config)
     assert not list(tmp_path.rglob("*.so"))
+
+
+# ---- what Python and C++ share: changed in its one home, the other side follows ----------------
+
+
+def assert_follows(program):
+    """The C-simulation, built with the present constants, gives the same codes and counts."""
+    codes = random_codes(program)
+    backend = csim.CSimulation(program.config, QUICK)
+    found = outputs(backend, program, codes)
+    for name, wanted in run_program(program, codes).items():
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+    assert_costs_agree(backend, program)
+
+
+@pytest.fixture
+def shared(monkeypatch, tmp_path):
+    """A compiled program, its tiles chosen, with a cache of libraries of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program = program_of(8, True)
+    for task in program.tasks:
+        program.work(task)
+    return program
+
+
+def test_status_words_follow(monkeypatch, shared):
+    """In reverse order; the C++ names them as Python does, and does not build with other names."""
+    assert set(header.STATUS) == {"done", *(field.name for field in fields(cost.Cost))}
+    order = header.STATUS[::-1]
+    for module in (header, csim, base):
+        monkeypatch.setattr(module, "STATUS", order)
+    assert_follows(shared)
+    monkeypatch.setattr(csim, "STATUS", order[::-1])
+    with pytest.raises(AssertionError):
+        assert_follows(shared)
+    monkeypatch.setattr(header, "STATUS", tuple(s.replace("store", "pool") for s in order))
+    with pytest.raises(DeviceError, match="kStatusStore"):
+        csim.build_library(shared.config, QUICK)
+
+
+def test_the_bits_of_items_follow(monkeypatch, shared):
+    bits = {"channel_tile": 40, "held_tile": 56, "mask": 24, "new_region": 3, "end_block": 0}
+    bits["vectors"] = 5
+    assert bits.keys() == ITEM_BITS.keys()
+    for name, first in bits.items():
+        monkeypatch.setitem(ITEM_BITS, name, BitField(first, ITEM_BITS[name].width))
+    assert_follows(shared)
+
+
+def test_the_bits_of_scales_follow(monkeypatch, shared):
+    changed = {"mult": BitField(30, 16), "shift": BitField(1, 8)}
+    monkeypatch.setattr(header, "SCALE_BITS", changed)
+    with pytest.raises(AssertionError):  # only the C++ has changed
+        assert_follows(shared)
+    monkeypatch.setattr(image, "SCALE_BITS", changed)
+    assert_follows(shared)
+
+
+def test_the_least_trips_between_two_accesses_to_a_sum_follow(monkeypatch, shared):
+    monkeypatch.setattr(header, "MIN_FEATURE_ROWS", 6)
+    with pytest.raises(AssertionError, match="array"):  # only the C++ has changed
+        assert_follows(shared)
+    for module in (tiling, cost):
+        monkeypatch.setattr(module, "MIN_FEATURE_ROWS", 6)
+    assert_follows(shared)
+
+
+def test_the_width_of_sums_follows(monkeypatch, shared):
+    """Sums of 16 bits overflow; the resources that are estimated change, too."""
+    before = estimate_resources(preset("8-sparse"))
+    monkeypatch.setitem(ACCUMULATOR_BITS, 8, 16)
+    with pytest.raises(AssertionError, match="conv"):
+        assert_follows(shared)
+    monkeypatch.setitem(ACCUMULATOR_BITS, 8, 48)
+    assert_follows(shared)
+    assert estimate_resources(preset("8-sparse")).bram36 > before.bram36
+
+
+def test_a_number_that_does_not_fit_its_bits_is_refused():
+    item = Item(3, 300, 255, 5, True, False, 0)
+    (word64,) = item_words64([item])
+    assert {n: int(f.get(word64)) for n, f in ITEM_BITS.items()} == {
+        n: int(getattr(item, n)) for n in ITEM_BITS
+    }
+    for held_tile in (256, -1):
+        with pytest.raises(ProgramError, match=rf"held_tile={held_tile} does not .*; use 0 to 255"):
+            item_words64([item, Item(3, 300, held_tile, 5, True, False, 0)])
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------
+
+
+def test_a_process_that_waits_for_ever_is_named(monkeypatch, tmp_path):
+    change = ("decode.cpp", "region_words.write(out);", "if (!out.last) region_words.write(out);")
+    with_sources(monkeypatch, tmp_path / "hls", [change])
+    program = program_of(8, True)
+    backend = csim.CSimulation(program.config, QUICK)
+    backend.load(program)
+    with pytest.raises(DeviceError, match="task 0: the stream region_words is empty where it is"):
+        backend.run()
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
@@ -295,16 +412,15 @@ def test_a_library_of_another_design_is_refused(monkeypatch):
     backend = csim.CSimulation(program.config)
     other = small_config(8, pf=6)
     backend._library = ctypes.CDLL(str(csim.build_library(other)))
-    backend._library.kgrc_run.restype = None
+    backend._library.kgrc_simulate.restype = ctypes.c_char_p
     backend.load(program)
-    backend._image.tables[:] = 0  # so that it has nothing to do
+    backend._image.tables[:] = 0  # tasks without work
     with pytest.raises(DeviceError, match="the library is of design"):
         backend._call(0, 0)
-    assert len(STATUS) == 13
 
 
 def assert_as_emulated(program, codes):
-    """Every task's codes are the emulation's, and every count is the model's."""
+    """Every task's codes equal the emulation's, and every count the cost model's."""
     backend, emulation = csim.CSimulation(program.config), Emulation(program.config)
     wanted = outputs(emulation, program, codes)
     emulation.close()
@@ -317,7 +433,7 @@ def assert_as_emulated(program, codes):
 @pytest.mark.parametrize("network", ["c3d", "r2plus1d_18"])
 @pytest.mark.parametrize("pattern", ["dense", "kgrc"])
 def test_whole_networks(network, pattern, example_clips):
-    """Every task of the real networks at 8 bits: the same codes and the model's very counts."""
+    """Every task of the real networks at 8 bits."""
     from test_networks import seeded_graph
 
     graph = seeded_graph(network)

@@ -1,11 +1,13 @@
-"""The doctor: what it finds on a laptop, on a board and on one that lacks something."""
+"""The command doctor on a laptop, on a board, and on machines that lack something."""
 
 import json
 import sys
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
 
+from pynq_kgrc.accelerator.config import preset, write_design
 from pynq_kgrc.cli import doctor, main
 
 
@@ -18,7 +20,7 @@ def examine(capsys, *arguments):
 
 @pytest.fixture
 def laptop(monkeypatch):
-    """A computer without a board, whatever this one is."""
+    """Hide a board that this computer may have."""
     monkeypatch.delenv("PYNQ_KGRC_SIMULATE")
     monkeypatch.delenv("XILINX_XRT", raising=False)
     monkeypatch.delenv("KGRC_OVERLAY", raising=False)
@@ -60,7 +62,7 @@ def test_a_board_as_far_as_files_go(laptop, capsys, monkeypatch, tmp_path):
 
 
 def test_the_simulated_board(capsys):
-    pytest.importorskip("pynq", reason="pynq is not installed: the board's driver not tested")
+    pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
     status, document, found = examine(capsys, "--open", "--design", "4-dense")
     assert status == 0
     assert document["board"], found
@@ -70,10 +72,8 @@ def test_the_simulated_board(capsys):
 
 def test_an_overlay_that_is_damaged(capsys, tmp_path):
     simulated = pytest.importorskip(
-        "pynq_kgrc.backends.board.simulated", reason="pynq not installed"
+        "pynq_kgrc.backends.board.simulated", reason="pynq is not installed"
     )
-    from pynq_kgrc.accelerator.config import preset
-
     simulated.write_overlay(tmp_path, preset("8-sparse"))
     assert examine(capsys, "--overlay", str(tmp_path))[2]["overlay"]["works"]
     (tmp_path / "kgrc.hwh").write_text("")
@@ -82,9 +82,28 @@ def test_an_overlay_that_is_damaged(capsys, tmp_path):
     assert "kgrc.hwh has SHA-256" in finding["cure"]
 
 
+def test_a_design_that_explore_writes(capsys, tmp_path):
+    """--design takes the JSON of `explore -o`: its overlay is looked for by its digest."""
+    path = tmp_path / "best.json"
+    config = replace(preset("8-zcu102"), name="best", pf=8, beat=4)
+    write_design(config, path)
+    status, _, found = examine(capsys, "--design", str(path), "--overlay", str(tmp_path))
+    assert status == 0
+    assert f"no overlay of best (8 bits, digest {config.digest})" in found["overlay"]["cure"]
+
+
+def test_a_design_that_explore_writes_on_the_simulated_board(capsys, tmp_path):
+    pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
+    write_design(replace(preset("8-zcu102"), name="best"), tmp_path / "best.json")
+    _, document, found = examine(capsys, "--open", "--design", str(tmp_path / "best.json"))
+    assert document["board"], found
+    assert found["overlay"]["found"] == "simulated, best"
+    assert found["kernel"]["found"].startswith(f"best (digest {preset('8-zcu102').digest})")
+
+
 def test_a_device_in_use(capsys):
     simulated = pytest.importorskip(
-        "pynq_kgrc.backends.board.simulated", reason="pynq not installed"
+        "pynq_kgrc.backends.board.simulated", reason="pynq is not installed"
     )
     from pynq_kgrc.backends.board.lock import DeviceLock
 
@@ -113,7 +132,7 @@ def test_a_broken_emulation_is_told_by_the_exit_status(capsys, monkeypatch):
     status, document, found = examine(capsys)
     assert status == 1
     assert not document["emulation"]
-    assert "% off" in found["emulation"]["found"]
+    assert "% off float" in found["emulation"]["found"]
 
 
 def test_a_module_that_is_missing_is_no_crash(capsys, monkeypatch):
@@ -133,3 +152,12 @@ def test_the_table(capsys):
 def test_an_unknown_design(capsys):
     assert main(["doctor", "--design", "2-sparse"]) == 2
     assert "no accelerator named '2-sparse'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "{}", '{"name": "best"'])
+def test_a_file_that_is_no_design(capsys, tmp_path, text):
+    path = tmp_path / "best.json"
+    if text is not None:
+        path.write_text(text)
+    assert main(["doctor", "--design", str(path)]) == 2
+    assert f"{path}: no design of an accelerator (" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The multipliers of the array: packed into a DSP, written down directly, and numpy: all equal."""
+"""The dot products of the array: packed (Dot), direct (DotDirect) and numpy's are equal."""
 
 import ctypes
 import importlib.util
@@ -31,7 +31,7 @@ static void run(const int* w, const int* x, long* out, int count) {
 
 
 def include_folders():
-    """Flags for each set of types: plain integers, and ap_int where the wheel hls4ml lies."""
+    """Compiler flags for each set of types; ap_int only if the package hls4ml is installed."""
     found = {"plain": ["-DKGRC_PLAIN"]}
     spec = importlib.util.find_spec("hls4ml")
     if spec is not None:
@@ -42,7 +42,7 @@ def include_folders():
 
 @pytest.fixture(scope="module", params=["plain", "ap_int"])
 def dots(request, tmp_path_factory):
-    """The multipliers of one set of types as a library."""
+    """A library of the dot products, for one set of types."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     flags = include_folders().get(request.param)

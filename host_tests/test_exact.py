@@ -1,4 +1,4 @@
-"""The convolution forms are exact: at the edge of the proof, beyond it, and for any input."""
+"""The convolution forms are exact: at the limit of the proof, beyond it, and for any input."""
 
 import itertools
 
@@ -15,7 +15,7 @@ F32 = np.dtype(np.float32)
 
 
 def by_hand(values, weight, shape):
-    """Integer sums [D, H, W, M] of a padded channel-last map."""
+    """Integer sums [D, H, W, M] of a padded channel-last map [D, H, W, N]."""
     d, h, w = shape.out_size
     out = np.zeros((d, h, w, shape.filters), np.int64)
     for tap in itertools.product(*map(range, shape.kernel)):
@@ -28,7 +28,7 @@ def by_hand(values, weight, shape):
 
 
 def run(convolution, values, pool=(1, 1, 1)):
-    """All sums of a convolution over a padded map of integers, the largest of each window."""
+    """All sums of a convolution over a padded map of integers, max-pooled by `pool`."""
     shape = convolution.shape
     size = (n // p for n, p in zip(shape.out_size, pool, strict=True))
     found = np.full((*size, shape.filters), np.nan)
@@ -64,10 +64,10 @@ def extreme_weight(kind, filters, channels, kernel, rng):
 
 def extreme_values(kind, shape, weight, rng):
     size = tuple(o - 1 + k for o, k in zip(shape.out_size, shape.kernel, strict=True))
-    if kind == "against":  # the largest input where the first filter is positive
+    if kind == "against":  # the largest input for channels with a positive sum in filter 0
         chosen = 255 * (weight[0].sum(axis=(1, 2, 3)) > 0)
         return np.broadcast_to(chosen, (*size, shape.channels)).copy()
-    if kind == "stripes":  # differences between neighbours as large as they get
+    if kind == "stripes":  # the largest possible differences between neighbours
         place = np.indices(size).sum(axis=0) % 4 < 2
         return np.repeat(255 * place[..., None], shape.channels, axis=3)
     return rng.integers(0, 256, (*size, shape.channels)) * (rng.random() < 0.9)
@@ -84,7 +84,7 @@ def test_no_sum_is_ever_off_by_one(kernel, channels, kind):
         GemmConvolution(weight, shape, (0, 255), F32, 1),
         WinogradConvolution(weight, shape, (0, 255), F32, 1),
     ]
-    if kernel[1:] == (3, 3):  # the width in runs
+    if kernel[1:] == (3, 3):  # also without transforming the width
         axes = [axis for axis in (0, 1) if kernel[axis] == 3]
         forms.append(WinogradConvolution(weight, shape, (0, 255), F32, 1, axes))
     for values_kind in ("against", "stripes", "random"):
@@ -94,8 +94,8 @@ def test_no_sum_is_ever_off_by_one(kernel, channels, kind):
             np.testing.assert_array_equal(run(form, values), wanted, err_msg=str(type(form)))
 
 
-def test_the_measured_proof_refuses_and_float64_takes_over(monkeypatch):
-    """Where float32 would be wrong the block is done again, and it would have been wrong."""
+def test_a_block_that_fails_the_run_time_proof_is_computed_in_float64(monkeypatch):
+    """And without the proof float32 would be wrong."""
     rng = np.random.default_rng(0)
     shape = ConvShape(512, (4, 4, 4), (3, 3, 3), filters=4)
     weight = np.full((4, 512, 3, 3, 3), 127)
@@ -105,27 +105,27 @@ def test_the_measured_proof_refuses_and_float64_takes_over(monkeypatch):
     values = 255 - rng.integers(0, 3, (6, 6, 6, 512))
     values = values[: form.in_size[0], : form.in_size[1], : form.in_size[2]]
     kinds = []
-    compute = winograd._WinogradPlan.compute
+    compute = winograd._CallSequence.compute
 
     def watched(self, slab):
         kinds.append(self.dtype)
         return compute(self, slab)
 
-    monkeypatch.setattr(winograd._WinogradPlan, "compute", watched)
+    monkeypatch.setattr(winograd._CallSequence, "compute", watched)
     np.testing.assert_array_equal(run(form, values), by_hand(values, weight, shape))
     assert np.dtype(np.float64) in kinds
     kinds.clear()
-    monkeypatch.setattr(winograd._WinogradPlan, "_later_sums", lambda self: 0.0)
-    monkeypatch.setattr(winograd._WinogradPlan, "_parts", lambda self, values, position: 1)
+    monkeypatch.setattr(winograd._CallSequence, "_output_transform_bound", lambda self: 0.0)
+    monkeypatch.setattr(winograd._CallSequence, "_count_parts", lambda self, values, position: 1)
     assert (run(form, values) != by_hand(values, weight, shape)).any()
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("kernel", [(3, 1, 1), (1, 3, 3)])
-def test_exact_products_with_too_large_a_sum_are_seen(kernel, turned):
-    """m0 and m1 are just below the limit, m0 + m1 above; turned around, m1 and m3.
+def test_exact_products_with_an_inexact_sum_are_detected(kernel, turned):
+    """m0 and m1 are just below the limit, m0 + m1 is above; if turned, m1 and m3.
 
-    With two axes the first is one of the other's products, so that the second adds them up.
+    With two transformed axes the sums of the innermost one are added up by the outer one.
     """
     rng = np.random.default_rng(4)
     shape = ConvShape(512, (4, 1, 1) if kernel[0] == 3 else (1, 4, 4), kernel, filters=16)
@@ -150,14 +150,14 @@ def test_exact_products_with_too_large_a_sum_are_seen(kernel, turned):
 @pytest.mark.parametrize("size", [(5, 5, 6), (6, 8, 9), (4, 7, 12)])
 @pytest.mark.parametrize("pool", [(2, 2, 2), (1, 2, 2), (1, 1, 2), (2, 2, 1)])
 @pytest.mark.parametrize("axes", [[0, 1, 2], [0, 1]])
-def test_windows_of_a_pool_lie_within_tiles_and_rows(axes, pool, size):
+def test_pools_within_winograd_tiles_and_rows(axes, pool, size):
     rng = np.random.default_rng(5)
     shape = ConvShape(16, tuple(n + 2 for n in size), (3, 3, 3), filters=6)
     weight = extreme_weight("normal", 6, 16, (3, 3, 3), rng)
     values = extreme_values("random", shape, weight, rng)
     form = WinogradConvolution(weight, shape, (0, 255), F32, 1, axes)
-    assert form.pools(pool)
-    assert not form.pools((1, 3, 1))
+    assert form.can_pool(pool)
+    assert not form.can_pool((1, 3, 1))
     found = run(form, values, pool)
     d, h, w, _ = found.shape
     windows = by_hand(values, weight, shape)[: d * pool[0], : h * pool[1], : w * pool[2]]
@@ -166,8 +166,8 @@ def test_windows_of_a_pool_lie_within_tiles_and_rows(axes, pool, size):
 
 
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1)])
-def test_parts_that_add_up_to_too_much_and_cancel_are_seen(kernel):
-    """Each part of the channels is exact and so is their sum, but not what lies in between."""
+def test_channel_parts_whose_running_sum_is_inexact_are_detected(kernel):
+    """Each part of the channels is exact, and their total, but not the sum after half of them."""
     rng = np.random.default_rng(3)
     shape = ConvShape(512, (4, 4, 4), kernel, filters=4)
     weight = rng.integers(125, 128, (4, 512, *kernel))
@@ -180,8 +180,8 @@ def test_parts_that_add_up_to_too_much_and_cancel_are_seen(kernel):
 @pytest.mark.parametrize("largest", [3, 127])
 @pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (2, 3, 1), (5, 1, 1)])
 @pytest.mark.parametrize("depth", [1, 2, 3, 7])
-def test_taps_that_see_padding_only_are_left_out(monkeypatch, depth, kernel, largest):
-    """Sums in one chunk and in several, blocks of one depth and of all."""
+def test_depth_taps_that_read_padding_only_are_skipped(monkeypatch, depth, kernel, largest):
+    """With one chunk and several, blocks of one depth and of all."""
     rng = np.random.default_rng(depth)
     before = (kernel[0] // 2, 0, 0)
     after = ((kernel[0] - 1) // 2, 0, 0)
@@ -192,7 +192,7 @@ def test_taps_that_see_padding_only_are_left_out(monkeypatch, depth, kernel, lar
     wanted = by_hand(values, weight, shape)
     for block in (1 << 10, 1 << 22):
         monkeypatch.setattr(exact, "BLOCK_BYTES", block)
-        monkeypatch.setattr(exact, "FEWEST_ROWS", 1)
+        monkeypatch.setattr(exact, "MIN_BLOCK_ROWS", 1)
         form = GemmConvolution(weight, shape, (0, 255), F32, 1)
         np.testing.assert_array_equal(run(form, values), wanted)
     if depth < 3:
@@ -215,9 +215,9 @@ def test_the_planar_form(stride, kernel):
     ("rows", "channels", "filters"), [(784, 64, 144), (97, 64, 144), (8, 3, 5)]
 )
 def test_products_in_parts_of_their_rows(monkeypatch, small, rows, channels, filters):
-    """Rows or channels side by side in memory, results in every third row: nothing is copied."""
-    monkeypatch.setattr(exact, "has_small_kernels", lambda: small)
-    monkeypatch.setattr(exact, "SMALL_PRODUCT", 100 * channels * filters)
+    """With contiguous rows or channels and a strided output: nothing is copied."""
+    monkeypatch.setattr(exact, "has_small_matrix_kernels", lambda: small)
+    monkeypatch.setattr(exact, "SMALL_MATRIX_MACS", 100 * channels * filters)
     rng = np.random.default_rng(6)
     values = rng.integers(-99, 99, (3, rows, channels)).astype(np.float32)
     matrix = rng.integers(-99, 99, (channels, filters)).astype(np.float32)
@@ -232,7 +232,7 @@ def test_products_in_parts_of_their_rows(monkeypatch, small, rows, channels, fil
         np.testing.assert_array_equal(out, given.astype(int) @ matrix.astype(int))
 
 
-def test_the_bound_is_reached_and_never_passed():
+def test_the_bound_of_partial_sums_is_tight_and_never_exceeded():
     rng = np.random.default_rng(2)
     weight = rng.integers(-5, 6, (7, 3)).astype(np.float32)
     bound = largest_sum(weight, (-3, 4), 0)
@@ -245,7 +245,7 @@ def test_the_bound_is_reached_and_never_passed():
     np.testing.assert_allclose(reached, bound, rtol=0.2)
 
 
-def test_the_forms_are_chosen_where_they_pay():
+def test_the_form_with_the_least_work_is_chosen():
     def chosen(channels, size, kernel, stride=(1, 1, 1), filters=64):
         shape = ConvShape(channels, size, kernel, stride, filters=filters)
         weight = np.random.default_rng(0).integers(-9, 10, (filters, channels, *kernel))
@@ -258,19 +258,19 @@ def test_the_forms_are_chosen_where_they_pay():
     assert chosen(64, (1, 1, 1), (1, 1, 1)) is GemmConvolution
 
 
-def test_a_plan_is_laid_out_once_and_again_when_its_scratch_has_moved(monkeypatch):
-    """A later block uses the calls of an earlier one; scratch that grew in between is not used."""
+def test_calls_are_prepared_once_and_again_when_scratch_is_reallocated(monkeypatch):
+    """Blocks share prepared calls, until a scratch array grows and moves in memory."""
     made = []
-    lay = winograd._WinogradPlan.__init__
+    lay = winograd._CallSequence.__init__
 
     def watched(self, *arguments):
         made.append(self)
         lay(self, *arguments)
 
-    monkeypatch.setattr(winograd._WinogradPlan, "__init__", watched)
+    monkeypatch.setattr(winograd._CallSequence, "__init__", watched)
     rng = np.random.default_rng(2)
     kernel = (1, 3, 3)
-    shape = ConvShape(16, (6, 32, 32), kernel, filters=8)  # a block for each of the depths
+    shape = ConvShape(16, (6, 32, 32), kernel, filters=8)  # one block per depth
     weight = extreme_weight("normal", 8, 16, kernel, rng)
     form = WinogradConvolution(weight, shape, (0, 255), F32, 1)
     values = extreme_values("random", shape, weight, rng)

@@ -1,4 +1,4 @@
-"""The trainable quantized network: its codes are the program's, and it learns."""
+"""The fake-quantized network: its codes equal the program's, and training works."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from pynq_kgrc.runtime import Session
 
 
 def busy_net(gain=8):
-    """Strides, paddings, both pools, concat, an add that rides and one that cannot, ReLU6."""
+    """Strides, paddings, both pools, concat, an add that is fused and one that is not, ReLU6."""
     net = Net(size=(4, 8, 8))
     first = net.conv("clip", 8, stride=(1, 2, 2), act="relu6")
     net.layers[first].weight[...] *= gain  # so that the 6 is reached
@@ -96,7 +96,7 @@ def test_it_learns_and_zeros_stay():
 
 
 def test_gradients_of_scales_are_slopes():
-    """At 16 bits, where rounding is nothing beside clipping, they agree with small differences."""
+    """Gradients agree with finite differences at 16 bits, where rounding is negligible."""
     net = busy_net(gain=1)
     network = FakeQuantNetwork(formats(net, 16))
     clips = torch.from_numpy(np.stack(net.clips(4))).double()

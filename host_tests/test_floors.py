@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pynq_kgrc"
 FLOORS = {
     "errors": 1,
     "storage": 1,
+    "version": 1,
     "quant": 2,
     "graph": 2,
     "groups": 2,

@@ -1,4 +1,4 @@
-"""Kernel groups: cutting, joining, what is kept."""
+"""Kernel groups: split, join, kept rows and columns."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,8 @@
 """From the HLS sources to an overlay: config.h, the C test bench, the Makefile and the Tcl files.
 
-Vitis HLS and Vivado are not here. Their Tcl runs in tclsh with the tools' commands stubbed, which
-shows slips of syntax, the order of the calls and their arguments, and nothing of what the tools
-would say.
+Vitis HLS and Vivado are not installed. Their Tcl runs in tclsh with stubs for the tools' commands:
+that shows errors of syntax, the order of the calls and their arguments, but nothing of what the
+tools would make of them.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ import pytest
 from pynq_kgrc.accelerator import header
 from pynq_kgrc.accelerator.boards import board
 from pynq_kgrc.accelerator.config import PRESETS, preset, write_design
-from pynq_kgrc.accelerator.header import REGISTERS, VLNV
+from pynq_kgrc.accelerator.header import ADDRESSES, REGISTERS, STATUS, VLNV
 from pynq_kgrc.backends.board.overlays import read_overlay, write_manifests
 from pynq_kgrc.backends.csim import SOURCES
 from pynq_kgrc.errors import ConfigError
@@ -46,7 +46,7 @@ def test_the_header_in_the_repository_is_not_stale():
     assert found == header.config_header(preset("8-sparse")), f"config.h is stale; renew: {renew}"
 
 
-def test_a_header_is_printed_or_written_if_it_says_something_new(tmp_path, capsys):
+def test_a_header_is_printed_or_written_if_its_text_changes(tmp_path, capsys):
     header.main(["--design", "4-dense"])
     text = capsys.readouterr().out
     assert text == header.config_header(preset("4-dense"))
@@ -66,7 +66,7 @@ def test_a_header_is_printed_or_written_if_it_says_something_new(tmp_path, capsy
     assert capsys.readouterr().out == header.config_header(preset("16-sparse"))
 
 
-# ---- what is written twice agrees ------------------------------------------------------------
+# ---- what more than one file says ------------------------------------------------------------
 
 
 def variable(name):
@@ -88,6 +88,7 @@ def test_the_makefile_knows_the_designs_the_sources_and_the_board():
 
 def test_the_bench_is_as_deep_as_the_ports():
     depths = set(re.findall(r"m_axi .* depth = (\d+)", TOP))
+    assert len(re.findall(r"m_axi .* depth = ", TOP)) == len(ADDRESSES)
     depth = re.search(r"kDepth = (\d+);", (HLS / "scripts/bench.cpp").read_text())
     assert depths == {depth[1]}
     signature = r"void kgrc_run\((.*?)\)"
@@ -127,7 +128,7 @@ def run_bench(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The test bench of a dense design, and its vectors, whose first group is switched off."""
+    """The test bench of a dense design, and its vectors, whose first group is not enabled."""
     folder = tmp_path_factory.mktemp("csim")
     done = make("csim-8-dense", TYPES="plain", BUILD=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -144,10 +145,10 @@ def changed(built, folder, change):
 
 
 def task_at(words, number):
-    """Where the words of a task begin: status, place, size, output, mask."""
+    """Index of a task's first word: its status; place, size, output and mask follow."""
     at = 6 + int(words[3:6].sum())
     for _ in range(number):
-        at += 13 + 2 + 2 * int(words[at + 14])
+        at += len(STATUS) + 2 + 2 * int(words[at + len(STATUS) + 1])
     return at
 
 
@@ -180,7 +181,7 @@ def test_the_vectors_have_one_of_everything(design):
     convolutions = [task for task in tasks if isinstance(task, ConvTask)]
     assert len(convolutions) == len(tasks) - 1
     enabled = [task.weights.enabled for task in convolutions]
-    assert any(not first[0] and first.any() for first in enabled), "a first group switched off"
+    assert any(not first[0] and first.any() for first in enabled), "a first group is off"
     kept = {task.weights.kept for task in convolutions}
     assert len(kept) > 2
     assert ((4, 3) in kept) == program.config.sparse
@@ -197,8 +198,8 @@ def test_the_vectors_have_one_of_everything(design):
 def test_a_flipped_byte_of_an_expected_output_is_seen(built, tmp_path, number):
     def flip(words):
         at = task_at(words, number)
-        size = int(words[at + 14])
-        codes, known = words[at + 15 :][:size], words[at + 15 + size :][:size]
+        size, codes_at = int(words[at + len(STATUS) + 1]), at + len(STATUS) + 2
+        codes, known = words[codes_at:][:size], words[codes_at + size :][:size]
         last = np.flatnonzero(known)[-1]
         codes[last] ^= known[last] & np.uint64(0xFF)
         return words
@@ -207,22 +208,22 @@ def test_a_flipped_byte_of_an_expected_output_is_seen(built, tmp_path, number):
     assert done.returncode == 1
     assert f"apart: task {number}: word" in done.stdout
     assert ("together" in done.stdout) == (number == 6)
-    # what fills a map up is not compared
+    # the padding of a map is not compared
     done = run_bench(changed(built, tmp_path / "c", lambda words: fill_up(words, number)))
     assert done.returncode == 0, done.stdout
 
 
 def fill_up(words, number):
     at = task_at(words, number)
-    size = int(words[at + 14])
-    words[at + 15 :][:size] |= ~words[at + 15 + size :][:size]
+    size, codes_at = int(words[at + len(STATUS) + 1]), at + len(STATUS) + 2
+    words[codes_at:][:size] |= ~words[codes_at + size :][:size]
     return words
 
 
 @needs_make
 def test_make_fails_when_an_expected_byte_is_flipped(built, tmp_path):
     def flip(words):
-        words[task_at(words, 0) + 15] ^= np.uint64(1)
+        words[task_at(words, 0) + len(STATUS) + 2] ^= np.uint64(1)
         return words
 
     changed(built, tmp_path / "8-dense", flip)
@@ -286,7 +287,7 @@ update_ip_catalog validate_bd_design version wait_on_run
 """Commands of Vitis HLS and of Vivado that the stub takes (UG1399, UG835)."""
 
 STUB = r"""
-# Takes the commands of the tools: writes them down, and gives back what a tool might.
+# Logs the commands of the tools, and returns what a tool might return.
 proc unknown {name args} {
   if {$name ni $::env(STUB_COMMANDS)} {
     error "invalid command name \"$name\""
@@ -338,18 +339,18 @@ REPORT = """<profile><ReportVersion><Version>2022.1</Version></ReportVersion><Us
 <Best-caseLatency>undef</Best-caseLatency><Worst-caseLatency>undef</Worst-caseLatency>
 </SummaryOfOverallLatency></PerformanceEstimates><AreaEstimates><Resources><BRAM_18K>1</BRAM_18K>
 <DSP>1</DSP><FF>1</FF><LUT>1</LUT><URAM>0</URAM></Resources></AreaEstimates></profile>"""
-"""A report made by hand, as far as the manifest needs one."""
+"""A report written by hand, with the parts that the manifest needs."""
 
 
 def handoff(names=tuple(REGISTERS)):
-    """A .hwh made by hand, as far as the manifest's check goes."""
+    """A .hwh written by hand, with the parts that the manifest's check reads."""
     registers = "".join(f'<REGISTER NAME="{name}"/>' for name in names)
     return f'<EDKSYSTEM><MODULE VLNV="{VLNV}">{registers}</MODULE></EDKSYSTEM>'
 
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """The stubs, and the settings that the Makefile makes; the path of the log."""
+    """The stubs and the settings of the Makefile; gives the path of the log."""
     (tmp_path / "stub.tcl").write_text(STUB)
     settings = {
         "KGRC_SOURCES": str(HLS),
@@ -411,7 +412,7 @@ def test_the_calls_of_vitis_hls_come_in_order(tools, tmp_path):
 
 
 @needs_tclsh
-def test_the_block_design_is_whole(tools, tmp_path):
+def test_the_block_design_is_complete(tools, tmp_path):
     build = tmp_path / "build"
     (build / "ip").mkdir(parents=True)
     done = source(HLS / "scripts/overlay.tcl", build, tmp_path / "stub.tcl")
@@ -419,7 +420,7 @@ def test_the_block_design_is_whole(tools, tmp_path):
     calls = calls_of(tools)
     assert with_name(calls, "create_project") == [["-force", "kgrc", "vivado", "-part", "a-part"]]
     assert ["set_property", "board_part", "xilinx.com:zcu102:part0:3.4", ""] in calls
-    # the newest of each kind; the kernel by the name it is exported under
+    # the newest of each kind; the kernel by its exported name
     cells = {call[-1]: call[3] for call in with_name(calls, "create_bd_cell")}
     assert cells["kgrc_run_0"] == VLNV.replace(":1.0", ":1.10")
     assert all(kind.endswith(":1.10") for kind in cells.values())
@@ -510,14 +511,14 @@ def test_what_fails_makes_no_bitstream(tools, tmp_path, monkeypatch, setting, va
 @pytest.mark.parametrize(
     ("old", "new"), [("exit", "exit}"), ("return $::env", "return [$::env"), ("create_", "creat_")]
 )
-def test_a_slip_of_syntax_is_seen(tools, tmp_path, name, old, new):
+def test_an_error_of_syntax_is_seen(tools, tmp_path, name, old, new):
     text = (HLS / "scripts" / name).read_text()
     (tmp_path / name).write_text(new.join(text.rsplit(old, 1)))
     done = source(tmp_path / name, tmp_path / "build", tmp_path / "stub.tcl")
     assert done.returncode != 0
 
 
-# ---- the whole way, with stubs for tools --------------------------------------------------------
+# ---- from sources to an overlay, with stubs for the tools ----------------------------------------
 
 
 @pytest.fixture
@@ -535,7 +536,7 @@ def road(tools, tmp_path):
 @needs_tclsh
 @needs_make
 def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
-    # there are manifests of designs that nobody has built, newer than all sources perhaps
+    # the repository has manifests of designs that nobody has built; they may be newer than sources
     write_manifests(tmp_path / "overlays")
     done = road("4-sparse")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -551,7 +552,7 @@ def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
     calls = calls_of(tools)
     assert with_name(calls, "set_part") == [[board("zcu102").part]]
     assert with_name(calls, "csynth_design") == [[]]
-    # again: nothing; nor is a built one taken for one that is not
+    # again: nothing is built, and the manifest of a built design is kept
     write_manifests(tmp_path / "overlays")
     assert road("4-sparse").returncode == 0
     assert calls_of(tools) == calls

@@ -1,17 +1,21 @@
-"""Graph to program: what rides, what is placed where, what is refused."""
+"""From graph to program: what is fused, where tensors are placed, what is refused."""
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from networks import Net, compiled, small_config
 
-from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.analysis.fidelity import written_tensor
+from pynq_kgrc.compiler.lower import clamp_codes, lower, quantize_weight
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import CompileError
-from pynq_kgrc.graph import ConvShape
+from pynq_kgrc.graph import ACTIVATIONS, INPUT, ConvShape, Layer, activate, run_float
+from pynq_kgrc.quant import QuantParams
+from pynq_kgrc.runtime import Session
 
 
 def test_a_residual_block_is_two_tasks_and_its_shortcut():
@@ -82,7 +86,7 @@ def test_buffers_that_live_together_do_not_overlap_and_others_share():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_task_overwrites_what_is_still_needed(seed):
-    """Lifetimes written out again: at each task, every live buffer has its bytes to itself."""
+    """Lifetimes computed independently: no two buffers that are alive together overlap."""
     net = Net(size=(2, 5, 5), seed=seed)
     rng = np.random.default_rng(seed)
     names = [net.conv("clip", 4)]
@@ -147,6 +151,81 @@ def test_modes_follow_from_what_is_kept():
     assert pack(codes * 0, small_config(sparse=False)).kept == (4, 9)
 
 
+def quantized_reals(graph, program, frames):
+    """Float outputs by name, of the graph with the quantized weights of the program."""
+    weights = {}
+    for layer in graph.convolutions():
+        codes, scale = quantize_weight(layer, program.config.bits)
+        weights[layer.name] = (codes * scale[:, None, None]).reshape(layer.weight.shape)
+    found = {}
+    clip = program.input.dequantize(program.encode_clip(frames))
+    run_float(graph.with_weights(weights), clip, lambda layer, reals: found.update({layer: reals}))
+    return {layer.name: reals for layer, reals in found.items()}
+
+
+@pytest.mark.parametrize("backend", ["emulate", "csim"])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_new_activation_is_one_line_of_a_table(bits, backend, monkeypatch):
+    """How to add a clamp: name its bounds. Here [-1, 1], which torch calls Hardtanh."""
+    if backend == "csim" and shutil.which("g++") is None:
+        pytest.skip("no g++ to build the C-simulation")
+    monkeypatch.setitem(ACTIVATIONS, "hardtanh", (-1.0, 1.0))
+    net = Net(size=(2, 6, 8))
+    alone = net.conv("clip", 8, act="hardtanh")
+    ridden = net.conv("clip", 8, act="hardtanh")
+    net.pool(ridden, (1, 2, 2), act="relu")
+    total = net.conv("clip", 8, act="none")
+    net.dense(net.add(total, alone, act="hardtanh"), 2)  # the output has 16 bits: not compared
+    for name in (alone, ridden, total):
+        net.layers[name].weight[...] *= 4  # so that the bounds bind
+    program, graph = compiled(net, small_config(bits))
+    assert len(program.tasks) == 4
+    frames = np.random.default_rng(1).integers(0, 256, (2, 6, 8, 3), dtype=np.uint8)
+    reals = quantized_reals(graph, program, frames)
+    with Session(program, backend) as session:
+        for task, (_, codes, _) in zip(program.tasks[:3], session.trace(frames), strict=False):
+            name = written_tensor(graph, task)
+            wanted = graph[name].out_quant.quantize(reals[name])
+            assert np.abs(codes.astype(int) - wanted).max() <= 1 + name.startswith("add")
+            low, high = task.out.dequantize(np.array([codes.min(), codes.max()]))
+            assert low == pytest.approx(0 if name.startswith("pool") else -1, abs=task.out.scale)
+            assert high == pytest.approx(1, abs=task.out.scale)
+
+
+def test_activations_one_after_the_other_clamp_in_that_order(monkeypatch):
+    for name, bounds in {"far": (3.0, None), "below": (-9.0, -2.0), "all": (-99.0, 99.0)}.items():
+        monkeypatch.setitem(ACTIVATIONS, name, bounds)
+    every = np.arange(-128, 128)
+    for zero_point in (-128, -50, 90):
+        out = QuantParams(8, 0.1, zero_point)
+        for names in itertools.product(ACTIVATIONS, repeat=2):
+            lo, hi = clamp_codes(out, *names)
+            reals = out.dequantize(every)
+            for name in names:
+                # bounds that no code stands for are clamped to the type
+                reals = out.dequantize(out.quantize(activate(reals, name)))
+            np.testing.assert_array_equal(out.quantize(reals), np.clip(every, lo, hi), str(names))
+
+
+def test_a_pool_keeps_the_activation_of_the_convolution_it_rides_on():
+    net = Net()
+    convolution = net.conv("clip", 4, act="relu6")
+    net.dense(net.pool(convolution, act="relu"), 2)
+    graph = choose_quant(net.graph(), net.clips(), 8)
+    wide = QuantParams(8, 0.1, -50)  # reals from -7.8 to 17.7: no bound is that of the type
+    layers = (replace(e, out_quant=wide) if e.op != INPUT else e for e in graph.layers)
+    program = lower(replace(graph, layers=tuple(layers)), small_config())
+    assert program.tasks[0].pool is not None
+    assert (program.tasks[0].lo, program.tasks[0].hi) == (-50, 10)
+
+
+def test_a_layer_refuses_what_it_does_not_know():
+    with pytest.raises(CompileError, match="conv1: no activation 'sigmoid'; there are none, relu"):
+        Net().conv("clip", 4, act="sigmoid")
+    with pytest.raises(CompileError, match="x: no operation 'convolve'; there are input, conv"):
+        Layer("x", "convolve", ("clip",), 3, (1, 1, 1))
+
+
 def test_refusals_name_the_layer():
     net = Net()
     net.dense(net.conv("clip", 8), 4)
@@ -159,5 +238,5 @@ def test_refusals_name_the_layer():
     joined = Net()
     joined.conv(joined.concat(joined.conv("clip", 4), joined.conv("clip", 4)), 4)
     joined.layers["concat3"] = replace(joined.layers["concat3"], activation="relu")
-    with pytest.raises(CompileError, match="concat3: put the activation before the concat"):
+    with pytest.raises(CompileError, match="concat3: an activation after a concat; put it before"):
         compiled(joined)

@@ -11,7 +11,7 @@ from pynq_kgrc.errors import ConfigError
 def take_steps(module, inputs, labels, steps, lr, optimizer=torch.optim.Adam, **settings):
     """The losses of a few masked training steps."""
     optimizer = optimizer(module.parameters(), lr=lr, **settings)
-    Masks(module).hold(optimizer)
+    Masks(module).apply_after(optimizer)
     losses = []
     for _ in range(steps):
         loss = nn.functional.cross_entropy(module(inputs).flatten(1), labels)
@@ -66,7 +66,7 @@ def test_momentum_from_before_the_pruning_moves_nothing():
     optimizer.step()
     with torch.no_grad():
         network[0].weight[:4] = 0
-    Masks(network).hold(optimizer)
+    Masks(network).apply_after(optimizer)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

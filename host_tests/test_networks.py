@@ -1,4 +1,4 @@
-"""Whole networks at their true sizes: compiled, saved, loaded, run, and checked twice over."""
+"""Whole networks at full size: compiled, saved, loaded, run, and checked in two ways."""
 
 import csv
 from importlib import import_module
@@ -8,7 +8,7 @@ import pytest
 
 from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.backends.emulation import backend as emulation
-from pynq_kgrc.backends.emulation.exact import WIDE, GemmConvolution
+from pynq_kgrc.backends.emulation.exact import FLOAT64, GemmConvolution
 from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.patterns import recipe
 from pynq_kgrc.graph import run_float
@@ -19,7 +19,7 @@ from pynq_kgrc.video import load_clip
 
 
 def seeded_graph(network):
-    """A network with seeded weights and, where it has them, settled batch statistics."""
+    """A network with seeded weights and, in batch norms, seeded statistics."""
     import torch
 
     from pynq_kgrc.models.trace import trace
@@ -68,9 +68,9 @@ def test_compile_save_load_run(network, pattern, bits, example_clips, tmp_path, 
         last = program.output.dequantize(fast[program.tasks[-1].name]).reshape(101)
         np.testing.assert_array_equal(session.run(clips[1]).logits, last)
 
-    # once more by float64 products alone, each far below 2^53: no Winograd, no float32
+    # again with float64 GEMMs only, whose sums are far below 2^53: no Winograd, no float32
     def plain(weight, shape, interval, dtype, threads):
-        return GemmConvolution(weight, shape, interval, WIDE, threads)
+        return GemmConvolution(weight, shape, interval, FLOAT64, threads)
 
     monkeypatch.setattr(emulation, "choose_convolution", plain)
     with Session(program) as session:
@@ -88,7 +88,7 @@ def test_compile_save_load_run(network, pattern, bits, example_clips, tmp_path, 
 @pytest.mark.data
 @pytest.mark.network
 def test_i3d_is_right_wherever_float_is(i3d, shared_data):
-    """On every real clip whose nearest Kinetics class is given; 4 of 6 in float."""
+    """On every real clip with a known nearest Kinetics class; float is right on 4 of 6."""
     graph, program = i3d
     labels = (shared_data / "labels" / "kinetics400.txt").read_text().split("\n")
     right = 0

@@ -1,4 +1,4 @@
-"""Every task of the emulation agrees with ONNX Runtime within one code, each fed the same codes."""
+"""Every task of the emulation agrees with ONNX Runtime within one code, given the same codes."""
 
 import msgspec
 import numpy as np
@@ -22,14 +22,14 @@ from pynq_kgrc.program import ConvTask, PoolTask
 from pynq_kgrc.video import load_clip
 
 TIES = 0.01
-"""Of the codes of a task, no more than this lie so near a half that the roundings disagree."""
+"""Largest fraction of a task's codes that may differ: those whose reals are close to a half."""
 
 TWO_ROUNDINGS = 0.3
-"""The same for a shortcut, which is rounded on its own: a quarter, were all fractions as likely."""
+"""The same with a shortcut, which is rounded separately: 1/4 if fractions are uniform."""
 
 
 def assert_agrees(program, codes):
-    """All codes within one, and few that differ; prints the fractions (pytest -rP shows them)."""
+    """Assert that few codes differ, by one at most. Prints the fractions (see pytest -rP)."""
     elements = differing = 0
     for task, found in zip(program.tasks, agreements(program, codes), strict=True):
         print(f"{found.task}: {found.differing} of {found.elements} ({found.fraction:.4%}) differ")
@@ -42,7 +42,7 @@ def assert_agrees(program, codes):
 
 
 def with_shortcut(net):
-    """A residual block whose sum is pooled, and a second one that has a stride."""
+    """A residual block with a pooled sum, and a second block with strides."""
     a = net.conv("clip", 6)
     b = net.add(net.conv(a, 6, act="none"), a)
     c = net.pool(b, (1, 2, 2))
@@ -51,7 +51,7 @@ def with_shortcut(net):
 
 
 def with_concat(net):
-    """An Inception block: pools and convolutions into one buffer, where they begin at a vector."""
+    """An Inception block: pools and convolutions that write to different channels of one buffer."""
     a = net.conv("clip", 5)
     parts = [
         net.conv(a, 4, 1, 1, 0),
@@ -88,7 +88,7 @@ def test_small_networks(name, bits):
     assert_agrees(program, random_codes(program))
 
 
-def test_the_small_networks_hold_all_that_a_task_can_have():
+def test_the_small_networks_have_every_feature_of_a_task():
     tasks = [task for name in NETWORKS for task in small_program(name, 8).tasks]
     convolutions = [task for task in tasks if isinstance(task, ConvTask)]
     assert any(task.shortcut is not None for task in convolutions)
@@ -114,7 +114,7 @@ def test_saturation_at_both_ends():
 
 
 def changed(program, **edit):
-    """The program with one thing of each convolution changed by a function of the task."""
+    """The program with fields of each convolution replaced: `edit` maps a field to a function."""
     tasks = tuple(
         msgspec.structs.replace(task, **{k: f(task) for k, f in edit.items()})
         if isinstance(task, ConvTask)
@@ -125,7 +125,7 @@ def changed(program, **edit):
 
 
 def two_codes(task):
-    """The bias, so much larger that outputs grow by two codes."""
+    """A bias that is larger by two codes of the output."""
     step = np.exp2(task.shift.astype(np.float64)) / np.maximum(task.mult, 1)
     return task.bias + np.ceil(2 * step).astype(np.int64)
 
@@ -139,7 +139,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_oracle_sees_a_fault(fault):
+def test_the_oracle_detects_a_fault(fault):
     net = Net(size=(4, 9, 9))
     net.conv(net.conv("clip", 6, act="none"), 5, act="none")
     program, _ = compiled(net)
@@ -148,7 +148,7 @@ def test_the_oracle_sees_a_fault(fault):
     assert all(task.worst > 1 for task in found), found
 
 
-def test_the_oracle_sees_a_wrong_shortcut():
+def test_the_oracle_detects_a_wrong_shortcut():
     program = small_program("with_shortcut", 8)
     wrong = changed(
         program,
@@ -168,7 +168,7 @@ def test_the_oracle_sees_a_wrong_shortcut():
 
 
 def noise(clip):
-    """Frames of seeded noise, coarse enough to pass through convolutions."""
+    """Frames of seeded noise, in squares of 8 x 8 pixels: convolutions average out finer noise."""
     rng = np.random.default_rng(0)
     small = rng.integers(0, 256, (clip.frames, clip.height // 8, clip.width // 8, 3), np.uint8)
     return small.repeat(8, 1).repeat(8, 2)

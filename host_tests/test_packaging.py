@@ -1,12 +1,15 @@
-"""What is installed is whole: sources, overlays, notebooks and clips are in the wheel."""
+"""The wheel is complete: package, licence, metadata, sources, overlays, notebooks and clips."""
 
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email import message_from_bytes
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -26,6 +29,8 @@ from pynq_kgrc.backends.board.overlays import (
     write_manifests,
 )
 from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.models.pretrained import RELEASES
+from pynq_kgrc.version import VERSION
 
 LIMIT = 300
 
@@ -35,7 +40,12 @@ PLACES_OF_PYNQ = {
     "pynq.lib": "backends/board/kernel.py",
 }
 
-NEEDED = ("setup.py", "pyproject.toml", "README.md", "pynq_kgrc", *places.BESIDE.values())
+LICENCES = ("LICENSE", "LICENSES.md")
+
+NEEDED = (
+    *("setup.py", "pyproject.toml", "README.md", *LICENCES),
+    *("pynq_kgrc", *places.BESIDE.values()),
+)
 
 NOT_SHIPPED = shutil.ignore_patterns(
     "__pycache__", ".*", "build", "*.orig", "*.rej", "*.so", "kgrc.bit", "kgrc.hwh"
@@ -43,7 +53,7 @@ NOT_SHIPPED = shutil.ignore_patterns(
 
 
 def call(*command, **options):
-    """What a command prints; its end has to be a good one."""
+    """What a command prints; it must exit with 0."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -71,12 +81,19 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory):
-    """The wheel, built by way of the source distribution, without a network."""
+def archive(source, tmp_path_factory):
+    """The source distribution."""
     out = tmp_path_factory.mktemp("dist")
     code = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
     call("-c", code, cwd=source)
-    (archive,) = out.glob("*.tar.gz")
+    (built,) = out.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(archive):
+    """The wheel, built from the source distribution without a network."""
+    out = archive.parent
     building = ("--no-index", "--no-deps", "--no-build-isolation", "-w", out)
     call(*PIP, "wheel", *building, archive, cwd=out)
     (built,) = out.glob("*.whl")
@@ -86,14 +103,14 @@ def wheel(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The folder that it is installed into."""
+    """The folder into which the wheel is installed."""
     target = tmp_path_factory.mktemp("elsewhere") / "target"
     call(*PIP, "install", "--no-index", "--no-deps", "--target", target, wheel)
     return target
 
 
 def ask(installed, folder, code, **environment):
-    """What Python prints for `code` where the installed copy comes first; a JSON document."""
+    """The JSON document that `code` prints, with the installed copy first on the path."""
     variables = {**os.environ, "PYTHONPATH": str(installed), **environment}
     variables.pop("KGRC_HLS_SRC", None)
     variables.pop("KGRC_OVERLAY", None)
@@ -101,7 +118,7 @@ def ask(installed, folder, code, **environment):
 
 
 def test_nothing_is_left_behind(source, wheel):
-    """Every file of the package and of the four folders is in the wheel, and no other."""
+    """The wheel holds every file of the package and of the four folders, and no other."""
     wanted = set()
     for name, place in {"": "pynq_kgrc", **places.BESIDE}.items():
         for path in (source / place).rglob("*"):
@@ -113,12 +130,79 @@ def test_nothing_is_left_behind(source, wheel):
     assert found == wanted
 
 
+def test_the_licence_travels(archive, wheel):
+    with tarfile.open(archive) as packed, zipfile.ZipFile(wheel) as built:
+        for licence in LICENCES:
+            text = (ROOT / licence).read_bytes()
+            (name,) = (n for n in packed.getnames() if n.split("/")[1:] == [licence])
+            assert packed.extractfile(name).read() == text
+            (name,) = (n for n in built.namelist() if n.endswith(f".dist-info/licenses/{licence}"))
+            assert built.read(name) == text
+    assert "Copyright (c) 2026, pynq_kgrc contributors" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_metadata_is_complete(wheel):
+    with zipfile.ZipFile(wheel) as built:
+        (name,) = (n for n in built.namelist() if n.endswith(".dist-info/METADATA"))
+        found = message_from_bytes(built.read(name))
+    assert found["Version"] == VERSION
+    assert found["License-Expression"] == "BSD-3-Clause"
+    assert found.get_all("License-File") == list(LICENCES)
+    assert found["Author"] == "pynq_kgrc contributors"
+    assert found["Summary"] and found["Keywords"]
+    assert found["Project-URL"] is None, "there is none yet"
+    classifiers = found.get_all("Classifier")
+    for minor in (10, 11, 12):
+        assert f"Programming Language :: Python :: 3.{minor}" in classifiers
+    assert "Typing :: Typed" in classifiers
+    assert not [c for c in classifiers if c.startswith("License ::")]  # PEP 639 forbids both
+
+
+def test_every_licence_is_in_the_table():
+    """Each clip, label list and program that ships, and each release that `pull` fetches."""
+    table = (ROOT / "LICENSES.md").read_text("utf-8")
+    for folder in ("pynq_kgrc/programs/", "pynq_kgrc/labels/kinetics400.txt", "examples/clips/",
+                   "examples/clips/calibration/", "pynq_kgrc/service/page/"):  # fmt: skip
+        assert f"`{folder}`" in table
+        assert (ROOT / folder).exists()
+    assert {p.name for p in (ROOT / "pynq_kgrc" / "labels").iterdir()} == {"kinetics400.txt"}
+    for program in (ROOT / "pynq_kgrc" / "programs").glob("*.kgrc"):
+        assert f"`{program.stem}`" in table
+    for release in RELEASES.values():
+        assert f"{release.package} {release.version}" in table
+    counts = {"one": 1, "two": 2}
+    rows = re.findall(r"^\| (one|two) clips? of .*?`(examples/clips/\S*)`", table, re.MULTILINE)
+    for place in ("examples/clips/", "examples/clips/calibration/"):
+        videos = [p for p in (ROOT / place).iterdir() if p.suffix in (".mp4", ".gif", ".avi")]
+        assert sum(counts[number] for number, folder in rows if folder == place) == len(videos)
+
+
+def test_the_container_copies_what_setup_needs():
+    text = (ROOT / "deploy" / "Containerfile").read_text("utf-8")
+    copied = {name for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE)
+              for name in line.split()}  # fmt: skip
+    assert {name.split("/")[0] for name in NEEDED} <= copied
+
+
+@pytest.mark.parametrize("where", ["a checkout", "installed"])
+def test_version(where, request, tmp_path):
+    """`--version` of this very copy, though another one may be installed."""
+    place = ROOT if where == "a checkout" else request.getfixturevalue("installed")
+    variables = {**os.environ, "PYTHONPATH": str(place)}
+    printed = call("-m", "pynq_kgrc.cli", "--version", cwd=tmp_path, env=variables)
+    assert printed == f"pynq-kgrc {VERSION}\n"
+    code = "import pynq_kgrc; print(pynq_kgrc.__version__, pynq_kgrc.__file__)"
+    version, file = call("-c", code, cwd=tmp_path, env=variables).split(" ", 1)
+    assert version == VERSION
+    assert file.strip() == str(place / "pynq_kgrc" / "__init__.py")
+
+
 def test_setup_and_places_agree():
     tree = ast.parse((ROOT / "setup.py").read_text("utf-8"))
     (folders,) = (
         ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "FOLDERS"
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FOLDERS"
     )
     assert folders == {f"pynq_kgrc.{name}": place for name, place in places.BESIDE.items()}
 
@@ -159,7 +243,7 @@ print(json.dumps(simulation._library._name))
 
 
 def test_entry_points_lead_somewhere(installed, tmp_path):
-    pytest.importorskip("pynq", reason="no pynq: what it finds of an installed copy is not tested")
+    pytest.importorskip("pynq", reason="no pynq: its entry points are not tested")
     code = """
 import json
 from importlib import metadata
@@ -184,7 +268,7 @@ print(json.dumps({
 
 
 def test_entry_points_of_this_very_installation():
-    """An editable one too: pynq imports them whenever it looks for an overlay."""
+    """Holds for an editable installation too: pynq imports them to find an overlay."""
     ours = [d for d in metadata.distributions() if d.metadata["Name"] == "pynq_kgrc"]
     points = [point for point in ours[0].entry_points if point.group in PLACES_OF_PYNQ]
     assert {point.group for point in points} == set(PLACES_OF_PYNQ)
@@ -260,7 +344,7 @@ def test_git_has_no_bitstream():
         ["git", "ls-files", "overlays"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     if done.returncode:
-        pytest.skip("no git checkout: what is in it is not looked at")
+        pytest.skip("no git checkout: committed files are not checked")
     assert not [name for name in done.stdout.split() if name.endswith((BIT, HWH))]
 
 
@@ -271,7 +355,7 @@ def test_git_has_no_bitstream():
 @pytest.mark.network
 @pytest.mark.parametrize("python", ["3.10", "3.12"])
 def test_a_board_needs_no_compiler_and_no_torch(wheel, tmp_path, python):
-    """Of all that an aarch64 board with that Python would install there are wheels."""
+    """Every package that an aarch64 board with that Python would install has a wheel."""
     resolve = [
         *(sys.executable, *PIP, "install", "--dry-run", "--only-binary=:all:"),
         *("--python-version", python, "--implementation", "cp", "--target", str(tmp_path / "none")),

@@ -31,7 +31,7 @@ def test_every_group_keeps_the_same_count(size, rates):
     assert (kept_columns(groups).sum(axis=3) == kc).all()
     changed = kept != weight
     assert (kept[changed] == 0).all()
-    # a projection: once projected, nothing more happens
+    # a projection is idempotent
     np.testing.assert_array_equal(project(kept, rates, size), kept)
 
 

@@ -7,16 +7,22 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+from movies import write_video
 
+from pynq_kgrc.cli import main
 from pynq_kgrc.errors import ModelError
+from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.models import pretrained
 from pynq_kgrc.models.checkpoint import load_state
 from pynq_kgrc.models.i3d import i3d
 from pynq_kgrc.models.pretrained import RELEASES, Release, i3d_state, pull
+from pynq_kgrc.program import load
 
 NAME = "i3d-kinetics400"
 MEMBER = "tiny-1.0/tiny/weights.ckpt"
@@ -69,7 +75,10 @@ def publish(tmp_path, monkeypatch):
             "member_sha256": sha256(content),
             **changed,
         }
-        release = Release("tiny", "1.0", archive.name, member=MEMBER, **digests)
+        release = replace(
+            RELEASES[NAME], package="tiny", version="1.0", archive=archive.name, member=MEMBER,
+            **digests,
+        )  # fmt: skip
         monkeypatch.setitem(RELEASES, NAME, release)
 
     return put
@@ -249,6 +258,52 @@ def test_variables_that_are_not_i3ds(change, message):
     change(held)
     with pytest.raises(ModelError, match=message):
         i3d_state(held)
+
+
+def tiny(classes=2):
+    """A network of one fully connected layer on 3 x 1 x 2 x 2 inputs."""
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, classes))
+
+
+CLIP = ClipSpec(frames=1, height=2, width=2, short_side=2)
+
+
+def test_another_network_is_one_entry(tmp_path, monkeypatch):
+    """Its own conversion, and labels that the compiled program has without --labels."""
+    content = pickle.dumps({"dense": array(12, 2), "offset": array(2)})
+    archive = tmp_path / "cache" / "pynq_kgrc" / "tiny-1.0.tar.gz"
+    archive.parent.mkdir(parents=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        info = tarfile.TarInfo(MEMBER)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    labels = tmp_path / "labels.txt"
+    labels.write_text("left\nright\n")
+
+    def convert(held):
+        return {"1.weight": np.ascontiguousarray(held["dense"].T), "1.bias": held["offset"]}
+
+    entry = Release(
+        package="tiny",
+        version="1.0",
+        archive=archive.name,
+        archive_sha256=sha256(archive.read_bytes()),
+        member=MEMBER,
+        member_sha256=sha256(content),
+        convert=convert,
+        labels=labels,
+        megabytes=1,
+    )
+    monkeypatch.setitem(RELEASES, "tiny-two", entry)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    video = tmp_path / "clip.avi"
+    write_video(video, label=0, seed=0)
+    arguments = ["--weights", "tiny-two", "--clips", str(video), "-o", str(tmp_path / "t.kgrc")]
+    assert main(["compile", "test_pretrained:tiny", *arguments]) == 0
+    program = load(tmp_path / "t.kgrc")
+    assert program.labels == ("left", "right")
+    weights = program.tasks[0].weights.values
+    assert np.count_nonzero(weights) > 12
 
 
 @pytest.mark.network

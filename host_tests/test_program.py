@@ -1,4 +1,4 @@
-"""The container: what is saved is loaded, and nothing damaged is ever run."""
+"""The container: loading gives what was saved, and a damaged file is refused."""
 
 import json
 import os
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from networks import Net, compiled, random_codes, small_config
 
+from pynq_kgrc.analysis.timing import modelled_ms
+from pynq_kgrc.backends.base import BACKENDS, open_backend
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.errors import CompileError, ProgramError
 from pynq_kgrc.program import ConvTask, Program, check, load
@@ -41,7 +43,7 @@ def program(request):
 
 
 def assert_same(a, b):
-    """Equal in every field and array."""
+    """Check that two values are equal in every field and array."""
     assert type(a) is type(b)
     if isinstance(a, np.ndarray):
         assert a.dtype == b.dtype
@@ -55,6 +57,26 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert a == b
+
+
+def test_the_work_of_a_task_is_computed_once(program, monkeypatch):
+    """Backends and cost models share one plan of each task."""
+    fresh = msgspec.structs.replace(program)
+    planned = []
+    plan = Program._plan
+    monkeypatch.setattr(
+        Program, "_plan", lambda self, task: planned.append(task) or plan(self, task)
+    )
+    check(fresh)
+    for name in BACKENDS:
+        backend = open_backend(name, fresh.config)
+        backend.load(fresh)
+        backend.close()
+    assert modelled_ms(fresh) > 0
+    assert planned == list(fresh.tasks)
+    # a program for another design has plans of its own
+    other = msgspec.structs.replace(fresh, config=small_config(program.config.bits, td=1))
+    assert other.work(other.tasks[0]) != fresh.work(fresh.tasks[0])
 
 
 def test_load_gives_what_was_saved(program, tmp_path):
@@ -99,7 +121,7 @@ def test_a_failed_save_leaves_the_old_file(program, tmp_path, monkeypatch):
 
 
 def mutated(rng, raw):
-    """One random damage: a flipped bit, a changed or removed run, a cut, something inserted."""
+    """One random damage: a flipped bit, changed, removed or inserted bytes, or a shorter file."""
     data = bytearray(raw)
     at = int(rng.integers(len(data)))
     if rng.random() < 0.5:  # the header is where the interesting bytes are
@@ -119,7 +141,7 @@ def mutated(rng, raw):
 
 
 def test_ten_thousand_mutations(tmp_path):
-    """Always a ProgramError or the program as it was: no crash, no hang, no other answer."""
+    """Loading gives a ProgramError or the original program: no crash, no hang, nothing else."""
     original = compiled(small_net())[0]
     path = tmp_path / "net.kgrc"
     original.save(path)
@@ -138,7 +160,7 @@ def test_ten_thousand_mutations(tmp_path):
 
 
 def with_document(path, change):
-    """Rewrite the JSON document of a container, with a digest that fits."""
+    """Change the JSON document of a container, and its digest with it."""
     from safetensors import safe_open
     from safetensors.numpy import save_file
 

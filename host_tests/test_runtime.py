@@ -1,4 +1,4 @@
-"""A session from frames to labels, and comparing two backends."""
+"""Sessions: from frames to labels, and the comparison of two backends."""
 
 import time
 from dataclasses import replace

@@ -1,9 +1,10 @@
-"""The service as clients use it: videos, jobs, live frames, programs, keys, and its end."""
+"""The service as clients use it: videos, jobs, live frames, programs, keys and shutdown."""
 
 import asyncio
 import base64
 import http.client
 import json
+import re
 import shlex
 import struct
 import subprocess
@@ -26,8 +27,9 @@ from pynq_kgrc.cli import _parser, main
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.service.decode import Frame, cut_windows, frame_offsets
+from pynq_kgrc.service.schemas import Classification
 from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
-from pynq_kgrc.service.videos import merge
+from pynq_kgrc.service.videos import merge_windows
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.video import load_clip, load_windows
 
@@ -64,7 +66,7 @@ def service(folder, program, repository):
     arguments = ["--repository", repository, "--queue", "4", "--max-bytes", "3000000"]
     with Serving(*arguments, state=folder / "state", program=program) as serving:
         yield serving
-        assert serving.ready()  # nothing that a test sent broke it
+        assert serving.ready()  # no test broke it
     assert serving.process.returncode == 0
     assert not [record for record in serving.records if record["level"] == "error"]
 
@@ -114,6 +116,23 @@ def test_a_video_is_classified_as_the_session_does(service, program, folder, vid
     assert layers == pytest.approx(document["board"]["latency_ms"], rel=0.01)
 
 
+def test_the_description_is_made_of_the_structs_that_are_answered(service, video):
+    document = service.get("/openapi.json").json
+    schemas = document["components"]["schemas"]
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert {"Classification", "JobDocument", "Label", "ErrorDocument"} <= references
+    assert references <= schemas.keys()
+    paths = document["paths"]["/v1/videos:classify"]["post"]["responses"]
+    assert paths["200"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/Classification"
+    }
+    answer = service.classify(video)
+    assert list(schemas["Classification"]["properties"]) == list(answer.json)
+    assert list(schemas["TimedTask"]["properties"])[:2] == ["name", "in"]
+    decoded = msgspec.json.decode(answer.body, type=Classification)
+    assert msgspec.json.encode(decoded) == answer.body
+
+
 @pytest.mark.parametrize(
     ("name", "codec", "container"),
     [("a.avi", "mpeg4", None), ("a.mkv", "libx264", None), ("a.mov", "mjpeg", None),
@@ -152,18 +171,18 @@ def test_uniform_sampling_is_that_of_the_video_module(service, folder, video):
     short = write_video(folder / "short.mp4", frames=5)
     document = service.classify(short, "?sampling=uniform").json
     assert [len(document[key]) for key in ("windows", "segments")] == [1, 1]
-    assert "starts over" in document["video"]["notes"][0]
+    assert "is repeated" in document["video"]["notes"][0]
 
 
-def test_a_short_video_starts_over(service, tmp_path):
+def test_a_short_video_is_repeated(service, tmp_path):
     data = write_video(tmp_path / "short.mp4", frames=3)
     document = service.classify(data).json
     assert len(document["windows"]) == 1
-    assert "starts over" in document["video"]["notes"][0]
+    assert "is repeated" in document["video"]["notes"][0]
 
 
 def test_a_rotated_video_is_upright(service, tmp_path):
-    """Marked to be shown turned, a video gives what its turned pixels give."""
+    """A video with a display matrix gives the result of its rotated pixels."""
     plain = tmp_path / "plain.mp4"
     write_video(plain, frames=8, size=(64, 48), codec="mjpeg")
     turned = tmp_path / "turned.mp4"
@@ -296,15 +315,15 @@ def test_offsets_of_a_window():
     assert frame_offsets(3, 5, None) == [0, 5, 10]
 
 
-def test_segments_share_out_the_overlap():
+def test_overlapping_windows_give_segments_that_meet_in_the_middle():
     a, b = np.array([0.9, 0.1]), np.array([0.2, 0.8])
     windows = [(0, 100, a), (50, 150, a), (100, 200, b)]
-    assert merge(windows, ["a", "b"]) == [
+    assert msgspec.to_builtins(merge_windows(windows, ["a", "b"])) == [
         {"label": "a", "confidence": 0.9, "start_ms": 0, "end_ms": 125.0},
         {"label": "b", "confidence": 0.8, "start_ms": 125.0, "end_ms": 200},
     ]
-    gap = merge([(0, 100, a), (300, 400, b)], ["a", "b"])
-    assert [(s["start_ms"], s["end_ms"]) for s in gap] == [(0, 100), (300, 400)]
+    gap = merge_windows([(0, 100, a), (300, 400, b)], ["a", "b"])
+    assert [(s.start_ms, s.end_ms) for s in gap] == [(0, 100), (300, 400)]
 
 
 # ---- jobs -----------------------------------------------------------------------------------
@@ -447,7 +466,7 @@ def test_programs_are_listed_loaded_and_replaced(service, repository, video):
     service.until(lambda: len(list(copies.iterdir())) == 1, 5)
 
 
-# ---- who may come in ------------------------------------------------------------------------
+# ---- authentication -------------------------------------------------------------------------
 
 
 def test_keys(folder, program, video, tmp_path):
@@ -467,7 +486,7 @@ def test_keys(folder, program, video, tmp_path):
         for path in ("/metrics", "/v1/programs", "/v2/models/tiny", "/nowhere"):
             assert serving.get(path).status == 401
 
-        # the body of a stranger is not read
+        # without a key the body is not read
         with serving.connect() as line:
             line.sendall(
                 b"POST /v1/videos:classify HTTP/1.1\r\nHost: localhost\r\n"
@@ -487,7 +506,7 @@ def test_keys(folder, program, video, tmp_path):
 
 
 def send_until_closed(line, most):
-    """How many bytes a service takes before it hangs up."""
+    """How many bytes a service reads before it closes the connection."""
     sent = 0
     try:
         while sent < most:
@@ -497,7 +516,7 @@ def send_until_closed(line, most):
     return sent
 
 
-def test_pages_elsewhere_and_other_names_are_refused(service, video):
+def test_other_origins_and_other_hosts_are_refused(service, video):
     origin = {"Origin": "http://elsewhere.example"}
     assert service.classify(video, headers=origin).status == 403
     ours = {"Origin": f"http://127.0.0.1:{service.port}"}
@@ -512,11 +531,11 @@ def test_settings_that_are_refused(tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.write_text("# nothing\n")
     mistakes = {
-        "--host 0.0.0.0 can be reached from outside": ["--host", "0.0.0.0"],
+        "--host 0.0.0.0 can be reached from other machines": ["--host", "0.0.0.0"],
         "key 1 has 3 characters; use 16": ["--api-key-file", str(short)],
-        "holds no key": ["--api-key-file", str(empty)],
-        "no file of keys": ["--api-key-file", str(tmp_path / "gone")],
-        "--workers 2: a board takes one": ["--backend", "board", "--workers", "2"],
+        "has no key": ["--api-key-file", str(empty)],
+        "cannot be read as a file of keys": ["--api-key-file", str(tmp_path / "gone")],
+        "--workers 2: the backend board takes one": ["--backend", "board", "--workers", "2"],
         "--port 70000": ["--port", "70000"],
         "there is no such folder": ["--repository", str(tmp_path / "gone")],
     }
@@ -555,7 +574,7 @@ def test_what_cannot_start_says_why(folder, program, service, tmp_path):
 # ---- operation ------------------------------------------------------------------------------
 
 
-def test_every_answer_has_a_name_and_is_logged(service):
+def test_every_answer_has_a_request_id_and_is_logged(service):
     answer = service.get("/v1/programs", headers={"X-Request-Id": "abc-1"})
     assert answer.headers["x-request-id"] == "abc-1"
     strange = service.get("/v1/programs?key=secret-in-query", headers={"X-Request-Id": "a b"})
@@ -587,7 +606,7 @@ def test_metrics(service, video):
     assert metric(service, "kgrc_clip_seconds_count") == before + 5
     assert metric(service, "kgrc_ready") == 1
     assert 'route="/v1/videos:classify"' in service.get("/metrics").body.decode()
-    for i in range(3):  # a stranger's paths and methods make no series
+    for i in range(3):  # unknown paths and methods make no time series
         service.ask(f"M{i}", f"/random{i}")
     assert "random" not in service.get("/metrics").body.decode()
 
@@ -610,7 +629,7 @@ def test_one_process_answers_and_is_small(service, video):
     assert service.memory() < 120e6
 
 
-def test_the_process_that_answers_wakes_no_network():
+def test_the_answering_process_imports_no_network():
     code = (
         "import sys\n"
         "for name in ('torch', 'cv2', 'pynq', 'av'): sys.modules[name] = None\n"
@@ -645,8 +664,8 @@ def test_sigterm_finishes_what_was_accepted(folder, program):
         assert time.monotonic() - began < 20
 
 
-def test_what_is_deployed_are_commands_of_ours():
-    """The unit and the container file name options that there are."""
+def test_the_deployed_commands_are_valid():
+    """The commands of the unit and of the container file are accepted by the parser."""
     deploy = Path(__file__).resolve().parent.parent / "deploy"
     unit = (deploy / "pynq-kgrc.service").read_text()
     (line,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
@@ -660,8 +679,8 @@ def test_what_is_deployed_are_commands_of_ours():
         assert options.api_key_file is not None
 
 
-def test_a_wait_with_a_limit_loses_no_cancellation():
-    """What it waits for is done in the moment in which it is cancelled."""
+def test_waiting_with_a_time_limit_loses_no_cancellation():
+    """The task is cancelled in the moment in which the awaited future is done."""
 
     async def run():
         ready = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""The service under other people's clients: Triton's, schemathesis, and a browser."""
+"""The service with other projects' clients: Triton's, schemathesis, and a browser."""
 
 import asyncio
 import gzip
@@ -21,7 +21,7 @@ pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
 from serving import LABELS, Serving, write_program, write_video
 
 from pynq_kgrc.cli import main
-from pynq_kgrc.compress.dataset import utd_mhad
+from pynq_kgrc.compress.dataset import read_index
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session, softmax
 
@@ -251,7 +251,7 @@ def test_requests_that_are_wrong_are_refused_with_a_reason(service, frames):
 
 @pytest.mark.slow
 def test_schemathesis_finds_no_fault(service, tmp_path):
-    """Generated requests: every answer as the description says, none of status 500."""
+    """Generated requests: every answer conforms to openapi.json, none has status 500."""
     pytest.importorskip("schemathesis", reason="pip install pynq_kgrc[clients]")
     write_video(tmp_path / "a.mp4")
     done = subprocess.run(
@@ -306,9 +306,9 @@ def test_the_readme_s_request_names_the_action_with_i3d(folder, example_clips):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_the_shipped_program_knows_people_it_has_not_seen(folder, shared_data):
-    """The service without --program, over real depth videos of its test people."""
-    videos = utd_mhad(shared_data / "utd_mhad_depth").only("test")
+def test_the_shipped_program_recognizes_unseen_subjects(folder, shared_data):
+    """The service without --program, on real depth videos of the test subjects."""
+    videos = read_index(shared_data / "utd_mhad_depth").only("test")
     right, chosen = 0, videos.samples[::12]
     with Serving(state=folder / "shipped") as serving:
         assert serving.started["programs"] == ["utd_mhad27"]
@@ -322,7 +322,7 @@ def test_the_shipped_program_knows_people_it_has_not_seen(folder, shared_data):
 
 @pytest.mark.slow
 def test_the_simulated_board_answers_as_the_emulation(folder):
-    """Also where two programs take turns on it: a device holds one at a time."""
+    """Also with two programs in turn: an exclusive device holds one at a time."""
     shipped = ROOT / "pynq_kgrc" / "programs" / "utd_mhad27.kgrc"
     shutil.copy(shipped, folder / "twin.kgrc")
     data = write_video(folder / "moving.mp4", size=(128, 128))
@@ -345,13 +345,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.fixture
 def page(tmp_path):
-    """A page of a headless Chromium with a webcam that is not there; no error may be logged."""
+    """A page of a headless Chromium with a simulated webcam; no error may be logged."""
     if CHROMIUM is None:
-        pytest.skip(
-            "no chromium on this machine: the page was not looked at (apt install chromium)"
-        )
+        pytest.skip("no chromium on this machine: the page was not tested (apt install chromium)")
     playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install pynq_kgrc[clients]: the page was not looked at"
+        "playwright.sync_api", reason="pip install pynq_kgrc[clients]: the page was not tested"
     )
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -367,13 +365,13 @@ def page(tmp_path):
         opened.on("request", lambda r: "//127.0.0.1" not in r.url and strangers.append(r.url))
         yield opened
         browser.close()
-    # what a test has refused on purpose, Chromium reports too
+    # Chromium also reports the requests that a test has refused on purpose
     assert [text for text in complaints if "status of 422" not in text] == []
     assert [url for url in strangers if not url.startswith(("blob:", "data:"))] == []
 
 
 def shoot(page, name):
-    """A screenshot for people, where one asked for them."""
+    """Take a screenshot if KGRC_SCREENSHOTS names a folder."""
     if "KGRC_SCREENSHOTS" in os.environ:
         page.screenshot(path=f"{os.environ['KGRC_SCREENSHOTS']}/{name}.png", full_page=True)
 
@@ -391,7 +389,7 @@ def test_the_page_shows_a_real_clip(service, page, example_clips):
     assert segments.all_inner_texts() == [s["label"] for s in answer["segments"]]
     assert page.locator("#bars .bar b").all_inner_texts() == [s["label"] for s in answer["labels"]]
     assert "modelled" in page.inner_text("#facts")
-    assert "Looked at 35 clips" in page.inner_text("#status")
+    assert "Classified 35 clips" in page.inner_text("#status")
     assert float(page.locator("#rows tr td:nth-child(6)").first.inner_text()) >= 0
 
     wide = page.locator("#timeline").bounding_box()

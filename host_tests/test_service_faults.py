@@ -1,4 +1,4 @@
-"""What the service does when something breaks: each fault is made to happen."""
+"""Faults: each is caused on purpose, and the service must handle it."""
 
 import asyncio
 import contextlib
@@ -73,7 +73,7 @@ def metric(service, name):
 
 
 def together(*calls):
-    """What calls in threads return."""
+    """Run calls in threads at the same time; their results."""
     results = [None] * len(calls)
 
     def run(i):
@@ -214,7 +214,7 @@ def test_a_full_queue_reads_no_body(service):
 
 
 def closed_after(line, seconds):
-    """What arrives until the service hangs up, and after how long."""
+    """What arrives until the service closes the connection, and after how many seconds."""
     began, text = time.monotonic(), b""
     line.settimeout(seconds)
     while data := line.recv(4096):
@@ -224,7 +224,7 @@ def closed_after(line, seconds):
 
 @pytest.mark.slow
 def test_half_open_and_slow_clients_are_closed(service, frames):
-    """100 sockets that say nothing, one that says its head slowly, one its body."""
+    """100 idle connections, one with an incomplete header (slow-loris), one with a slow body."""
     silent = [service.connect() for _ in range(100)]
     head, body = service.connect(), service.connect()
     head.sendall(b"GET / HTTP/1.1\r\nHost: loc")
@@ -262,7 +262,7 @@ def test_half_open_and_slow_clients_are_closed(service, frames):
 
 def test_a_head_that_is_too_long_is_refused(service):
     refused = service.get("/", headers={"X": "a" * 40_000})
-    assert (refused.status, "a head of more than" in refused.json["error"]) == (431, True)
+    assert (refused.status, "a header of more than" in refused.json["error"]) == (431, True)
     with contextlib.suppress(ConnectionError):
         assert service.get("/", headers={"X": "a" * 3_000_000}).status in (400, 431)
     assert service.get("/v2/health/live").status == 200
@@ -290,7 +290,7 @@ def test_chunked_bodies_are_counted(folder, video):
         assert requests()[-1]["received"] < 12_000_000
         assert small.classify(video[:2000]).status == 422
         connection = http.client.HTTPConnection("127.0.0.1", small.port, timeout=20)
-        for _ in range(2):  # who sends all before it listens still hears why
+        for _ in range(2):  # a client that sends all before it reads gets the answer
             connection.request("POST", "/v1/videos:classify", bytes(3_000_000))
             answer = connection.getresponse()
             assert (answer.status, answer.headers["connection"]) == (413, "close")
@@ -302,7 +302,7 @@ def test_chunked_bodies_are_counted(folder, video):
 
 
 def test_no_accepted_request_is_lost_at_the_end(folder):
-    """SIGTERM while 12 clients send one clip after the other on connections they keep."""
+    """SIGTERM while 12 clients send clip after clip on kept connections."""
     frames = np.zeros((1, 8, 32, 32, 3), np.uint8)
     lost, statuses = [], []
     stopping = threading.Event()
@@ -317,7 +317,7 @@ def test_no_accepted_request_is_lost_at_the_end(folder):
                 if connection.sock is None:
                     connection.connect()
             except OSError:
-                return  # nobody listens any more: nothing was accepted
+                return  # the socket is closed: nothing was accepted
             try:
                 connection.request(
                     "POST", "/v2/models/tiny/infer", head + frames.tobytes(), headers
@@ -347,7 +347,7 @@ def test_no_accepted_request_is_lost_at_the_end(folder):
 
 
 @pytest.mark.slow
-def test_a_second_signal_hurries(folder):
+def test_a_second_signal_stops_at_once(folder):
     with Serving(state=folder / "hurry", program=folder / "slow.kgrc") as serving:
         thread = threading.Thread(target=_quiet, args=(serving,))
         thread.start()
@@ -367,7 +367,7 @@ def _quiet(serving):
 
 @pytest.mark.slow
 def test_nothing_is_left_when_the_service_is_killed(folder, video):
-    """kill -9 of the service: its processes end, and no upload stays on the disk."""
+    """kill -9 of the service: its child processes end, and no upload stays on the disk."""
     serving = Serving(state=folder / "gone", program=folder / "slow.kgrc")
     with contextlib.suppress(Exception):
         long = (folder / "long.mp4").read_bytes()
@@ -411,7 +411,7 @@ def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
             assert refused.status == 507
             assert "no room for an upload of 8000000 bytes" in refused.json["error"]
             (state / "ballast").write_bytes(bytes(10_000_000))
-            # without a length, nobody can know before
+            # without Content-Length the size is not known before
             connection = http.client.HTTPConnection("127.0.0.1", serving.port, timeout=20)
             connection.request(
                 "POST", "/v1/videos:classify", (bytes(100_000) for _ in range(60)),
@@ -462,7 +462,7 @@ def test_a_huge_picture_is_refused_without_its_memory(service, tmp_path):
 
 @pytest.mark.slow
 def test_a_bomb_runs_out_of_time_and_others_do_not_wait(folder, video):
-    """12,000 frames of full HD that are all the same, in a small file."""
+    """A decompression bomb: 12,000 equal frames of full HD in a small file."""
     path = folder / "bomb.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=60, options={"preset": "ultrafast"})
@@ -491,8 +491,8 @@ def test_a_bomb_runs_out_of_time_and_others_do_not_wait(folder, video):
         serving.until(lambda: children_of(serving.children(DECODER)[0]) == [], 10)
 
 
-def test_a_decoder_beyond_its_limits_ends_and_the_client_hears_why(folder):
-    """Memory and time of a child, without the service around it."""
+def test_a_decoder_beyond_its_limits_ends_with_the_reason(folder):
+    """Limits of memory and time of a decoder child, without the service."""
     job = DecodeRequest("clips", frames=8, height=32, width=32, short_side=32, step=1)
 
     async def decode(decoder, **limits):
@@ -524,7 +524,7 @@ def test_a_decoder_beyond_its_limits_ends_and_the_client_hears_why(folder):
 
 
 def mutate(rng, video):
-    """A video with something wrong, or bytes that never were one."""
+    """A damaged video, or random bytes."""
     kind = rng.integers(5)
     data = bytearray(video)
     if kind == 0:
@@ -544,7 +544,7 @@ def mutate(rng, video):
 
 
 def send_random(service, videos, count, seed):
-    """The statuses of so many mutated uploads on one connection, and the worst answer."""
+    """Send `count` mutated uploads on one connection; status -> sizes and answers."""
     rng = np.random.default_rng(seed)
     connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
     seen = {}
@@ -562,7 +562,7 @@ def send_random(service, videos, count, seed):
 
 @pytest.mark.parametrize("count", [30, pytest.param(4000, marks=pytest.mark.slow)])
 def test_random_uploads_are_answered_with_a_reason(folder, tmp_path, count):
-    """Always 200 (it still is a video) or 4xx, and memory stays where it was."""
+    """Always 200 (it still is a video) or 4xx, and memory does not grow."""
     kinds = {"a.mp4": "mpeg4", "a.avi": "mjpeg", "a.mkv": "libx264", "a.webm": "libvpx"}
     videos = [write_video(tmp_path / n, frames=12, codec=c) for n, c in kinds.items()]
     with Serving(state=folder / f"random{count}", program=folder / "tiny.kgrc") as serving:
@@ -579,8 +579,8 @@ def test_random_uploads_are_answered_with_a_reason(folder, tmp_path, count):
         assert serving.ready()
 
 
-def test_the_page_cannot_be_flooded_with_heads(service):
-    """Many connections that are opened and closed at once leave nothing behind."""
+def test_aborted_connections_leave_nothing_behind(service):
+    """300 connections that are opened and reset at once leave no descriptor open."""
     for _ in range(300):
         line = socket.create_connection(("127.0.0.1", service.port), 5)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -591,7 +591,7 @@ def test_the_page_cannot_be_flooded_with_heads(service):
 
 
 def test_the_command_line_says_what_is_missing(tmp_path):
-    """Without the libraries of the service, one line says what to install."""
+    """Without the libraries of the service, one line names the extra to install."""
     code = (
         "import sys\n"
         "sys.modules['fastapi'] = None\n"

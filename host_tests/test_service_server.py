@@ -1,4 +1,4 @@
-"""What stands between uvicorn and the service: who is let in when, and who is gone."""
+"""The server: throttle, draining, time limit of a client that does not read, and Retry-After."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ async def serving(app, settings=None):
 
 
 async def answer(scope, receive, send):
-    """An application that takes the body and answers."""
+    """An application that reads the body and answers."""
     if scope["method"] == "POST":
         size, more = 0, True
         while more:
@@ -46,8 +46,8 @@ async def answer(scope, receive, send):
     await send({"type": "http.response.body", "body": b""})
 
 
-def test_a_crowd_with_bodies_does_not_keep_a_question_waiting():
-    """All have written before the server looks; the one that only asks comes last."""
+def test_a_burst_of_bodies_does_not_delay_a_health_check():
+    """All requests are sent before the server reads; the GET comes last."""
     clients, order = 200, []
 
     async def app(scope, receive, send):
@@ -65,12 +65,12 @@ def test_a_crowd_with_bodies_does_not_keep_a_question_waiting():
 
     asyncio.run(asyncio.wait_for(run(), 60))
     assert len(order) == clients + 1
-    # it is heard as soon as it is accepted: after a few turns, in each of which a few were let in
+    # it is answered soon after it is accepted; before that a few requests proceed per iteration
     assert order.index("/health") <= clients // 32 * REQUESTS_PER_TURN + 3 * REQUESTS_PER_TURN
 
 
-def test_who_is_at_the_door_when_the_service_ends_is_answered():
-    """The end comes in the very turn in which they arrive."""
+def test_requests_in_the_throttle_are_answered_at_shutdown():
+    """The server shuts down in the iteration of the loop in which they arrive."""
     clients = 3 * REQUESTS_PER_TURN
 
     async def run():
@@ -80,11 +80,11 @@ def test_who_is_at_the_door_when_the_service_ends_is_answered():
                 await asyncio.sleep(0.01)
             for _, writer in lines:
                 writer.write(POST)
-            at_door = []
-            while not at_door:
+            waiting = []
+            while not waiting:
                 await asyncio.sleep(0)
-                at_door = [c for c in server.server_state.connections if c._held_data]
-            assert len(at_door) > REQUESTS_PER_TURN
+                waiting = [c for c in server.server_state.connections if c._held_data]
+            assert len(waiting) > REQUESTS_PER_TURN
             for connection in list(server.server_state.connections):
                 connection.shutdown()
             for reader, writer in lines:
@@ -94,7 +94,7 @@ def test_who_is_at_the_door_when_the_service_ends_is_answered():
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
-def test_a_client_that_does_not_read_its_answer_is_gone():
+def test_a_client_that_does_not_read_its_answer_is_disconnected():
     sent = 0
 
     async def app(scope, receive, send):
@@ -120,11 +120,11 @@ def test_a_client_that_does_not_read_its_answer_is_gone():
     assert sent < 1 << 28
 
 
-def test_those_who_are_refused_do_not_all_come_back_at_once(monkeypatch):
+def test_retry_after_grows_so_that_clients_do_not_return_at_once(monkeypatch):
     now = 100.0
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now)
     queue = Admission(2, "videos")
-    for _ in range(100):  # each is inside for 4 s: a place gets free every 2
+    for _ in range(100):  # each takes 4 s: a place becomes free every 2 s
         with queue.enter():
             now += 4.0
 

@@ -1,4 +1,4 @@
-"""The program that ships: whole, small, and as accurate as its card says."""
+"""The program that ships: it loads, is small, and is as accurate as its README says."""
 
 import re
 from dataclasses import replace
@@ -8,8 +8,8 @@ import pytest
 
 import pynq_kgrc
 from pynq_kgrc.analysis.accuracy import measure_accuracy
-from pynq_kgrc.compress.dataset import load_clips, utd_mhad
-from pynq_kgrc.compress.recipes import build_patterns, read_entries
+from pynq_kgrc.compress.dataset import load_clips, read_index
+from pynq_kgrc.compress.recipes import build_patterns, read_recipe
 from pynq_kgrc.program import load
 
 FOLDER = Path(pynq_kgrc.__file__).parent / "programs"
@@ -30,7 +30,7 @@ def test_it_is_whole_small_and_pruned_as_its_recipe_says(card):
     kept = sum(task.kept_macs for task in program.tasks if hasattr(task, "weights"))
     assert dense / kept >= 3
     assert f"{dense / kept:.2f}x fewer" in card
-    patterns = build_patterns(read_entries(FOLDER / "utd_mhad27.recipe.toml"), program.config)
+    patterns = build_patterns(read_recipe(FOLDER / "utd_mhad27.recipe.toml"), program.config)
     tasks = {task.name: task for task in program.tasks}
     for name, pattern in patterns.items():
         shape = tasks[name].shape
@@ -42,9 +42,9 @@ def test_it_is_whole_small_and_pruned_as_its_recipe_says(card):
 
 @pytest.mark.data
 def test_it_knows_people_it_has_not_seen(shared_data, tmp_path):
-    """Every twelfth clip: quick, and far from chance."""
+    """Every twelfth clip of the test set: quick, and enough to be far above chance."""
     program = load(PROGRAM)
-    videos = utd_mhad(shared_data / "utd_mhad_depth").only("test")
+    videos = read_index(shared_data / "utd_mhad_depth").only("test")
     few = replace(videos, samples=videos.samples[::12])
     found = measure_accuracy(program, load_clips(few, program.clip, tmp_path))
     assert found.clips == 27
@@ -55,7 +55,7 @@ def test_it_knows_people_it_has_not_seen(shared_data, tmp_path):
 @pytest.mark.slow
 def test_its_card_tells_its_accuracy_on_unseen_subjects(shared_data, tmp_path, card):
     program = load(PROGRAM)
-    videos = utd_mhad(shared_data / "utd_mhad_depth").only("test")
+    videos = read_index(shared_data / "utd_mhad_depth").only("test")
     assert program.labels == videos.classes
     found = measure_accuracy(program, load_clips(videos, program.clip, tmp_path))
     stated = re.search(r"top-1 \| \*\*([\d.]+) %\*\*", card)

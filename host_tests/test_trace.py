@@ -1,4 +1,4 @@
-"""A traced network computes what torch does, and what cannot be traced is refused by name."""
+"""A traced network computes what torch computes; an unsupported operator is named."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def chain(*parts: nn.Module) -> nn.Sequential:
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Give batch norm statistics that it would be wrong to leave out."""
+    """Give batch norms statistics that change the output."""
     torch.manual_seed(7)
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is not None:
@@ -49,7 +49,7 @@ def randomise(module: nn.Module) -> nn.Module:
 
 
 def same_as_torch(module: nn.Module, clip: ClipSpec = CLIP, rank: int = 5) -> Graph:
-    """The graph, once its output is torch's within 1e-4 of the largest value."""
+    """The graph; its output is checked to be torch's within 1e-4 of the largest value."""
     randomise(module)
     graph = trace(module, clip)
     values = torch.randn(1, 3, clip.frames, clip.height, clip.width)

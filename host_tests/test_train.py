@@ -1,10 +1,11 @@
-"""Training: it learns, it can be killed, and its commands end with a program's accuracy."""
+"""Training learns and resumes; the commands, from videos to the accuracy of a program."""
 
 import csv
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,17 +17,20 @@ from movies import write_movies
 from safetensors.torch import save_file
 from torch import nn
 
+from pynq_kgrc.accelerator.config import preset, write_design
 from pynq_kgrc.cli import main
+from pynq_kgrc.compiler.latency import program_cycles
 from pynq_kgrc.compress.admm import Admm, pruning_projections
 from pynq_kgrc.compress.augment import PLAIN, Augmentation, varied_batches, wide_spec
-from pynq_kgrc.compress.dataset import VideoSet, load_clips, read_index, utd_mhad
+from pynq_kgrc.compress.dataset import VideoSet, load_clips, read_index
 from pynq_kgrc.compress.patterns import KernelGroups, Rates, Weights, project_pattern
-from pynq_kgrc.compress.pruning import ALGORITHMS, Ground, PruneConfig, prune_network
-from pynq_kgrc.compress.recipes import read_entries
+from pynq_kgrc.compress.pruning import PruneConfig, prune_network
+from pynq_kgrc.compress.recipes import ALGORITHMS, read_recipe
 from pynq_kgrc.compress.reweighted import Reweighted
 from pynq_kgrc.compress.train_quantized import approach_codes
 from pynq_kgrc.compress.training import (
     TrainConfig,
+    TrainingSetup,
     learning_rate,
     measure_top1,
     predict,
@@ -45,7 +49,7 @@ SHORT = TrainConfig(epochs=3, batch=8, augment=Augmentation(erase=0))
 
 
 class Small(nn.Module):
-    """[N, 3, 8, 24, 24] to logits; with batch norm and dropout, whose state has to survive."""
+    """[N, 3, 8, 24, 24] to logits; a checkpoint must hold its batch norms and dropout states."""
 
     def __init__(self, classes=4):
         super().__init__()
@@ -140,7 +144,7 @@ def test_a_killed_run_ends_with_the_same_bits(clips, tmp_path, kind):
         logged = list(csv.DictReader(file))
     assert [row["epoch"] for row in logged] == ["0", "1", "2", "3"]
     assert float(logged[-1]["test_top1"]) == rows[-1].test_top1
-    # a run that is finished is not run again
+    # a finished run does not train again
     third = network()
     train(third, *clips, CLIP, config, tmp_path / "killed", make(third), watch=kill)
     assert_same(parameters(whole), parameters(third))
@@ -241,7 +245,7 @@ def test_settings_are_a_file(tmp_path):
 
 
 def test_unvaried_clips_are_what_the_network_is_tested_on(movies):
-    """Cropped from the wider clip, they look like those decoded at the network's size."""
+    """Cropped from the wide clip, they resemble those decoded at the network's size."""
     videos = read_index(movies).only("test")
     wide = load_clips(videos, wide_spec(CLIP), movies / "cache")
     plain = load_clips(videos, CLIP, movies / "cache")
@@ -281,7 +285,7 @@ def test_variation_differs_by_draw_and_is_shared_out(clips):
 
 @pytest.fixture(scope="module")
 def trained(movies):
-    """The folder of a run of the command train, and the name of its network."""
+    """The folder of a run of the command train."""
     folder = movies / "dense"
     settings = movies / "train.toml"
     settings.write_text("epochs = 25\nbatch = 8\nmeasure_every = 25\n[augment]\nerase = 0.0\n")
@@ -316,7 +320,7 @@ def test_from_videos_to_the_accuracy_of_a_program(movies, trained, capsys):
     )
     assert pruned["reduction"] >= 2.8
     assert pruned["test_top1"] >= dense["top1"] - 0.2
-    assert {entry.pattern for entry in read_entries(folder / "recipe.toml").values()} == {"kgrc"}
+    assert {entry.pattern for entry in read_recipe(folder / "recipe.toml").values()} == {"kgrc"}
 
     weights = str(folder / "weights.safetensors")
     out = movies / "codes"
@@ -339,7 +343,7 @@ def test_post_training_quantization_and_powers(movies, trained, capsys):
     short = movies / "four.toml"
     short.write_text("epochs = 4\nbatch = 8\nlr = 1e-3\n")
     assert main(["quantize", *arguments, "-o", str(movies / "powers"), "--config", str(short),
-                 "--accelerator", "4-sparse", "--powers"]) == 0  # fmt: skip
+                 "--design", "4-sparse", "--powers"]) == 0  # fmt: skip
     document = json.loads(capsys.readouterr().out)
     assert document["emulated_top1"] > 0.4
     for task in load(movies / "powers" / "program.kgrc").tasks:
@@ -359,7 +363,7 @@ def test_each_algorithm_ends_on_the_pattern_and_still_works(trained, clips, tmp_
         prepare=msgspec.structs.replace(SHORT, epochs=4, lr=1e-3),
         retrain=msgspec.structs.replace(SHORT, epochs=6, lr=1e-3),
     )
-    prune_network(module, recipe, config, Ground(*clips, CLIP), tmp_path)
+    prune_network(module, recipe, config, TrainingSetup(*clips, CLIP), tmp_path)
     for name, pattern in recipe.items():
         weight = getattr(module, name).weight.detach().numpy()
         np.testing.assert_array_equal(project_pattern(weight, pattern), weight)
@@ -373,21 +377,64 @@ def test_each_algorithm_ends_on_the_pattern_and_still_works(trained, clips, tmp_
 
 
 def test_weights_are_drawn_to_codes(movies, trained, clips):
-    """ADMM, 16 then 8 then 4 bits: at most 15 values a filter, and the network still works."""
+    """ADMM at 16, 8, 4 bits: at most 15 values per filter, and accuracy is kept."""
     module = Small()
     load_state(module, trained / "weights.safetensors")
     with torch.no_grad():
         module.conv2.weight[:, :, 1] = 0
     config = msgspec.structs.replace(SHORT, epochs=9, lr=1e-3)
-    ground = Ground(*clips, CLIP)
+    setup = TrainingSetup(*clips, CLIP)
     before = measure_top1(module, clips[1], CLIP)
-    approach_codes(module, 4, config, ground, movies / "admm")
+    approach_codes(module, 4, config, setup, movies / "admm")
     assert (movies / "admm" / "16-bit").is_dir() and (movies / "admm" / "4-bit").is_dir()
     for name in ("conv1", "conv2", "conv3", "fc"):
         for row in getattr(module, name).weight.detach().numpy():
             assert len(np.unique(np.round(row / np.abs(row).max(), 5))) <= 15
     assert (module.conv2.weight[:, :, 1] == 0).all()
     assert measure_top1(module, clips[1], CLIP) >= before - 0.2
+
+
+def test_a_zero_on_the_command_line_overrides_the_settings(movies, trained, tmp_path, capsys):
+    """--seed 0 is a seed, and --epochs 0 is refused rather than ignored."""
+    settings = tmp_path / "train.toml"
+    settings.write_text("epochs = 1\nbatch = 8\nseed = 5\n")
+    data = ["test_train:small", "--data", str(movies), "--cache", str(movies / "cache"), "--json"]
+    run = [*data, "--config", str(settings), "-o", str(tmp_path / "run")]
+    assert main(["train", *run, "--seed", "0"]) == 0
+    assert read_config(tmp_path / "run" / "config.toml", TrainConfig).seed == 0
+    capsys.readouterr()
+    assert main(["train", *run, "--epochs", "0"]) == 2
+    assert "epochs = 0 has to be 1 or more" in capsys.readouterr().err
+    weights = ["--weights", str(trained / "weights.safetensors")]
+    settings.write_text("[retrain]\nepochs = 1\nbatch = 8\nseed = 5\n")
+    prune = [*run[:-1], str(tmp_path / "pruned"), *weights, "--algorithm", "one-shot"]
+    assert main(["prune", *prune, "--pattern", "kgr", "--reduction", "1.1", "--seed", "0"]) == 0
+    assert read_config(tmp_path / "pruned" / "retrain" / "config.toml", TrainConfig).seed == 0
+
+
+def test_prune_and_quantize_take_the_file_that_explore_writes(movies, trained, tmp_path, capsys):
+    """Rates are searched for a latency on that design, and the program is compiled for it."""
+    design = tmp_path / "mine.json"
+    write_design(replace(preset("8-sparse"), name="mine", pf=4), design)
+    weights = ["--weights", str(trained / "weights.safetensors"), "--design", str(design)]
+    data = ["test_train:small", "--data", str(movies), "--cache", str(movies / "cache"), "--json"]
+    short = tmp_path / "prune.toml"
+    short.write_text("[retrain]\nepochs = 1\nbatch = 8\n")
+    pruned = [*data, *weights, "-o", str(tmp_path / "pruned"), "--config", str(short)]
+    how = ["--algorithm", "one-shot", "--pattern", "kgrc", "--target", "latency"]
+    how += ["--reduction", "1.4", "--layers", "conv1,conv2,conv3"]
+    assert main(["prune", *pruned, *how]) == 0
+    found = capsys.readouterr()
+    report = json.loads(found.out)
+    assert report["design"] == "mine" and report["latency_reduction_asked"] == 1.4
+    assert report["latency_reduction"] == pytest.approx(1.4, rel=0.03)
+    assert "asked for 1.40x fewer cycles, reached 1.40x" in found.err and "on mine" in found.err
+    weights[1] = str(tmp_path / "pruned" / "weights.safetensors")
+    out = tmp_path / "codes"
+    assert main(["quantize", *data, *weights, "-o", str(out), "--epochs", "0"]) == 0
+    program = load(out / "program.kgrc")
+    assert program.config.name == "mine" and program.config.pf == 4
+    assert program_cycles(program) == report["modelled_cycles"]
 
 
 def test_mistakes_are_one_line_and_leave_nothing(movies, trained, tmp_path, capsys):
@@ -440,7 +487,7 @@ def test_mistakes_are_one_line_and_leave_nothing(movies, trained, tmp_path, caps
 @pytest.mark.data
 def test_it_learns_real_actions_of_people_it_has_not_seen(shared_data, tmp_path):
     """Nine of the 27 actions, small clips: far above the chance of one in nine."""
-    videos = utd_mhad(shared_data / "utd_mhad_depth")
+    videos = read_index(shared_data / "utd_mhad_depth")
     some = (0, 3, 5, 7, 15, 17, 20, 22, 25)
     samples = tuple(
         type(s)(s.file, some.index(s.label), s.split) for s in videos.samples if s.label in some
@@ -459,7 +506,7 @@ def test_it_learns_real_actions_of_people_it_has_not_seen(shared_data, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_train_one_network(movies, tmp_path):
-    """Under torchrun; one of them writes, and the result is right."""
+    """Under torchrun: one process writes, and the network learns."""
     settings = tmp_path / "train.toml"
     settings.write_text("epochs = 25\nbatch = 8\n[augment]\nerase = 0.0\n")
     folder = Path(__file__).parent

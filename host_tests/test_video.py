@@ -30,7 +30,7 @@ def numbered(number):
 
 
 def numbers(clip):
-    """The numbers that the frames carry."""
+    """The numbers that are drawn into the frames."""
     columns = clip.frames.mean(axis=(1, 3))
     stripes = columns.reshape(len(columns), 8, -1).mean(axis=2)
     return np.packbits(stripes > 128, axis=1)[:, 0].tolist()
@@ -53,7 +53,7 @@ def write(path, images, codec="MJPG"):
 
 @pytest.fixture
 def make(tmp_path):
-    """A file of as many numbered frames as asked for."""
+    """Write a video file of some numbered frames; returns its path."""
 
     def made(count, name="video.avi", codec="MJPG"):
         return write(tmp_path / name, (numbered(i) for i in range(count)), codec)
@@ -63,7 +63,7 @@ def make(tmp_path):
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """The folder where the bytes of a video are put for a while."""
+    """The folder of temporary files, for a video that is given as bytes."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -156,13 +156,13 @@ def test_a_short_video_starts_over_and_says_so(make, count, frames, step, wanted
     assert (clip.start_ms, clip.end_ms) == (0, pytest.approx((max(wanted) + 1) * FRAME_MS))
     (note,) = clip.notes
     span = (frames - 1) * step + 1
-    assert note.startswith(f"the video has {count} frames, the network looks at {span}: it starts")
+    assert note.startswith(f"the video has {count} frames, a clip spans {span}: it starts")
 
 
 def test_steps_past_the_end_start_over_and_say_so_too(make):
     clip = load_clip(make(6), spec(frames=4, step=2))
     assert numbers(clip) == [0, 2, 4, 0]
-    assert "the video has 6 frames, the network looks at 7" in clip.notes[0]
+    assert "the video has 6 frames, a clip spans 7" in clip.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_windows_keep_no_more_frames_than_two_of_them_hold(make, monkeypatch, st
 
 @pytest.mark.parametrize("stride", [0, -1])
 def test_a_stride_below_one_is_refused(make, stride):
-    with pytest.raises(VideoError, match=f"a stride of {stride} frames goes nowhere; use 1 or"):
+    with pytest.raises(VideoError, match=f"stride is {stride} frames; accepted are 1 or more"):
         list(load_windows(make(8), spec(), stride))
 
 
@@ -376,7 +376,7 @@ def test_an_avi_of_no_frames_is_refused(make):
     ["http://example.org/v.mp4", "rtsp://example.org/v", "file:///tmp/v.mp4", "concat://a|b"],
 )
 def test_addresses_are_refused(address):
-    with pytest.raises(VideoError, match="an address; only local files and bytes are read"):
+    with pytest.raises(VideoError, match="a URL; accepted are local files and bytes"):
         load_clip(address, spec())
 
 
@@ -425,7 +425,7 @@ def test_limits(make, within, beyond, why):
 
 
 def gif(width, height):
-    """Six frames of one dot each; decoders leave the rest as it is."""
+    """Six frames of one pixel each; decoders leave the rest of the screen unchanged."""
     size = struct.pack("<HH", width, height)
     screen = b"GIF89a" + size + b"\x80\0\0" + b"\0\0\0\xff\xff\xff"
     delay = b"!\xf9\x04\0\x0a\0\0\0"
@@ -456,7 +456,7 @@ def test_an_avi_that_is_cut_off_gives_the_frames_before_the_cut(make, part):
 
 
 class Capture:
-    """What OpenCV might say of a video, pass after pass: times in the first, frames in all."""
+    """A stand-in for cv2.VideoCapture: times of the first pass, number of frames of each pass."""
 
     def __init__(self, times, fps=FPS, again=None):
         self.times, self.fps, self.passes = times, fps, iter([len(times), again or len(times)])
@@ -597,7 +597,7 @@ def test_fit_is_never_smaller_than_the_crop(crop, width):
 
 
 def mutated(content, rng):
-    """The bytes with a few bits flipped, a piece cut out, the end cut off, or zeros inside."""
+    """The bytes with some bits flipped, a piece or the end removed, or a piece set to zero."""
     changed = bytearray(content)
     at = int(rng.integers(len(changed)))
     end = at + int(rng.integers(1, 200))

@@ -15,20 +15,23 @@ if TYPE_CHECKING:
     from pynq_kgrc.runtime import Session
     from pynq_kgrc.video import load_clip
 
-_PLACES = {
+__version__: str
+
+_EXPORTS = {
+    "__version__": ("pynq_kgrc.version", "VERSION"),
     "Program": ("pynq_kgrc.program", "Program"),
     "Session": ("pynq_kgrc.runtime", "Session"),
     "compile_network": ("pynq_kgrc.compiler.network", "compile_network"),
     "load_clip": ("pynq_kgrc.video", "load_clip"),
     "load_program": ("pynq_kgrc.program", "load"),
 }
-"""Where the public names live; each is imported on first use, so that a board needs no torch."""
+"""Public name -> (module, attribute); imported on first use, so that a board needs no torch."""
 
 __all__ = ["Program", "Session", "compile_network", "load_clip", "load_program"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'pynq_kgrc' has no attribute {name!r}")
-    module, attribute = _PLACES[name]
+    module, attribute = _EXPORTS[name]
     return getattr(import_module(module), attribute)

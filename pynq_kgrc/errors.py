@@ -1,17 +1,17 @@
-"""The family of errors that this package raises on purpose.
+"""The errors that this package raises on purpose.
 
 ::
 
     KgrcError
       ConfigError     an accelerator that cannot be built or does not fit its board
-      DataError       labelled videos whose index, files or decoded copies are at fault
+      DataError       labelled videos whose index, files or decoded copies are wrong
       ModelError      a checkpoint that does not fit its network, or weights that cannot be fetched
-      CompileError    a layer that this accelerator or this compiler cannot run
+      CompileError    a layer that the accelerator or the compiler does not support
       ProgramError    a container that is damaged, of another version, or made for other hardware
       DeviceError     the device did not answer, or answered wrongly
-      VideoError      bytes that are no video, or hold no frame to look at
+      VideoError      bytes that are not a video, or a video without a frame
 
-Every message names the thing at fault, the value found, and what would be accepted.
+Every message names what is wrong, the value that was found, and what would be accepted.
 """
 
 
@@ -24,7 +24,7 @@ class ConfigError(KgrcError):
 
 
 class DataError(KgrcError):
-    """Labelled videos whose index, files or decoded copies are at fault."""
+    """Labelled videos whose index, files or decoded copies are wrong."""
 
 
 class ModelError(KgrcError):
@@ -32,7 +32,7 @@ class ModelError(KgrcError):
 
 
 class CompileError(KgrcError):
-    """A layer that this accelerator or this compiler cannot run."""
+    """A layer that the accelerator or the compiler does not support."""
 
 
 class ProgramError(KgrcError):
@@ -44,4 +44,4 @@ class DeviceError(KgrcError):
 
 
 class VideoError(KgrcError):
-    """Bytes that are no video, or hold no frame to look at."""
+    """Bytes that are not a video, or a video without a frame."""

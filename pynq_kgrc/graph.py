@@ -1,7 +1,7 @@
 """A network as plain data: layers in running order with their shapes, weights and formats.
 
-Axes are always [channel, depth, height, width]. 2-D is depth 1, a fully connected layer is a
-convolution whose kernel is its whole input map.
+Axes are always [channel, depth, height, width]. A 2-D map has depth 1. A fully connected layer is
+a convolution whose kernel is as large as its input map.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pynq_kgrc.errors import CompileError
+from pynq_kgrc.errors import CompileError, ConfigError
 from pynq_kgrc.quant import Array, QuantParams, WeightQuant
 
 Size = tuple[int, int, int]
@@ -26,12 +26,29 @@ CONCAT = "concat"
 INPUT = "input"
 OPS = (INPUT, CONV, MAX_POOL, AVERAGE_POOL, ADD, CONCAT)
 
-ACTIVATIONS = ("none", "relu", "relu6")
+Bounds = tuple[float | None, float | None]
+"""The lowest and highest real that a clamp lets through; None where it is open."""
+
+ACTIVATIONS: dict[str, Bounds] = {
+    "none": (None, None),
+    "relu": (0.0, None),
+    "relu6": (0.0, 6.0),
+}
+"""Every activation by name: a clamp of the reals to bounds.
+
+The accelerator has no activation stage. The compiler turns the bounds into codes and makes them
+the clamp (lo, hi) of the output, which every task has anyway. This is exact because scaling is
+monotone: clamping the reals and then scaling and rounding gives the same codes as scaling and
+rounding first. A function that is not a clamp, such as sigmoid, cannot be expressed so.
+
+A new clamp needs one line here. The float graph, the compiler, training with codes and the tracer
+read this table; the backends only see lo and hi.
+"""
 
 
 @dataclass(frozen=True)
 class WindowShape:
-    """A window that slides over a map of `channels` channels: what pools and convolutions share."""
+    """The sliding window of a pool or a convolution, over a map of `channels` channels."""
 
     channels: int
     in_size: Size
@@ -42,6 +59,7 @@ class WindowShape:
 
     @property
     def out_size(self) -> Size:
+        """Depth, height, width of the output."""
         d, h, w = (
             (self.in_size[i] + self.pad_before[i] + self.pad_after[i] - self.kernel[i])
             // self.stride[i]
@@ -52,7 +70,7 @@ class WindowShape:
 
     @property
     def taps(self) -> int:
-        """Positions in the window; a tap is one of them."""
+        """Number of taps: positions in the window."""
         return math.prod(self.kernel)
 
     @property
@@ -78,7 +96,11 @@ class ConvShape(WindowShape):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One step of a network. Its output is a tensor of the same name."""
+    """One operation of a network. Its output is a tensor of the same name.
+
+    Raises:
+        CompileError: an unknown operation or activation.
+    """
 
     name: str
     op: str
@@ -97,19 +119,31 @@ class Layer:
     weight_quant: WeightQuant | None = None
     out_quant: QuantParams | None = None
 
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise CompileError(f"{self.name}: no operation {self.op!r}; there are {', '.join(OPS)}")
+        if self.activation not in ACTIVATIONS:
+            raise CompileError(
+                f"{self.name}: no activation {self.activation!r}; there are "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+
 
 SAMPLINGS = ("centre", "uniform", "windows")
-"""Ways to choose frames: one clip from the middle, one spread over the whole video, or clips one
-after the other."""
+"""How the frames of a video are chosen: one clip from its middle, one spread over all of it, or
+clips one after the other over all of it."""
+
+DEFAULT_SAMPLING = "windows"
+"""The sampling of a program that does not say."""
 
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """The clip that a network looks at, and how pixels become its input.
+    """The clip that a network takes, and how its pixels become the network's input.
 
     Frames are resized so that the short side is `short_side`, cropped at the centre to
     `height` x `width`, and normalised: ``(pixel / 255 - mean) / std`` for each of R, G, B.
-    `step` frames of the video pass from one frame of the clip to the next.
+    Every `step`-th frame of the video is taken.
     """
 
     frames: int
@@ -119,20 +153,35 @@ class ClipSpec:
     step: int = 1
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    sampling: str = "centre"
-    """Which frames of a video, unless the caller says otherwise; one of `SAMPLINGS`."""
+    sampling: str = DEFAULT_SAMPLING
+    """One of `SAMPLINGS`. Every command samples a video in this way unless it is told otherwise."""
     stride: int | None = None
-    """Frames from one window to the next, for "windows"; the length of a clip if none."""
+    """For "windows": frames from one clip to the next; the length of a clip if None."""
     rate: float | None = None
-    """Frames a second at which the network was trained; as the file has them if none."""
+    """Frames a second at which the network was trained. A video is resampled to this rate; its own
+    frames are used if None."""
     temperature: float = 1.0
-    """Logits are divided by it before soft-max, so that a confidence of 80 % is right 80 times in
-    100; fitted on held-in clips."""
+    """The logits are divided by it before soft-max, so that confidences are calibrated (Guo et al.,
+    ICML 2017)."""
     threshold: float = 0.0
-    """The answer is "unsure" where the best confidence is below it."""
+    """Below this confidence of the best label the answer is "unsure"."""
+
+    def __post_init__(self) -> None:
+        if self.sampling not in SAMPLINGS:
+            raise ConfigError(
+                f"sampling={self.sampling!r} of a clip; accepted are {', '.join(SAMPLINGS)}"
+            )
+        for name in ("frames", "height", "width", "short_side", "step", "stride", "rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e6:
+                raise ConfigError(f"{name}={value} of a clip; accepted is above 0, up to a million")
+        if not 0 < self.temperature < 1e6:
+            raise ConfigError(f"temperature={self.temperature}; accepted is above 0")
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"threshold={self.threshold}; accepted is 0 to below 1")
 
     def pixel_values(self) -> Array:
-        """[3, 256] float64: the network's input value of each pixel level of R, G, B."""
+        """[3, 256] float64: the input value of each of the 256 levels of R, G, B."""
         levels = np.arange(256) / 255.0
         values: Array = (levels - np.array(self.mean)[:, None]) / np.array(self.std)[:, None]
         return values
@@ -145,7 +194,7 @@ class ClipSpec:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """Layers in running order; the first is the input, `output` names the last one that counts."""
+    """Layers in running order: the first is the input, `output` names that of the result."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -165,13 +214,14 @@ class Graph:
         return [layer for layer in self.layers if name in layer.inputs]
 
     def convolutions(self) -> list[Layer]:
+        """The convolutions, in running order."""
         return [layer for layer in self.layers if layer.op == CONV]
 
     def with_weights(self, weights: dict[str, Array]) -> Graph:
-        """This graph with some weights replaced (after pruning, say); shapes must agree.
+        """This graph with the weights of some layers replaced, for example by pruned ones.
 
         Raises:
-            CompileError: a name that is not a convolution here, or an array of another shape.
+            CompileError: a name of no convolution, or an array of another shape than its weight.
         """
         for name, weight in weights.items():
             old = self[name].weight
@@ -188,16 +238,17 @@ class Graph:
 
 
 def activate(values: Array, activation: str) -> Array:
-    """Apply "none", "relu" or "relu6" to reals."""
-    if activation == "relu":
-        return np.maximum(values, 0)
-    if activation == "relu6":
-        return np.clip(values, 0, 6)
+    """Apply an activation of `ACTIVATIONS` to reals."""
+    low, high = ACTIVATIONS[activation]
+    if low is not None:
+        values = np.maximum(values, low)
+    if high is not None:
+        values = np.minimum(values, high)
     return values
 
 
 def pad_map(values: Array, shape: WindowShape, fill: float) -> Array:
-    """[C, D, H, W] with the window's padding around it, filled with `fill`."""
+    """Pad a map [C, D, H, W] as the window asks, with the value `fill`."""
     widths = [(0, 0), *zip(shape.pad_before, shape.pad_after, strict=True)]
     if not any(before or after for before, after in widths):
         return values
@@ -205,7 +256,7 @@ def pad_map(values: Array, shape: WindowShape, fill: float) -> Array:
 
 
 def tap_views(padded: Array, shape: WindowShape) -> Iterator[Array]:
-    """For each tap in order, the [C, *out_size] view of what that tap of the window sees."""
+    """For each tap in order, the view [C, *out_size] of the inputs that it reads."""
     span = [(shape.out_size[i] - 1) * shape.stride[i] + 1 for i in range(3)]
     for tap in np.ndindex(*shape.kernel):
         yield padded[
@@ -214,7 +265,7 @@ def tap_views(padded: Array, shape: WindowShape) -> Iterator[Array]:
 
 
 def run_layer_float(layer: Layer, inputs: list[Array]) -> Array:
-    """The layer's output [C, D, H, W] in float32, from its inputs of the same layout."""
+    """The output [C, D, H, W] of one layer in float32, from inputs [C, D, H, W]."""
     if layer.op == ADD:
         return activate(inputs[0] + inputs[1], layer.activation)
     if layer.op == CONCAT:
@@ -238,11 +289,11 @@ def run_layer_float(layer: Layer, inputs: list[Array]) -> Array:
 
 
 def _convolve(values: Array, weight: Array, shape: WindowShape) -> Array:
-    """Plain float32 convolution, one output depth slice at a time to bound the scratch."""
+    """Float32 convolution by im2col, one output depth at a time to bound the memory."""
     filters, channels = weight.shape[:2]
     out = np.empty((filters, *shape.out_size), np.float32)
     padded = pad_map(values.astype(np.float32, copy=False), shape, 0.0)
-    # [taps, channels] are the rows of the unfolded input, in this order
+    # the unfolded input has a row for each (tap, channel), in this order
     matrix = weight.transpose(0, 2, 3, 4, 1).reshape(filters, -1).astype(np.float32)
     slab = replace(shape, pad_before=(0, 0, 0), pad_after=(0, 0, 0))
     for d in range(shape.out_size[0]):
@@ -261,8 +312,8 @@ def run_float(
 ) -> Array:
     """The network's output [C, D, H, W] in float32 for one clip [3, D, H, W].
 
-    `watch` sees every layer and its output as it is made. Outputs are dropped after their last
-    use, so a whole I3D needs little more than its widest pair of layers.
+    `watch` is called with every layer and its output. An output is dropped after its last use, so
+    that a whole I3D needs little more memory than its largest pair of layers.
 
     Raises:
         CompileError: the clip has another shape than the graph's input.

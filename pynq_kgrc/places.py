@@ -1,4 +1,4 @@
-"""Where files are: folders that travel with the package, and the user's cache."""
+"""Where files are: the folders that ship with the package, and the user's cache."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ BESIDE = {
     "notebooks": "notebooks",
     "clips": "examples/clips",
 }
-"""Name in an installed package -> place in the checkout, as `package_dir` in setup.py has it."""
+"""Folder in an installed package -> folder in a checkout; setup.py's `package_dir` agrees."""
 
 
 def find_folder(name: str) -> Path:
-    """A folder of `BESIDE`: inside the installed package, or beside it in a checkout."""
+    """A folder of `BESIDE`: inside the package if installed, beside the package in a checkout."""
     package = Path(__file__).resolve().parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / BESIDE[name]
 
 
 def user_cache() -> Path:
-    """The folder of this project's cached files: $XDG_CACHE_HOME/pynq_kgrc, or ~/.cache/pynq_kgrc.
+    """The folder of cached files: $XDG_CACHE_HOME/pynq_kgrc, or ~/.cache/pynq_kgrc.
 
-    An empty XDG_CACHE_HOME counts as unset, as the XDG base directory specification has it.
+    An empty XDG_CACHE_HOME counts as unset, as the XDG Base Directory Specification asks.
     """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pynq_kgrc"
 

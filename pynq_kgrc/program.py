@@ -1,7 +1,7 @@
 """A compiled network: the tasks of the accelerator, their compact weights, and the container.
 
-`Program` is where the two roads meet: the compiler writes it, every backend runs it. The file is
-a safetensors container (docs/format.md): arrays, and one JSON document in the metadata.
+The compiler makes a `Program`, and every backend runs it. Its file is a safetensors container
+(docs/format.md): arrays, and one JSON document in the metadata.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.plan import plan_convolution, plan_pool
 from pynq_kgrc.accelerator.tiling import (
     NO_POOL,
     Work,
-    conv_words,
+    convolution_work,
     map_beats,
-    pooled_size,
-    tile_size,
+    pool_work,
     weight_bytes,
 )
 from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
@@ -38,7 +36,6 @@ from pynq_kgrc.quant import (
     MULT_BITS,
     Array,
     QuantParams,
-    ceil_div,
     code_dtype,
     pack_int4,
     packed_bytes,
@@ -48,7 +45,7 @@ from pynq_kgrc.quant import (
 from pynq_kgrc.storage import written_beside
 
 VERSION = 1
-"""Version of the container that this file reads and writes."""
+"""Version of the container that this module reads and writes."""
 
 DOCUMENT_KEY = "pynq_kgrc"
 DIGEST_KEY = "sha256"
@@ -56,33 +53,34 @@ ALIGNMENT = 64
 
 
 class KgrcWeights(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
-    """The kept weights of a layer, in the paper's format.
+    """The kept weights of a layer, in the format of the KGRC paper.
 
-    P, Q, T count the groups of filters, channels and taps; kr, kc are the rows and columns that
-    every group of the layer keeps (balanced). Indices are relative to their group and increase.
+    P, Q, T are the numbers of groups of filters, channels and taps. kr, kc are the numbers of rows
+    and columns that every kernel group of the layer keeps (balanced sparsity). Indices are
+    relative to their group and increase.
     """
 
     values: Array
     """[P, Q, T, kr, G_N, kc] codes."""
     rows: Array
-    """[P, Q, kr] uint8."""
+    """[P, Q, kr] uint8: indices of the kept rows (filters of the group)."""
     cols: Array
-    """[P, Q, T, kc] uint8."""
+    """[P, Q, T, kc] uint8: indices of the kept columns (taps of the group)."""
     enabled: Array
-    """[P, Q] bool: a group that is off is neither loaded nor computed."""
+    """[P, Q] bool: a disabled group is neither loaded nor computed."""
 
     @property
     def kept(self) -> tuple[int, int]:
-        """kr, kc."""
+        """kr, kc: kept rows and columns of each group."""
         return int(self.values.shape[3]), int(self.values.shape[5])
 
     def mode(self, gm: int, gk: int) -> str:
-        """dense, KGR, KGC or KGRC: which axes carry an index."""
+        """dense, KGR, KGC or KGRC: by the axes that are pruned, rows (R) and columns (C)."""
         kr, kc = self.kept
         return {(0, 0): "dense", (1, 0): "KGR", (0, 1): "KGC", (1, 1): "KGRC"}[kr < gm, kc < gk]
 
     def expand(self, shape: ConvShape, gm: int, gk: int) -> Array:
-        """The dense weight [M, N, K] that these stand for."""
+        """Unpack to the dense weight [M, N, K], with zeros where it is pruned."""
         p, q, t, kr, gn, kc = self.values.shape
         groups = np.zeros((p, q, t, gm, gn, gk), self.values.dtype)
         values = np.where(self.enabled[:, :, None, None, None, None], self.values, 0)
@@ -97,14 +95,14 @@ class KgrcWeights(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=T
 
 
 class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a tensor lies: a buffer and the channel it starts at, so that concat is placement."""
+    """Where a tensor lies: in a buffer, from a channel on. So a concat needs no copy."""
 
     buffer: int
     channel: int
 
 
 class Buffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A place in the arena of activations; buffers that are never alive together may overlap."""
+    """A map in the arena of activations. Buffers that are never alive together may overlap."""
 
     channels: int
     size: Size
@@ -113,7 +111,7 @@ class Buffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes from the start of the arena, a multiple of 64."""
 
     def nbytes(self, config: AcceleratorConfig) -> int:
-        """Bytes of the map in memory: channels in whole tiles of T_N, rows in whole beats."""
+        """Bytes of the map in memory: channels padded to vectors of T_N, rows to whole beats."""
         wide = self.bits // config.bits
         return map_beats(config, self.channels, self.size) * config.beat_bytes * wide
 
@@ -128,18 +126,18 @@ class Shortcut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ConvTask(msgspec.Struct, frozen=True, eq=False, tag="conv", forbid_unknown_fields=True):
-    """One convolution with all that rides on it: bias, scaling, shortcut, clamp, max pool."""
+    """One convolution with what is fused into it: bias, scaling, shortcut, clamp, max pool."""
 
     name: str
     shape: ConvShape
     source: Slot
     target: Slot
     in_zero: int
-    """Zero point of the input: the value of its padding."""
+    """Zero point of the input, which is also the code of its padding."""
     out: QuantParams
     lo: int
     hi: int
-    """Clamp of the output codes."""
+    """Clamp of the output codes, from `lo` to `hi`: the type and the activation."""
     weights: KgrcWeights
     bias: Array
     """[M] int64."""
@@ -149,7 +147,7 @@ class ConvTask(msgspec.Struct, frozen=True, eq=False, tag="conv", forbid_unknown
     """[M] uint8, 0..62."""
     shortcut: Shortcut | None = None
     pool: WindowShape | None = None
-    """A max pool whose windows do not overlap, done on the clamped output."""
+    """A max pool with windows that do not overlap, applied to the clamped output."""
 
     @property
     def out_size(self) -> Size:
@@ -162,7 +160,7 @@ class ConvTask(msgspec.Struct, frozen=True, eq=False, tag="conv", forbid_unknown
 
 
 class PoolTask(msgspec.Struct, frozen=True, eq=False, tag="pool", forbid_unknown_fields=True):
-    """A pool of its own (overlapping or padded windows), max or average."""
+    """A max or average pool that is not fused: windows may overlap and be padded."""
 
     name: str
     shape: WindowShape
@@ -205,11 +203,11 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
 
     @cached_property
     def input_codes(self) -> Array:
-        """[3, 256]: the input code of each pixel level, so that no float clip is ever made."""
+        """[3, 256]: the input code of each level of R, G, B. Encoding needs no float clip."""
         return self.input.quantize(self.clip.pixel_values())
 
     def encode_clip(self, frames: Array) -> Array:
-        """[D, H, W, 3] uint8 RGB frames to input codes [3, D, H, W].
+        """Encode uint8 RGB frames [D, H, W, 3] as input codes [3, D, H, W].
 
         Raises:
             ProgramError: frames of another shape or type than the program's clip.
@@ -217,51 +215,57 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         wanted = (self.clip.frames, self.clip.height, self.clip.width, 3)
         if frames.shape != wanted or frames.dtype != np.uint8:
             raise ProgramError(
-                f"{self.name} looks at uint8 frames of shape {wanted}, "
+                f"{self.name} takes uint8 frames of shape {wanted}, "
                 f"not {frames.dtype} of {frames.shape}"
             )
         return np.stack([self.input_codes[c][frames[..., c]] for c in range(3)])
 
     def group_columns(self, task: ConvTask) -> int:
-        """G_K of a task."""
+        """G_K: taps in one kernel group of a task."""
         return self.config.group_size.columns(task.shape.taps)
 
     def weight_bytes(self, task: ConvTask) -> int:
-        """Bytes of a task's compact weights in memory, indices and enable bits included."""
+        """Bytes of a task's compact weights in memory, with indices and enable bits."""
         kr, kc = task.weights.kept
         enabled = int(np.count_nonzero(task.weights.enabled))
         return weight_bytes(self.config, task.shape, kr, kc, enabled)
 
+    @cached_property
+    def _works(self) -> dict[Task, Work]:
+        return {}
+
     def work(self, task: Task) -> Work:
-        """The task as the accelerator works on it: its tile, and its plan.
+        """The tile and the plan of one of the program's tasks, computed once for each task.
 
         Raises:
             CompileError: the buffers do not hold the smallest tile.
         """
-        shape, config = task.shape, self.config
-        if isinstance(task, ConvTask):
-            pool = NO_POOL if task.pool is None else task.pool.kernel
-            words = conv_words(config, task.shape, *task.weights.kept)
-            columns = min(config.pk, task.weights.kept[1])
-            items = plan_convolution(config, task.weights.enabled, task.shape.filters)
-            share = min(config.filter_tiles, ceil_div(task.shape.filters, config.tm))
-        else:
-            pool, words, items = NO_POOL, shape.taps, plan_pool(config, shape.channels)
-            share, columns = 1, 0
-        return Work(
-            shape=shape,
-            out_size=pooled_size(shape, pool),
-            pool=pool,
-            tile=tile_size(config, shape, pool, share * words, task.name),
-            words=words,
-            items=tuple(items),
-            columns=columns,
-            shortcut=isinstance(task, ConvTask) and task.shortcut is not None,
-            wide=task.out.bits > config.bits,
+        if task not in self._works:
+            self._works[task] = self._plan(task)
+        return self._works[task]
+
+    def _plan(self, task: Task) -> Work:
+        """The tile and the plan of a task.
+
+        Raises:
+            CompileError: the buffers do not hold the smallest tile.
+        """
+        wide = task.out.bits > self.config.bits
+        if not isinstance(task, ConvTask):
+            return pool_work(self.config, task.shape, wide=wide, name=task.name)
+        return convolution_work(
+            self.config,
+            task.shape,
+            *task.weights.kept,
+            task.weights.enabled,
+            NO_POOL if task.pool is None else task.pool.kernel,
+            shortcut=task.shortcut is not None,
+            wide=wide,
+            name=task.name,
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the container beside `path`, then rename it into place."""
+        """Write the container atomically: to a temporary file that is renamed to `path`."""
         tensors = self._tensors()
         names = {id(array): name for name, array in tensors.items()}
         document = msgspec.json.encode(self, enc_hook=lambda array: names[id(array)])
@@ -285,7 +289,7 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         return tensors
 
     def _store(self, array: Array) -> Array:
-        """An array as it is stored: 4-bit codes packed, two a byte."""
+        """An array as it is stored: 4-bit codes packed two to a byte."""
         if self.config.bits == 4 and array.dtype == np.int8:
             return pack_int4(array)
         return np.ascontiguousarray(array)
@@ -295,7 +299,8 @@ def load(path: str | Path) -> Program:
     """Read and check a container.
 
     Raises:
-        ProgramError: no such file, not a container, damaged, of another version, or inconsistent.
+        ProgramError: there is no such file; it is no container, damaged or of another version;
+            or its contents do not fit together (`check`).
     """
     path = Path(path)
     if not path.is_file():
@@ -369,7 +374,7 @@ def _decode(document: bytes, stored: dict[str, Array]) -> Program:
 
 
 def _unpacked(program: Program, task: ConvTask) -> ConvTask:
-    """The task with its 4-bit values unpacked to one a byte."""
+    """The task with its 4-bit values unpacked to one per byte."""
     weights = task.weights
     p, q, t = program.config.group_size.counts(
         task.shape.filters, task.shape.channels, task.shape.taps
@@ -397,7 +402,7 @@ def _within(found: int, low: int, high: int, what: str) -> None:
 
 
 def check(program: Program) -> None:
-    """Refuse a program that could read or write outside its buffers or overflow.
+    """Refuse a program that could access memory outside its buffers, or overflow.
 
     Raises:
         ProgramError: names the task and field, the value, and what is accepted.
@@ -435,7 +440,10 @@ def check(program: Program) -> None:
     _check_quant(program.output, "output")
     clip = program.clip
     if not 1 <= clip.frames <= 4096 or min(clip.height, clip.width, clip.step) < 1:
-        raise ProgramError(f"clip of {clip.frames} frames, {clip.height} x {clip.width} is no clip")
+        raise ProgramError(
+            f"a clip of {clip.frames} frames, {clip.height} x {clip.width}, step {clip.step}; "
+            f"accepted are 1 to 4096 frames, and a size and step of 1 or more"
+        )
     if any(not math.isfinite(v) for v in (*clip.mean, *clip.std)) or min(clip.std) <= 0:
         raise ProgramError(f"clip mean {clip.mean} and std {clip.std} do not normalise")
     size = (clip.frames, clip.height, clip.width)
@@ -545,7 +553,7 @@ def check_accumulator(task: ConvTask, config: AcceleratorConfig) -> None:
     The bound is the sum over kept weights of |w| times the largest |code|, plus |bias|.
 
     Raises:
-        ProgramError: a filter could overflow; names it, its bound and the limit.
+        ProgramError: a filter could overflow the accumulator; names it, its bound and the limit.
     """
     weights, gm = task.weights, config.gm
     p, q, t, kr, gn, kc = weights.values.shape

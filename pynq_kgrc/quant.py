@@ -21,14 +21,17 @@ ACCUMULATOR_BITS = {16: 48, 8: 32, 4: 32}
 """Width of the signed accumulator for each width of the operands."""
 
 MULT_BITS = 15
+"""Bits of a multiplier: it lies in [2^14, 2^15), or is 0."""
+
 MAX_SHIFT = 62
+"""Largest right shift after the multiplication."""
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class QuantParams:
-    """How codes of one tensor stand for reals: ``real = scale * (code - zero_point)``.
+    """The format of one tensor: ``real = scale * (code - zero_point)``.
 
     >>> QuantParams(bits=8, scale=0.5, zero_point=-128).min
     -128
@@ -40,18 +43,21 @@ class QuantParams:
 
     @property
     def min(self) -> int:
+        """The lowest code."""
         return -(1 << (self.bits - 1))
 
     @property
     def max(self) -> int:
+        """The highest code."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """The numpy type of the codes."""
         return code_dtype(self.bits)
 
     def quantize(self, real: Array) -> Array:
-        """Codes of real values: rounded half up, clamped to the type."""
+        """Codes of reals: rounded half up, clamped to the lowest and highest code."""
         codes = np.floor(np.asarray(real, np.float64) / self.scale + 0.5) + self.zero_point
         clamped: Array = np.clip(codes, self.min, self.max).astype(self.dtype)
         return clamped
@@ -63,31 +69,31 @@ class QuantParams:
 
 @dataclass(frozen=True)
 class WeightQuant:
-    """Symmetric codes of a weight: ``real = scale[m] * code``, one scale a filter."""
+    """Symmetric codes of a weight: ``real = scale[m] * code``, one scale per filter."""
 
     bits: int
     scale: Array
 
 
 def code_dtype(bits: int) -> np.dtype[Any]:
-    """The numpy type that holds one code; a 4-bit code takes a byte until it is packed."""
+    """The numpy type of a code. A 4-bit code takes a whole byte until it is packed."""
     return np.dtype(np.int16 if bits == 16 else np.int8)
 
 
 def weight_limit(bits: int) -> int:
-    """Largest weight code; weights are symmetric, so the lowest code is its negative."""
+    """The highest code of a weight; the lowest is its negative, because weights are symmetric."""
     return (1 << (bits - 1)) - 1
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes take in memory: 2 each at 16 bits, half a byte each at 4."""
+    """Bytes of `count` codes in memory: 2 each at 16 bits, half a byte each at 4 bits."""
     return -(-count * bits // 8)
 
 
 def choose_params(low: float, high: float, bits: int) -> QuantParams:
-    """The affine parameters that cover [low, high] with zero on a code exactly.
+    """The affine format that covers the reals [low, high], with a code for exactly zero.
 
-    The range is widened to hold zero, because padding is zero. At 16 bits the zero point is 0.
+    The range is widened to include zero, because padding is zero. At 16 bits the zero point is 0.
 
     >>> choose_params(0.0, 25.5, 8)
     QuantParams(bits=8, scale=0.1, zero_point=-128)
@@ -111,7 +117,7 @@ def ceil_div(dividend: int, divisor: int) -> int:
 
 
 def rshift(value: Array, shift: Array | int) -> Array:
-    """``(v + (1 << (s-1))) >> s`` for s > 0, v for s = 0: a division that rounds half up.
+    """Divide by 2^s and round half up: ``(v + (1 << (s-1))) >> s`` for s > 0, v for s = 0.
 
     >>> rshift(np.array([-3, -2, 1, 2, 3]), 1).tolist()
     [-1, -1, 1, 1, 2]
@@ -125,16 +131,17 @@ def rshift(value: Array, shift: Array | int) -> Array:
 def multiplier(real: float, what: str) -> tuple[int, int]:
     """`mult` in [2^14, 2^15) and `shift` in 0..62 so that ``mult / 2^shift`` is close to `real`.
 
-    The relative error is at most 2^-15. A factor below 2^-48 is (0, 0): nothing comes through.
+    The relative error is at most 2^-15. A factor below 2^-48 gives (0, 0): every product is 0.
 
     >>> multiplier(1.0, "layer")
     (16384, 14)
 
     Raises:
-        CompileError: the factor is not finite, negative, or 2^15 or more; `what` names the layer.
+        CompileError: the factor is not finite, negative, or 2^15 or more. `what` names the layer
+            in the message.
     """
     if not math.isfinite(real) or real < 0:
-        raise CompileError(f"{what}: scale factor {real} is not a finite number of 0 or more")
+        raise CompileError(f"{what}: scale factor {real} is not a finite number >= 0")
     mantissa, exponent = math.frexp(real)
     mult = math.floor(mantissa * (1 << MULT_BITS) + 0.5)
     if mult == 1 << MULT_BITS:
@@ -151,7 +158,7 @@ def multiplier(real: float, what: str) -> tuple[int, int]:
 
 
 def pack_int4(codes: Array) -> npt.NDArray[np.uint8]:
-    """Two 4-bit codes a byte, low nibble first; an odd count is filled up with a zero.
+    """Pack two 4-bit codes into a byte, low nibble first; an odd count is padded with a zero.
 
     >>> pack_int4(np.array([1, -1, 7], np.int8)).tolist()
     [241, 7]
@@ -163,7 +170,7 @@ def pack_int4(codes: Array) -> npt.NDArray[np.uint8]:
 
 
 def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.int8]:
-    """The first `count` codes of an array that `pack_int4` made."""
+    """The first `count` codes of an array that `pack_int4` packed, with sign extension."""
     codes = np.empty(packed.size * 2, np.uint8)
     codes[0::2] = packed & 15
     codes[1::2] = packed >> 4

@@ -1,4 +1,4 @@
-"""Something to begin with: the clips that come with the project, and a program for them."""
+"""Samples: the clips that ship with the project, and a program that runs on them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pynq_kgrc.graph import (
     Size,
     WindowShape,
 )
-from pynq_kgrc.places import find_folder, user_cache
+from pynq_kgrc.places import find_folder, shipped_programs, user_cache
 from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
 from pynq_kgrc.video import load_clip
 
 PROGRAM = "PYNQ_KGRC_PROGRAM"
-"""Environment variable: a compiled .kgrc to use instead of the sample."""
+"""Environment variable that names a compiled .kgrc to use instead of the sample program."""
 
 CLIP = ClipSpec(frames=16, height=64, width=64, short_side=64)
 
@@ -40,44 +40,48 @@ VIDEOS = (".mp4", ".avi", ".gif")
 
 
 def sample_videos() -> list[Path]:
-    """The videos that come with the project.
+    """The videos that ship with the project.
 
     Raises:
-        VideoError: they are not there.
+        VideoError: there are none.
     """
     folder = find_folder("clips")
     found = sorted(path for path in folder.glob("*.*") if path.suffix in VIDEOS)
     if not found:
-        raise VideoError(f"{folder}: no video there; they come with the project")
+        raise VideoError(
+            f"{folder}: no video there ({', '.join(VIDEOS)}); the project ships with some"
+        )
     return found
 
 
 def calibration_videos() -> list[Path]:
-    """Further videos, to calibrate on."""
+    """The videos that ship with the project to calibrate on; none of them is in `sample_videos`."""
     return sorted((find_folder("clips") / "calibration").glob("*.avi"))
 
 
 def sample_frames(spec: ClipSpec) -> list[Array]:
-    """A clip of each video to calibrate on, uint8 frames [D, H, W, 3]."""
+    """One clip of each calibration video: uint8 frames [D, H, W, 3]."""
     return [load_clip(path, spec).frames for path in calibration_videos()]
 
 
 def cached_program(name: str) -> Path:
-    """Where a program of that name is kept between runs; it need not be there."""
+    """The path of a program of that name in the user's cache; the file need not exist."""
     return user_cache() / "programs" / f"{name}.kgrc"
 
 
 def sample_program(config: AcceleratorConfig) -> Program:
-    """A program for that design: the one that PYNQ_KGRC_PROGRAM names, whatever design it is for;
-    else one that ships with the project (programs/README.md says what for); else an untrained
-    network, which its labels say.
+    """A program to try things with.
+
+    The first of these that there is: the program that PYNQ_KGRC_PROGRAM names, whatever its
+    design; a program that ships with the project for the design `config`; an untrained network,
+    compiled for `config` (its labels say so).
 
     Raises:
-        ProgramError: the file that is named is no program.
+        ProgramError: PYNQ_KGRC_PROGRAM names a file that is no program.
     """
     if os.environ.get(PROGRAM):
         return load(os.environ[PROGRAM])
-    for path in sorted((Path(__file__).parent / "programs").glob("*.kgrc")):
+    for path in shipped_programs():
         program = load(path)
         if program.config.digest == config.digest:
             return program
@@ -87,11 +91,11 @@ def sample_program(config: AcceleratorConfig) -> Program:
 
 
 def sample_graph(width: int = 16, seed: int = 0) -> Graph:
-    """A thin C3D with seeded random weights: made without torch, and good for no label.
+    """A thin C3D with seeded random weights, made without torch. Its labels mean nothing.
 
     Args:
         width: filters of the first convolution.
-        seed: of the weights.
+        seed: of the random weights.
     """
     rng = np.random.default_rng(seed)
     layers = [Layer("clip", INPUT, (), 3, (CLIP.frames, CLIP.height, CLIP.width))]

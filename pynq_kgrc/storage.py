@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside their place, then renamed."""
+"""Atomic writes: a file is written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path in the same folder to write to; it becomes `path` if the block ends well.
+    """A temporary path in the same folder; it is renamed to `path` when the block ends.
 
-    Whatever goes wrong, a file that was at `path` before is as it was.
+    After an exception the temporary file is gone, and a file at `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -23,7 +23,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         yield beside
         beside.chmod(0o644)
         with beside.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave a renamed file of zeros
+            os.fsync(file.fileno())  # else a power cut could leave a renamed but empty file
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)

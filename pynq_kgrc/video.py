@@ -242,7 +242,9 @@ def sample(
         if frame.pixels.size
     }
     if len(kept) < len(set(numbers)):
-        raise VideoError(f"{count} frames were decoded once, but not again; it changes or is damaged")
+        raise VideoError(
+            f"{count} frames were decoded once, but not again; it changes or is damaged"
+        )
     video.note_repeats(spec.frames if sampling == "uniform" else offsets[-1] + 1)
     yield _span([kept[number] for number in numbers])
 
@@ -529,7 +531,9 @@ class Video:
                 f"the file is cut off or damaged"
             )
         elif damaged:
-            self.notes.append(f"{damaged} packets are damaged ({problem}); their frames are missing")
+            self.notes.append(
+                f"{damaged} packets are damaged ({problem}); their frames are missing"
+            )
         elif problem:
             self.notes.append(f"{problem}: the file is cut off or damaged")
 
@@ -537,9 +541,9 @@ class Video:
 def upright(picture: Any) -> Array:
     """A decoded picture as RGB [H, W, 3] uint8, rotated and mirrored as the file asks.
 
-    FFmpeg's display matrix maps a point (x, y) to (a x + c y, b x + d y); it is one of the eight
-    symmetries of a rectangle here, whatever its scale. Colours are converted by the matrix and range
-    that the picture is tagged with (BT.601 if it is not).
+    FFmpeg's display matrix maps a point (x, y) to (a x + c y, b x + d y); it is rounded to one of
+    the eight symmetries of a rectangle. Colours are converted by the matrix and range that the
+    picture is tagged with, or BT.601 if it has no tag.
     """
     pixels: Array = picture.to_ndarray(format="rgb24")
     matrix = _display_matrix(picture)

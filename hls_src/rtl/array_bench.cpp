@@ -1,11 +1,12 @@
-// The array of ../compute.cpp and its twin mac_array.v, on the same streams, convolution by
-// convolution of a program: equal sums, and as many trips.
+// Compares mac_array.v with multiply() of ../compute.cpp on the same streams, for each convolution
+// of a program: the sums and the number of trips have to be equal.
 //
 //   Vmac_array MAPS WEIGHTS TABLES TASKS SEED STALL EXTREME
 //
-// The files are the memory of a program. The processes of ../memory.cpp fill the streams; EXTREME
-// puts weights and inputs at the ends of their range. STALL is how many in 8 clocks a stream is not
-// there, on average. Prints for each convolution: task, trips here, trips there, clocks, sums.
+// The three files are the memory of a program. The processes of ../memory.cpp and ../decode.cpp
+// fill the streams; with EXTREME, weights and inputs are then set to the ends of their range. A
+// stream is not ready in STALL of 8 clocks, on average. Prints for each convolution: task, trips of
+// the Verilog, trips of the C++, clocks, sums.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -47,7 +48,7 @@ void give_all(const std::vector<Value>& values, Stream<Value>& stream) {
   for (const Value& value : values) stream.write(value);
 }
 
-// ---- words as the twin takes them ----------------------------------------------------------
+// ---- words in the layout of mac_array.v ------------------------------------------------------
 
 int bits_for(int most) {
   int bits = 1;
@@ -58,8 +59,8 @@ int bits_for(int most) {
 const int kRow = bits_for(kRegionRows - 1), kBank = bits_for(kPf - 1);
 const int kFeature = bits_for(kFeatureRows + kMinFeatureRows);
 const int kSize = bits_for(kPf * (kFeatureRows + 8));
-const int kFilter = bits_for(kGm - 1), kSlot = bits_for(kFilterTiles - 1);
-const int kHanded = bits_for(kFilterTiles * kBlocks);
+const int kFilter = bits_for(kGm - 1), kHeldTile = bits_for(kFilterTiles - 1);
+const int kHanded = bits_for(kFilterTiles * kTileVectors);
 
 void put(Bits& bits, const Place& place) {
   bits.put(place.row, kRow);
@@ -82,12 +83,12 @@ Bits bits_of(const Tile& tile) {
 
 Bits bits_of(const Item& item) {
   Bits bits;
-  bits.put(item.slot, kSlot);
+  bits.put(item.held_tile, kHeldTile);
   bits.put(item.mask, kGroups);
   bits.put(item.new_region, 1);
   bits.put(item.end_block, 1);
   bits.put(item.first, 1);
-  bits.put(item.blocks, kHanded);
+  bits.put(item.vectors, kHanded);
   return bits;
 }
 
@@ -114,9 +115,9 @@ Bits bits_of(const WeightWord& word) {
   return bits;
 }
 
-// ---- the streams, with pauses --------------------------------------------------------------
+// ---- streams with pauses ---------------------------------------------------------------------
 
-// A word that was offered stays until it is taken.
+// A word that is offered stays on the port until it is taken.
 template <class Value>
 class Source {
  public:
@@ -163,7 +164,7 @@ void clock(Vmac_array& top) {
 int main(int, char** given) {
   const std::vector<Beat> maps = file<Beat>(given[1]);
   const std::vector<WeightBeat> weights = file<WeightBeat>(given[2]);
-  const std::vector<Word> tables = file<Word>(given[3]);
+  const std::vector<Word64> tables = file<Word64>(given[3]);
   const int tasks = std::atoi(given[4]), stall = std::atoi(given[6]);
   const bool at_extremes = std::atoi(given[7]) != 0;
   rng.seed(unsigned(std::atoi(given[5])));
@@ -190,21 +191,25 @@ int main(int, char** given) {
     if (!is_convolution(task)) continue;
 
     long trips = 0, unused = 0;
-    Stream<Tile> to_read, to_place, to_word, to_multiply, to_scale, to_add, to_store;
-    Stream<Item> items_to_read, items_to_place, items_to_word, items_to_multiply;
-    Stream<Beat> beats;
-    Stream<WeightBeat> weight_beats;
-    Stream<Index> indices;
-    Stream<RegionWord> region;
-    Stream<WeightWord> words;
-    Stream<SumWord> sums;
-    read_plan(task, tables.data(), to_read, to_place, to_word, to_multiply, to_scale, to_add,
-              to_store, items_to_read, items_to_place, items_to_word, items_to_multiply, unused);
+    Stream<Tile> to_read("to_read"), to_place("to_place"), to_decode("to_decode"),
+        to_multiply("to_multiply"), to_scale("to_scale"), to_add("to_add"), to_pack("to_pack"),
+        to_write("to_write");
+    Stream<Item> items_to_read("items_to_read"), items_to_place("items_to_place"),
+        items_to_decode("items_to_decode"), items_to_multiply("items_to_multiply");
+    Stream<Beat> beats("beats");
+    Stream<WeightBeat> weight_beats("weight_beats");
+    Stream<Index> indices("indices");
+    Stream<RegionWord> region("region");
+    Stream<WeightWord> words("words");
+    Stream<SumWord> sums("sums");
+    read_plan(task, tables.data(), to_read, to_place, to_decode, to_multiply, to_scale, to_add,
+              to_pack, to_write, items_to_read, items_to_place, items_to_decode, items_to_multiply,
+              unused);
     read_input(task, maps.data(), to_read, items_to_read, beats, unused);
     place_input(task, to_place, items_to_place, beats, region, unused);
     read_weights(task, weights.data(), weight_beats, unused);
     read_indices(task, tables.data(), indices, unused);
-    make_words(task, to_word, items_to_word, weight_beats, indices, words, unused);
+    make_words(task, to_decode, items_to_decode, weight_beats, indices, words, unused);
     const std::vector<Tile> tiles = take_all(to_multiply);
     const std::vector<Item> items = take_all(items_to_multiply);
     std::vector<RegionWord> region_words = take_all(region);
@@ -259,8 +264,8 @@ int main(int, char** given) {
           for (int n = 0; n < kTn; ++n) {
             const long long sum = field(top.sums, (i * kTn + n) * kSumBits, kSumBits);
             if (sum != (long long)(wanted[found].sum[i][n]))
-              return std::printf("task %d: sum %zu[%d][%d] is %lld, not %lld\n", number, found, i, n,
-                                 sum, (long long)(wanted[found].sum[i][n])),
+              return std::printf("task %d: sum %zu[%d][%d] is %lld, not %lld\n", number, found, i,
+                                 n, sum, (long long)(wanted[found].sum[i][n])),
                      1;
           }
         ++found;

@@ -1,4 +1,4 @@
-// Words of any width, as Verilator takes and gives them.
+// Words of any width, as the ports of a Verilator model have them.
 #pragma once
 
 #include <verilated.h>
@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-// A word put together from its lowest bits up.
+// A word that is built from its lowest bits up.
 class Bits {
  public:
   void put(long long value, int width) {

@@ -1,7 +1,8 @@
-// A column of DSPs: the sum of CHANNELS products, added from one to the next.
+// A DSP cascade: the sum of CHANNELS products, passed from one DSP to the next.
 //
-// Each has a register for its inputs, one for its product and one for the sum. Channel n enters n
-// steps late, so that its product meets the sum of those before it: CHANNELS + 2 steps in all.
+// Each DSP has a register for its inputs, one for its product and one for the sum. Channel n enters
+// n steps late, so that its product is added to the sum of channels 0 to n - 1: CHANNELS + 2 steps
+// in all.
 module cascade #(
   parameter CHANNELS = 8, A = 27, B = 18
 ) (

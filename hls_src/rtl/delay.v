@@ -1,4 +1,4 @@
-// A value, CYCLES steps later.
+// A shift register: gives each value CYCLES steps later.
 module delay #(
   parameter WIDTH = 1, CYCLES = 1
 ) (

@@ -1,15 +1,17 @@
-// Dot products over the TN channels of a tap: the twin of Dot<BITS, TN> in ../dot.h.
+// Dot products over the TN channels of a tap: the twin of Dot<BITS, TN> in ../dot.h. A DSP48E2 has
+// a signed multiplier of 27 x 18 bits:
 //
 //   16 bit   one product a DSP48E2
 //    8 bit   two:  (w1 << 18) + w0  times  x
 //    4 bit   four: (w1 << 22) + w0  times  (x1 << 11) + x0
 //
-// The fields of a result are added over 8 channels before they are taken apart, which weights
-// that are symmetric (|w| <= 2^(BITS-1) - 1) leave room for. A field that is negative has borrowed
-// one from the field above. With PACKED = 0 each product has a multiplier of its own.
+// Each product lies in a field of the result. The results of 8 channels are added before the fields
+// are separated: a field has room for that, because weights are symmetric (|w| <= 2^(BITS-1) - 1).
+// A negative field has borrowed 1 from the field above. With PACKED = 0 each product has a
+// multiplier of its own.
 //
 // w is [weights][TN], x [features][TN], out [weights][features], the first at the lowest bits.
-// valid goes with the sums, and `tag` with it: LATENCY steps from in to out.
+// valid and `tag` come out with the sums, LATENCY steps after they went in.
 module dot #(
   parameter BITS = 8, TN = 8, PACKED = 1, TAG = 1
 ) (clk, step, valid_in, tag_in, w, x, valid_out, tag_out, out);
@@ -75,7 +77,7 @@ module dot #(
     end
   endgenerate
 
-  // Takes the fields apart, lowest first; all cascades together.
+  // Separates the fields, lowest first, and adds those of all cascades.
   reg [PRODUCTS*OUT-1:0] fields, totals;
   reg signed [47:0] rest;
   integer i, p;

@@ -1,6 +1,7 @@
-// dot.v beside Dot of ../dot.h on random codes, many of them at the ends of their range, with steps
-// left out and words that are not valid in between. variants.h lists what the module `dots` holds:
-// VARIANTS(X) with X(bits, channels, packed), and its ports are named after them.
+// Compares dot.v with Dot of ../dot.h on random codes, many of them at the ends of their range.
+// Clocks without a step and words that are not valid come in between. variants.h lists the
+// instances of dot in the module `dots`, as VARIANTS(X) with X(bits, channels, packed); the ports
+// of an instance have these three in their names.
 //
 //   Vdots SEED WORDS
 #include <cstdio>
@@ -32,7 +33,7 @@ class Check {
   typedef kgrc::Dot<kBits, kTn> Dot;
   enum { kOutBits = 2 * kBits + 8, kLatency = (kTn < 8 ? kTn : 8) + 3 };
 
-  // Codes for the next step, and what is to come of them.
+  // Codes for the next step; keeps the expected result.
   template <class Weights, class Inputs>
   void give(Weights& w, Inputs& x, unsigned char& valid) {
     kgrc::Int<kBits> weights[Dot::kWeights][kTn], inputs[Dot::kFeatures][kTn];
@@ -40,11 +41,13 @@ class Check {
     Bits w_bits, x_bits;
     for (auto& filter : weights) {
       const int kind = int(rng() % 6);
-      for (auto& value : filter) w_bits.put(value = kgrc::Int<kBits>(code(kBits, true, kind)), kBits);
+      for (auto& value : filter)
+        w_bits.put(value = kgrc::Int<kBits>(code(kBits, true, kind)), kBits);
     }
     for (auto& place : inputs) {
       const int kind = int(rng() % 6);
-      for (auto& value : place) x_bits.put(value = kgrc::Int<kBits>(code(kBits, false, kind)), kBits);
+      for (auto& value : place)
+        x_bits.put(value = kgrc::Int<kBits>(code(kBits, false, kind)), kBits);
     }
     Dot::run(weights, inputs, next.out);
     next.valid = valid = rng() % 4 != 0;
@@ -53,7 +56,7 @@ class Check {
     under_way.push_back(next);
   }
 
-  // Whether what comes out after a step is what went in kLatency steps before.
+  // Whether the output after a step is the expected one of kLatency steps before.
   template <class Out>
   bool take(const Out& out, bool valid, const char* name) {
     if (under_way.size() < kLatency) return true;
@@ -89,9 +92,9 @@ int main(int, char** given) {
 #define DECLARE(bits, tn, packed) Check<bits, tn> check_##bits##_##tn##_##packed;
   VARIANTS(DECLARE)
   for (int word = 0; word < words; ++word) {
-#define GIVE(bits, tn, packed)                                                         \
-  check_##bits##_##tn##_##packed.give(top.w_##bits##_##tn##_##packed,                  \
-                                      top.x_##bits##_##tn##_##packed,                  \
+#define GIVE(bits, tn, packed)                                        \
+  check_##bits##_##tn##_##packed.give(top.w_##bits##_##tn##_##packed, \
+                                      top.x_##bits##_##tn##_##packed, \
                                       top.valid_in_##bits##_##tn##_##packed);
     VARIANTS(GIVE)
     do {
@@ -101,10 +104,10 @@ int main(int, char** given) {
       top.clk = 1;
       top.eval();
     } while (!top.step);
-#define TAKE(bits, tn, packed)                                                         \
-  if (!check_##bits##_##tn##_##packed.take(top.out_##bits##_##tn##_##packed,           \
-                                           top.valid_out_##bits##_##tn##_##packed,     \
-                                           "dot " #bits " " #tn " " #packed))          \
+#define TAKE(bits, tn, packed)                                                     \
+  if (!check_##bits##_##tn##_##packed.take(top.out_##bits##_##tn##_##packed,       \
+                                           top.valid_out_##bits##_##tn##_##packed, \
+                                           "dot " #bits " " #tn " " #packed))      \
     return 1;
     VARIANTS(TAKE)
   }

@@ -1,33 +1,37 @@
-// The array: one trip a step, each of which does three things at once. It multiplies one word of
-// weights with the inputs of PF outputs, it takes one word of the next region, and it hands on one
-// word of finished sums. The twin of multiply() in ../compute.cpp for convolutions: trip by trip
-// the same, a trip being a step in which no stream is waited for.
+// The array: each step is a trip, unless it waits for a stream. A trip does three things at once:
+// it multiplies one weight word with the inputs of PF outputs, it loads one word of the next
+// region, and it hands on one word of finished sums. The twin of multiply() in ../compute.cpp for
+// convolutions, trip by trip.
 //
-// Streams pass a word where valid and ready are both high. The first field of a word is in its
-// lowest bits; [a][b] means a outermost:
+// A stream passes a word where valid and ready are both high. The first field of a word is in its
+// lowest bits; in [a][b] a is outermost:
 //
-//   tile    of an output tile, taken with its first item (struct Tile): size[3], feature_rows,
+//   tile    struct Tile, taken with the first item of an output tile: size[3], feature_rows,
 //           step[3], row_step, row_wrap_w, row_wrap_h, lane_at[PF][3], lane_row[PF]
-//   item    struct Item: slot, mask, new_region, end_block, first, blocks
+//   item    struct Item: held_tile, mask, new_region, end_block, first, vectors
 //   region  struct RegionWord: last, valid[POSITIONS], {row, bank}[POSITIONS],
 //           code[POSITIONS][TN]
-//   word    struct WeightWord: code[GROUPS][ROWS][PK][TN], {row, bank}[GROUPS][PK] (of the first
-//           group only in a dense design), row[GROUPS][ROWS]
+//   word    struct WeightWord: code[GROUPS][ROWS][PK][TN], {row, bank}[GROUPS][PK] (only of the
+//           first group in a dense design), row[GROUPS][ROWS]
 //   sums    struct SumWord: sum[POSITIONS][TN]
 //
-// A job begins with `start` while not busy, and has ended when busy falls: LATENCY clocks after
-// its last trip, LATENCY = min(TN, 8) + 11. rst has to be held as long; it clears the sums.
+// A job begins with `start` while not busy. It has ended when busy falls: LATENCY clocks after its
+// last trip, LATENCY = min(TN, 8) + 11. rst clears the sums and has to be held for LATENCY clocks.
+//
+// The parameters of a design come from verilog_parameters() in pynq_kgrc/accelerator/header.py.
+// Those without a sensible default are 0 here and have to be given.
 module mac_array #(
   parameter BITS = 8, SPARSE = 1, TM = 8, GM = 4, TN = 4, PM = 4, PK = 3, PF = 5,
   parameter POSITIONS = 4, REGION_ROWS = 1024, FEATURE_ROWS = 10, FILTER_TILES = 2,
-  parameter PACKED = 1,
-  parameter MIN_ROWS = 4     // trips between two visits of a sum; see sum_bank.v
+  parameter SUM = 0,         // bits of a sum
+  parameter MIN_ROWS = 0,    // least trips between two accesses to a sum; see sum_bank.v
+  parameter PACKED = 1
 ) (clk, rst, start, words_of_item, item_count, region_count, busy, trips,
    tile_valid, tile_ready, tile, item_valid, item_ready, item,
    region_valid, region_ready, region, word_valid, word_ready, word,
    sums_valid, sums_ready, sums);
 
-  // bits that hold 0 .. most
+  // bits of a number from 0 to `most`
   function integer bits_for(input integer most);
     begin
       bits_for = 1;
@@ -35,10 +39,9 @@ module mac_array #(
     end
   endfunction
 
-  localparam GROUPS = TM / GM, ROWS = PM / GROUPS, BLOCKS = TM / TN;
+  localparam GROUPS = TM / GM, ROWS = PM / GROUPS, VECTORS = TM / TN;
   localparam SUM_ROWS = FILTER_TILES * FEATURE_ROWS;
   localparam READS = (SPARSE ? GROUPS : 1) * PK, COPIES = (READS + 1) / 2;
-  localparam SUM = BITS == 16 ? 48 : 32;
   localparam WEIGHTS = BITS == 16 ? 1 : 2, FEATURES = BITS == 4 ? 2 : 1;   // of a dot
   localparam DOT = 2 * BITS + 8;
   localparam TOTAL = DOT + bits_for(PK);
@@ -47,15 +50,16 @@ module mac_array #(
   localparam ROW = bits_for(REGION_ROWS - 1), BANK = bits_for(PF - 1), PLACE = ROW + BANK;
   localparam SUM_ROW = bits_for(SUM_ROWS - 1), FEATURE = bits_for(FEATURE_ROWS + MIN_ROWS);
   localparam SIZE = bits_for(PF * (FEATURE_ROWS + 8));
-  localparam FILTER = bits_for(GM - 1), BLOCK = bits_for(BLOCKS - 1);
-  localparam SLOT = bits_for(FILTER_TILES - 1), HANDED = bits_for(FILTER_TILES * BLOCKS);
+  localparam FILTER = bits_for(GM - 1), VECTOR = bits_for(VECTORS - 1);
+  localparam HELD = bits_for(FILTER_TILES - 1), HANDED = bits_for(FILTER_TILES * VECTORS);
   localparam COUNT = bits_for(POSITIONS);
   // where the fields of words begin
-  localparam TILE_ROWS = 3 * SIZE, TILE_STEP = TILE_ROWS + FEATURE, TILE_MOVE = TILE_STEP + 3 * SIZE;
+  localparam TILE_ROWS = 3 * SIZE, TILE_STEP = TILE_ROWS + FEATURE;
+  localparam TILE_MOVE = TILE_STEP + 3 * SIZE;
   localparam TILE_AT = TILE_MOVE + 3 * ROW, TILE_LANE = TILE_AT + PF * 3 * SIZE;
   localparam TILE = TILE_LANE + PF * ROW;
-  localparam ITEM_MASK = SLOT, ITEM_FLAGS = ITEM_MASK + GROUPS, ITEM_BLOCKS = ITEM_FLAGS + 3;
-  localparam ITEM = ITEM_BLOCKS + HANDED;
+  localparam ITEM_MASK = HELD, ITEM_FLAGS = ITEM_MASK + GROUPS, ITEM_VECTORS = ITEM_FLAGS + 3;
+  localparam ITEM = ITEM_VECTORS + HANDED;
   localparam REGION_PLACE = 1 + POSITIONS, REGION_CODE = REGION_PLACE + POSITIONS * PLACE;
   localparam REGION = REGION_CODE + POSITIONS * CODES;
   localparam WORD_PLACE = GROUPS * ROWS * PK * CODES, WORD_ROW = WORD_PLACE + READS * PLACE;
@@ -75,7 +79,7 @@ module mac_array #(
   output reg sums_valid;
   output [POSITIONS*TN*SUM-1:0] sums;
 
-  // ---- a trip: what it does, and what the next one finds ---------------------------------------
+  // ---- the state of a trip, and that of the next one -------------------------------------------
 
   reg [31:0] items_left, regions_left;
   reg [15:0] item_words, words_left;
@@ -86,21 +90,22 @@ module mac_array #(
   reg [FEATURE-1:0] feature_row;
   reg [PF*3*SIZE-1:0] held_at;
   reg [PF*ROW-1:0] held_lane_row;
-  reg [HANDED-1:0] blocks_left;
-  reg [BLOCK-1:0] block;
+  reg [HANDED-1:0] vectors_left;
+  reg [VECTOR-1:0] vector;
   reg [SIZE-1:0] d, h, left, drain_d, drain_h, drain_w;
-  reg [SUM_ROW-1:0] drain_slot, drain_row;
+  reg [SUM_ROW-1:0] drain_first, drain_row;
   reg [BANK-1:0] drain_lane;
   reg [FEATURE-1:0] settling;
   reg wiping;
   reg [SUM_ROW-1:0] wipe_row;
 
-  // the pipeline stands still where a sum is not taken; it runs empty where an input is late
+  // back-pressure: the pipeline stops while a sum is not taken, and runs empty while an input is
+  // late
   wire step = !sums_valid || sums_ready;
   wire running = items_left != 0 || active || block_done || draining;
   assign busy = running || in_flight;
 
-  // sums that are finished begin to be handed on
+  // begin to hand on the sums of a finished block
   wire begin_drain = block_done && !draining;
   wire waits = block_done && draining;
   wire drain_now = draining || begin_drain;
@@ -113,7 +118,7 @@ module mac_array #(
   wire begin_item = (have_next || take_item) && !active && !waits
                     && (!next_now[ITEM_FLAGS] || full[!in_use]);
   wire [ITEM-1:0] item_now = begin_item ? next_now : held_item;
-  wire [SLOT-1:0] slot = item_now[0 +: SLOT];
+  wire [HELD-1:0] filter_tile = item_now[0 +: HELD];  // among those whose sums are held
   wire [GROUPS-1:0] mask = item_now[ITEM_MASK +: GROUPS];
   wire end_block = item_now[ITEM_FLAGS+1];
   wire take_tile = begin_item && item_now[ITEM_FLAGS+2];
@@ -141,7 +146,7 @@ module mac_array #(
   assign word_ready = go && take_word;
   assign region_ready = go && take_region;
 
-  // the outputs of the lanes: where they are in the tile, and their row in the region
+  // the outputs of the lanes: their coordinates in the tile, and their row in the region
   reg [PF*3*SIZE-1:0] at_now, at_next;
   reg [PF*ROW-1:0] lane_row_now, lane_row_next;
   reg [PF-1:0] exists;
@@ -173,24 +178,24 @@ module mac_array #(
     end
   end
 
-  // the first row of the sums of a slot: slot * FEATURE_ROWS
-  reg [SUM_ROW-1:0] slot_row;
+  // the first row of the sums of a held tile: filter_tile * FEATURE_ROWS
+  reg [SUM_ROW-1:0] first_row;
   integer s;
   always @* begin
-    slot_row = {SUM_ROW{1'b0}};
-    for (s = 0; s < FILTER_TILES; s = s + 1) if (slot == s) slot_row = s * FEATURE_ROWS;
+    first_row = {SUM_ROW{1'b0}};
+    for (s = 0; s < FILTER_TILES; s = s + 1) if (filter_tile == s) first_row = s * FEATURE_ROWS;
   end
 
-  // the sums that are handed on: POSITIONS neighbours of a row lie in as many lanes
+  // the sums that are handed on: POSITIONS neighbouring outputs lie in neighbouring lanes
   wire [SIZE-1:0] drain_w_now = begin_drain ? held_tile[2*SIZE +: SIZE] : drain_w;
   wire [SIZE-1:0] drain_h_now = begin_drain ? held_tile[SIZE +: SIZE] : drain_h;
   wire [SIZE-1:0] drain_d_now = begin_drain ? held_tile[0 +: SIZE] : drain_d;
   wire [SIZE-1:0] left_now = begin_drain ? drain_w_now : left;
   wire [SIZE-1:0] h_now = begin_drain ? {SIZE{1'b0}} : h;
   wire [SIZE-1:0] d_now = begin_drain ? {SIZE{1'b0}} : d;
-  wire [HANDED-1:0] blocks_now = begin_drain ? held_item[ITEM_BLOCKS +: HANDED] : blocks_left;
-  wire [BLOCK-1:0] block_now = begin_drain ? {BLOCK{1'b0}} : block;
-  wire [SUM_ROW-1:0] drain_slot_now = begin_drain ? {SUM_ROW{1'b0}} : drain_slot;
+  wire [HANDED-1:0] vectors_now = begin_drain ? held_item[ITEM_VECTORS +: HANDED] : vectors_left;
+  wire [VECTOR-1:0] vector_now = begin_drain ? {VECTOR{1'b0}} : vector;
+  wire [SUM_ROW-1:0] drain_first_now = begin_drain ? {SUM_ROW{1'b0}} : drain_first;
   wire [SUM_ROW-1:0] drain_row_now = begin_drain ? {SUM_ROW{1'b0}} : drain_row;
   wire [BANK-1:0] drain_lane_now = begin_drain ? {BANK{1'b0}} : drain_lane;
   wire [COUNT-1:0] count = left_now < POSITIONS ? left_now[COUNT-1:0] : POSITIONS;
@@ -198,9 +203,9 @@ module mac_array #(
   wire wraps = lanes_on >= PF;
   wire row_ends = left_now <= POSITIONS;
   wire plane_ends = row_ends && h_now + 1'b1 == drain_h_now;
-  wire block_ends = plane_ends && d_now + 1'b1 == drain_d_now;
-  wire last_handed = handing && block_ends && blocks_now == 1;
-  // where a tile has few rows, sums that were cleared settle before they are added to again
+  wire vector_ends = plane_ends && d_now + 1'b1 == drain_d_now;
+  wire last_handed = handing && vector_ends && vectors_now == 1;
+  // where a tile has few rows, wait until the sums that were cleared may be added to
   wire [FEATURE-1:0] rows_drained = held_tile[TILE_ROWS +: FEATURE];
   wire [FEATURE-1:0] settling_now = !begin_drain ? settling
                                   : rows_drained > MIN_ROWS ? {FEATURE{1'b0}}
@@ -261,14 +266,14 @@ module mac_array #(
       if (handing) begin
         left <= row_ends ? drain_w_now : left_now - POSITIONS;
         h <= plane_ends ? {SIZE{1'b0}} : row_ends ? h_now + 1'b1 : h_now;
-        d <= block_ends ? {SIZE{1'b0}} : plane_ends ? d_now + 1'b1 : d_now;
-        drain_lane <= block_ends ? {BANK{1'b0}} : lane_next;
-        drain_row <= block_ends ? {SUM_ROW{1'b0}} : wraps ? drain_row_now + 1'b1 : drain_row_now;
-        blocks_left <= block_ends ? blocks_now - 1'b1 : blocks_now;
-        block <= !block_ends ? block_now : block_now == BLOCKS - 1 ? {BLOCK{1'b0}}
-                                                                 : block_now + 1'b1;
-        drain_slot <= block_ends && block_now == BLOCKS - 1 ? drain_slot_now + FEATURE_ROWS
-                                                            : drain_slot_now;
+        d <= vector_ends ? {SIZE{1'b0}} : plane_ends ? d_now + 1'b1 : d_now;
+        drain_lane <= vector_ends ? {BANK{1'b0}} : lane_next;
+        drain_row <= vector_ends ? {SUM_ROW{1'b0}} : wraps ? drain_row_now + 1'b1 : drain_row_now;
+        vectors_left <= vector_ends ? vectors_now - 1'b1 : vectors_now;
+        vector <= !vector_ends ? vector_now : vector_now == VECTORS - 1 ? {VECTOR{1'b0}}
+                                                                 : vector_now + 1'b1;
+        drain_first <= vector_ends && vector_now == VECTORS - 1 ? drain_first_now + FEATURE_ROWS
+                                                            : drain_first_now;
       end
 
       full <= full_now | {region_ends && load_into, region_ends && !load_into};
@@ -279,7 +284,7 @@ module mac_array #(
     end
   end
 
-  // sums are cleared after a reset; later they are as they are handed on
+  // sums are cleared after a reset, and then as they are handed on
   always @(posedge clk) begin
     if (rst) begin
       wiping <= 1;
@@ -299,7 +304,7 @@ module mac_array #(
   reg [SUM_ROW-1:0] sum_row1, drain_row1;
   reg [BANK-1:0] drain_lane1;
   reg [COUNT-1:0] count1;
-  reg [BLOCK-1:0] block1;
+  reg [VECTOR-1:0] vector1;
   reg [WORD-1:0] word1;
   reg [REGION-1:0] region1;
   integer e;
@@ -312,25 +317,25 @@ module mac_array #(
     load_half1 <= load_into;
     half1 <= in_use_now;
     sums1 <= sums_now;
-    // outputs past the end of the tile read some place that is there, and add to nothing
+    // lanes past the last output of the tile read row 0 and add to nothing
     for (e = 0; e < PF; e = e + 1)
       lane_row1[e*ROW +: ROW] <= exists[e] ? lane_row_now[e*ROW +: ROW] : {ROW{1'b0}};
     exists1 <= exists;
     mask1 <= mask;
-    sum_row1 <= wiping ? wipe_row : slot_row + feature_now;
-    drain_row1 <= drain_slot_now + drain_row_now;
+    sum_row1 <= wiping ? wipe_row : first_row + feature_now;
+    drain_row1 <= drain_first_now + drain_row_now;
     drain_lane1 <= drain_lane_now;
     count1 <= count;
-    block1 <= block_now;
+    vector1 <= vector_now;
     if (take_word) word1 <= word;
     region1 <= region;
   end
 
   // ---- stages 2 and 3: the regions -------------------------------------------------------------
 
-  // Two of them, each in as many copies as two ports a bank need. What PF outputs see at a column:
-  // bank b holds the value of output b - offset. A word of the next region meets a bank twice at
-  // most.
+  // Two regions (double-buffered), each in as many copies as the reads of a trip need with two
+  // ports a bank. At one tap, bank b holds the input of output b - offset. A word of the next
+  // region writes to a bank twice at most.
   wire [ROW-1:0] read_row1 [0:READS*PF-1];       // [read][bank]
   wire [PF-1:0] write_a1, write_b1;
   wire [ROW-1:0] write_row_a1 [0:PF-1];
@@ -348,7 +353,7 @@ module mac_array #(
         integer i;
         always @* begin
           found = {ROW{1'b0}};
-          for (i = 0; i < PF; i = i + 1)         // lanes; those beyond the bank have come round
+          for (i = 0; i < PF; i = i + 1)         // lanes; those beyond the bank have wrapped around
             if (offset == (bank - i + PF) % PF)
               found = lane_row1[i*ROW +: ROW] + offset_row + (i > bank ? 1'b1 : 1'b0);
         end
@@ -398,7 +403,7 @@ module mac_array #(
             in_a <= code_a1[bank];
             in_b <= code_b1[bank];
           end
-          // an odd number of reads leaves a port of the last copy over
+          // with an odd number of reads, the last copy has a port without use
           /* verilator lint_off UNUSEDSIGNAL */
           wire [CODES-1:0] out_a, out_b;
           /* verilator lint_on UNUSEDSIGNAL */
@@ -439,19 +444,19 @@ module mac_array #(
     end
   endgenerate
 
-  // What a trip does with the sums goes along with its products.
-  localparam DRAINS = SUM_ROW + BANK + COUNT + BLOCK + 1;
+  // What a trip does with the sums passes through the pipeline beside its products.
+  localparam DRAINS = SUM_ROW + BANK + COUNT + VECTOR + 1;
   localparam ADDS = SUM_ROW + PF + GROUPS + GROUPS * ROWS * FILTER;
   localparam TAG = DRAINS + ADDS + 3;
   wire compute4, compute_d;
   wire [TAG-1:0] tag4, tag_dot;
   delay #(.WIDTH(TAG + 1), .CYCLES(3)) to_tag (clk, step,
       {last1, wipe1, sums1,
-       drain_row1, drain_lane1, count1, block1, drain1,
+       drain_row1, drain_lane1, count1, vector1, drain1,
        sum_row1, exists1, mask1, word1[WORD_ROW +: GROUPS*ROWS*FILTER], compute1},
       {tag4, compute4});
 
-  // ---- the dots, and their sums over the columns of a trip -------------------------------------
+  // ---- the dot products, and their totals over the columns of a trip ---------------------------
 
   wire [TOTAL-1:0] totals [0:GROUPS*ROWS*PF-1];  // [group][row][lane]
   genvar g, row, f, k, o, n;
@@ -511,16 +516,16 @@ module mac_array #(
 
   // ---- the sums --------------------------------------------------------------------------------
 
-  // Edge 1 of the banks follows the dots; the totals meet what was read before edge 3.
+  // Edge 1 of the banks (sum_bank.v) follows the dot products; the totals are ready before edge 3.
   wire last_d, wipe_d, sums_d, handing_d;
   wire [SUM_ROW-1:0] drain_row_d, sum_row_d;
   wire [BANK-1:0] drain_lane_d;
   wire [COUNT-1:0] count_d;
-  wire [BLOCK-1:0] block_d;
+  wire [VECTOR-1:0] vector_d;
   wire [PF-1:0] exists_d;
   wire [GROUPS-1:0] mask_d;
   wire [GROUPS*ROWS*FILTER-1:0] filters_d;
-  assign {last_d, wipe_d, sums_d, drain_row_d, drain_lane_d, count_d, block_d, handing_d,
+  assign {last_d, wipe_d, sums_d, drain_row_d, drain_lane_d, count_d, vector_d, handing_d,
           sum_row_d, exists_d, mask_d, filters_d} = tag_dot;
 
   reg [PF-1:0] exists_t;
@@ -533,13 +538,13 @@ module mac_array #(
   wire sums_2, handing_2, last_4;
   wire [BANK-1:0] drain_lane_2;
   wire [COUNT-1:0] count_2;
-  wire [BLOCK-1:0] block_2;
-  delay #(.WIDTH(BANK + COUNT + BLOCK + 2), .CYCLES(2)) to_output (clk, step,
-      {drain_lane_d, count_d, block_d, handing_d, sums_d},
-      {drain_lane_2, count_2, block_2, handing_2, sums_2});
+  wire [VECTOR-1:0] vector_2;
+  delay #(.WIDTH(BANK + COUNT + VECTOR + 2), .CYCLES(2)) to_output (clk, step,
+      {drain_lane_d, count_d, vector_d, handing_d, sums_d},
+      {drain_lane_2, count_2, vector_2, handing_2, sums_2});
   delay #(.WIDTH(1), .CYCLES(4)) to_end (clk, step, last_d, last_4);
 
-  // where a lane is handed on: its row, and whether it is among the neighbours of this trip
+  // of each lane: the row that is handed on, and whether this trip hands it on
   reg [PF*SUM_ROW-1:0] drain_rows;
   reg [PF-1:0] handed_on;
   integer u;
@@ -554,7 +559,7 @@ module mac_array #(
   generate
     for (filter = 0; filter < TM; filter = filter + 1) begin : filters
       for (at = 0; at < PF; at = at + 1) begin : lanes
-        // the total of the row that is this filter's, if one is
+        // the total of this filter's row, if the trip has one
         localparam GROUP = filter / GM;
         reg add;
         reg signed [TOTAL-1:0] total;
@@ -572,7 +577,7 @@ module mac_array #(
           wire used = sums_d == side || wipe_d;
           sum_bank #(.ROWS(SUM_ROWS), .WIDTH(SUM), .ROW(SUM_ROW)) memory (
               clk, step, used ? sum_row_d : drain_rows[at*SUM_ROW +: SUM_ROW],
-              wipe_d || (!used && handed_on[at] && block_d == filter / TN),
+              wipe_d || (!used && handed_on[at] && vector_d == filter / TN),
               add && sums_2 == side, addend, found[(side*TM + filter)*PF + at]);
         end
       end
@@ -583,9 +588,9 @@ module mac_array #(
         integer i, v;
         always @(posedge clk) if (step) begin
           sum <= {SUM{1'b0}};
-          for (i = 0; i < BLOCKS; i = i + 1)
+          for (i = 0; i < VECTORS; i = i + 1)
             for (v = 0; v < PF; v = v + 1)       // lanes
-              if (p < count_2 && block_2 == i && drain_lane_2 == (v - p + PF) % PF)
+              if (p < count_2 && vector_2 == i && drain_lane_2 == (v - p + PF) % PF)
                 sum <= sums_2 ? found[(i*TN + n)*PF + v] : found[(TM + i*TN + n)*PF + v];
         end
         assign sums[(p*TN + n)*SUM +: SUM] = sum;

@@ -1,4 +1,4 @@
-// A bank of a region: a block RAM with two ports, each of which reads or writes. One edge to read.
+// A bank of a region: a block RAM with two ports. Each reads or writes; a read takes one edge.
 module region_bank #(
   parameter ROWS = 1024, WIDTH = 64, ROW = 10
 ) (

@@ -3,8 +3,8 @@
 //   edge 1   the cells are read       edge 3   the addend is added, or the sum cleared
 //   edge 2   the RAM's own register   edge 4   the cells are written
 //
-// So a sum may be added to again, or handed on, MIN_ROWS = 4 steps later, and a sum that was cleared
-// be added to; mac_array keeps to that.
+// A sum that was added to or cleared may be read again 4 steps later at the earliest. That is
+// MIN_FEATURE_ROWS in pynq_kgrc/accelerator/tiling.py; mac_array gets it as MIN_ROWS.
 module sum_bank #(
   parameter ROWS = 64, WIDTH = 32, ROW = 6
 ) (
@@ -13,7 +13,7 @@ module sum_bank #(
   input clear,
   input add,                           // before edge 3
   input signed [WIDTH-1:0] addend,
-  output signed [WIDTH-1:0] sum        // before edge 3: what was there
+  output signed [WIDTH-1:0] sum        // before edge 3: the sum that was read
 );
   reg [WIDTH-1:0] cells [0:ROWS-1];
   reg [WIDTH-1:0] read, old, next;

@@ -1,10 +1,11 @@
 // The C test bench: runs the vectors of vectors.py and compares every code and every status word.
 //
-//   bench FILE           task by task with a memory for each port, then all in one start, one memory
-//   bench FILE apart     only the first: co-simulation knows no memory that two ports share
+//   bench FILE           first each task by itself, with a memory of its own for each port; then
+//                        all tasks in one start, where ports share a memory as on the board
+//   bench FILE apart     only the first part: in co-simulation no two ports share a memory
 //
-// Returns 0 if all is as it should be. The same file is the test bench of csim_design and
-// cosim_design (hls.tcl) and of `make csim`. It is no hardware: here the standard library is welcome.
+// Returns 0 if there is no difference. `make csim`, csim_design and cosim_design (hls.tcl) run it.
+// It is not synthesized: the standard library may be used.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -15,36 +16,37 @@
 #include "design.h"
 
 extern "C" void kgrc_run(const kgrc::Beat* input, const kgrc::Beat* shortcut, kgrc::Beat* output,
-                         const kgrc::WeightBeat* weights, const kgrc::Word* tables,
-                         const kgrc::Word* items, const kgrc::Word* indices,
-                         const kgrc::Word* scales, kgrc::Word* status, kgrc::Word* digest,
+                         const kgrc::WeightBeat* weights, const kgrc::Word64* tables,
+                         const kgrc::Word64* items, const kgrc::Word64* indices,
+                         const kgrc::Word64* scales, kgrc::Word64* status, kgrc::Word64* digest,
                          int first_task, int task_count);
 
 namespace {
 
 using kgrc::Beat;
-using kgrc::WeightBeat;
-using kgrc::Word;
 using kgrc::kBeatWords;
 using kgrc::kDigest;
 using kgrc::kStatusWords;
 using kgrc::kWeightPortWords;
+using kgrc::WeightBeat;
+using kgrc::Word64;
 
 typedef std::vector<uint64_t> Words;
 
-// `depth` of every m_axi port in top.cpp: co-simulation copies so many elements
+// `depth` of every m_axi port in top.cpp: co-simulation copies this many elements
 const size_t kDepth = 65536;
 
-// What a task has to leave behind.
+// The expected results of a task.
 struct Wanted {
   Words status;
-  size_t at;       // first word of its output in the memory of maps
+  size_t at;  // first 64-bit word of its output in the memory of maps
   Words codes;
-  Words known;     // bits that are codes, and not what fills a map up
+  Words known;  // mask of the bits that are codes, not padding
 };
 
-// The file: magic, digest, counts of tasks and of words of maps, weights and tables; then the three
-// memories; then for each task its status words, the place and size of its output, output, mask.
+// The file, in 64-bit words: magic, digest, number of tasks, sizes of maps, weights and tables;
+// then these three memories; then for each task its status, the place and size of its output, the
+// output, and its mask.
 struct Vectors {
   Words maps, weights, tables;
   std::vector<Wanted> tasks;
@@ -110,32 +112,33 @@ bool read_vectors(const char* path, Vectors* vectors) {
   if (vectors->maps.size() / kBeatWords > kDepth ||
       vectors->weights.size() / kWeightPortWords > kDepth || vectors->tables.size() > kDepth ||
       vectors->tasks.size() * kStatusWords > kDepth) {
-    std::printf("%s: more than the %zu elements that a port shows to co-simulation\n", path, kDepth);
+    std::printf("%s: more than the %zu elements that a port shows to co-simulation\n", path,
+                kDepth);
     return false;
   }
   return true;
 }
 
-// A memory as a port sees it, at least as long as the port is deep.
+// The memory of a port, as long as the port is deep.
 template <class Element, int kWords>
 std::vector<Element> memory_of(const Words& words) {
   std::vector<Element> memory(kDepth);
   for (size_t i = 0; i < kDepth * kWords; ++i)
-    memory[i / kWords].word[i % kWords] = Word(i < words.size() ? words[i] : 0);
+    memory[i / kWords].word64[i % kWords] = Word64(i < words.size() ? words[i] : 0);
   return memory;
 }
 
-std::vector<Word> words_of(const Words& words) {
-  std::vector<Word> memory(kDepth);
-  for (size_t i = 0; i < kDepth; ++i) memory[i] = Word(i < words.size() ? words[i] : 0);
+std::vector<Word64> words_of(const Words& words) {
+  std::vector<Word64> memory(kDepth);
+  for (size_t i = 0; i < kDepth; ++i) memory[i] = Word64(i < words.size() ? words[i] : 0);
   return memory;
 }
 
 uint64_t word_at(const std::vector<Beat>& maps, size_t at) {
-  return uint64_t(maps[at / kBeatWords].word[at % kBeatWords]);
+  return uint64_t(maps[at / kBeatWords].word64[at % kBeatWords]);
 }
 
-// Differences of a task's output; the first is told.
+// How many 64-bit words of a task's output differ; prints the first.
 int compare_codes(const char* how, size_t task, const Wanted& wanted,
                   const std::vector<Beat>& maps) {
   int wrong = 0;
@@ -151,7 +154,7 @@ int compare_codes(const char* how, size_t task, const Wanted& wanted,
 }
 
 int compare_status(const char* how, size_t task, const Wanted& wanted,
-                   const std::vector<Word>& status) {
+                   const std::vector<Word64>& status) {
   int wrong = 0;
   for (int i = 0; i < kStatusWords; ++i) {
     const uint64_t found = uint64_t(status[task * kStatusWords + i]);
@@ -164,7 +167,7 @@ int compare_status(const char* how, size_t task, const Wanted& wanted,
   return wrong;
 }
 
-int compare_digest(const char* how, const Word& digest) {
+int compare_digest(const char* how, const Word64& digest) {
   if (uint64_t(digest) == kDigest) return 0;
   std::printf("%s: the digest is %016llx, not %016llx\n", how,
               static_cast<unsigned long long>(uint64_t(digest)), kDigest);
@@ -182,10 +185,9 @@ int main(int argc, char** argv) {
   Vectors vectors;
   if (!read_vectors(argv[1], &vectors)) return 2;
   const std::vector<Beat> first_maps = memory_of<Beat, kBeatWords>(vectors.maps);
-  const std::vector<WeightBeat> weights =
-      memory_of<WeightBeat, kWeightPortWords>(vectors.weights);
-  const std::vector<Word> tables = words_of(vectors.tables), items = tables, indices = tables,
-                          scales = tables;
+  const std::vector<WeightBeat> weights = memory_of<WeightBeat, kWeightPortWords>(vectors.weights);
+  const std::vector<Word64> tables = words_of(vectors.tables), items = tables, indices = tables,
+                            scales = tables;
   const int count = int(vectors.tasks.size());
   int wrong = 0;
 
@@ -194,22 +196,22 @@ int main(int argc, char** argv) {
     const Wanted& wanted = vectors.tasks[task];
     const std::vector<Beat> input = maps, shortcut = maps;
     std::vector<Beat> output = maps;
-    std::vector<Word> status = words_of(Words());
-    Word digest = 0;
+    std::vector<Word64> status = words_of(Words());
+    Word64 digest = 0;
     kgrc_run(input.data(), shortcut.data(), output.data(), weights.data(), tables.data(),
              items.data(), indices.data(), scales.data(), status.data(), &digest, task, 1);
     wrong += compare_codes("apart", task, wanted, output);
     wrong += compare_status("apart", task, wanted, status);
     wrong += compare_digest("apart", digest);
-    // only what the task writes: co-simulation gives nothing back for the rest
+    // only the task's own output: co-simulation does not return the rest
     for (size_t i = wanted.at; i < wanted.at + wanted.codes.size(); ++i)
-      maps[i / kBeatWords].word[i % kBeatWords] = output[i / kBeatWords].word[i % kBeatWords];
+      maps[i / kBeatWords].word64[i % kBeatWords] = output[i / kBeatWords].word64[i % kBeatWords];
   }
 
   if (!apart) {
     maps = first_maps;
-    std::vector<Word> status = words_of(Words());
-    Word digest = 0;
+    std::vector<Word64> status = words_of(Words());
+    Word64 digest = 0;
     kgrc_run(maps.data(), maps.data(), maps.data(), weights.data(), tables.data(), tables.data(),
              tables.data(), tables.data(), status.data(), &digest, 0, count);
     for (int task = 0; task < count; ++task)

@@ -3,9 +3,12 @@
 #   vitis_hls -f hls.tcl                  up to 2024.1
 #   vitis-run --mode hls --tcl hls.tcl    since 2024.2
 #
-# Run by the Makefile in the build folder of the design, where config.h and vectors.bin lie. Makes
-# ip/ (the packaged kernel) and reports/. Not run here: there was no Vitis HLS. What a test could do
-# without it was to run this file with the tool's commands stubbed.
+# The Makefile runs this in the build folder of the design, which holds config.h and vectors.bin.
+# Makes ip/ (the packaged kernel) and reports/. Never run by Vitis HLS; a test runs it in tclsh with
+# stubs for the tool's commands.
+#
+# Known fault: KGRC_PACKED is not defined here, so that synthesis would take one multiplier for each
+# product instead of packed ones (../dot.h). 8-sparse, 8-zcu102 and 4-sparse do not fit that way.
 
 proc setting {name} {
   if {![info exists ::env($name)]} {
@@ -22,7 +25,7 @@ set flags "-std=c++14 -I$build -I$sources"
 file delete -force ip reports
 open_project -reset hls
 set_top kgrc_run
-foreach name {top.cpp plan.cpp memory.cpp compute.cpp post.cpp} {
+foreach name {top.cpp plan.cpp memory.cpp decode.cpp compute.cpp post.cpp pool.cpp} {
   add_files $sources/$name -cflags $flags
 }
 add_files -tb $sources/scripts/bench.cpp -cflags "$flags -Wno-unknown-pragmas"
@@ -32,9 +35,9 @@ create_clock -period [format %.3f [expr {1000.0 / $clock_mhz}]] -name default
 
 csim_design -O -argv "$build/vectors.bin"
 csynth_design
-# each port has a memory of its own there: tasks one by one, see bench.cpp
+# co-simulation gives each port a memory of its own: the bench runs tasks one by one
 cosim_design -rtl verilog -argv "$build/vectors.bin apart"
-# the name by which the driver finds it: VLNV in pynq_kgrc/accelerator/header.py
+# the driver finds the kernel by this name: VLNV in pynq_kgrc/accelerator/header.py
 export_design -rtl verilog -format ip_catalog -vendor pynq-kgrc -library hls \
   -ipname kgrc_run -version 1.0
 
@@ -43,7 +46,7 @@ file mkdir reports
 foreach report [glob $solution/syn/report/*csynth.xml $solution/sim/report/*cosim.rpt] {
   file copy -force $report reports
 }
-# last, and whole: the Makefile takes its being there for success
+# last and in one step: the Makefile takes ip/ as the sign of success
 file copy -force $solution/impl/ip ip.part
 file rename ip.part ip
 exit

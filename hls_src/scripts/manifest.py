@@ -1,4 +1,4 @@
-"""Copy a bitstream to its overlay, and write the manifest that says what it is.
+"""Copy a bitstream to its overlay, and write the manifest that describes it.
 
 ``python manifest.py --design 8-sparse --build build/8-sparse -o ../overlays/8-sparse``
 """
@@ -22,10 +22,10 @@ from pynq_kgrc.errors import DeviceError, KgrcError
 
 
 def check_handoff(path: Path) -> None:
-    """Refuse a .hwh without the kernel, or without a register that the driver uses.
+    """Check that a .hwh has the kernel and every register that the driver uses.
 
     Raises:
-        DeviceError: names what is missing.
+        DeviceError: one of them is missing; the message names it.
     """
     try:
         modules = ElementTree.parse(path).iter("MODULE")
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--design", required=True, help="a name, or the JSON file of a design")
     parser.add_argument("--board", default="zcu102")
-    parser.add_argument("--clock", type=float, required=True, help="MHz that timing was met at")
+    parser.add_argument("--clock", type=float, required=True, help="MHz at which timing was met")
     parser.add_argument("--build", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     chosen = parser.parse_args()
@@ -73,7 +73,8 @@ def main() -> None:
     chosen.output.mkdir(parents=True, exist_ok=True)
     encoded = msgspec.json.format(msgspec.json.encode(manifest))
     files = {HWH: files[HWH], MANIFEST: encoded + b"\n", BIT: files[BIT]}
-    # the bitstream last: whatever comes between, its checksum refuses a mixture, and make goes on
+    # The bitstream last: after an interruption make runs this again, because its target is missing,
+    # and meanwhile the checksums of the manifest do not match an old bitstream.
     for name, content in files.items():
         write_file(chosen.output / name, content)
 

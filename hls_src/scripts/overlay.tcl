@@ -2,10 +2,10 @@
 #
 #   vivado -mode batch -source overlay.tcl
 #
-# Run by the Makefile in the build folder of the design, where ip/ lies. Makes kgrc.bit, kgrc.hwh,
-# reports/{utilization,timing}.rpt and vivado.version. Needs the board files of the ZCU102, for
-# the settings of its memory. Not run here: there was no Vivado. What a test could do without it was
-# to run this file with the tool's commands stubbed.
+# The Makefile runs this in the build folder of the design, which holds ip/. Makes kgrc.bit,
+# kgrc.hwh, reports/{utilization,timing}.rpt and vivado.version. Needs the board files of the ZCU102
+# for the settings of its memory. Never run by Vivado; a test runs it in tclsh with stubs for the
+# tool's commands.
 
 proc setting {name} {
   if {![info exists ::env($name)]} {
@@ -18,7 +18,7 @@ set board [setting KGRC_BOARD]
 set clock_mhz [setting KGRC_CLOCK_MHZ]
 set limit_minutes 1200
 
-# A cell of the block design, of the newest version that there is.
+# A cell of the block design, in the newest version of the catalogue.
 proc make_cell {name kind {config {}}} {
   set found [lindex [lsort -dictionary [get_ipdefs -all $kind:*]] end]
   if {$found eq ""} {
@@ -31,7 +31,7 @@ proc make_cell {name kind {config {}}} {
   return $cell
 }
 
-# Joins masters to one slave port, across widths.
+# Connects masters to one slave port through a smartconnect, which converts widths.
 proc join_ports {name masters slave} {
   make_cell $name xilinx.com:ip:smartconnect \
     [list CONFIG.NUM_SI [llength $masters] CONFIG.NUM_MI 1 CONFIG.NUM_CLKS 1]
@@ -55,8 +55,9 @@ update_ip_catalog
 
 create_bd_design kgrc
 
-# The processing system stays at the top: pynq finds it only there. The preset of the board knows
-# the memory; four ports into it, 128 bits wide as the silicon has them; one port for the registers.
+# The processing system stays at the top level: pynq finds it only there. The board preset sets up
+# the DDR memory. Four high-performance ports of 128 bits, their full width, access it; one
+# port accesses the registers.
 make_cell ps xilinx.com:ip:zynq_ultra_ps_e
 apply_bd_automation -rule xilinx.com:bd_rule:zynq_ultra_ps_e -config {apply_board_preset 1} \
   [get_bd_cells ps]
@@ -75,12 +76,12 @@ set_property -dict [list \
 
 make_cell kgrc_run_0 pynq-kgrc:hls:kgrc_run
 make_cell reset xilinx.com:ip:proc_sys_reset
-# pynq follows an interrupt only through a concat and a controller with a single output
+# pynq traces an interrupt only through a concat and an interrupt controller
 make_cell xlconcat_0 xilinx.com:ip:xlconcat {CONFIG.NUM_PORTS 1}
 make_cell axi_intc_0 xilinx.com:ip:axi_intc {CONFIG.C_IRQ_CONNECTION 1}
 
-# Memory: the input and the weights, which the array waits for, have a port each; what is read
-# seldom shares one. A smartconnect turns beats of the kernel (64 to 512 bits) into 128.
+# Memory ports: the input and the weights have one each, because the array waits for them; the
+# others share two. A smartconnect converts the kernel's 64 to 512 bits to 128.
 foreach {port bundles} {
   HP0 {maps_in}
   HP1 {weights}
@@ -126,13 +127,15 @@ foreach pin $resetted {
   connect_bd_net [get_bd_pins reset/peripheral_aresetn] [get_bd_pins $pin]
 }
 
-# Registers at places that do not move from build to build; all memory for the kernel.
-assign_bd_address -offset 0xA0000000 -range 0x00010000 -target_address_space [get_bd_addr_spaces ps/Data] \
+# Registers at fixed addresses; all memory for the kernel.
+assign_bd_address -offset 0xA0000000 -range 0x00010000 \
+  -target_address_space [get_bd_addr_spaces ps/Data] \
   [get_bd_addr_segs kgrc_run_0/s_axi_control/Reg]
-assign_bd_address -offset 0xA0010000 -range 0x00010000 -target_address_space [get_bd_addr_spaces ps/Data] \
+assign_bd_address -offset 0xA0010000 -range 0x00010000 \
+  -target_address_space [get_bd_addr_spaces ps/Data] \
   [get_bd_addr_segs axi_intc_0/S_AXI/Reg]
 assign_bd_address
-# pynq may allocate above 4 GiB; a port that does not reach there would read something else
+# pynq may allocate above 4 GiB; a port that cannot address it would read other memory
 foreach space [get_bd_addr_spaces kgrc_run_0/*] {
   set segments [get_bd_addr_segs -of_objects $space]
   if {![string match *DDR_LOW* $segments] || ![string match *DDR_HIGH* $segments]} {
@@ -168,7 +171,7 @@ set version [open vivado.version w]
 puts $version "Vivado [version -short]"
 close $version
 file copy -force [lindex [glob vivado/kgrc.gen/sources_1/bd/kgrc/hw_handoff/kgrc.hwh] 0] kgrc.hwh
-# last, and whole: the Makefile takes its being there for success
+# last and in one step: the Makefile takes kgrc.bit as the sign of success
 file copy -force [get_property DIRECTORY [get_runs impl_1]]/kgrc_wrapper.bit kgrc.bit.part
 file rename -force kgrc.bit.part kgrc.bit
 exit

@@ -1,16 +1,17 @@
-"""Write test vectors of a design for bench.cpp: a small random program and what it has to give.
+"""Write test vectors of a design for bench.cpp: a small random program and its expected results.
 
 ``python vectors.py --design 8-sparse -o build/8-sparse/vectors.bin``
 
-The program has a convolution in several tiles with a pool riding on it, strides, pruned groups, a
-shortcut, an overlapping pool and a fully connected layer. The outputs are the emulation's, the
-status words the cost model's. The file is a row of 64-bit words; bench.cpp says in which order.
+The program has a convolution in several tiles with a fused pool, strides, pruned groups, a
+shortcut, an overlapping pool and a fully connected layer. The expected outputs are the emulation's,
+the expected status the cost model's. The file is an array of 64-bit words; bench.cpp gives their
+order.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import astuple
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.accelerator.header import STATUS
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.backends.image import build_image, encode_map, slot_beat
 from pynq_kgrc.compiler.lower import lower
@@ -45,7 +47,7 @@ CLIP = (5, 15, 15)
 
 
 def random_graph(config: AcceleratorConfig, rng: np.random.Generator) -> Graph:
-    """A network that has one of everything, its weights pruned in the design's kernel groups."""
+    """A network with a layer of each kind, its weights pruned in the design's kernel groups."""
     layers = [Layer("clip", INPUT, (), 3, CLIP)]
     size = config.group_size
 
@@ -62,7 +64,7 @@ def random_graph(config: AcceleratorConfig, rng: np.random.Generator) -> Graph:
         weight = rng.normal(0, 1, (filters, source.channels, *kernel)).astype(np.float32)
         if rates is not None:
             weight = project(weight, rates, size)
-            weight[: size.gm, : size.gn] = 0  # a group that is switched off
+            weight[: size.gm, : size.gn] = 0  # a group that is not enabled
         bias = rng.normal(0, 1, filters)
         layers.append(
             Layer(name, CONV, (source.name,), filters, shape.out_size, shape, weight, bias, "relu")
@@ -76,7 +78,7 @@ def random_graph(config: AcceleratorConfig, rng: np.random.Generator) -> Graph:
     rows, cols = Rates(rows=Fraction(1, 2)), Rates(cols=Fraction(2, 3))
     both = Rates(rows=Fraction(1, 2), cols=Fraction(2, 3))
     convolve("tiles", 17, (3, 3, 3), pad=ONE, rates=cols)
-    pool("riding", (1, 2, 2), (1, 2, 2))
+    pool("fused", (1, 2, 2), (1, 2, 2))
     convolve("strided", 24, (3, 3, 3), (2, 2, 2), ONE, both)
     body = layers[-1]
     convolve("thin", 24, (3, 1, 1), pad=(1, 0, 0), rates=rows)
@@ -97,7 +99,7 @@ def random_program(config: AcceleratorConfig, seed: int) -> Program:
 
 
 def vectors(config: AcceleratorConfig, seed: int = 0) -> Array:
-    """The words of the file, uint64."""
+    """The 64-bit words of the file, uint64."""
     program = random_program(config, seed)
     image = build_image(program)
     maps = np.zeros(ceil_div(program.arena_bytes, 64) * 64 + 64, np.uint8)
@@ -119,9 +121,10 @@ def vectors(config: AcceleratorConfig, seed: int = 0) -> Array:
         found = emulation.read(task.target, task.shape.out_channels, task.out_size)
         bits = program.buffers[task.target.buffer].bits
         wanted = encode_map(config, found, bits).view(np.uint64)
-        # what fills a map up to whole vectors and beats is anything
+        # the padding of a map to whole vectors and beats may hold any value
         known = encode_map(config, np.full_like(found, -1), bits).view(np.uint64)
-        status = [1, *astuple(task_cost(config, program.work(task)))]
+        words = {"done": 1, **asdict(task_cost(config, program.work(task)))}
+        status = [words[name] for name in STATUS]
         at = slot_beat(program, task.target, task.name) * config.beat_bytes // 8
         parts += [np.array([*status, at, wanted.size], np.uint64), wanted, known]
     emulation.close()

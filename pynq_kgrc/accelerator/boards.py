@@ -1,10 +1,9 @@
-"""Boards as data: what the chip holds and how fast its memory is.
+"""Boards as data: the resources of the chip and the peak bandwidth of its memory.
 
-Chips: vendor's device tables, DS891 (Zynq UltraScale+ overview) and DS987 (Kria K26). Memory: the
-peak of the processing system's DDR port, bus width times twice the clock, as set by the vendors'
-board presets (github.com/Xilinx/XilinxBoardStore, `PSU__DDRC__BUS_WIDTH` and
-`PSU__CRF_APB__DDR_CTRL__FREQMHZ`). A real design sustains less than the peak. None of this was
-measured here.
+Chips: the vendor's device tables, DS891 (Zynq UltraScale+ overview) and DS987 (Kria K26). Memory:
+bus width x 2 x clock of the processing system's DDR port, from the vendors' board presets
+(github.com/Xilinx/XilinxBoardStore, `PSU__DDRC__BUS_WIDTH` and `PSU__CRF_APB__DDR_CTRL__FREQMHZ`).
+A real design sustains less than the peak. None of this was measured here.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from pynq_kgrc.errors import ConfigError
 
 @dataclass(frozen=True)
 class Board:
-    """A board that may carry the accelerator."""
+    """A board that the accelerator may be built for."""
 
     name: str
     part: str
     dsp: int
     bram36: int
-    """Block RAMs of 36 kbit; each is two banks of 18 kbit."""
+    """Block RAMs of 36 kbit; each can be used as two of 18 kbit."""
     uram: int
     """UltraRAMs of 288 kbit."""
     lut: int
     ff: int
     ddr_bytes_per_second: float
-    """Peak of the processing system's memory, shared with its processors."""
+    """Peak bandwidth of the processing system's memory, which its processors use too."""
 
 
 def _ddr(bits: int, clock_mhz: int) -> float:
-    """Peak bytes a second of a memory bus: two transfers a clock."""
+    """Peak bandwidth of a memory bus in bytes a second: two transfers per clock cycle."""
     return bits / 8 * 2 * clock_mhz * 1e6
 
 

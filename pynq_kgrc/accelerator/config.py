@@ -1,4 +1,4 @@
-"""What an accelerator is: its width, tiles, kernel groups and parallel factors.
+"""The numbers that define an accelerator: bit width, tiles, kernel groups and parallel factors.
 
 The symbols are those of the KGRC paper (table V): tiles T_M, T_N, T_K, T_D, T_H, T_W, groups
 G_M x G_N with G_N = T_N, and parallel factors P_M, P_N = T_N, P_K, P_F.
@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import msgspec
 
@@ -22,7 +23,7 @@ from pynq_kgrc.storage import written_beside
 
 @dataclass(frozen=True)
 class AcceleratorConfig:
-    """One design of the accelerator; the same numbers make hardware, model and programs.
+    """One design of the accelerator. Hardware, cost model and programs are made from it.
 
     Raises:
         ConfigError: the numbers do not describe an accelerator that can be built.
@@ -32,30 +33,30 @@ class AcceleratorConfig:
     bits: int
     """Width of weights and activations: 16, 8 or 4."""
     sparse: bool
-    """Whether the design has index logic (KGR, KGC, KGRC); a dense one runs dense layers only."""
+    """Whether the design has index logic (KGR, KGC, KGRC); without, it runs dense layers only."""
     tm: int
-    """T_M: filters to a tile."""
+    """T_M: filters of a tile."""
     tn: int
-    """T_N = G_N = P_N: input channels to a tile and to a kernel group."""
+    """T_N = G_N = P_N: input channels of a tile, of a kernel group and of a vector."""
     pm: int
-    """P_M: rows worked on at once, over all T_M / G_M groups of a tile."""
+    """P_M: rows computed per trip, over all T_M / G_M groups of a tile."""
     pk: int
-    """P_K: columns (taps) worked on at once."""
+    """P_K: columns (taps) computed per trip."""
     pf: int
-    """P_F: output positions worked on at once."""
+    """P_F: output positions computed per trip."""
     gm: int = 8
-    """G_M: filters to a kernel group."""
+    """G_M: filters of a kernel group."""
     tk: int = 9
-    """T_K: taps to a tile; G_K = min(K, T_K)."""
+    """T_K: taps of a tile; a group of a layer with K taps has G_K = min(K, T_K)."""
     td: int = 4
     th: int = 14
     tw: int = 14
     """T_D, T_H, T_W: their product is the largest output tile that the buffers hold."""
     filter_tiles: int = 5
-    """Filter tiles whose sums are held at once, so that they share one loading of the input."""
+    """Filter tiles whose sums are held at the same time: they share one loading of the input."""
     beat: int = 4
-    """Positions of T_N channels that the port of a map moves at once, where P_F and 64-bit words
-    allow it."""
+    """Positions of T_N channels in one beat of a map port; `port_positions` is the actual number,
+    limited by P_F and by 64-bit words."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -64,7 +65,7 @@ class AcceleratorConfig:
             *("tm", "tn", "pm", "pk", "pf", "gm", "tk", "td", "th", "tw", "filter_tiles", "beat"),
         ):
             if getattr(self, symbol) < 1:
-                raise ConfigError(f"{symbol}={getattr(self, symbol)} has to be 1 or more")
+                raise ConfigError(f"{symbol}={getattr(self, symbol)} is not 1 or more")
         if self.gm > 256 or self.tk > 256:
             raise ConfigError(
                 f"gm={self.gm}, tk={self.tk}: row and column indices are one byte; use 256 at most"
@@ -76,15 +77,17 @@ class AcceleratorConfig:
             )
         if self.pm % self.groups_per_tile or self.gm % max(1, self.rows_per_cycle):
             raise ConfigError(
-                f"pm={self.pm} does not share out over the {self.groups_per_tile} groups of a tile "
+                f"pm={self.pm} cannot be divided over the {self.groups_per_tile} groups of a tile "
                 f"of {self.tm} filters; use {self.groups_per_tile} times a divisor of gm={self.gm}"
             )
         if self.pk > self.tk:
-            raise ConfigError(f"pk={self.pk} is more than the tk={self.tk} columns of a tile")
+            raise ConfigError(
+                f"pk={self.pk} is more than the tk={self.tk} columns of a tile; use 1 to {self.tk}"
+            )
         if self.tm % self.tn:
             raise ConfigError(
                 f"tm={self.tm} is not a multiple of tn={self.tn}: outputs are stored "
-                f"in vectors of {self.tn} channels"
+                f"in vectors of {self.tn} channels; use a multiple of {self.tn}"
             )
         if self.groups_per_tile > 16:
             raise ConfigError(
@@ -100,8 +103,8 @@ class AcceleratorConfig:
             raise ConfigError(f"beat={self.beat} is not a power of two; use 2, 4, 8")
         if self.port_positions > self.pf:
             raise ConfigError(
-                f"pf={self.pf} is less than the {self.port_positions} positions that "
-                f"a memory port moves at once; use {self.port_positions} or more"
+                f"pf={self.pf} is less than the {self.port_positions} positions of "
+                f"a beat; use {self.port_positions} or more"
             )
 
     @property
@@ -111,7 +114,7 @@ class AcceleratorConfig:
 
     @property
     def rows_per_cycle(self) -> int:
-        """P_M * G_M / T_M: rows of one group worked on at once."""
+        """P_M * G_M / T_M: rows of one group computed per trip."""
         return self.pm // self.groups_per_tile
 
     @property
@@ -129,12 +132,12 @@ class AcceleratorConfig:
 
     @property
     def feature_rows(self) -> int:
-        """Words of P_F sums that a filter of the largest tile takes."""
+        """Depth of a filter's sum banks: T_F sums of the largest tile, P_F side by side."""
         return ceil_div(self.features, self.pf)
 
     @property
     def region_rows(self) -> int:
-        """Words of P_F positions in the input buffer."""
+        """Depth of the banks of the input buffer, which holds P_F positions at each address."""
         return 1024
 
     @property
@@ -144,33 +147,45 @@ class AcceleratorConfig:
 
     @property
     def port_positions(self) -> int:
-        """B: positions of T_N channels that a memory port moves at once, 64 bits at least."""
-        few = 1 << (min(self.beat, self.pf).bit_length() - 1)
-        return max(few, 64 // (self.tn * self.bits))
+        """B: positions of T_N channels in one beat of a map port; 64 bits at least."""
+        power_of_two = 1 << (min(self.beat, self.pf).bit_length() - 1)
+        return max(power_of_two, 64 // (self.tn * self.bits))
 
     @property
     def beat_bytes(self) -> int:
-        """Bytes that the port of a map moves at once."""
+        """Bytes of one beat of a map port."""
         return self.port_positions * self.tn * self.bits // 8
 
     @property
     def chunk_words(self) -> int:
-        """64-bit words of the weights of one group for one trip: rows x P_K x T_N codes."""
-        return -(-self.rows_per_cycle * self.pk * self.tn * self.bits // 64)
+        """64-bit words of a chunk: one group's rows x P_K x T_N codes for one trip."""
+        return ceil_div(self.rows_per_cycle * self.pk * self.tn * self.bits, 64)
 
     @property
     def weight_port_words(self) -> int:
-        """64-bit words that the weight port moves at once, 512 bits at most."""
+        """64-bit words in one beat of the weight port; 8 (512 bits) at most."""
         return min(8, self.chunk_words & -self.chunk_words)
 
     @property
     def index_words(self) -> int:
-        """64-bit words of the indices of a chunk: P_K columns and the rows, a byte each."""
+        """64-bit words of a chunk's indices: a byte for each of P_K columns and of the rows."""
         return ceil_div(self.pk + self.rows_per_cycle, 8) if self.sparse else 0
+
+    def check_kept(self, taps: int, kr: int, kc: int) -> None:
+        """Check what each kernel group of a layer keeps: `kr` rows, `kc` columns a tap tile.
+
+        Raises:
+            ConfigError: more than a group has, none, or fewer than all on a dense design.
+        """
+        columns = self.group_size.columns(taps)
+        for symbol, kept, of in (("kr", kr, self.gm), ("kc", kc, columns)):
+            least = 1 if self.sparse else of
+            if not least <= kept <= of:
+                raise ConfigError(f"{self.name}: {symbol}={kept} is not within {least} to {of}")
 
     @property
     def digest(self) -> str:
-        """16 hex digits of SHA-256 over the numbers (not the name): equal for equal hardware."""
+        """16 hex digits of SHA-256 over all fields but the name: equal for equal hardware."""
         numbers = {key: value for key, value in asdict(self).items() if key != "name"}
         return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -185,7 +200,7 @@ PRESETS = {
         AcceleratorConfig("8-sparse", 8, True, tm=32, tn=8, pm=16, pk=3, pf=8),
         AcceleratorConfig("4-dense", 4, False, tm=32, tn=8, pm=32, pk=3, pf=8),
         AcceleratorConfig("4-sparse", 4, True, tm=64, tn=8, pm=32, pk=3, pf=8),
-        # ours: what `explore` finds for C3D and R(2+1)D-18 with KGRC on a ZCU102
+        # our own: the best that `explore` finds for C3D and R(2+1)D-18 with KGRC on a ZCU102
         AcceleratorConfig("8-zcu102", 8, True, tm=32, tn=8, pm=16, pk=3, pf=9, beat=8),
     )
 }
@@ -202,21 +217,43 @@ def preset(name: str) -> AcceleratorConfig:
     return PRESETS[name]
 
 
+_ACCEPTED = {str: "a string", int: "a whole number", bool: "true or false"}
+
+
 def read_design(name: str) -> AcceleratorConfig:
-    """A design by its name, or from a JSON file as `write_design` writes it.
+    """A design by the name of a preset, or from a .json file that `write_design` wrote.
+
+    Every command and script that takes a design reads it with this function.
 
     Raises:
-        ConfigError: neither, or the file does not describe an accelerator.
+        ConfigError: no such preset or file, or the file does not describe an accelerator. The
+            message names the file, the field, its value and what is accepted.
     """
     if not name.endswith(".json"):
-        return preset(name)
+        try:
+            return preset(name)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or give a .json file that `explore -o` wrote") from None
     try:
-        return msgspec.json.decode(Path(name).read_bytes(), type=AcceleratorConfig)
+        fields = msgspec.json.decode(Path(name).read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{name}: no design of an accelerator ({error})") from error
+        raise ConfigError(
+            f"{name}: cannot be read as a design ({error}); use a file that `explore -o` wrote"
+        ) from error
+    kinds = get_type_hints(AcceleratorConfig)
+    for field, value in fields.items():
+        if field not in kinds:
+            raise ConfigError(f"{name}: {field!r} is no field of a design; use {', '.join(kinds)}")
+        if type(value) is not kinds[field]:
+            accepted = _ACCEPTED[kinds[field]]
+            raise ConfigError(f"{name}: {field}={value!r} is not accepted; use {accepted}")
+    try:
+        return msgspec.convert(fields, AcceleratorConfig)
+    except (ConfigError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def write_design(config: AcceleratorConfig, path: Path) -> None:
-    """Write a design as JSON beside its place, and rename it there."""
+    """Write a design as a JSON file, atomically: the file is complete or as it was before."""
     with written_beside(path) as beside:
         beside.write_text(json.dumps(asdict(config), indent=2) + "\n", "utf-8")

@@ -1,33 +1,38 @@
 """What a task costs on our accelerator: trips of its pipelined loops, multiply-accumulates, bytes.
 
-Closed forms and one short walk over the plan, with the loop structure of hls_src: the C-simulation
-counts the same trips while it runs, and the emulation the same bytes; all have to agree exactly
-(host_tests/test_cost.py, test_csim.py). The paper's own model is in `paper.py`.
+The model follows the loops of hls_src: closed forms, and for the array one short walk over the
+plan. Memory never stalls in it. The C-simulation counts the same trips while it runs and the
+emulation the same bytes; tests require equality (host_tests/test_cost.py, test_csim.py). The
+paper's own model is in `paper.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.plan import Item
 from pynq_kgrc.accelerator.tiling import (
     MIN_FEATURE_ROWS,
+    NO_POOL,
     Work,
     beats_of_row,
+    convolution_work,
     region_beats,
-    region_words,
+    region_trips,
     tiles,
 )
-from pynq_kgrc.graph import Size
+from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import ceil_div
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task costs; the fields up to `plan` are trips, each of one process."""
+    """What a task costs. `array` to `plan` are the trips of one process each."""
 
     array: int
     input: int
@@ -36,122 +41,175 @@ class Cost:
     store: int
     plan: int
     macs: int
+    """Multiply-accumulates that the array executes, zeros of padding included."""
     input_beats: int
     shortcut_beats: int
     output_beats: int
     weight_beats: int
     table_words: int
+    """64-bit words of the plan's items, of indices and of scale factors."""
 
     @property
     def bound(self) -> str:
-        """The process that takes longest."""
+        """The process with the most trips."""
         names = ("array", "input", "weights", "scale", "store", "plan")
         return max(names, key=lambda name: int(getattr(self, name)))
 
     @property
     def cycles(self) -> int:
-        """Trips of the slowest process: all of them run side by side."""
+        """Trips of the slowest process: all processes run at the same time."""
         return int(getattr(self, self.bound))
 
 
+def layer_cycles(
+    config: AcceleratorConfig,
+    shape: ConvShape,
+    kr: int,
+    kc: int,
+    pool: Size = NO_POOL,
+    *,
+    wide: bool = False,
+) -> int:
+    """Modelled cycles, without memory stalls, of a convolution with all kernel groups enabled.
+
+    The same model judges compiled programs (`task_cost` of `Program.work`). A shortcut that is
+    added to the result costs beats of memory but no cycles of this model.
+
+    Args:
+        config: the design.
+        shape: of the convolution, with M filters, N channels, K taps.
+        kr: rows that a group keeps, of G_M.
+        kc: columns that a group keeps in a tap tile, of G_K = min(K, T_K).
+        pool: window of a pool that is fused into the convolution.
+        wide: whether the output has 16 bits on a design of fewer, as logits have.
+
+    Raises:
+        ConfigError: a group cannot keep `kr` x `kc`.
+        CompileError: the buffers do not hold the smallest tile.
+    """
+    config.check_kept(shape.taps, kr, kc)
+    p, q, _ = config.group_size.counts(shape.filters, shape.channels, shape.taps)
+    work = convolution_work(config, shape, kr, kc, np.ones((p, q), bool), pool, wide=wide)
+    return task_cost(config, work).cycles
+
+
 def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
-    """Everything a task costs, each number exactly as the C-simulation counts it."""
+    """What a task costs; each number is exactly what the C-simulation counts."""
     shape, items = work.shape, work.items
     regions = sum(item.new_region for item in items)
-    vectors = sum(item.blocks for item in items)
+    vectors = sum(item.vectors for item in items)
     chunks, chunk_beats = work.chunks, work.chunk_beats(config)
-    # a word of a pool takes a trip, an item of which nothing is enabled too
-    trips_of_words = chunks * chunk_beats + sum(not item.mask for item in items)
-    if not work.columns:
-        trips_of_words = len(items) * work.words
+    if work.columns:
+        # an item without enabled groups takes one trip
+        weight_trips = chunks * chunk_beats + sum(not item.mask for item in items)
+    else:
+        # a pool takes one trip per item and tap
+        weight_trips = len(items) * work.weight_words
     beats_out = 16 // config.bits if work.wide else 1
-    totals = dict.fromkeys(("input", "weights", "scale", "store", "macs"), 0)
-    read = shortcut = written = count = 0
+    trips = dict.fromkeys(("input", "weights", "scale", "store"), 0)
+    macs = input_beats = shortcut_beats = output_beats = tile_count = 0
     for first, extent in tiles(work.out_size, work.tile):
-        count += 1
-        load = region_words(config, shape, extent, first)
-        handed_on = vectors * extent[0] * extent[1] * beats_of_row(config, extent[2])
-        totals["input"] += regions * load
-        totals["weights"] += shape.taps + trips_of_words
-        totals["scale"] += vectors * 2 * config.tn + handed_on
-        totals["store"] += handed_on * beats_out
-        totals["macs"] += chunks * config.rows_per_cycle * config.pk * config.tn * math.prod(extent)
-        read += regions * region_beats(config, shape, extent, first)
-        shortcut += handed_on if work.shortcut else 0
+        tile_count += 1
+        drained = vectors * extent[0] * extent[1] * beats_of_row(config, extent[2])
+        trips["input"] += regions * region_trips(config, shape, extent, first)
+        trips["weights"] += shape.taps + weight_trips
+        trips["scale"] += vectors * 2 * config.tn + drained
+        trips["store"] += drained * beats_out
+        macs += chunks * config.rows_per_cycle * config.pk * config.tn * math.prod(extent)
+        input_beats += regions * region_beats(config, shape, extent, first)
+        shortcut_beats += drained if work.shortcut else 0
         stored = [extent[i] // work.pool[i] for i in range(3)]
-        written += vectors * stored[0] * stored[1] * beats_of_row(config, stored[2])
+        output_beats += vectors * stored[0] * stored[1] * beats_of_row(config, stored[2])
     tables = len(items) + chunks * config.index_words + 2 * vectors * config.tn
     return Cost(
         array=_array_trips(config, work),
-        **totals,
-        plan=count * len(items),
-        input_beats=read,
-        shortcut_beats=shortcut,
-        output_beats=written * beats_out,
-        weight_beats=count * chunks * chunk_beats,
-        table_words=count * tables,
+        **trips,
+        plan=tile_count * len(items),
+        macs=macs,
+        input_beats=input_beats,
+        shortcut_beats=shortcut_beats,
+        output_beats=output_beats * beats_out,
+        weight_beats=tile_count * chunks * chunk_beats,
+        table_words=tile_count * tables,
     )
 
 
 @dataclass(frozen=True)
-class _Step:
-    """The items that share a region, or one that stands for a block without work."""
+class _RegionRun:
+    """Consecutive items that use one input region, or one item without enabled groups."""
 
     loads: bool
-    busy: int
+    """Whether the run begins with a new region."""
+    enabled: int
+    """Items with enabled groups."""
     idle: int
-    blocks: int
+    """Items without; each takes one trip."""
+    vectors: int
+    """Vectors of T_N filters that are drained after the run; 0 if its sums are added to later."""
 
 
-def _steps(items: Sequence[Item]) -> list[_Step]:
-    steps: list[_Step] = []
+def _region_runs(items: Sequence[Item]) -> list[_RegionRun]:
+    runs: list[_RegionRun] = []
     for item in items:
-        busy, idle = (1, 0) if item.mask else (0, 1)
-        if item.new_region or not item.mask:
-            steps.append(_Step(item.new_region, busy, idle, item.blocks))
+        if not item.mask:
+            runs.append(_RegionRun(item.new_region, 0, 1, item.vectors))
+        elif item.new_region:
+            runs.append(_RegionRun(True, 1, 0, item.vectors))
         else:
-            last = steps[-1]
-            steps[-1] = _Step(last.loads, last.busy + busy, last.idle + idle, item.blocks)
-    return steps
+            runs[-1] = replace(runs[-1], enabled=runs[-1].enabled + 1, vectors=item.vectors)
+    return runs
 
 
+# In each trip the array's loop can do three things at once: write a part of the next region, add
+# to sums, and drain finished sums. There are two region buffers and two sum buffers. Below, R n is
+# region n and S n the sums of the n-th block of filter tiles; a block here reads two regions:
+#
+#             0      a             b             c                           d  e
+#    load    |  R0  |  R1  |      |  R2  |      |  R3  |      |  R4  |
+#    compute |      |   R0 > S0   |   R1 > S0   |   R2 > S1   |   R3 > S1   |  |   R4 > S2
+#    drain   |                                  |              S0              |   S1
+#
+# a `region_ready`: R0 is loaded. R1 is loaded at once, into the second buffer.
+# b R1 comes into use, so that R2 may overwrite R0: the next `load_start`.
+# d S1 is complete, but S0 is not drained yet: the array waits.
+# e `sums_free`: S0 is drained. S1 drains, and S2 takes the buffer of S0.
 def _array_trips(config: AcceleratorConfig, work: Work) -> int:
-    """Trips of the array's loop: in each it computes, loads the next region, hands on sums.
+    """Trips of the array's loop for a task (`multiply` in hls_src/compute.cpp).
 
-    A region can be loaded as soon as the one before it is in use, because there are two places; a
-    block begins when the sums of the one before the last are handed on. Times are kept relative to
-    the present, so that equal tiles after each other are walked once.
+    Times are trips since the start of the current output tile. The state that one tile leaves to
+    the next is therefore small, and a tile of the same extent in the same state is computed once.
     """
-    steps = _steps(work.items)
-    seen: dict[tuple[Size, int, tuple[int, int]], tuple[int, tuple[int, int]]] = {}
-    now = regions = first_load = 0
-    begun = handed = 0  # when the last region came into use, and when the last sums were handed on
+    runs = _region_runs(work.items)
+    known: dict[tuple[Size, int, tuple[int, int]], tuple[int, tuple[int, int]]] = {}
+    total = regions = 0
+    load_start = sums_free = 0  # start of the next load; end of the latest drain
     for first, extent in tiles(work.out_size, work.tile):
-        load = region_words(config, work.shape, extent, first)
-        key = (extent, load, (begun, handed))
-        if key in seen:
-            passed, (begun, handed) = seen[key]
-            now += passed
+        load = region_trips(config, work.shape, extent, first)
+        key = (extent, load, (load_start, sums_free))
+        if key in known:
+            passed, (load_start, sums_free) = known[key]
+            total += passed
             continue
-        settled = regions >= 2
+        both_buffers_used = regions >= 2
         filled = ceil_div(math.prod(extent), config.pf)
-        rows = max(MIN_FEATURE_ROWS, filled)
-        # sums that were cleared are not added to at once
+        sum_rows = max(MIN_FEATURE_ROWS, filled)
+        # cleared sums of a small tile are not added to before this many trips
         settling = max(0, MIN_FEATURE_ROWS + 1 - filled)
-        handed_on = extent[0] * extent[1] * beats_of_row(config, extent[2])
+        drain = extent[0] * extent[1] * beats_of_row(config, extent[2])
         time = 0
-        for step in steps:
-            if step.loads:
-                # the second region's place is free from the start
-                begun = time = max(time, (begun if regions != 1 else first_load - now) + load)
-                first_load = begun if regions == 0 else first_load
+        for run in runs:
+            if run.loads:
+                region_ready = load_start + load
+                time = max(time, region_ready)
+                # the second region has a free buffer; later ones wait until this region is used
+                load_start = time if regions else region_ready
                 regions += 1
-            time += step.busy * work.words * rows + step.idle
-            if step.blocks:
-                time = max(time, handed)
-                handed = time + step.blocks * handed_on + settling
-        begun, handed = begun - time, max(0, handed - time)
-        if settled:
-            seen[key] = (time, (begun, handed))
-        now += time
-    return now + handed
+            time += run.enabled * work.weight_words * sum_rows + run.idle
+            if run.vectors:
+                time = max(time, sums_free)
+                sums_free = time + run.vectors * drain + settling
+        load_start, sums_free = load_start - time, max(0, sums_free - time)
+        if both_buffers_used:
+            known[key] = (time, (load_start, sums_free))
+        total += time
+    return total + sums_free

@@ -1,8 +1,8 @@
-"""Search for designs: which fit a board, and what whole networks would take on them.
+"""Search for designs: which ones fit a board, and the latency of whole networks on them.
 
-Everything here is modelled: latency by `cost`, resources by `resources`. There are some ten
-thousand designs, so they are ranked by a bound that takes microseconds, and only the best are
-walked through in full.
+Everything here is modelled: latency by `cost`, without memory stalls; resources by `resources`.
+There are some ten thousand designs. A lower bound that takes microseconds ranks them, and the full
+cost model evaluates only the best.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+
+import msgspec
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
@@ -25,51 +27,58 @@ from pynq_kgrc.quant import ceil_div
 
 @dataclass(frozen=True)
 class Network:
-    """What has to be known of a network to find a design for it."""
+    """What the search needs to know about a network."""
 
     convolutions: Sequence[KeptConv]
     """Shapes, kept rows and columns: enough to rank designs."""
     work: Callable[[AcceleratorConfig], Sequence[Work]]
-    """Its tasks as a design would work on them; raises CompileError where it cannot."""
+    """The network's tasks on a design; raises CompileError if the design cannot run them."""
 
 
 MOST_GROUPS = 8
-"""Kernel groups along the filters of a tile that are tried."""
+"""Largest T_M / G_M (kernel groups along the filters of a tile) to try."""
 
 MOST_POSITIONS = 32
-"""P_F that is tried."""
+"""Largest P_F to try."""
 
 FEATURES = ((4, 14, 14), (4, 7, 14))
-"""T_D, T_H, T_W that are tried; only their product matters."""
+"""T_D, T_H, T_W to try; only their product matters."""
 
 FILTER_TILES = (2, 3, 4, 5, 6, 8)
+"""Numbers of filter tiles whose sums are held at the same time, to try."""
+
 BEATS = (4, 8)
-"""Positions that the port of a map moves at once; 8 are 512 bits at 8 bits and T_N = 8."""
+"""Positions in a beat of a map port, to try; 8 are 512 bits at 8 bits and T_N = 8."""
 
 SHARE = 0.8
-"""Of each resource that a design may take: beyond that routing fails (eq. 14, rho)."""
+"""Largest share of each resource that a design may use: above it routing fails (eq. 14, rho)."""
+
+FIGURES = "modelled, without memory stalls"
+"""What the latencies of this module are; printed wherever they are."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Modelled milliseconds of one clip."""
+    """Modelled milliseconds of one clip, without memory stalls."""
 
     convolutions: float
-    """Without fully connected layers and pools: what the KGRC paper publishes."""
+    """Without fully connected layers and pools, as the KGRC paper counts latency."""
     whole: float
+    """All tasks."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A design that fits, and what it would do."""
+    """A design with its modelled resources and latencies."""
 
     config: AcceleratorConfig
     resources: Resources
     latency: Mapping[str, Latency]
+    """By the name of the network."""
 
     @property
     def mean_ms(self) -> float:
-        """Geometric mean of the networks' convolutions, which favours none of them."""
+        """Geometric mean of the networks' convolutions: no network weighs more than another."""
         return math.exp(
             sum(math.log(each.convolutions) for each in self.latency.values()) / len(self.latency)
         )
@@ -78,32 +87,31 @@ class Candidate:
 def list_designs(
     base: AcceleratorConfig, board: Board, share: float = SHARE
 ) -> list[AcceleratorConfig]:
-    """Designs with the kernel groups and width of `base` that take most of a board.
+    """Designs with the kernel groups and bit width of `base` that use most of a board.
 
-    Of each array the largest P_F that fits is listed, and the next: more positions are faster,
-    but may divide a network's maps worse.
+    For each array the two largest P_F that fit are listed: a larger P_F is faster, but may divide
+    the networks' maps with a larger remainder.
 
     Raises:
-        ConfigError: nothing fits.
+        ConfigError: no design fits.
     """
     found: list[AcceleratorConfig] = []
-    groups = range(1, MOST_GROUPS + 1)
-    rows = [r for r in range(1, base.gm + 1) if base.gm % r == 0]
-    for count, each, pk, tile, filter_tiles, beat in product(
-        groups, rows, range(1, base.tk + 1), FEATURES, FILTER_TILES, BEATS
+    divisors = [rows for rows in range(1, base.gm + 1) if base.gm % rows == 0]
+    for groups, rows, pk, tile, filter_tiles, beat in product(
+        range(1, MOST_GROUPS + 1), divisors, range(1, base.tk + 1), FEATURES, FILTER_TILES, BEATS
     ):
-        if count * base.gm % base.tn:
+        if groups * base.gm % base.tn:
             continue
         filters, positions = PACKED[base.bits]
-        each_position = count * ceil_div(each, filters) * pk * base.tn / positions
-        most = min(MOST_POSITIONS, int(share * board.dsp / each_position))
+        dsp_per_position = groups * ceil_div(rows, filters) * pk * base.tn / positions
+        most = min(MOST_POSITIONS, int(share * board.dsp / dsp_per_position))
         fitting = 0
         for pf in range(most, 0, -1):
             try:
                 config = replace(
                     base,
-                    tm=count * base.gm,
-                    pm=count * each,
+                    tm=groups * base.gm,
+                    pm=groups * rows,
                     pk=pk,
                     pf=pf,
                     td=tile[0],
@@ -129,7 +137,7 @@ def list_designs(
 
 
 def design_name(config: AcceleratorConfig) -> str:
-    """A name that tells the array, such as "8-sparse-m32-k3-f8-r4-t5x784-b4"."""
+    """A name made of the design's numbers, such as "8-sparse-m32-k3-f8-r4-t5x784-b4"."""
     kind = "sparse" if config.sparse else "dense"
     return (
         f"{config.bits}-{kind}-m{config.tm}-k{config.pk}-f{config.pf}-r{config.rows_per_cycle}"
@@ -138,14 +146,14 @@ def design_name(config: AcceleratorConfig) -> str:
 
 
 def macs_a_cycle(config: AcceleratorConfig) -> int:
-    """P_M P_K P_F T_N."""
+    """Multiply-accumulates per cycle at full use: P_M P_K P_F T_N."""
     return config.pm * config.pk * config.pf * config.tn
 
 
 def rank_designs(
     configs: Iterable[AcceleratorConfig], networks: Mapping[str, Network]
 ) -> list[AcceleratorConfig]:
-    """The designs, those first whose networks are bound to the fewest cycles (geometric mean)."""
+    """The designs, sorted by the lower bound of the networks' cycles (geometric mean)."""
 
     def bound(config: AcceleratorConfig) -> float:
         return sum(
@@ -157,31 +165,32 @@ def rank_designs(
 
 
 def least_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) -> int:
-    """Cycles that a convolution takes at least: to compute it as one tile, or to load its input.
+    """A lower bound of a convolution's cycles: computing it as one tile, or loading its input.
 
     The input is loaded once for `filter_tiles` filter tiles, B positions a cycle.
     """
-    channel_tiles, passes = ceil_div(shape.channels, config.tn), ceil_div(shape.filters, config.tm)
-    rows = ceil_div(math.prod(shape.out_size), config.pf)
-    compute = passes * channel_tiles * conv_words(config, shape, kr, kc) * rows
-    loads = ceil_div(passes, config.filter_tiles) * channel_tiles
-    # rows that lie between the windows are not loaded
-    seen = shape.in_size[2]
+    channel_tiles = ceil_div(shape.channels, config.tn)
+    filter_tiles = ceil_div(shape.filters, config.tm)
+    sum_rows = ceil_div(math.prod(shape.out_size), config.pf)
+    compute = filter_tiles * channel_tiles * conv_words(config, shape, kr, kc) * sum_rows
+    loads = ceil_div(filter_tiles, config.filter_tiles) * channel_tiles
+    # rows between two windows (kernel smaller than stride) are not loaded
+    loaded = shape.in_size[2]
     for axis in (0, 1):
-        between = shape.kernel[axis] < shape.stride[axis]
+        skips = shape.kernel[axis] < shape.stride[axis]
         used = shape.out_size[axis] * shape.kernel[axis]
-        seen *= used if between else shape.in_size[axis]
-    return max(compute, loads * seen // config.port_positions)
+        loaded *= used if skips else shape.in_size[axis]
+    return max(compute, loads * loaded // config.port_positions)
 
 
 def evaluate(
     configs: Iterable[AcceleratorConfig], networks: Mapping[str, Network], clock_mhz: float
 ) -> Iterator[Candidate]:
-    """The candidates among the designs; one that a network does not fit is left out."""
+    """Candidates of the designs; a design that cannot run one of the networks is left out."""
     for config in configs:
         try:
             latency = {
-                name: measure_latency(config, network, clock_mhz)
+                name: model_latency(config, network, clock_mhz)
                 for name, network in networks.items()
             }
         except CompileError:
@@ -189,8 +198,8 @@ def evaluate(
         yield Candidate(config, estimate_resources(config), latency)
 
 
-def measure_latency(config: AcceleratorConfig, network: Network, clock_mhz: float) -> Latency:
-    """The modelled latency of a network: its tasks one after the other."""
+def model_latency(config: AcceleratorConfig, network: Network, clock_mhz: float) -> Latency:
+    """Modelled latency, without memory stalls, of a network: its tasks one after the other."""
     convolutions = whole = 0
     for work in network.work(config):
         cycles = task_cost(config, work).cycles
@@ -200,9 +209,67 @@ def measure_latency(config: AcceleratorConfig, network: Network, clock_mhz: floa
 
 
 def pareto_front(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Those that are faster than every one that takes no more DSPs."""
+    """The candidates that are faster than all others with as many or fewer DSPs."""
     front: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (c.resources.dsp, c.mean_ms)):
         if not front or candidate.mean_ms < front[-1].mean_ms:
             front.append(candidate)
     return front
+
+
+class ResourceShares(msgspec.Struct, frozen=True):
+    """Shares of a board's DSPs, block RAMs and LUTs, from 0 to 1."""
+
+    dsp: float
+    bram36: float
+    lut: float
+
+
+class DesignReport(msgspec.Struct, frozen=True):
+    """A candidate as the command `explore` reports it; every number is modelled."""
+
+    name: str
+    macs_a_cycle: int
+    mean_ms: float
+    latency_ms: dict[str, Latency]
+    """By the name of the network."""
+    resources: Resources
+    share: ResourceShares
+    pareto: bool
+    """Whether the design is on the Pareto front of latency and DSPs."""
+    config: AcceleratorConfig
+
+
+class SearchReport(msgspec.Struct, frozen=True):
+    """What the command `explore` found; ``--json`` prints it."""
+
+    board: str
+    clock_mhz: float
+    compiled_for: DesignReport
+    """The design of the programs that were given."""
+    designs: list[DesignReport]
+    """Designs that fit the board, the fastest first."""
+    figures: str = FIGURES
+    """What the latencies are."""
+
+
+def report_design(candidate: Candidate, board: Board, pareto: bool) -> DesignReport:
+    """A candidate on a board, its latencies and shares rounded to three digits."""
+    used = candidate.resources
+    return DesignReport(
+        name=candidate.config.name,
+        macs_a_cycle=macs_a_cycle(candidate.config),
+        mean_ms=round(candidate.mean_ms, 3),
+        latency_ms={
+            name: Latency(round(each.convolutions, 3), round(each.whole, 3))
+            for name, each in candidate.latency.items()
+        },
+        resources=used,
+        share=ResourceShares(
+            dsp=round(used.dsp / board.dsp, 3),
+            bram36=round(used.bram36 / board.bram36, 3),
+            lut=round(used.lut / board.lut, 3),
+        ),
+        pareto=pareto,
+        config=candidate.config,
+    )

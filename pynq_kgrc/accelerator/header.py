@@ -1,4 +1,6 @@
-"""The one list of what passes between driver and hardware, and `config.h` made from a design.
+"""What Python, C++ and Verilog share: memory layouts and constants, and `config.h` made from them.
+
+A test changes each of them and looks whether the C++ sources follow (host_tests/test_csim.py).
 
 ``python -m pynq_kgrc.accelerator.header --design 8-sparse -o hls_src/config.h``
 """
@@ -7,17 +9,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
+from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
+from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.quant import ACCUMULATOR_BITS
 from pynq_kgrc.storage import written_beside
 
 FIELDS = (
     "kind",
     *("source", "target", "shortcut", "weights", "indices", "items", "scales"),
-    *("item_count", "regions", "filter_blocks"),
+    *("item_count", "regions", "vectors"),
     *("in_d", "in_h", "in_w", "out_d", "out_h", "out_w"),
     *("kernel_d", "kernel_h", "kernel_w", "stride_d", "stride_h", "stride_w"),
     *("pad_d", "pad_h", "pad_w", "fill"),
@@ -29,11 +34,18 @@ FIELDS = (
     *("out_zero", "low", "high", "wide"),
     "reserved",
 )
-"""Fields of a task's descriptor, 32 bits each, in memory order. Addresses count beats of their
-port from the start of its memory; `weights` and `indices` are where a pass over the plan begins, of
-which each has `chunks` chunks of `chunk_beats` beats."""
+"""Fields of a task's descriptor, 32 bits each, in memory order.
+
+`source`, `target`, `shortcut` and `weights` are addresses, counted in beats of their port from the
+start of its memory; `items`, `scales` and `indices` are counted in 64-bit words of the tables.
+Every output tile reads the same items, scales, weights and indices. The task has `chunks` chunks:
+`chunk_beats` beats of the weight port and `AcceleratorConfig.index_words` 64-bit words of indices
+each. `vectors` is how many vectors of T_N outputs there are."""
 
 KINDS = ("convolution", "max_pool", "sum_pool")
+
+SCALE_BITS = {"mult": BitField(0, 16), "shift": BitField(16, 8)}
+"""Bits of the second 64-bit word of a filter's scale; the first is the bias, signed."""
 
 STATUS = (
     "done",
@@ -41,35 +53,39 @@ STATUS = (
     "macs",
     *("input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words"),
 )
-"""What the kernel reports of a task, 64 bits each: trips of its pipelined loops, then counts."""
+"""What the kernel reports of a task, a 64-bit word each: 1 when it is done, the trips of its
+pipelined loops, then counts. All but `done` are the fields of `cost.Cost`."""
 
 MAP_PORTS = ("input", "shortcut", "output")
-"""Memory ports that all see the maps."""
+"""Memory ports that see the memory of maps."""
 
 TABLE_PORTS = ("tables", "items", "indices", "scales")
-"""Memory ports that all see the tables; each has one reader."""
+"""Memory ports that see the tables; one process reads each."""
 
 ADDRESSES = (*MAP_PORTS, "weights", *TABLE_PORTS, "status")
-"""Arguments of the kernel that are addresses of 64 bits, in its order; `digest`, `first_task` and
+"""The kernel's arguments that are 64-bit addresses, in order; `digest`, `first_task` and
 `task_count` follow them."""
 
 
 VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
-"""Vendor, library, name and version of the kernel, by which a driver finds it."""
+"""Vendor, library, name and version of the kernel. The driver finds the kernel by it."""
 
 START, DONE, IDLE = 1, 2, 4
-"""Bits of CTRL; DONE clears when it is read."""
+"""Bits of the register CTRL; DONE clears when it is read."""
 
 
 def register_of(port: str) -> str:
-    """The register of a port's address, less `_1` and `_2`: Verilog reserves some names."""
+    """The name of a port's address registers without `_1` and `_2`.
+
+    `input` and `output` are reserved words of Verilog: Vitis HLS adds `_r` to them.
+    """
     return f"{port}_r" if port in ("input", "output") else port
 
 
 def _registers() -> dict[str, int]:
-    """Offsets as Vitis HLS lays out arguments: 8 bytes to each, 12 to a 64-bit one.
+    """Offsets as Vitis HLS lays out arguments: 8 bytes each, 12 for a 64-bit one.
 
-    What is only written by the kernel has a word of control, and takes twice its words.
+    An output register is followed by a control word and occupies 24 bytes instead of 12.
     """
     offsets = {"CTRL": 0x00, "GIER": 0x04, "IP_IER": 0x08, "IP_ISR": 0x0C}
     at = 0x10
@@ -83,7 +99,7 @@ def _registers() -> dict[str, int]:
 
 
 REGISTERS = _registers()
-"""Name of a register -> its offset in bytes; an address takes two, `_1` the low word."""
+"""Register name -> byte offset. A 64-bit address has two: `_1` holds its low half."""
 
 MAX_TAPS = 512
 """Taps of the largest kernel."""
@@ -112,7 +128,8 @@ def config_header(config: AcceleratorConfig) -> str:
         "WeightPortWords": config.weight_port_words,
         "IndexWords": max(1, config.index_words),
         "MaxTaps": MAX_TAPS,
-        "StatusWords": len(STATUS),
+        "SumBits": ACCUMULATOR_BITS[config.bits],
+        "MinFeatureRows": MIN_FEATURE_ROWS,
     }
     lines = [
         f"// The design {config.name}. Made by pynq_kgrc.accelerator.header: change it there.",
@@ -126,14 +143,30 @@ def config_header(config: AcceleratorConfig) -> str:
         "",
         f"static const unsigned long long kDigest = 0x{config.digest}ULL;",
         "",
-        "enum Kind { "
-        + ", ".join(f"k{_camel(kind)} = {i}" for i, kind in enumerate(KINDS))
-        + " };",
+        "enum Kind {",
+        *_counted("", KINDS),
+        "};",
         "",
-        "// The words of a task's descriptor, 32 bits each.",
+        "// The fields of a task's descriptor, 32 bits each.",
         "enum Field {",
-        *(f"  k{_camel(name)}," for name in FIELDS),
+        *_counted("", FIELDS),
         "  kFields,",
+        "};",
+        "",
+        "// The words of a task's status, 64 bits each.",
+        "enum Status {",
+        *_counted("Status", STATUS),
+        "  kStatusWords,",
+        "};",
+        "",
+        "// The first bit and the width of each field of an item of the plan.",
+        "enum ItemBits {",
+        *_bits("Item", ITEM_BITS),
+        "};",
+        "",
+        "// The same of the second word of a filter's scale.",
+        "enum ScaleBits {",
+        *_bits("Scale", SCALE_BITS),
         "};",
         "",
         "}  // namespace kgrc",
@@ -141,12 +174,44 @@ def config_header(config: AcceleratorConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _counted(prefix: str, names: Iterable[str]) -> list[str]:
+    return [f"  k{prefix}{_camel(name)}," for name in names]
+
+
+def _bits(prefix: str, fields: Mapping[str, BitField]) -> list[str]:
+    lines = []
+    for name, field in fields.items():
+        lines.append(f"  k{prefix}{_camel(name)}First = {field.shift},")
+        lines.append(f"  k{prefix}{_camel(name)}Bits = {field.width},")
+    return lines
+
+
 def _camel(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
+def verilog_parameters(config: AcceleratorConfig) -> dict[str, int]:
+    """The parameters of the module `mac_array` (hls_src/rtl) for a design."""
+    return {
+        "BITS": config.bits,
+        "SPARSE": int(config.sparse),
+        "TM": config.tm,
+        "GM": config.gm,
+        "TN": config.tn,
+        "PM": config.pm,
+        "PK": config.pk,
+        "PF": config.pf,
+        "POSITIONS": config.port_positions,
+        "REGION_ROWS": config.region_rows,
+        "FEATURE_ROWS": config.feature_rows,
+        "FILTER_TILES": config.filter_tiles,
+        "SUM": ACCUMULATOR_BITS[config.bits],
+        "MIN_ROWS": MIN_FEATURE_ROWS,
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print `config.h` of a design, or write it; one that is the same is left alone.
+    """Print `config.h` of a design, or write it; a file that already has this text is left alone.
 
     Raises:
         ConfigError: no design of that name, or no such file.

@@ -1,52 +1,62 @@
-"""What Vitis HLS and Vivado report of a design, laid beside what we estimate.
+"""Reports of Vitis HLS and Vivado about a design, compared with our resource estimate.
 
 ``python -m pynq_kgrc.accelerator.reports hls_src/build/8-sparse/reports --design 8-sparse``
 
-The forms are those of csynth.xml (Vitis HLS 2020.2 and later) and of the texts of Vivado's
-report_utilization and report_timing_summary. No report of our own designs was ever read: neither
-tool ran here.
+The readers expect csynth.xml (Vitis HLS 2020.2 and later) and the text files of Vivado's
+report_utilization and report_timing_summary. They were never tried on reports of our own designs:
+neither tool was available here.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import msgspec
 
 from pynq_kgrc.accelerator.config import read_design
 from pynq_kgrc.accelerator.resources import estimate_resources
 from pynq_kgrc.errors import ConfigError
 
-RESOURCES = ("dsp", "bram36", "uram", "lut", "ff")
-"""Names of resources; `bram36` counts block RAMs of 36 kbit, halves included."""
-
 SYNTHESIS, UTILIZATION, TIMING = "csynth.xml", "utilization.rpt", "timing.rpt"
 """Names of the reports in the folder that hls_src/Makefile fills."""
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A loop as it was scheduled; None is what the tool does not know or does not say."""
+class Loop(msgspec.Struct, frozen=True):
+    """The schedule of a loop; None where the tool gives no number."""
 
     module: str
     name: str
     trips: tuple[int, int] | None
     """Fewest and most."""
     ii: int | None
-    """Cycles from one trip to the next that were achieved; None if it is not pipelined."""
+    """Achieved initiation interval in cycles; None if the loop is not pipelined."""
     depth: int | None
-    """Cycles of one trip of a pipelined loop."""
+    """Pipeline depth in cycles: the latency of one trip."""
 
 
-@dataclass(frozen=True)
-class Synthesis:
-    """A report of Vitis HLS; resources and clock are its estimates before any placement."""
+class ChipResources(msgspec.Struct, frozen=True):
+    """Amounts of a chip's resources; None where the amount is not known."""
+
+    dsp: float | None = None
+    bram36: float | None = None
+    """Block RAMs of 36 kbit; half of one counts 0.5."""
+    uram: float | None = None
+    lut: float | None = None
+    ff: float | None = None
+
+
+RESOURCES = ChipResources.__struct_fields__
+"""Names of the resources."""
+
+
+class Synthesis(msgspec.Struct, frozen=True):
+    """A report of Vitis HLS; its resources and clock are estimates before placement."""
 
     version: str
     part: str
@@ -54,61 +64,59 @@ class Synthesis:
     target_ns: float
     estimated_ns: float
     latency: tuple[int, int] | None
-    """Fewest and most cycles; None where loops depend on data, as ours do."""
+    """Fewest and most cycles; None if loops depend on data, as those of our design do."""
     loops: tuple[Loop, ...]
-    resources: dict[str, float]
+    resources: ChipResources
 
 
-@dataclass(frozen=True)
-class TimingSummary:
-    """Worst slacks of a placed design, ns, for setup and for hold; negative is not met."""
+class TimingSummary(msgspec.Struct, frozen=True):
+    """Worst slacks of a placed design in ns."""
 
     setup_ns: float
     hold_ns: float
-
-    @property
-    def met(self) -> bool:
-        return self.setup_ns >= 0 and self.hold_ns >= 0
+    met: bool
+    """Whether neither slack is negative."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A resource as we estimate it, and as the tools report it; None is not known."""
+class Comparison(msgspec.Struct, frozen=True):
+    """One resource: our estimate and what the tools report; None where there is no number."""
 
     resource: str
     estimated: float | None
     synthesized: float | None
     placed: float | None
+    error: float | None
+    """Relative error of the estimate against `placed`, or else against `synthesized`."""
 
-    @property
-    def error(self) -> float | None:
-        """The estimate's relative error against the latest report there is."""
-        known = self.synthesized if self.placed is None else self.placed
-        if self.estimated is None or not known:
-            return None
-        return self.estimated / known - 1
+
+class ReportSummary(msgspec.Struct, frozen=True):
+    """The reports of a design and the comparison; ``--json`` prints it."""
+
+    synthesis: Synthesis | None
+    timing: TimingSummary | None
+    resources: list[Comparison]
 
 
 def read_synthesis(path: Path) -> Synthesis:
-    """The csynth.xml of Vitis HLS.
+    """Read the csynth.xml of Vitis HLS.
 
     Raises:
-        ConfigError: the file is damaged, or lacks a field; names both.
+        ConfigError: the file is damaged or lacks a field; the message names both.
     """
     try:
         root = ElementTree.fromstring(_read(path))
     except ElementTree.ParseError as error:
-        raise ConfigError(f"{path}: no XML: {error}") from error
+        raise ConfigError(f"{path}: not XML: {error}") from error
     top = _text(path, root, "UserAssignments/TopModelName")
     area = "AreaEstimates/Resources"
     dsp = "DSP" if root.find(f"{area}/DSP") is not None else "DSP48E"
-    resources = {
-        "dsp": _number(path, root, f"{area}/{dsp}"),
-        "bram36": _number(path, root, f"{area}/BRAM_18K") / 2,
-        "uram": _number(path, root, f"{area}/URAM"),
-        "lut": _number(path, root, f"{area}/LUT"),
-        "ff": _number(path, root, f"{area}/FF"),
-    }
+    resources = ChipResources(
+        dsp=_number(path, root, f"{area}/{dsp}"),
+        bram36=_number(path, root, f"{area}/BRAM_18K") / 2,
+        uram=_number(path, root, f"{area}/URAM"),
+        lut=_number(path, root, f"{area}/LUT"),
+        ff=_number(path, root, f"{area}/FF"),
+    )
     overall = "PerformanceEstimates/SummaryOfOverallLatency"
     bounds = [
         _count(path, root, f"{overall}/{side}-caseLatency", needed=True)
@@ -129,7 +137,7 @@ def read_synthesis(path: Path) -> Synthesis:
 
 
 def _loops(path: Path, root: ElementTree.Element, top: str) -> Iterator[Loop]:
-    """The loops of the top function and of its modules, inner ones after theirs."""
+    """The loops of the top function and of its modules; an inner loop follows its outer one."""
     modules = [(top, root)]
     for module in root.iterfind("ModuleInformation/Module"):
         modules.append((_text(path, module, "Name"), module))
@@ -150,7 +158,7 @@ def _loops(path: Path, root: ElementTree.Element, top: str) -> Iterator[Loop]:
             )
 
 
-_SITES = {
+_SITE_PATTERNS = {
     "lut": r"(?:CLB|Slice) LUTs\*?",
     "ff": r"(?:CLB|Slice) Registers",
     "bram36": r"Block RAM Tile",
@@ -159,16 +167,17 @@ _SITES = {
 }
 
 
-def read_utilization(path: Path) -> dict[str, float]:
-    """The used sites of Vivado's report_utilization, by the names of RESOURCES.
+def read_utilization(path: Path) -> ChipResources:
+    """Read the used sites of Vivado's report_utilization.
+
+    A chip without UltraRAM has no row for it: that counts as 0.
 
     Raises:
-        ConfigError: the file lacks a row or its number; names both. URAM may be missing: chips
-            without have no row.
+        ConfigError: the file lacks another row or its number; the message names both.
     """
     text = _read(path)
     found: dict[str, float] = {}
-    for name, site in _SITES.items():
+    for name, site in _SITE_PATTERNS.items():
         row = re.search(rf"^\|\s*{site}\s*\|\s*([^|\s]*)\s*\|", text, re.MULTILINE)
         if row is None and name == "uram":
             found[name] = 0.0
@@ -177,18 +186,18 @@ def read_utilization(path: Path) -> dict[str, float]:
         if row is None:
             raise ConfigError(f"{path}: no row {label}; is it a report of report_utilization?")
         found[name] = _as_number(path, label, row[1])
-    return found
+    return ChipResources(**found)
 
 
 def read_timing(path: Path) -> TimingSummary:
-    """The worst slacks of Vivado's report_timing_summary.
+    """Read the worst slacks of Vivado's report_timing_summary.
 
     Raises:
-        ConfigError: the file lacks the summary, or a slack is no number (a design without clock).
+        ConfigError: no summary, or a slack is not a number (a design without clock).
     """
     lines = _read(path).splitlines()
     for number, line in enumerate(lines):
-        # columns are two blanks or more apart
+        # two or more blanks separate the columns
         names = re.split(r"\s{2,}", line.strip())
         if names[0] != "WNS(ns)" or "WHS(ns)" not in names:
             continue
@@ -197,34 +206,26 @@ def read_timing(path: Path) -> TimingSummary:
         setup, hold = (
             _as_number(path, name, slacks.get(name, "nothing")) for name in ("WNS(ns)", "WHS(ns)")
         )
-        return TimingSummary(setup, hold)
+        return TimingSummary(setup, hold, met=setup >= 0 and hold >= 0)
     raise ConfigError(f"{path}: no Design Timing Summary with WNS(ns) and WHS(ns)")
 
 
 def compare(
-    estimate: Mapping[str, float],
-    synthesized: Mapping[str, float] | None = None,
-    placed: Mapping[str, float] | None = None,
+    estimate: ChipResources,
+    synthesized: ChipResources | None = None,
+    placed: ChipResources | None = None,
 ) -> list[Comparison]:
-    """Our estimate beside the reports, resource by resource.
-
-    Args:
-        estimate: any of RESOURCES.
-        synthesized: `Synthesis.resources`, or none.
-        placed: what `read_utilization` gives, or none.
-
-    Raises:
-        ConfigError: an estimate of something that is no resource.
-    """
-    unknown = [name for name in estimate if name not in RESOURCES]
-    if unknown:
-        raise ConfigError(f"no resource {', '.join(unknown)}; there are {', '.join(RESOURCES)}")
-    return [
-        Comparison(
-            name, estimate.get(name), (synthesized or {}).get(name), (placed or {}).get(name)
+    """Our estimate beside the reports of synthesis and of placement, resource by resource."""
+    rows = []
+    for name in RESOURCES:
+        estimated, after_synthesis, after_placement = (
+            None if amounts is None else getattr(amounts, name)
+            for amounts in (estimate, synthesized, placed)
         )
-        for name in RESOURCES
-    ]
+        latest = after_synthesis if after_placement is None else after_placement
+        error = None if estimated is None or not latest else estimated / latest - 1
+        rows.append(Comparison(name, estimated, after_synthesis, after_placement, error))
+    return rows
 
 
 def _read(path: Path) -> str:
@@ -258,7 +259,7 @@ def _number(path: Path, element: ElementTree.Element, field: str) -> float:
 def _count(
     path: Path, element: ElementTree.Element, field: str, needed: bool = False
 ) -> int | None:
-    """A whole number; None where the tool writes that it does not know."""
+    """A whole number of 0 or more; None where the tool prints "undef" or the like."""
     text = (element.findtext(field) or "").strip()
     if needed:
         text = _text(path, element, field)
@@ -276,20 +277,25 @@ def _pair(low: int | None, high: int | None) -> tuple[int, int] | None:
 
 def _parse_estimate(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
+    if name not in RESOURCES:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not a resource; there are {', '.join(RESOURCES)}"
+        )
     try:
         return name, float(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like dsp=1642") from None
+        raise argparse.ArgumentTypeError(
+            f"{value!r} of {name} is not a number; use the form {name}=1642"
+        ) from None
 
 
-def _lines(
-    synthesis: Synthesis | None, timing: TimingSummary | None, rows: Sequence[Comparison]
-) -> Iterator[str]:
-    """The report as text."""
+def _lines(summary: ReportSummary) -> Iterator[str]:
+    """The summary as text."""
+    synthesis, timing = summary.synthesis, summary.timing
     if synthesis is not None:
         yield (
             f"{synthesis.top} on {synthesis.part}, Vitis HLS {synthesis.version}: clock "
-            f"{synthesis.estimated_ns:g} ns estimated, {synthesis.target_ns:g} ns wanted"
+            f"{synthesis.estimated_ns:g} ns estimated, {synthesis.target_ns:g} ns required"
         )
         for loop in synthesis.loops:
             if loop.ii is not None:
@@ -300,7 +306,7 @@ def _lines(
             f"(setup), {timing.hold_ns:g} ns (hold)"
         )
     yield f"{'':8} {'estimated':>10} {'synthesized':>12} {'placed':>10} {'difference':>11}"
-    for row in rows:
+    for row in summary.resources:
         numbers = (row.estimated, row.synthesized, row.placed)
         a, b, c = ("-" if value is None else f"{value:g}" for value in numbers)
         error = "-" if row.error is None else f"{row.error:+.1%}"
@@ -308,14 +314,18 @@ def _lines(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the reports of a folder beside an estimate; reports that are not there are left out."""
+    """Print the reports of a folder beside an estimate; missing reports are left out."""
     parser = argparse.ArgumentParser(
         prog="python -m pynq_kgrc.accelerator.reports",
-        description=f"Lay {SYNTHESIS}, {UTILIZATION} and {TIMING} beside an estimate.",
+        description=f"Compare {SYNTHESIS}, {UTILIZATION} and {TIMING} with a resource estimate.",
     )
-    parser.add_argument("folder", type=Path, help="such as hls_src/build/8-sparse/reports")
     parser.add_argument(
-        "--design", help="a name, or the JSON file of a design, to be estimated (resources.py)"
+        "folder", type=Path, help="folder of the reports, such as hls_src/build/8-sparse/reports"
+    )
+    parser.add_argument(
+        "--design",
+        help="the design whose resources to estimate (resources.py): the name of a preset, or a "
+        ".json that explore -o wrote",
     )
     parser.add_argument(
         "--estimate",
@@ -323,31 +333,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="*",
         default=[],
         metavar="NAME=NUMBER",
-        help=f"your own, of {', '.join(RESOURCES)}",
+        help=f"your own estimate of {', '.join(RESOURCES)}",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable")
     chosen = parser.parse_args(arguments)
     folder: Path = chosen.folder
     paths = [folder / name for name in (SYNTHESIS, UTILIZATION, TIMING)]
     if not any(path.is_file() for path in paths):
-        raise ConfigError(f"{folder}: none of {', '.join(path.name for path in paths)} is there")
+        raise ConfigError(f"{folder}: there is none of {', '.join(path.name for path in paths)}")
     synthesis = read_synthesis(paths[0]) if paths[0].is_file() else None
     placed = read_utilization(paths[1]) if paths[1].is_file() else None
     timing = read_timing(paths[2]) if paths[2].is_file() else None
     estimate: dict[str, float] = {}
     if chosen.design is not None:
-        estimate = asdict(estimate_resources(read_design(chosen.design)))
-    estimate |= dict(chosen.estimate)
-    rows = compare(estimate, None if synthesis is None else synthesis.resources, placed)
+        modelled = estimate_resources(read_design(chosen.design))
+        estimate = dict(dsp=modelled.dsp, bram36=modelled.bram36, lut=modelled.lut)
+    rows = compare(
+        ChipResources(**(estimate | dict(chosen.estimate))),
+        None if synthesis is None else synthesis.resources,
+        placed,
+    )
+    summary = ReportSummary(synthesis, timing, rows)
     if chosen.json:
-        found = {
-            "synthesis": synthesis and asdict(synthesis),
-            "timing": timing and {**asdict(timing), "met": timing.met},
-            "resources": [{**asdict(row), "error": row.error} for row in rows],
-        }
-        print(json.dumps(found, indent=2))
+        print(msgspec.json.format(msgspec.json.encode(summary), indent=2).decode())
         return
-    for line in _lines(synthesis, timing, rows):
+    for line in _lines(summary):
         print(line)
 
 

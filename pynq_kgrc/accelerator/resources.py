@@ -1,8 +1,8 @@
-"""What a design of ours takes of a chip, by counting what hls_src instantiates.
+"""Modelled resources of a design of ours on a chip.
 
-Modelled, and never synthesized here: DSPs and block RAMs are counts of multipliers and memories as
-the sources write them down, LUTs the estimate of `paper.lut`, which is fitted to the published
-designs of the same array. `accelerator/reports.py` lays a synthesis report beside it.
+DSPs and block RAMs are counted from the multipliers and memories that hls_src instantiates. LUTs
+are the estimate `paper.lut`, which is fitted to the published designs of the same array. No design
+was synthesized here; `accelerator/reports.py` compares the estimate with a synthesis report.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pynq_kgrc.accelerator import paper
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.quant import ceil_div
+from pynq_kgrc.quant import ACCUMULATOR_BITS, ceil_div
 
 PACKED = {16: (1, 1), 8: (2, 1), 4: (2, 2)}
-"""Filters and output positions that share one DSP (hls_src/dot.h)."""
+"""By bit width: (filters, output positions) that share one DSP (hls_src/dot.h)."""
 
 DSP_PER_SCALE = 3
-"""A sum of up to 48 bits times 15 bits is two DSPs, the shortcut's 17 by 15 bits one (post.cpp)."""
+"""Two for a sum of up to 48 bits times 15 bits, one for the shortcut's 17 by 15 (post.cpp)."""
 
 DSP_OF_ADDRESSES = 32
-"""Products of tile sizes and pitches, over all processes; an allowance, not a count."""
+"""DSPs for products of tile sizes and pitches in all processes; an allowance, not a count."""
 
 BRAM36_OF_PORTS = 30
-"""Buffers of the eight memory ports and of the streams between processes; an allowance."""
+"""Block RAMs for the eight memory ports and the streams between processes; an allowance."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Resources:
     lut: int
 
     def share(self, board: Board) -> float:
-        """The largest share that it takes of any of them."""
+        """The largest of the three shares of a board, 1 = all of it."""
         return max(self.dsp / board.dsp, self.bram36 / board.bram36, self.lut / board.lut)
 
 
 def estimate_resources(config: AcceleratorConfig) -> Resources:
-    """Resources of a design, modelled.
+    """Modelled resources of a design.
 
-    The array has T_M/G_M groups of P_M G_M/T_M rows, P_F positions, P_K columns, T_N channels,
-    packed as hls_src/dot.h packs them. A region of 1024 rows lies in two halves, in as many
-    copies as two ports a bank need, and P_F banks of T_N codes; the sums in two halves of
-    T_M x P_F banks.
+    The array multiplies T_M/G_M groups of P_M G_M/T_M rows, P_F positions, P_K columns and T_N
+    channels, packed into DSPs as in hls_src/dot.h. The input buffer has two halves. Each half has
+    P_F banks of 1024 vectors of T_N codes, in as many copies as the reads per trip need at two
+    ports a bank. The sums have two halves of T_M x P_F banks.
     """
     filters, positions = PACKED[config.bits]
     products = config.groups_per_tile * ceil_div(config.rows_per_cycle, filters)
@@ -57,7 +57,7 @@ def estimate_resources(config: AcceleratorConfig) -> Resources:
     region = copies * config.pf * bram36(config.tn * config.bits, config.region_rows, True)
     sums = config.tm * config.pf
     sums_each = bram36(
-        48 if config.bits == 16 else 32, config.filter_tiles * config.feature_rows, False
+        ACCUMULATOR_BITS[config.bits], config.filter_tiles * config.feature_rows, False
     )
     pooled = scales * bram36(16, config.features, True)
     return Resources(
@@ -68,10 +68,10 @@ def estimate_resources(config: AcceleratorConfig) -> Resources:
 
 
 def bram36(bits: int, rows: int, both_ports: bool) -> float:
-    """36-kbit block RAMs, in halves, of a memory of `rows` words (UG573, RAMB18E2 shapes).
+    """36-kbit block RAMs, in halves, of a memory of `rows` x `bits` (UG573, RAMB18E2 shapes).
 
-    A half holds 512 words of 36 bits with one reading and one writing port, or 1024 of 18 with
-    two that do both. Up to 64 words are LUT RAM.
+    A half holds 512 x 36 bits with one read port and one write port, or 1024 x 18 bits with two
+    ports that read and write (`both_ports`). A memory of up to 64 rows is made of LUTs.
     """
     if rows <= 64:
         return 0.0

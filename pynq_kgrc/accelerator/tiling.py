@@ -1,6 +1,7 @@
-"""The geometry of a task on the accelerator: output tiles, their input regions, and memory beats.
+"""Geometry of a task on the accelerator: output tiles, their input regions, and memory beats.
 
-The hardware (hls_src/plan.cpp) does the same arithmetic; the cost model and the backends read it.
+hls_src/plan.cpp computes the same numbers in hardware. The cost model and the backends use this
+module.
 """
 
 from __future__ import annotations
@@ -12,85 +13,145 @@ from functools import lru_cache
 from itertools import product
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.plan import Item
+from pynq_kgrc.accelerator.plan import Item, plan_convolution, plan_pool
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ConvShape, Size, WindowShape
-from pynq_kgrc.quant import ceil_div, packed_bytes
+from pynq_kgrc.quant import Array, ceil_div, packed_bytes
 
 NO_POOL: Size = (1, 1, 1)
 
 MIN_FEATURE_ROWS = 4
-"""Trips between two visits of a sum, for its read, add and write."""
+"""Fewest trips from one visit of a partial sum to the next: it is read, added to and written."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A task as the array sees it: its windows, the tile, and how much there is for each item."""
+    """A task as the array executes it: its window, its output tile, its plan."""
 
     shape: WindowShape
     out_size: Size
-    """Outputs that are computed; those that a fused pool drops are not."""
+    """Outputs that are computed; outputs that a fused pool drops are not."""
     pool: Size
+    """Window of the pool that is fused into the task, or `NO_POOL`."""
     tile: Size
-    words: int
-    """Words of weights of an item: tap tiles x column blocks x row blocks; taps of a pool."""
+    """T_D, T_H, T_W of this task, before a fused pool."""
+    weight_words: int
+    """Weight words of an item: tap tiles x column steps x row steps; of a pool, its taps."""
     items: tuple[Item, ...]
+    """The plan of one output tile (`plan.plan_convolution`)."""
     columns: int
-    """Columns of weights of a word, P_K at most; 0 of a pool."""
+    """Columns in a weight word, P_K at most; 0 for a pool."""
     shortcut: bool = False
+    """Whether another map is added to the result."""
     wide: bool = False
-    """Whether the output has 16 bits in a design of fewer."""
+    """Whether the output has 16 bits on a design of 8 or 4 bits."""
 
     @property
     def chunks(self) -> int:
-        """Chunks of weights of a pass: a word of one group each."""
+        """Chunks of weights of one output tile; a chunk is one group's share of a weight word."""
         if not self.columns:
             return 0
-        return sum(item.mask.bit_count() for item in self.items) * self.words
+        return sum(item.mask.bit_count() for item in self.items) * self.weight_words
 
     def chunk_beats(self, config: AcceleratorConfig) -> int:
-        """Beats of a chunk: rows x columns x T_N codes."""
+        """Beats of the weight port for a chunk of rows x columns x T_N codes."""
         bits = config.rows_per_cycle * self.columns * config.tn * config.bits
         return ceil_div(bits, 64 * config.weight_port_words)
 
 
+def convolution_work(
+    config: AcceleratorConfig,
+    shape: ConvShape,
+    kr: int,
+    kc: int,
+    enabled: Array,
+    pool: Size = NO_POOL,
+    *,
+    shortcut: bool = False,
+    wide: bool = False,
+    name: str = "layer",
+) -> Work:
+    """How the array executes a convolution whose groups keep `kr` rows and `kc` columns a tap tile.
+
+    `enabled` is bool [P, Q], False for kernel groups without weights; `pool` is the window of a
+    pool that is fused into the convolution; `name` is the layer's, for the error message.
+
+    Raises:
+        CompileError: the buffers do not hold the smallest tile.
+    """
+    words = conv_words(config, shape, kr, kc)
+    # one loading of a region serves all filter tiles that are held at once
+    held = min(config.filter_tiles, ceil_div(shape.filters, config.tm))
+    return Work(
+        shape=shape,
+        out_size=pooled_size(shape, pool),
+        pool=pool,
+        tile=tile_size(config, shape, pool, held * words, name),
+        weight_words=words,
+        items=tuple(plan_convolution(config, enabled, shape.filters)),
+        columns=min(config.pk, kc),
+        shortcut=shortcut,
+        wide=wide,
+    )
+
+
+def pool_work(
+    config: AcceleratorConfig, shape: WindowShape, *, wide: bool = False, name: str = "layer"
+) -> Work:
+    """How the array executes a pool that is a task of its own.
+
+    Raises:
+        CompileError: the buffers do not hold the smallest tile.
+    """
+    return Work(
+        shape=shape,
+        out_size=shape.out_size,
+        pool=NO_POOL,
+        tile=tile_size(config, shape, NO_POOL, shape.taps, name),
+        weight_words=shape.taps,
+        items=tuple(plan_pool(config, shape.channels)),
+        columns=0,
+        wide=wide,
+    )
+
+
 def beats_of_row(config: AcceleratorConfig, width: int) -> int:
-    """Beats of a row of a map, which is filled up to whole ones."""
+    """Beats of a row of a map; a row is padded to whole beats."""
     return ceil_div(width, config.port_positions)
 
 
 def map_beats(config: AcceleratorConfig, channels: int, size: Size) -> int:
-    """Beats of a map [channels / T_N][D][H][W / B][B][T_N]."""
+    """Beats of a map `[channels / T_N][D][H][W / B][B][T_N]`."""
     return ceil_div(channels, config.tn) * size[0] * size[1] * beats_of_row(config, size[2])
 
 
 def conv_words(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) -> int:
-    """Words of weights of an item: tap tiles x column blocks x row blocks (eq. 16)."""
+    """Weight words of an item: tap tiles x column steps x row steps (KGRC paper, eq. 16)."""
     tap_tiles = ceil_div(shape.taps, config.group_size.columns(shape.taps))
     return tap_tiles * ceil_div(kc, config.pk) * ceil_div(kr, config.rows_per_cycle)
 
 
 def weight_bytes(
-    config: AcceleratorConfig, shape: ConvShape, rows: int, cols: int, enabled: int
+    config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int, enabled: int
 ) -> int:
-    """Bytes of a layer's compact weights, indices and block-enable bits, without any filling up.
+    """Bytes of a layer's kept weights, indices and group-enable bits, without padding.
 
-    An index takes a byte and is stored only where the axis is not dense; a group has one
-    enable bit.
+    An index takes a byte and is stored only where rows (columns) were pruned; each group has one
+    enable bit. `enabled` is the number of enabled groups among all P x Q.
     """
     p, q, t = config.group_size.counts(shape.filters, shape.channels, shape.taps)
     gk = config.group_size.columns(shape.taps)
-    values = packed_bytes(enabled * t * rows * config.tn * cols, config.bits)
-    row_indices = enabled * rows if rows < config.gm else 0
-    col_indices = enabled * t * cols if cols < gk else 0
-    return values + row_indices + col_indices + -(-p * q // 8)
+    values = packed_bytes(enabled * t * kr * config.tn * kc, config.bits)
+    row_indices = enabled * kr if kr < config.gm else 0
+    col_indices = enabled * t * kc if kc < gk else 0
+    return values + row_indices + col_indices + ceil_div(p * q, 8)
 
 
 # ---- tiles ----------------------------------------------------------------------------------
 
 
 def pooled_size(shape: WindowShape, pool: Size) -> Size:
-    """Outputs that are computed: whole windows of a fused pool."""
+    """Outputs that are computed before a fused pool: whole windows of the pool only."""
     d, h, w = (o // p * p for o, p in zip(shape.out_size, pool, strict=True))
     return d, h, w
 
@@ -103,17 +164,18 @@ def tile_size(
     words: int = 1,
     what: str = "layer",
 ) -> Size:
-    """T_D, T_H, T_W of a layer: of the tiles that the buffers hold the one with the fewest trips.
+    """T_D, T_H, T_W of a layer: the tile with the fewest trips among those that fit the buffers.
 
-    Its width is the map's or a multiple of what a memory port moves at once; each axis holds whole
-    windows of a fused pool. `words` is what the array does with one region.
+    The tile's width is the map's, or a multiple of a beat's positions. Each axis holds whole
+    windows of a fused pool. The array uses one region for `words` weight words; `what` names the
+    layer in the error message.
 
     Raises:
-        CompileError: not even one output position fits; `what` names the layer.
+        CompileError: not even the smallest tile fits.
     """
     out = pooled_size(shape, pool)
     step = (pool[0], pool[1], pool[2] * config.port_positions)
-    depths, heights, widths = (_lengths(out[axis], step[axis]) for axis in range(3))
+    depths, heights, widths = (_tile_lengths(out[axis], step[axis]) for axis in range(3))
     best, fewest = None, math.inf
     for tile in product(depths, heights, widths):
         if math.prod(tile) > config.features:
@@ -121,10 +183,10 @@ def tile_size(
         if region_footprint(config, shape, tile) > config.input_positions:
             continue
         trips = 0
-        for count, extent in _kinds(out, tile):
-            rows = max(MIN_FEATURE_ROWS, ceil_div(math.prod(extent), config.pf))
-            load = region_words(config, shape, extent, (0, 0, 0))
-            trips += count * max(rows * words, load)
+        for count, extent in _count_extents(out, tile):
+            sums = max(MIN_FEATURE_ROWS, ceil_div(math.prod(extent), config.pf))
+            load = region_trips(config, shape, extent, (0, 0, 0))
+            trips += count * max(sums * words, load)
         if trips < fewest:
             best, fewest = tile, trips
     if best is None:
@@ -139,10 +201,11 @@ def tile_size(
 
 
 def region_footprint(config: AcceleratorConfig, shape: WindowShape, tile: Size) -> int:
-    """Positions of the input buffer that the region of an output tile takes.
+    """Positions of the input buffer that the region of an output tile occupies.
 
-    It is cut into phases of the stride; its rows and planes are filled up until P_F neighbouring
-    outputs lie in P_F banks (make_tile in hls_src/plan.cpp).
+    The region is stored as stride phases: inputs that are a stride apart become neighbours. Rows
+    and planes are padded until P_F neighbouring outputs read from P_F different banks
+    (make_tile in hls_src/plan.cpp).
     """
     pf = config.pf
     depth, height, width = (
@@ -156,19 +219,21 @@ def region_footprint(config: AcceleratorConfig, shape: WindowShape, tile: Size) 
     return phases * depth * plane
 
 
-def _lengths(size: int, step: int) -> list[int]:
-    """Lengths of tiles along an axis: the whole, and multiples of `step` that share it out."""
+def _tile_lengths(size: int, step: int) -> list[int]:
+    """Tile lengths to try along an axis, longest first: `size`, and shares of it in whole steps."""
     shares = {ceil_div(size, n * step) * step for n in range(1, size + 1)}
     return sorted({size} | {length for length in shares if length < size}, reverse=True)
 
 
-def _kinds(out: Size, tile: Size) -> Iterator[tuple[int, Size]]:
-    """How many tiles there are of each extent; those at the far edges are clipped."""
-    along = []
+def _count_extents(out: Size, tile: Size) -> Iterator[tuple[int, Size]]:
+    """(count, extent) of the tiles of a map; tiles at the far edges are clipped."""
+    per_axis = []
     for size, length in zip(out, tile, strict=True):
         whole, rest = divmod(size, length)
-        along.append([(n, extent) for n, extent in ((whole, length), (1, rest)) if n and extent])
-    for (a, d), (b, h), (c, w) in product(*along):
+        per_axis.append(
+            [(count, extent) for count, extent in ((whole, length), (1, rest)) if count and extent]
+        )
+    for (a, d), (b, h), (c, w) in product(*per_axis):
         yield a * b * c, (d, h, w)
 
 
@@ -183,39 +248,50 @@ def tiles(out: Size, tile: Size) -> Iterator[tuple[Size, Size]]:
 # ---- regions --------------------------------------------------------------------------------
 
 
-def region_words(config: AcceleratorConfig, shape: WindowShape, extent: Size, first: Size) -> int:
-    """Words that fill the region of a tile, padding included."""
-    rows = len(_rows(shape, 0, extent[0])) * len(_rows(shape, 1, extent[1]))
-    return rows * len(_beats(config, shape, first[2], extent[2])) * _parts(config, shape)
+def region_trips(config: AcceleratorConfig, shape: WindowShape, extent: Size, first: Size) -> int:
+    """Trips that write the region of a tile into the input buffer, its zero padding included."""
+    rows = len(_row_offsets(shape, 0, extent[0])) * len(_row_offsets(shape, 1, extent[1]))
+    beats = len(_beat_range(config, shape, first[2], extent[2]))
+    return rows * beats * _trips_per_beat(config, shape)
 
 
 def region_beats(config: AcceleratorConfig, shape: WindowShape, extent: Size, first: Size) -> int:
-    """Beats of those words that are read from memory: the ones inside the map."""
+    """Beats of the region of a tile that are read from memory: those inside the map."""
     inside = []
     for axis in (0, 1):
         begin = first[axis] * shape.stride[axis] - shape.pad_before[axis]
-        rows = _rows(shape, axis, extent[axis])
-        inside.append(sum(0 <= begin + row < shape.in_size[axis] for row in rows))
+        offsets = _row_offsets(shape, axis, extent[axis])
+        inside.append(sum(0 <= begin + offset < shape.in_size[axis] for offset in offsets))
     limit = beats_of_row(config, shape.in_size[2])
-    beats = sum(0 <= beat < limit for beat in _beats(config, shape, first[2], extent[2]))
+    beats = sum(0 <= beat < limit for beat in _beat_range(config, shape, first[2], extent[2]))
     return inside[0] * inside[1] * beats
 
 
-def _rows(shape: WindowShape, axis: int, extent: int) -> list[int]:
-    """Offsets of the rows of a region along depth or height; some lie between the windows."""
+def _row_offsets(shape: WindowShape, axis: int, extent: int) -> list[int]:
+    """Input positions along depth or height that `extent` outputs read, from the first on.
+
+    Positions between two windows (kernel smaller than stride) are left out.
+    """
     kernel, stride = shape.kernel[axis], shape.stride[axis]
     if kernel < stride:
         return [i * stride + k for i in range(extent) for k in range(kernel)]
     return list(range((extent - 1) * stride + kernel))
 
 
-def _beats(config: AcceleratorConfig, shape: WindowShape, first: int, extent: int) -> range:
-    """Beats along the width of a region, counted from the start of the map's row."""
+def _beat_range(config: AcceleratorConfig, shape: WindowShape, first: int, extent: int) -> range:
+    """Beats along the width that `extent` outputs from `first` on read; 0 starts the map's row.
+
+    Beats below 0 or past the end of the row are padding.
+    """
     begin = first * shape.stride[2] - shape.pad_before[2]
     end = begin + (extent - 1) * shape.stride[2] + shape.kernel[2] - 1
     return range(begin // config.port_positions, end // config.port_positions + 1)
 
 
-def _parts(config: AcceleratorConfig, shape: WindowShape) -> int:
-    """Words of a beat: with a stride of 3 or more it could meet one bank three times."""
+def _trips_per_beat(config: AcceleratorConfig, shape: WindowShape) -> int:
+    """Trips that write one beat into the banks of the input buffer.
+
+    A bank has two ports. With a stride of 3 or more, three positions of a beat can fall
+    into one bank, so that a beat is written two positions at a time.
+    """
     return ceil_div(config.port_positions, 2) if shape.stride[2] > 2 else 1

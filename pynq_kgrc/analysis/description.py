@@ -1,48 +1,63 @@
-"""What a program holds, as plain data for a person or another program to read."""
+"""Describes a program: a document for a person or another program to read."""
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
 
-from pynq_kgrc.program import ConvTask, Program
+from pynq_kgrc.analysis.documents import (
+    FidelityDescription,
+    ProgramDescription,
+    TaskDescription,
+)
+from pynq_kgrc.analysis.fidelity import Fidelity
+from pynq_kgrc.program import ConvTask, Program, Task
 
 
-def describe(program: Program) -> dict[str, Any]:
-    """What a program holds, as plain data: sizes in bytes, operations in MACs."""
-    tasks = []
-    for task in program.tasks:
-        row: dict[str, Any] = {
-            "name": task.name,
-            "in": [task.shape.channels, *task.shape.in_size],
-            "out": [task.shape.out_channels, *task.out_size],
-            "kernel": list(task.shape.kernel),
-            "stride": list(task.shape.stride),
-        }
-        if isinstance(task, ConvTask):
-            config = program.config
-            kr, kc = task.weights.kept
-            row["mode"] = task.weights.mode(config.gm, program.group_columns(task))
-            row["kept_rows"], row["kept_columns"] = kr, kc
-            row["macs_dense"], row["macs_kept"] = task.shape.macs, task.kept_macs
-            row["weight_bytes"] = program.weight_bytes(task)
-            row["rides"] = [w for w in ("shortcut", "pool") if getattr(task, w) is not None]
-        else:
-            row["mode"] = "average pool" if task.average else "max pool"
-        tasks.append(row)
-    dense = sum(row.get("macs_dense", 0) for row in tasks)
-    kept = sum(row.get("macs_kept", 0) for row in tasks)
-    clip = program.clip
-    return {
-        "name": program.name,
-        "format_version": program.version,
-        "accelerator": program.config.name,
-        "accelerator_digest": program.config.digest,
-        "bits": program.config.bits,
-        "clip": {"frames": clip.frames, "height": clip.height, "width": clip.width},
-        "classes": len(program.labels),
-        "activation_peak_bytes": program.arena_bytes,
-        "weight_bytes": sum(row.get("weight_bytes", 0) for row in tasks),
-        "macs_dense": dense,
-        "macs_kept": kept,
-        "tasks": tasks,
-    }
+def describe(program: Program) -> ProgramDescription:
+    """Describe a program and its tasks."""
+    convolutions = [task for task in program.tasks if isinstance(task, ConvTask)]
+    return ProgramDescription(
+        name=program.name,
+        format_version=program.version,
+        accelerator=program.config.name,
+        accelerator_digest=program.config.digest,
+        bits=program.config.bits,
+        clip=program.clip,
+        classes=len(program.labels),
+        activation_peak_bytes=program.arena_bytes,
+        weight_bytes=sum(map(program.weight_bytes, convolutions)),
+        macs_dense=sum(task.shape.macs for task in convolutions),
+        macs_kept=sum(task.kept_macs for task in convolutions),
+        tasks=tuple(_describe_task(program, task) for task in program.tasks),
+    )
+
+
+def _describe_task(program: Program, task: Task) -> TaskDescription:
+    shape = task.shape
+    pool = TaskDescription(
+        name=task.name,
+        in_=[shape.channels, *shape.in_size],
+        out=[shape.out_channels, *task.out_size],
+        kernel=list(shape.kernel),
+        stride=list(shape.stride),
+        mode="max pool",
+    )
+    if not isinstance(task, ConvTask):
+        return msgspec.structs.replace(pool, mode="average pool") if task.average else pool
+    kr, kc = task.weights.kept
+    return msgspec.structs.replace(
+        pool,
+        mode=task.weights.mode(program.config.gm, program.group_columns(task)),
+        kept_rows=kr,
+        kept_columns=kc,
+        macs_dense=task.shape.macs,
+        macs_kept=task.kept_macs,
+        weight_bytes=program.weight_bytes(task),
+        rides=[part for part in ("shortcut", "pool") if getattr(task, part) is not None],
+    )
+
+
+def describe_fidelity(report: Fidelity) -> FidelityDescription:
+    """The document of a fidelity report, signal to noise rounded to 0.1 dB."""
+    snr_db = {task.task: round(task.snr_db, 1) for task in report.tasks}
+    return FidelityDescription(report.clips, report.agreeing, snr_db)

@@ -1,13 +1,14 @@
-"""How close a program is to the float network it came from, measured on clips."""
+"""The error of a program against the float network that it was compiled from, on some clips."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from pynq_kgrc.graph import Graph, Layer, run_float
+from pynq_kgrc.graph import ADD, Graph, Layer, run_float
 from pynq_kgrc.program import ConvTask, Program, Task
 from pynq_kgrc.quant import Array
 from pynq_kgrc.runtime import Session
@@ -15,31 +16,34 @@ from pynq_kgrc.runtime import Session
 
 @dataclass(frozen=True)
 class TaskFidelity:
-    """How one task's output compares with the float tensor it stands for."""
+    """The quantization error of one task's output."""
 
     task: str
     bits: int
     snr_db: float
-    """10 log10 of the power of the float tensor over that of the difference, over all clips."""
+    """Signal to noise: 10 log10 of the float tensor's power over that of the error, all clips."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The report of `measure_fidelity`."""
+    """The result of `measure_fidelity`."""
 
     tasks: tuple[TaskFidelity, ...]
     clips: int
     agreeing: int
-    """Clips on which both name the same first label."""
+    """Clips on which program and float network have the same most probable class."""
 
 
 def measure_fidelity(graph: Graph, program: Program, clips: Iterable[Array]) -> Fidelity:
     """Run clips through the float graph and the program, and compare task by task.
 
     Args:
-        graph: the float graph that `program` was compiled from.
-        program: what to judge; it runs on the emulation.
-        clips: uint8 frames [D, H, W, 3].
+        graph: the graph that `program` was compiled from; its float weights are used.
+        program: runs on the emulation.
+        clips: uint8 frames [D, H, W, 3] of each clip.
+
+    Raises:
+        ProgramError: frames of another shape or type than `program.clip`.
     """
     wanted = {task.name: written_tensor(graph, task) for task in program.tasks}
     signal: dict[str, float] = {}
@@ -68,7 +72,7 @@ def measure_fidelity(graph: Graph, program: Program, clips: Iterable[Array]) -> 
         TaskFidelity(
             task.name,
             task.out.bits,
-            10 * np.log10(max(signal[task.name], 1e-30) / max(noise[task.name], 1e-30)),
+            10 * math.log10(max(signal[task.name], 1e-30) / max(noise[task.name], 1e-30)),
         )
         for task in program.tasks
         if task.name in signal
@@ -77,15 +81,18 @@ def measure_fidelity(graph: Graph, program: Program, clips: Iterable[Array]) -> 
 
 
 def written_tensor(graph: Graph, task: Task) -> str | None:
-    """The graph's tensor that a task writes: its own, or that of what rides on it."""
+    """The graph's tensor that a task writes: that of the last layer fused into it, or None.
+
+    None: the task is a copy that the compiler inserted.
+    """
     names = {layer.name for layer in graph.layers}
     if task.name not in names:
-        return None  # a copy that the compiler put in
+        return None
     name = task.name
     if isinstance(task, ConvTask):
-        riders = int(task.shortcut is not None and graph[name].op != "add")
-        riders += int(task.pool is not None)
-        for _ in range(riders):
+        fused = int(task.shortcut is not None and graph[name].op != ADD)
+        fused += int(task.pool is not None)
+        for _ in range(fused):
             (reader,) = graph.consumers(name)
             name = reader.name
     return name

@@ -1,4 +1,4 @@
-"""Pictures for notebooks and commands, with matplotlib; every function returns a Figure."""
+"""Plots for notebooks and commands, with matplotlib. Every function returns a Figure."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PROCESSES = {
     "store": "tab:purple",
     "plan": "tab:gray",
 }
-"""The colour of each process that may be the slowest."""
+"""Colour of each process of the accelerator that can bound a task."""
 
 MOST_GROUPS = (4, 6)
-"""Kernel groups along filters and channels that a picture shows."""
+"""The most kernel groups that `plot_groups` shows, along filters and along channels."""
 
 
 def plot_labels(prediction: Prediction) -> Figure:
-    """Bars of the best labels."""
+    """A bar for the probability of each label of a prediction."""
     names = [each.label for each in prediction.labels]
     confidences = [each.confidence for each in prediction.labels]
     figure = Figure(figsize=(6, 0.4 * len(names) + 0.8), layout="constrained")
@@ -48,11 +48,11 @@ def plot_labels(prediction: Prediction) -> Figure:
 
 
 def plot_timeline(found: Sequence[tuple[Clip, Prediction]], top: int = 4) -> Figure:
-    """Probabilities over a video: a step for each of its windows, a line for each of its labels.
+    """Probabilities over the time of a video: a line per label, a step per window.
 
     Args:
-        found: windows in order with what was seen in them.
-        top: lines to draw, those that are likely the longest.
+        found: the windows in order, each with its prediction.
+        top: number of lines: the labels with the highest sum of probabilities.
     """
     confidences = [{e.label: e.confidence for e in prediction.labels} for _, prediction in found]
     total: Counter[str] = Counter()
@@ -77,7 +77,7 @@ def plot_timeline(found: Sequence[tuple[Clip, Prediction]], top: int = 4) -> Fig
 
 
 def plot_layers(layers: Sequence[LayerTime]) -> Figure:
-    """Modelled cycles of each task, coloured by what binds it, and what was counted."""
+    """Modelled cycles of each task, coloured by the process that bounds it; counted trips."""
     figure = Figure(figsize=(8, 0.3 * len(layers) + 1.2), layout="constrained")
     axes = figure.subplots()
     for process, color in PROCESSES.items():
@@ -100,7 +100,7 @@ def plot_layers(layers: Sequence[LayerTime]) -> Figure:
 def plot_roofline(
     layers: Sequence[LayerTime], config: AcceleratorConfig, board: Board, clock_mhz: float = 150.0
 ) -> Figure:
-    """Modelled rates against traffic, under the array's peak and the memory's."""
+    """A roofline: modelled rate against intensity, below the peaks of the array and the memory."""
     peak = macs_a_cycle(config)
     slope = board.ddr_bytes_per_second / (clock_mhz * 1e6)
     layers = [each for each in layers if each.cost.macs]  # pools multiply nothing
@@ -122,9 +122,9 @@ def plot_roofline(
 
 
 def plot_groups(weight: Array, size: GroupSize, title: str = "") -> Figure:
-    """Which rows and columns the first kernel groups of a weight [M, N, ...] keep.
+    """The rows and columns that the first kernel groups of a weight [M, N, ...] keep.
 
-    Filters go down and taps to the right, for one channel tile after the other; white is pruned.
+    Filters go down, taps go to the right, one channel tile after the other. White is pruned.
     """
     cut = split(weight.reshape(weight.shape[0], weight.shape[1], -1), size)
     kept = np.any(cut != 0, axis=4)[: MOST_GROUPS[0], : MOST_GROUPS[1], 0]
@@ -144,7 +144,7 @@ def plot_groups(weight: Array, size: GroupSize, title: str = "") -> Figure:
 
 
 def plot_fidelity(found: Mapping[str, Fidelity]) -> Figure:
-    """Signal to noise of each task of some programs, in dB."""
+    """Signal to noise of each task in dB, a line per program."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, report in found.items():
@@ -157,7 +157,7 @@ def plot_fidelity(found: Mapping[str, Fidelity]) -> Figure:
 
 
 def plot_speedups(milliseconds: Mapping[str, float]) -> Figure:
-    """Modelled milliseconds of some programs, and how much faster than the first each is."""
+    """Modelled milliseconds of some programs, each with its speedup over the first."""
     first = next(iter(milliseconds.values()))
     figure = Figure(figsize=(6, 0.45 * len(milliseconds) + 0.9), layout="constrained")
     axes = figure.subplots()
@@ -176,7 +176,7 @@ def plot_designs(
     clock_mhz: float,
     share: float,
 ) -> Figure:
-    """Modelled latency against DSPs, the Pareto front, and the design that the programs have."""
+    """Modelled latency against DSPs, with the Pareto front and the design of the programs."""
     front = pareto_front(c for c in candidates if c.resources.share(board) <= share)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -200,7 +200,7 @@ def _places(candidates: Iterable[Candidate]) -> tuple[list[int], list[float]]:
 
 
 def plot_power(recordings: Mapping[str, Recording]) -> Figure:
-    """Measured watts of every rail over time, one picture for each recording."""
+    """Measured watts of every rail over time, one plot per recording."""
     figure = Figure(figsize=(8, 2.6 * len(recordings)), layout="constrained")
     all_axes = figure.subplots(len(recordings), 1, squeeze=False)[:, 0]
     for axes, (name, recording) in zip(all_axes, recordings.items(), strict=True):

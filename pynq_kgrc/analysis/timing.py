@@ -1,4 +1,4 @@
-"""Where the time of a program goes: what is modelled of each task, beside what a device counted."""
+"""Where the time of a program goes: the modelled cycles of each task, beside counted ones."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from pynq_kgrc.program import ConvTask, Program
 
 @dataclass(frozen=True)
 class LayerTime:
-    """A task on its accelerator."""
+    """Modelled and counted cycles of one task."""
 
     name: str
     cost: Cost
-    """Modelled: trips of each process, of which the longest counts."""
+    """Modelled trips of each process; the slowest process sets the cycles."""
     traffic: int
-    """Modelled bytes to and from memory."""
+    """Modelled bytes from and to memory."""
     counted: int | None
-    """Trips of the array that a device or the C-simulation counted."""
+    """Trips of the array that a device or the C-simulation counted; None without a run there."""
 
     @property
     def intensity(self) -> float:
-        """Multiply-accumulates for each byte of traffic."""
+        """Modelled multiply-accumulates per byte of traffic."""
         return self.cost.macs / self.traffic
 
     @property
     def rate(self) -> float:
-        """Modelled multiply-accumulates for each cycle."""
+        """Modelled multiply-accumulates per cycle."""
         return self.cost.macs / self.cost.cycles
 
 
 def time_layers(program: Program, counters: Sequence[Counters] = ()) -> list[LayerTime]:
-    """The tasks of a program, with the counters of a run of it where there are any."""
+    """The modelled time of each task of a program; `counters` of a run add the counted trips."""
     counted = {each.task: each.cycles for each in counters}
     found = []
     for task in program.tasks:
@@ -52,15 +52,15 @@ def time_layers(program: Program, counters: Sequence[Counters] = ()) -> list[Lay
 
 
 def modelled_ms(program: Program, clock_mhz: float = 150.0) -> float:
-    """Modelled milliseconds of one clip: the tasks one after the other."""
+    """Modelled milliseconds for one clip at `clock_mhz`: the tasks run one after the other."""
     return sum(layer.cost.cycles for layer in time_layers(program)) / (clock_mhz * 1e3)
 
 
 def network_of(program: Program) -> Network:
-    """What the search for designs has to know of a program.
+    """The convolutions of a program, for the search of designs.
 
     Raises:
-        ConfigError: it has no convolution with a map.
+        ConfigError: the program has no convolution whose output is larger than one position.
     """
     kept = [
         (task.shape, *task.weights.kept)

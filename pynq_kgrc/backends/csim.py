@@ -1,7 +1,7 @@
-"""The C-simulation: the very sources that Vitis HLS takes, built with g++ and run on this host.
+"""The C-simulation: the HLS sources, built with g++ as a shared library and run on this host.
 
-The sources come from `hls_src` in or beside the package, or from where KGRC_HLS_SRC points.
-Libraries are kept by a digest of sources, design and flags.
+The sources come from `hls_src` in or beside the package, or from the folder that KGRC_HLS_SRC
+names. A library is cached under a digest of sources, design and flags.
 """
 
 from __future__ import annotations
@@ -42,19 +42,22 @@ from pynq_kgrc.places import find_folder, user_cache
 from pynq_kgrc.program import Program, Slot
 from pynq_kgrc.quant import Array, ceil_div
 
-SOURCES = ("top.cpp", "plan.cpp", "memory.cpp", "compute.cpp", "post.cpp")
+SOURCES = (
+    *("top.cpp", "plan.cpp", "memory.cpp", "decode.cpp"),
+    *("compute.cpp", "post.cpp", "pool.cpp"),
+)
 
 FAST = ("-O3", "-march=native", "-DKGRC_PLAIN")
-"""Plain integer types, as fast as this host can."""
+"""Flags for plain integer types and all instructions of this host."""
 
 BUILD_SECONDS = 600
 
 
 def source_folder() -> Path:
-    """Where the HLS sources lie.
+    """The folder of the HLS sources.
 
     Raises:
-        DeviceError: nowhere; says how to point at them.
+        DeviceError: there are none; the message says how to name their folder.
     """
     named = os.environ.get("KGRC_HLS_SRC")
     folder = Path(named) if named else find_folder("hls_src")
@@ -67,10 +70,10 @@ def source_folder() -> Path:
 
 
 def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> Path:
-    """The shared library of a design; built if there is none of these sources and flags.
+    """The shared library of a design, from the cache or built now.
 
     Raises:
-        DeviceError: no compiler, or it refuses; its first words are told.
+        DeviceError: no compiler, or it fails; the message begins with what it printed.
     """
     folder = source_folder()
     header = config_header(config)
@@ -102,7 +105,7 @@ def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> P
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """The processor's features: a library built with -march=native depends on them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -111,7 +114,7 @@ def _processor() -> str:
 
 
 class CSimulation(Loaded):
-    """The accelerator `config` as its own C++ sources, compiled for this host."""
+    """The accelerator `config`, simulated by its own C++ sources."""
 
     name = "csim"
     exclusive = False
@@ -119,13 +122,13 @@ class CSimulation(Loaded):
     def __init__(self, config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> None:
         self.config = config
         self._library = ctypes.CDLL(str(build_library(config, flags)))
-        self._library.kgrc_run.restype = None
+        self._library.kgrc_simulate.restype = ctypes.c_char_p
 
     def load(self, program: Program) -> None:
-        """Lay out the program's memory; a second call replaces the first.
+        """Lay out the program's memory, in place of any program loaded before.
 
         Raises:
-            ProgramError: a program for another design, or one that the hardware cannot address.
+            ProgramError: it was compiled for another design, or the hardware cannot address it.
         """
         check_design(program, self.config)
         self._image: Image = build_image(program)
@@ -134,7 +137,7 @@ class CSimulation(Loaded):
         self._program = program
 
     def write(self, slot: Slot, codes: Array) -> None:
-        """Codes [C, D, H, W] into a slot."""
+        """Copy codes [C, D, H, W] to a slot."""
         check_codes(self.program, slot, codes)
         buffer = self.program.buffers[slot.buffer]
         raw = encode_map(self.config, codes, buffer.bits)
@@ -142,7 +145,7 @@ class CSimulation(Loaded):
         self._maps[start : start + raw.size] = raw
 
     def read(self, slot: Slot, channels: int, size: Size) -> Array:
-        """The codes [C, D, H, W] of a slot."""
+        """The codes [C, D, H, W] in a slot."""
         check_size(self.program, slot, size)
         bits = self.program.buffers[slot.buffer].bits
         start = slot_beat(self.program, slot, "read") * self.config.beat_bytes
@@ -150,10 +153,12 @@ class CSimulation(Loaded):
         return decode_map(self.config, raw, channels, size, bits)
 
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
-        """Run the tasks [first, last) in order.
+        """Run the tasks [first, last) in order; the counters of each.
 
         Raises:
             ProgramError: no program is loaded, or the range is not within it.
+            DeviceError: the simulated kernel would hang, because one of its processes waits for a
+                stream that is empty.
         """
         first, last = self.task_range(first, last)
         found = []
@@ -165,7 +170,7 @@ class CSimulation(Loaded):
         return found
 
     def status(self, number: int) -> dict[str, int]:
-        """What the kernel reported of a task, by name (accelerator.header.STATUS)."""
+        """The status words of a task by name (accelerator.header.STATUS)."""
         return dict(zip(STATUS, map(int, self._status[number]), strict=True))
 
     def _call(self, first: int, count: int) -> None:
@@ -178,7 +183,9 @@ class CSimulation(Loaded):
         memory |= {name: at(self._maps) for name in MAP_PORTS}
         memory |= {"weights": at(self._image.weights), "status": at(self._status)}
         pointers = (*(memory[name] for name in ADDRESSES), ctypes.byref(digest))
-        self._library.kgrc_run(*pointers, first, count)
+        fault = self._library.kgrc_simulate(*pointers, first, count)
+        if fault:
+            raise DeviceError(f"{self.program.name}, task {first}: {fault.decode()}")
         if f"{digest.value:016x}" != self.config.digest:
             raise DeviceError(
                 f"the library is of design {digest.value:016x}, not {self.config.digest}"
@@ -190,5 +197,5 @@ class CSimulation(Loaded):
         return reported_counters(self.config, names, status, np.array([seconds]))[0]
 
     def close(self) -> None:
-        """Let go of the program's memory."""
+        """Release the program's memory."""
         self._program = None

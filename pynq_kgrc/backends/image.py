@@ -1,6 +1,6 @@
-"""A program as the accelerator finds it in memory: descriptors, plans, weights, and its maps.
+"""A program in the accelerator's memory: descriptors, plans, scales, weights, and feature maps.
 
-The C-simulation and the board take the same bytes (docs/format.md, "In memory").
+The C-simulation and the board read the same bytes (docs/format.md, "In memory").
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.header import FIELDS, KINDS, MAX_TAPS
+from pynq_kgrc.accelerator.header import FIELDS, KINDS, MAX_TAPS, SCALE_BITS
+from pynq_kgrc.accelerator.plan import item_words64, pack_fields
 from pynq_kgrc.accelerator.tiling import Work, beats_of_row, map_beats
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.graph import Size
@@ -20,19 +21,21 @@ from pynq_kgrc.quant import Array, ceil_div, code_dtype, pack_int4, unpack_int4
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """What is written to memory once, before the program first runs."""
+    """The constant part of the memory, written once before the program runs."""
 
     weights: Array
-    """uint64 words of compact weights, as the weight port reads them."""
+    """Compact weights, uint64, in the order in which the weight port reads them."""
     tables: Array
-    """uint64 words: descriptors first, then plans, scales and indices."""
+    """uint64: the descriptors of all tasks, then each task's items, scales and indices."""
 
 
 def build_image(program: Program) -> Image:
     """Lay out weights and tables of a program.
 
     Raises:
-        ProgramError: what the hardware cannot address; names the task.
+        ProgramError: the hardware cannot address something: too many taps, a slot that begins
+            within a vector, or a number that does not fit its bits. The message names the task,
+            and the program where a descriptor does not fit 32 bits.
     """
     config = program.config
     fields = np.zeros((len(program.tasks), len(FIELDS)), np.int64)
@@ -42,39 +45,42 @@ def build_image(program: Program) -> Image:
     for number, task in enumerate(program.tasks):
         work = program.work(task)
         chunks, indices = _chunks(config, task, work)
-        items = np.array([item.word for item in work.items], np.uint64)
-        scales = _scales(config, task)
-        values = {
+        try:
+            items, scales = item_words64(work.items), _scales(config, task)
+        except ProgramError as error:
+            raise ProgramError(f"{task.name}: {error}") from error
+        descriptor = {
             **_describe(program, task, work),
             "weights": next_weight // config.weight_port_words,
             "items": next_table,
             "scales": next_table + items.size,
             "indices": next_table + items.size + scales.size,
         }
-        fields[number] = [values.get(name, 0) for name in FIELDS]
+        fields[number] = [descriptor.get(name, 0) for name in FIELDS]
         weights.append(chunks)
         tables += [items, scales, indices]
         next_weight += chunks.size
         next_table += items.size + scales.size + indices.size
     if np.abs(fields).max() >= 1 << 31:
         raise ProgramError(f"{program.name}: a descriptor does not fit 32 bits")
-    words = fields.astype(np.int32).view(np.uint32).astype(np.uint64)
-    descriptors = (words[:, 0::2] | words[:, 1::2] << np.uint64(32)).ravel()
+    halves = fields.astype(np.int32).view(np.uint32).astype(np.uint64)
+    descriptors = (halves[:, 0::2] | halves[:, 1::2] << np.uint64(32)).ravel()
     no_weights = np.zeros(config.weight_port_words, np.uint64)
     return Image(np.concatenate([*weights, no_weights]), np.concatenate([descriptors, *tables]))
 
 
 def slot_beat(program: Program, slot: Slot, what: str) -> int:
-    """The first beat of a slot in the memory of maps, counted in beats of codes.
+    """The address of a slot in the memory of maps, in beats of codes.
 
     Raises:
-        ProgramError: it begins within a vector of T_N channels.
+        ProgramError: the slot begins within a vector of T_N channels; `what` names it.
     """
     config, buffer = program.config, program.buffers[slot.buffer]
     if slot.channel % config.tn:
         raise ProgramError(
-            f"{what}: a slot at channel {slot.channel} of a concat; the accelerator writes "
-            f"vectors of {config.tn} channels, so that each part needs a multiple of {config.tn}"
+            f"{what}: its slot begins at channel {slot.channel} of a concat; the accelerator "
+            f"writes vectors of {config.tn} channels: use a multiple of {config.tn} channels for "
+            f"each part"
         )
     wide = buffer.bits // config.bits
     before = map_beats(config, slot.channel, buffer.size) * wide if slot.channel else 0
@@ -82,7 +88,7 @@ def slot_beat(program: Program, slot: Slot, what: str) -> int:
 
 
 def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
-    """Codes [C, D, H, W] as the bytes of a map; what fills it up is zero."""
+    """Codes [C, D, H, W] as the bytes of a map; the padding of channels and width is zero."""
     channels, depth, height, width = codes.shape
     vectors, row = (
         ceil_div(channels, config.tn),
@@ -97,7 +103,7 @@ def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
 def decode_map(
     config: AcceleratorConfig, raw: Array, channels: int, size: Size, bits: int
 ) -> Array:
-    """The codes [C, D, H, W] of the bytes of a map."""
+    """The codes [C, D, H, W] in the bytes of a map."""
     vectors, row = (
         ceil_div(channels, config.tn),
         beats_of_row(config, size[2]) * config.port_positions,
@@ -110,7 +116,7 @@ def decode_map(
 
 
 def map_bytes(config: AcceleratorConfig, channels: int, size: Size, bits: int) -> int:
-    """Bytes of a map of `channels` channels."""
+    """Bytes of a map with `channels` channels."""
     return map_beats(config, channels, size) * config.beat_bytes * (bits // config.bits)
 
 
@@ -120,7 +126,7 @@ def _to_bytes(codes: Array, bits: int) -> Array:
 
 
 def _describe(program: Program, task: Task, work: Work) -> dict[str, int]:
-    """The fields of a descriptor that say what and where, without its tables."""
+    """The fields of a descriptor, without the addresses of its weights and tables."""
     shape, config = task.shape, program.config
     if shape.taps > MAX_TAPS:
         raise ProgramError(f"{task.name}: {shape.taps} taps; the accelerator has {MAX_TAPS}")
@@ -134,7 +140,7 @@ def _describe(program: Program, task: Task, work: Work) -> dict[str, int]:
         "pool": work.pool,
         "shortcut": shape.out_size,
     }
-    values = {
+    fields = {
         f"{name}_{axis}": size
         for name, sizes in axes.items()
         for axis, size in zip("dhw", sizes, strict=True)
@@ -143,13 +149,13 @@ def _describe(program: Program, task: Task, work: Work) -> dict[str, int]:
     kind, fill = "convolution", task.in_zero
     if isinstance(task, PoolTask):
         kind, fill = ("sum_pool", task.in_zero) if task.average else ("max_pool", lowest)
-    values |= {
+    fields |= {
         "kind": KINDS.index(kind),
         "source": slot_beat(program, task.source, task.name),
         "target": slot_beat(program, task.target, task.name),
         "item_count": len(work.items),
         "regions": sum(item.new_region for item in work.items),
-        "filter_blocks": sum(item.blocks for item in work.items),
+        "vectors": sum(item.vectors for item in work.items),
         "fill": fill,
         "out_zero": task.out.zero_point,
         "low": task.lo,
@@ -161,7 +167,7 @@ def _describe(program: Program, task: Task, work: Work) -> dict[str, int]:
     }
     if isinstance(task, ConvTask):
         kr, kc = task.weights.kept
-        values |= {
+        fields |= {
             "tap_tiles": task.weights.values.shape[2],
             "col_steps": ceil_div(kc, config.pk),
             "row_steps": ceil_div(kr, config.rows_per_cycle),
@@ -169,34 +175,38 @@ def _describe(program: Program, task: Task, work: Work) -> dict[str, int]:
             "chunk_beats": work.chunk_beats(config),
         }
         if task.shortcut is not None:
-            values |= {
+            fields |= {
                 "has_shortcut": 1,
                 "shortcut": slot_beat(program, task.shortcut.source, task.name),
                 "shortcut_zero": task.shortcut.zero_point,
                 "shortcut_mult": task.shortcut.mult,
                 "shortcut_shift": task.shortcut.shift,
             }
-    return values
+    return fields
 
 
 def _scales(config: AcceleratorConfig, task: Task) -> Array:
-    """Two words a filter: the bias; the multiplier and the shift."""
+    """The scale of each filter, two 64-bit words: the bias; the multiplier and the shift."""
     if isinstance(task, ConvTask):
         bias, mult, shift = task.bias, task.mult, task.shift
     else:
-        # the sum of codes less their zero points; a maximum has one of them
+        # an average subtracts the zero point of each of its codes, a maximum of one
         count = task.shape.taps if task.average else 1
         channels = task.shape.channels
         bias = np.full(channels, -count * task.in_zero, np.int64)
         mult, shift = np.full(channels, task.mult), np.full(channels, task.shift)
-    words = np.zeros((ceil_div(len(bias), config.tn) * config.tn, 2), np.uint64)
-    words[: len(bias), 0] = bias.astype(np.int64).view(np.uint64)
-    words[: len(bias), 1] = mult.astype(np.uint64) | shift.astype(np.uint64) << np.uint64(16)
-    return words.ravel()
+    words64 = np.zeros((ceil_div(len(bias), config.tn) * config.tn, 2), np.uint64)
+    words64[: len(bias), 0] = bias.astype(np.int64).view(np.uint64)
+    words64[: len(bias), 1] = pack_fields(SCALE_BITS, {"mult": mult, "shift": shift})
+    return words64.ravel()
 
 
 def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[Array, Array]:
-    """Words of weights, and of indices, in the order in which the array takes them."""
+    """Weights and indices of all chunks, uint64, in the order in which the array takes them.
+
+    A chunk is one kernel group's share of a weight word: the weights that the array takes of this
+    group in one trip.
+    """
     if not isinstance(task, ConvTask):
         return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
     codes, index = _chunk_parts(config, task.weights, work.chunk_beats(config))
@@ -207,7 +217,7 @@ def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[Array, A
         on = [g for g in range(groups) if item.mask >> g & 1]
         if on:
             p = [item.filter_tile * groups + g for g in on]
-            # [groups, words, ...] -> word by word, the groups of each side by side
+            # [groups, weight words, ...] -> for each weight word its groups
             chunks.append(codes[p, item.channel_tile].swapaxes(0, 1).ravel())
             indices.append(index[p, item.channel_tile].swapaxes(0, 1).ravel())
     none = np.zeros(0, np.uint64)
@@ -217,9 +227,11 @@ def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[Array, A
 def _chunk_parts(
     config: AcceleratorConfig, weights: KgrcWeights, beats: int
 ) -> tuple[Array, Array]:
-    """[P, Q, words, chunk words] of weights and [P, Q, words, index words] of indices.
+    """The chunks of every kernel group, as uint64: weights [P, Q, W, chunk] and indices
+    [P, Q, W, index], where W counts the weight words of an item and the last axis the 64-bit words.
 
-    A chunk has its columns one after the other, so that few columns take few beats.
+    The weights of a chunk are [P_K columns][rows][T_N]: a chunk with fewer columns is cut to fewer
+    beats. Its indices are one byte for each column (KGC), then one for each row (KGR).
     """
     p, q, t, kr, gn, kc = weights.values.shape
     rows, pk = config.rows_per_cycle, config.pk
@@ -231,20 +243,24 @@ def _chunk_parts(
     count = beats * config.weight_port_words * 64 // config.bits
     full = np.zeros((*ordered.shape[:3], count), values.dtype)
     full[..., : ordered.shape[3]] = ordered[..., :count]
-    words = _to_bytes(full, config.bits).view(np.uint64).reshape(*full.shape[:3], -1)
+    chunks = _to_bytes(full, config.bits).view(np.uint64).reshape(*full.shape[:3], -1)
     if not config.sparse:
-        return words, np.zeros((p, q, words.shape[2], 0), np.uint64)
-    places = np.zeros((p, q, t, col_steps, row_steps, config.index_words * 8), np.uint8)
+        return chunks, np.zeros((p, q, chunks.shape[2], 0), np.uint64)
+    indices = np.zeros((p, q, t, col_steps, row_steps, config.index_words * 8), np.uint8)
     cols = np.zeros((p, q, t, col_steps * pk), np.uint8)
     cols[..., :kc] = weights.cols
-    places[..., :pk] = cols.reshape(p, q, t, col_steps, 1, pk)
+    indices[..., :pk] = cols.reshape(p, q, t, col_steps, 1, pk)
     all_rows = _filled_rows(weights.rows, row_steps * rows, config.gm)
-    places[..., pk : pk + rows] = all_rows.reshape(p, q, 1, 1, row_steps, rows)
-    return words, places.reshape(p, q, words.shape[2], -1).view(np.uint64)
+    indices[..., pk : pk + rows] = all_rows.reshape(p, q, 1, 1, row_steps, rows)
+    return chunks, indices.reshape(p, q, chunks.shape[2], -1).view(np.uint64)
 
 
 def _filled_rows(rows: Array, count: int, gm: int) -> Array:
-    """Kept rows [P, Q, kr] filled up to `count` with others: no two may meet in a bank."""
+    """Kept rows [P, Q, kr] padded to `count` with rows that are not kept.
+
+    The padding has zero weights. It needs row indices of its own, because two equal ones in a trip
+    would add to the same bank of sums.
+    """
     kept = np.zeros((*rows.shape[:2], gm), bool)
     np.put_along_axis(kept, rows.astype(np.intp), True, axis=2)
     others = np.argsort(kept, axis=2, kind="stable")[..., : count - rows.shape[2]]

@@ -1,4 +1,4 @@
-"""The command `pynq-kgrc`: thin, no logic of its own. Each command imports what it needs."""
+"""The command `pynq-kgrc`. Each subcommand imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pynq_kgrc.cli import build, classify, cluster, doctor, explore, info, serve, train
 from pynq_kgrc.cli.arguments import Run
 from pynq_kgrc.errors import KgrcError
+from pynq_kgrc.version import VERSION
 
 DESCRIPTION = """\
 Recognize actions in videos with 3-D CNNs compiled for an FPGA accelerator with balanced kernel
 group sparsity (KGRC), on the accelerator or on its bit-exact emulation on any computer.
 
-The road from a network to labels:
+From a network to labels:
 
   pynq-kgrc pull i3d-kinetics400            fetch pretrained weights (47 MB, once)
   pynq-kgrc compile i3d --weights i3d-kinetics400 --clips clips/*.mp4 -o i3d.kgrc
@@ -24,16 +25,16 @@ The road from a network to labels:
 """
 
 EPILOG = """\
-Exit status: 0 done, 1 compare found a difference, 2 a mistake in the input; what was wrong goes to
-standard error. With --json every command prints one JSON document on standard output and nothing
-else there. Figures of operations and bytes are emulated counts; nothing here was measured on an
-FPGA. Files: programs (.kgrc) are safetensors containers; weights are cached in
-$XDG_CACHE_HOME/pynq_kgrc, or ~/.cache/pynq_kgrc.
+Exit status: 0 done, 1 compare found a difference, 2 wrong input, which a message on standard error
+explains. With --json every command prints one JSON document, and nothing else, on standard output.
+Operations and bytes are emulated counts; nothing here was measured on an FPGA. Files: programs
+(.kgrc) are safetensors containers; weights are cached in $XDG_CACHE_HOME/pynq_kgrc, or
+~/.cache/pynq_kgrc.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
+    """Run one command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "pynq-kgrc", description=DESCRIPTION, epilog=EPILOG, formatter_class=style
     )
+    parser.add_argument("--version", action="version", version=f"pynq-kgrc {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Run, text: str, more: str = "") -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Commands of the build road: pull and compile."""
+"""The commands that make a program: pull and compile."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pynq_kgrc.cli.arguments import Declare, positive, progress
-from pynq_kgrc.cli.info import describe, print_description, summary
+from pynq_kgrc.cli.arguments import Declare, add_design, positive, progress
+from pynq_kgrc.cli.info import print_description, summary
 from pynq_kgrc.errors import ModelError
 
 if TYPE_CHECKING:
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 def declare(command: Declare) -> None:
     """Add this file's commands."""
     pull = command("pull", run_pull, "fetch pretrained weights into the cache")
-    pull.add_argument("name", help="i3d-kinetics400")
+    pull.add_argument("name", metavar="NAME", help="i3d-kinetics400")
 
     compile_ = command(
         "compile",
         run_compile,
-        "turn a PyTorch network into a program",
-        "The network is traced, pruned if a recipe is given, quantized on the clips and lowered.\n"
+        "compile a PyTorch network to a program",
+        "The network is traced, pruned if a recipe is given, quantized on the clips and lowered\n"
+        "to tasks of the accelerator. It is calibrated on one clip of consecutive frames from the\n"
+        "middle of each video.\n"
         "NETWORK is c3d, r2plus1d_18 or i3d, or MODULE:FUNCTION for your own: the function\n"
         "returns a torch module, and the module has a ClipSpec named CLIP.",
     )
@@ -33,21 +35,22 @@ def declare(command: Declare) -> None:
     compile_.add_argument("-o", "--out", type=Path, required=True, help="program to write")
     compile_.add_argument(
         "--weights",
-        help="state dict (.safetensors, .pt) or a name that was pulled; seeded random without",
+        help="state dict (.safetensors, .pt) or the NAME of pull; without, seeded random weights",
     )
     compile_.add_argument("--classes", type=positive, help="classes of the network")
     compile_.add_argument("--labels", type=Path, help="text file, one class a line")
     compile_.add_argument(
-        "--clips", nargs="+", required=True, metavar="VIDEO", help="a few real videos to calibrate"
+        "--clips",
+        nargs="+",
+        required=True,
+        metavar="VIDEO",
+        help="a few real videos to calibrate on",
     )
+    add_design(compile_, "the accelerator to compile for", "--config")
+    compile_.add_argument("--recipe", help="prune at the paper's rates: kgr, kgc or kgrc")
     compile_.add_argument(
-        "--config",
-        default="8-sparse",
-        metavar="DESIGN",
-        help="accelerator, by name or as the .json that explore writes (default: 8-sparse)",
+        "--method", default=None, help="how ranges are chosen: minmax, percentile or mse"
     )
-    compile_.add_argument("--recipe", help="prune as the paper does: kgr, kgc or kgrc")
-    compile_.add_argument("--method", default=None, help="ranges: minmax, percentile or mse")
     compile_.add_argument(
         "--report", action="store_true", help="measure the program against float on the clips"
     )
@@ -62,13 +65,16 @@ def run_pull(options: argparse.Namespace) -> int:
 
 
 def run_compile(options: argparse.Namespace) -> int:
+    from msgspec.structs import replace
+
     from pynq_kgrc.accelerator.config import read_design
+    from pynq_kgrc.analysis.description import describe, describe_fidelity
     from pynq_kgrc.compiler.lower import lower
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.patterns import prune, recipe
     from pynq_kgrc.video import load_clip
 
-    config = read_design(options.config)
+    config = read_design(options.design)
     rates = recipe(options.network, options.recipe) if options.recipe else {}
     graph = _trace(options)
     frames = [load_clip(video, graph.clip).frames for video in options.clips]
@@ -77,17 +83,12 @@ def run_compile(options: argparse.Namespace) -> int:
     method = options.method or DEFAULT_METHOD
     program = lower(choose_quant(graph, clips, config.bits, method), config)
     program.save(options.out)
-    document = describe(program)
+    document = replace(describe(program), path=str(options.out))
     if options.report:
         from pynq_kgrc.analysis.fidelity import measure_fidelity
 
         report = measure_fidelity(graph, program, progress(frames, "measure", len(frames)))
-        document["fidelity"] = {
-            "clips": report.clips,
-            "agreeing": report.agreeing,
-            "snr_db": {task.task: round(task.snr_db, 1) for task in report.tasks},
-        }
-    document["path"] = str(options.out)
+        document = replace(document, fidelity=describe_fidelity(report))
     if options.json or options.report:
         print_description(document, options.json)
     else:
@@ -96,7 +97,7 @@ def run_compile(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> Graph:
-    """The network of the command line, with its weights, as a graph."""
+    """Build the network, load its weights, and trace it to a graph."""
     import torch
 
     from pynq_kgrc.models import find_network
@@ -110,14 +111,12 @@ def _trace(options: argparse.Namespace) -> Graph:
     if options.weights:
         pulled = options.weights in RELEASES
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
-    labels = _labels(options, options.weights == "i3d-kinetics400")
+    release = RELEASES.get(options.weights)
+    labels = _labels(options.labels or (release.labels if release else None))
     return trace(network, clip, labels, options.network)
 
 
-def _labels(options: argparse.Namespace, kinetics: bool) -> tuple[str, ...]:
-    path = options.labels
-    if path is None and kinetics:
-        path = Path(__file__).parent.with_name("labels") / "kinetics400.txt"
+def _labels(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:

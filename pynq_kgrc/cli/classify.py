@@ -1,4 +1,4 @@
-"""Commands of the run road: classify and compare."""
+"""The commands that run a program on videos: classify and compare."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ def declare(command: Declare) -> None:
     classify = command(
         "classify",
         run_classify,
-        "name the action in videos",
-        "By default one clip from the middle of each video is looked at. With --stride the whole\n"
-        "video is, in overlapping or adjoining windows, and a timeline is printed.",
+        "name the actions in videos",
+        "By default one clip of consecutive frames from the middle of each video is classified.\n"
+        "With --stride the whole video is covered with clips, and each is printed with its time.",
     )
     classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     classify.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
-    classify.add_argument("--backend", default="emulate", help="what runs it (default: emulate)")
+    classify.add_argument(
+        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+    )
     classify.add_argument("--top", type=positive, default=5, help="labels to print (default: 5)")
     add_sampling(classify)
 
@@ -35,12 +37,13 @@ def declare(command: Declare) -> None:
         "compare",
         run_compare,
         "run a video on two backends and name the first difference",
-        "Exit status 1 if they differ.",
+        "One clip of consecutive frames from the middle of the video is run. Exit status 1 if the\n"
+        "backends differ.",
     )
-    compare.add_argument("video")
-    compare.add_argument("-p", "--program", type=Path, required=True)
-    compare.add_argument("--left", default="emulate")
-    compare.add_argument("--right", default="emulate")
+    compare.add_argument("video", metavar="VIDEO")
+    compare.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
+    compare.add_argument("--left", default="emulate", help="a backend (default: emulate)")
+    compare.add_argument("--right", default="emulate", help="a backend (default: emulate)")
 
 
 def run_classify(options: argparse.Namespace) -> int:

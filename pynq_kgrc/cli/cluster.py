@@ -11,63 +11,74 @@ from pynq_kgrc.cli.arguments import Declare, add_sampling, positive, progress
 from pynq_kgrc.errors import ConfigError
 
 BATCH = """\
-Every file below FOLDER gets a row, sorted by path: labels and scores (probabilities), windows,
-notes; or, if it is no video or is damaged, what is wrong with it, in the column error. Hidden
-files are left out. The rows are those of `classify`, to the last bit, however many workers there
-are.
+Every file below FOLDER gets a row in a Parquet table, sorted by path. The columns are labels (each
+a label and its confidence, which is a probability), windows, notes and error. A file that is not a
+video, or is damaged, has an error and no labels. Hidden files are left out. The results are those
+of `classify`, bit for bit, with any number of workers.
 
-Stop it whenever you like, or pull the plug: started again with the same options it looks only at
-what is missing, or has changed since. Until all is done the rows lie in RESULTS.parquet.partial.
-Other options, or another program, are refused for as long as old results are there.
+The command can be stopped or killed at any moment. Started again with the same options, it
+classifies only the files that have no result yet or have changed. Until all files have a result,
+the results are in RESULTS.parquet.partial. A run with another program or other options is refused
+as long as old results are there.
 
-Ray starts the workers on this machine, or on the cluster of --address, whose machines have to see
-the same files. Its telemetry and dashboard are off.
+Ray starts the workers on this machine, or on the cluster of --address, whose machines must see the
+same files. Its telemetry and dashboard are off.
 """
 
 CLUSTER = """\
-Boards are instances of `pynq-kgrc serve`, each on its board; emulators run here, or on the cluster
-of --address. Clients ask as they would ask one of them:
+A load balancer. Each board runs `pynq-kgrc serve`; emulators run on this machine, or on the cluster
+of --address. A client sends the same request as to one board:
 
   curl --data-binary @video.mp4 -H 'Content-Type: video/mp4' \\
       'http://127.0.0.1:9000/v1/videos:classify?top_k=3'
 
-A device gets one video at a time. One that answers 503 or 429, or not at all, leaves the rotation
-until its /v2/health/ready is good again; the video that met it is sent to another one, once.
-/v1/devices says who is in the rotation, and why not. The client's key is passed on to the boards.
-On a Ray cluster of your own, `serve run pynq_kgrc.cluster.serving:build boards=URL,URL` does the
-same.
+A device gets one video at a time. A device that answers 503 or 429, or does not answer, leaves the
+rotation until its /v2/health/ready succeeds; its video is sent to one other device. /v1/devices
+lists the devices, and why one is out of the rotation. The client's key is passed on to the boards.
+On your own Ray cluster, `serve run pynq_kgrc.cluster.serving:build boards=URL,URL` does the same.
 """
 
 
 def declare(command: Declare) -> None:
     """Add this file's commands."""
-    batch = command("batch", run_batch, "name the actions in a whole archive of videos", BATCH)
+    batch = command("batch", run_batch, "recognize actions in a whole archive of videos", BATCH)
     batch.add_argument("folder", type=Path, metavar="FOLDER")
     batch.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="RESULTS.parquet", help="the table"
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="RESULTS.parquet",
+        help="the table to write",
     )
     batch.add_argument(
         "-p",
         "--program",
         type=Path,
-        help="a compiled .kgrc (default: the one that ships with this package)",
+        help="a compiled .kgrc (default: the one that comes with this package)",
     )
-    batch.add_argument("--backend", default="emulate", help="what runs it (default: emulate)")
     batch.add_argument(
-        "--workers", type=positive, help="processes (default: one a core; one for a board)"
+        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
     )
-    batch.add_argument("--top", type=positive, default=5, help="labels of a row (default: 5)")
+    batch.add_argument(
+        "--workers",
+        type=positive,
+        help="number of processes (default: one per core; one for a board)",
+    )
+    batch.add_argument(
+        "--top", type=positive, default=5, help="labels per row and window (default: 5)"
+    )
     add_sampling(batch)
     batch.add_argument(
         "--file-limit",
         type=positive,
         default=600,
         metavar="SECONDS",
-        help="a worker that takes longer for a file is replaced (default: 600)",
+        help="time limit of a file, after which its worker is replaced (default: 600)",
     )
     _add_address(batch)
     batch.add_argument(
-        "--anew", action="store_true", help="throw away what is at RESULTS.parquet, and start over"
+        "--anew", action="store_true", help="discard the results at RESULTS.parquet and start over"
     )
 
     cluster = command("cluster", run_cluster, "put many boards behind one endpoint", CLUSTER)
@@ -76,47 +87,57 @@ def declare(command: Declare) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="of a pynq-kgrc serve; may be given more than once",
+        help="address of a pynq-kgrc serve; may be given more than once",
     )
     cluster.add_argument(
-        "--emulators", type=int, default=0, metavar="N", help="emulations to start (default: 0)"
+        "--emulators",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of emulations to start (default: 0)",
     )
     cluster.add_argument(
         "-p",
         "--program",
         type=Path,
-        help="of the emulators (default: the one that ships with this package)",
-    )
-    cluster.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
-    cluster.add_argument("--port", type=positive, default=9000, help="port (default: 9000)")
-    cluster.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="keys, one a line, as serve takes them"
+        help="program of the emulators (default: the one that comes with this package)",
     )
     cluster.add_argument(
-        "--insecure", action="store_true", help="no key, though others can reach the endpoint"
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
     cluster.add_argument(
-        "--max-bytes", type=positive, default=50_000_000, help="of a video (default: 50000000)"
+        "--port", type=positive, default=9000, help="port to listen on (default: 9000)"
+    )
+    cluster.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys, one per line, as for serve"
+    )
+    cluster.add_argument(
+        "--insecure",
+        action="store_true",
+        help="allow other machines to use the endpoint without a key",
+    )
+    cluster.add_argument(
+        "--max-bytes", type=positive, default=50_000_000, help="largest video (default: 50000000)"
     )
     cluster.add_argument(
         "--queue",
         type=positive,
         default=16,
-        help="videos waiting or running; more are refused with 429 (default: 16)",
+        help="videos that may wait or run; further ones get 429 (default: 16)",
     )
     cluster.add_argument(
         "--wait",
         type=positive,
         default=60,
         metavar="SECONDS",
-        help="a video waits so long for a device (default: 60)",
+        help="time a video waits for an idle device (default: 60)",
     )
     cluster.add_argument(
         "--limit",
         type=positive,
         default=600,
         metavar="SECONDS",
-        help="a device that takes longer for a video rests (default: 600)",
+        help="time limit of a video, after which its device leaves the rotation (default: 600)",
     )
     _add_address(cluster)
 
@@ -126,7 +147,7 @@ def _add_address(command: argparse.ArgumentParser) -> None:
         "--address",
         default="local",
         metavar="HOST:PORT",
-        help="of a Ray cluster that runs already; RAY_AUTH_MODE=token where it asks for its token",
+        help="address of a running Ray cluster; set RAY_AUTH_MODE=token if it needs a token",
     )
 
 
@@ -135,10 +156,12 @@ def run_batch(options: argparse.Namespace) -> int:
         from pynq_kgrc.cluster.batch import Batch, classify_archive
     except ImportError as error:
         raise needs_ray(error) from error
+    from pynq_kgrc.backends.base import backend_class
     from pynq_kgrc.backends.emulation.crew import available_cores
     from pynq_kgrc.service.settings import shipped_program
 
-    workers = options.workers or (1 if options.backend == "board" else available_cores())
+    exclusive = backend_class(options.backend).exclusive
+    workers = options.workers or (1 if exclusive else available_cores())
     batch = Batch(
         folder=options.folder,
         program=options.program or shipped_program(),
@@ -157,7 +180,7 @@ def run_batch(options: argparse.Namespace) -> int:
             batch, lambda rows, total: progress(rows, options.folder.name or "videos", total)
         )
     except KeyboardInterrupt:
-        print("pynq-kgrc: stopped; what was found is kept for the next run", file=sys.stderr)
+        print("pynq-kgrc: stopped; the results so far are kept for the next run", file=sys.stderr)
         return 130
     if options.json:
         print(json.dumps({"out": str(options.out), **vars(found)}))
@@ -200,8 +223,8 @@ def run_cluster(options: argparse.Namespace) -> int:
 
 
 def needs_ray(error: ImportError) -> ConfigError:
-    """What to say where Ray is not installed."""
+    """The error if Ray is not installed."""
     return ConfigError(
-        f"this needs Ray, which is large and not installed by default ({error}): "
+        f"this command needs Ray, which is not installed by default because it is large ({error}): "
         f"pip install pynq_kgrc[cluster,serve]"
     )

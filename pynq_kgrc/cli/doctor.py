@@ -1,4 +1,4 @@
-"""The command doctor: what this machine lacks to run programs, emulated and on a board."""
+"""The command doctor: checks whether this machine can run programs, emulated and on a board."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 from pynq_kgrc.accelerator.header import VLNV
-from pynq_kgrc.cli.arguments import Declare
+from pynq_kgrc.backends.board import simulation_requested
+from pynq_kgrc.cli.arguments import Declare, add_design
 from pynq_kgrc.errors import KgrcError
 
 EMULATION, BOARD = "emulation", "board"
@@ -26,14 +27,15 @@ MEMORY = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
-    road: str
-    """What needs it: emulation or board."""
+    needed_by: str
+    """EMULATION or BOARD."""
     name: str
     works: bool
     found: str
     cure: str = ""
+    """What to do where it does not work."""
 
 
 def declare(command: Declare) -> None:
@@ -42,27 +44,35 @@ def declare(command: Declare) -> None:
         "doctor",
         run_doctor,
         "check what this machine can run, and say what is missing",
-        "Looks at the emulation, which needs no board, and at everything that a board needs.\n"
-        "Exit status 0 when the emulation works, 1 when it does not.",
+        "Checks the emulation, which needs no board, and everything that a board needs.\n"
+        "Exit status 0 if the emulation works, 1 if it does not.",
     )
-    doctor.add_argument("--design", default="8-sparse", help="whose overlay (default: 8-sparse)")
-    doctor.add_argument("--overlay", type=Path, help="where it lies (default: KGRC_OVERLAY)")
+    add_design(doctor, "the accelerator whose overlay is checked")
+    doctor.add_argument(
+        "--overlay",
+        type=Path,
+        help="a bitstream, its folder, or a folder of such folders (default: KGRC_OVERLAY, else "
+        "the overlays that are installed)",
+    )
     doctor.add_argument(
         "--open",
         action="store_true",
-        help="program the device and ask its kernel who it is; ends whatever runs on it",
+        help="program the device and read the digest of its kernel; stops whatever runs on it",
     )
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    from pynq_kgrc.accelerator.config import preset
+    from pynq_kgrc.accelerator.config import read_design
 
-    preset(options.design)  # a mistake in the input, not in the machine
+    # Read before the checks: a wrong --design is a wrong argument, not a finding.
+    options.config = read_design(options.design)
     findings = [
-        *_examine(EMULATION, EMULATION_CHECKS, options),
-        *_examine(BOARD, BOARD_CHECKS, options),
+        *_run_checks(EMULATION, EMULATION_CHECKS, options),
+        *_run_checks(BOARD, BOARD_CHECKS, options),
     ]
-    works = {road: all(f.works for f in findings if f.road == road) for road in (EMULATION, BOARD)}
+    works = {
+        part: all(f.works for f in findings if f.needed_by == part) for part in (EMULATION, BOARD)
+    }
     if options.json:
         print(json.dumps({**works, "findings": [asdict(f) for f in findings]}, indent=2))
     else:
@@ -71,38 +81,40 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 Check = Callable[[argparse.Namespace], str]
-"""Says what it found, or raises: a KgrcError that also says what to do, or anything else."""
+"""Returns what it found. Raises MissingError with the cure, or any other exception."""
 
 
 class MissingError(KgrcError):
-    """Something that is not here: what was found, and the cure."""
+    """MissingError(found, cure): something that this machine lacks."""
 
 
-def _examine(road: str, checks: dict[str, Check], options: argparse.Namespace) -> Iterator[Finding]:
+def _run_checks(
+    needed_by: str, checks: dict[str, Check], options: argparse.Namespace
+) -> Iterator[Finding]:
     for name, check in checks.items():
         try:
-            yield Finding(road, name, True, check(options))
+            yield Finding(needed_by, name, True, check(options))
         except MissingError as error:
             found, cure = error.args
-            yield Finding(road, name, False, found, cure)
+            yield Finding(needed_by, name, False, found, cure)
         except KgrcError as error:
-            yield Finding(road, name, False, "refused", str(error))
-        except Exception as error:  # a doctor does not fall ill of what it finds
-            yield Finding(road, name, False, f"{type(error).__name__}: {error}")
+            yield Finding(needed_by, name, False, "refused", str(error))
+        except Exception as error:  # a check that crashes is a finding too
+            yield Finding(needed_by, name, False, f"{type(error).__name__}: {error}")
 
 
 def _print(findings: list[Finding], works: dict[str, bool]) -> None:
     wide = max(len(f.name) for f in findings)
-    for road in (EMULATION, BOARD):
-        print(f"{road}:")
-        for finding in (f for f in findings if f.road == road):
+    for part in (EMULATION, BOARD):
+        print(f"{part}:")
+        for finding in (f for f in findings if f.needed_by == part):
             mark = "ok" if finding.works else "--"
             print(f"  {mark}  {finding.name:{wide}}  {finding.found}")
             if finding.cure:
                 print(f"      {'':{wide}}  -> {finding.cure}")
-    missing = [f.name for f in findings if f.road == BOARD and not f.works]
+    missing = [f.name for f in findings if f.needed_by == BOARD and not f.works]
     here = "run here, emulated bit for bit" if works[EMULATION] else "do not run here"
-    kind = "the simulated board" if _simulated() else "a board"
+    kind = "the simulated board" if simulation_requested() else "a board"
     lacks = f"{kind} lacks {', '.join(missing)}" if missing else f"{kind} is ready"
     print(f"\nPrograms {here}; {lacks}.")
 
@@ -129,7 +141,7 @@ def _video(_: argparse.Namespace) -> str:
 
 
 def _emulation(_: argparse.Namespace) -> str:
-    """Compile and run a small network, and hold it to floats."""
+    """Compile and run a small network; its error against float must be 5 % at most."""
     import numpy as np
 
     from pynq_kgrc.accelerator.config import preset
@@ -161,9 +173,9 @@ def _emulation(_: argparse.Namespace) -> str:
     error = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     if error > 0.05:
         raise MissingError(
-            f"a small network is {error:.0%} off", "report it, with numpy.show_config()"
+            f"a small network is {error:.0%} off float", "report it, with numpy.show_config()"
         )
-    return f"a small network is compiled and run, within {error:.1%} of floats"
+    return f"a small network was compiled and run, within {error:.1%} of float"
 
 
 EMULATION_CHECKS: dict[str, Check] = {
@@ -177,16 +189,13 @@ EMULATION_CHECKS: dict[str, Check] = {
 # ---- board ----------------------------------------------------------------------------------
 
 
-def _simulated() -> bool:
-    return os.environ.get("PYNQ_KGRC_SIMULATE", "0") not in ("", "0")
-
-
 def _pynq(_: argparse.Namespace) -> str:
     try:
         version = metadata.version("pynq")
     except metadata.PackageNotFoundError:
         raise MissingError(
-            "not installed", "on a PYNQ image use its own Python; else pip install pynq_kgrc[board]"
+            "not installed",
+            "on a PYNQ image use the image's Python; else pip install pynq_kgrc[board]",
         ) from None
     import numpy as np
 
@@ -197,7 +206,7 @@ def _pynq(_: argparse.Namespace) -> str:
 
 
 def _image(_: argparse.Namespace) -> str:
-    if _simulated():
+    if simulation_requested():
         return "simulated"
     if not PYNQ_IMAGE.exists():
         raise MissingError(
@@ -208,11 +217,12 @@ def _image(_: argparse.Namespace) -> str:
 
 
 def _xrt(_: argparse.Namespace) -> str:
-    if _simulated():
+    if simulation_requested():
         return "simulated"
     if "XILINX_XRT" not in os.environ:
         raise MissingError(
-            "XILINX_XRT is not set", "source /etc/profile.d/xrt_setup.sh, keep it with sudo -E"
+            "XILINX_XRT is not set",
+            "source /etc/profile.d/xrt_setup.sh, and keep it with sudo -E",
         )
     if shutil.which("xclbinutil") is None:
         raise MissingError("no xclbinutil", "add the directory bin of XRT to PATH")
@@ -220,15 +230,17 @@ def _xrt(_: argparse.Namespace) -> str:
 
 
 def _root(_: argparse.Namespace) -> str:
-    if _simulated():
+    if simulation_requested():
         return "not needed"
     if os.geteuid():
-        raise MissingError(f"user {os.geteuid()}", "the registers are for root only: sudo -E")
+        raise MissingError(
+            f"user {os.geteuid()}", "only root may access the registers: use sudo -E"
+        )
     return "root"
 
 
 def _device(_: argparse.Namespace) -> str:
-    from pynq_kgrc.backends.board.kernel import find_device
+    from pynq_kgrc.backends.board.device import find_device
     from pynq_kgrc.backends.board.lock import DeviceLock
 
     device = find_device()
@@ -237,7 +249,7 @@ def _device(_: argparse.Namespace) -> str:
 
 
 def _memory(_: argparse.Namespace) -> str:
-    if _simulated():
+    if simulation_requested():
         return "simulated"
     lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines() if ":" in line)
     total, free = (int(lines.get(n, "0").split()[0]) >> 10 for n in ("CmaTotal", "CmaFree"))
@@ -247,25 +259,22 @@ def _memory(_: argparse.Namespace) -> str:
 
 
 def _overlay(options: argparse.Namespace) -> str:
-    from pynq_kgrc.accelerator.config import preset
-
-    config = preset(options.design)
-    if _simulated() and options.overlay is None:
-        return f"simulated, {config.name}"
+    name = options.config.name
+    if simulation_requested() and options.overlay is None:
+        return f"simulated, {name}"
     from pynq_kgrc.backends.board.overlays import find_overlay
 
-    found = find_overlay(config, options.overlay)
+    found = find_overlay(options.config, options.overlay)
     manifest = found.manifest
-    return f"{found.bit}: {config.name} at {manifest.clock_mhz:g} MHz, by {manifest.tool}"
+    return f"{found.bit}: {name} at {manifest.clock_mhz:g} MHz, by {manifest.tool}"
 
 
 def _kernel(options: argparse.Namespace) -> str:
     if not options.open:
-        return "not asked; --open programs the device and asks"
-    from pynq_kgrc.accelerator.config import preset
-    from pynq_kgrc.backends.board.backend import Board
+        return "not checked; --open programs the device and checks it"
+    from pynq_kgrc.backends.board.backend import BoardBackend
 
-    with Board(preset(options.design), options.overlay) as board:
+    with BoardBackend(options.config, options.overlay) as board:
         return board.describe()
 
 

@@ -1,77 +1,78 @@
-"""The command info, and how a program is described."""
+"""The command info, and how a description of a program is printed."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from pynq_kgrc.cli.arguments import Declare
 
 if TYPE_CHECKING:
-    from pynq_kgrc.program import Program
+    from pynq_kgrc.analysis.documents import ProgramDescription, TaskDescription
 
 
 def declare(command: Declare) -> None:
     """Add this file's command."""
-    info = command("info", run_info, "show what a program holds")
-    info.add_argument("program", type=Path)
+    info = command("info", run_info, "show the layers, sizes and operations of a program")
+    info.add_argument("program", type=Path, metavar="PROGRAM", help="a compiled .kgrc")
 
 
 def run_info(options: argparse.Namespace) -> int:
+    from pynq_kgrc.analysis.description import describe
     from pynq_kgrc.program import load
 
     print_description(describe(load(options.program)), options.json)
     return 0
 
 
-def describe(program: Program) -> dict[str, Any]:
-    """What a program holds, as plain data: sizes in bytes, operations in MACs."""
-    from pynq_kgrc.analysis.description import describe
-
-    return describe(program)
-
-
-def print_description(document: dict[str, Any], as_json: bool) -> None:
-    """Print it, for a person or for a script."""
+def print_description(document: ProgramDescription, as_json: bool) -> None:
+    """Print a description as JSON, or as text with a line for each task."""
     if as_json:
-        print(json.dumps(document, indent=2))
+        print(json.dumps(msgspec.to_builtins(document), indent=2))
         return
     print(f"{summary(document)}\n")
-    wide = max(len(row["name"]) for row in document["tasks"])
-    snr = document.get("fidelity", {}).get("snr_db", {})
-    for row in document["tasks"]:
-        print(_task_line(row, wide, snr))
-    if "fidelity" in document:
-        report = document["fidelity"]
-        print(f"\nfirst label as in float on {report['agreeing']} of {report['clips']} clips")
+    width = max(len(task.name) for task in document.tasks)
+    fidelity = document.fidelity
+    snr_db = {} if fidelity is msgspec.UNSET else fidelity.snr_db
+    for task in document.tasks:
+        print(_task_line(task, width, snr_db.get(task.name)))
+    if fidelity is not msgspec.UNSET:
+        print(f"\nfirst label as in float on {fidelity.agreeing} of {fidelity.clips} clips")
 
 
-def summary(document: dict[str, Any]) -> str:
-    """A description in four lines."""
-    clip = document["clip"]
+def summary(document: ProgramDescription) -> str:
+    """A description in four lines, without its tasks."""
+    clip = document.clip
     return (
-        f"{document['name']} for {document['accelerator']} ({document['bits']} bits, "
-        f"digest {document['accelerator_digest']})\n"
-        f"clip {clip['frames']} x {clip['height']} x {clip['width']}, "
-        f"{document['classes'] or 'unnamed'} classes\n"
-        f"weights {document['weight_bytes'] / 1e6:.1f} MB, activations at their peak "
-        f"{document['activation_peak_bytes'] / 1e6:.1f} MB\n"
-        f"operations {document['macs_dense'] / 1e9:.2f} GMAC dense, "
-        f"{document['macs_kept'] / 1e9:.2f} kept: "
-        f"{document['macs_dense'] / max(1, document['macs_kept']):.2f}x fewer"
+        f"{document.name} for {document.accelerator} ({document.bits} bits, "
+        f"digest {document.accelerator_digest})\n"
+        f"clip {clip.frames} x {clip.height} x {clip.width}, "
+        f"{document.classes or 'unnamed'} classes\n"
+        f"weights {document.weight_bytes / 1e6:.1f} MB, activations at their peak "
+        f"{document.activation_peak_bytes / 1e6:.1f} MB\n"
+        f"operations {document.macs_dense / 1e9:.2f} GMAC dense, "
+        f"{document.macs_kept / 1e9:.2f} kept: "
+        f"{document.macs_dense / max(1, document.macs_kept):.2f}x fewer"
     )
 
 
-def _task_line(row: dict[str, Any], wide: int, snr: dict[str, float]) -> str:
-    shape = " x ".join(map(str, row["in"])) + " -> " + " x ".join(map(str, row["out"]))
-    kernel = "x".join(map(str, row["kernel"]))
-    line = f"{row['name']:{wide}}  {row['mode']:12} {kernel:7} {shape}"
-    if "macs_kept" in row:
-        line += f"  {row['macs_kept'] / 1e6:.0f} of {row['macs_dense'] / 1e6:.0f} MMAC"
-        line += f"  {row['weight_bytes'] / 1e3:.0f} kB"
-        line += "".join(f"  +{rider}" for rider in row["rides"])
-    if row["name"] in snr:
-        line += f"  {snr[row['name']]:.1f} dB"
+def _task_line(task: TaskDescription, width: int, snr_db: float | None) -> str:
+    shape = " x ".join(map(str, task.in_)) + " -> " + " x ".join(map(str, task.out))
+    kernel = "x".join(map(str, task.kernel))
+    line = f"{task.name:{width}}  {task.mode:12} {kernel:7} {shape}"
+    if (
+        task.macs_kept is not msgspec.UNSET
+        and task.macs_dense is not msgspec.UNSET
+        and task.weight_bytes is not msgspec.UNSET
+        and task.rides is not msgspec.UNSET
+    ):
+        line += f"  {task.macs_kept / 1e6:.0f} of {task.macs_dense / 1e6:.0f} MMAC"
+        line += f"  {task.weight_bytes / 1e3:.0f} kB"
+        line += "".join(f"  +{part}" for part in task.rides)
+    if snr_db is not None:
+        line += f"  {snr_db:.1f} dB"
     return line

@@ -11,21 +11,21 @@ from pynq_kgrc.cli.arguments import Declare, positive
 from pynq_kgrc.errors import ConfigError
 
 MORE = """\
-Then, in another terminal:
+Send a video from another terminal:
 
   curl --data-binary @video.mp4 -H 'Content-Type: video/mp4' \\
       'http://127.0.0.1:8000/v1/videos:classify?top_k=3'
 
-or open http://127.0.0.1:8000 in a browser: drop a video there, or use the webcam. The same programs
-answer to KServe and Triton clients (Open Inference Protocol v2) below /v2; /docs lists everything.
-Only this machine can reach the service unless --host says otherwise, and then a key is needed.
-SIGTERM finishes what was accepted. More: docs/service.md.
+or open http://127.0.0.1:8000 in a browser and drop a video there, or use the webcam. KServe and
+Triton clients (Open Inference Protocol v2 over HTTP) use the same programs below /v2; /docs lists
+all routes. Only this machine can reach the service unless --host is given; then a key is needed.
+On SIGTERM the service finishes accepted work for at most --grace seconds. See docs/service.md.
 """
 
 
 def declare(command: Declare) -> None:
     """Add this file's command."""
-    serve = command("serve", run_serve, "answer videos with actions, over HTTP", MORE)
+    serve = command("serve", run_serve, "recognize actions in videos, over HTTP", MORE)
     serve.add_argument(
         "-p",
         "--program",
@@ -33,62 +33,68 @@ def declare(command: Declare) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a compiled .kgrc, loaded at the start; may be given more than once "
-        "(default: those that ship with this package, if any do)",
+        help="a compiled .kgrc to load at the start; may be given more than once "
+        "(default: the programs that come with this package, if there are any)",
     )
     serve.add_argument(
-        "--repository", type=Path, metavar="DIR", help="a folder of programs to load on request"
+        "--repository", type=Path, metavar="DIR", help="a folder of programs that clients may load"
     )
-    serve.add_argument("--backend", default="emulate", help="what runs them (default: emulate)")
+    serve.add_argument(
+        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+    )
     serve.add_argument(
         "--workers", type=positive, default=1, help="processes that run clips (default: 1)"
     )
-    serve.add_argument("--host", default="127.0.0.1", help="address (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one")
     serve.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="keys, one a line; clients send Authorization: Bearer KEY",
+        help="keys, one per line; clients send Authorization: Bearer KEY",
     )
     serve.add_argument(
-        "--insecure", action="store_true", help="no key, though others can reach the service"
+        "--insecure",
+        action="store_true",
+        help="allow other machines to use the service without a key",
     )
     serve.add_argument(
-        "--max-bytes", type=positive, default=200_000_000, help="of a video (default: 200000000)"
+        "--max-bytes", type=positive, default=200_000_000, help="largest video (default: 200000000)"
     )
     serve.add_argument(
         "--queue",
         type=positive,
         default=16,
-        help="videos waiting or running; more are refused with 429 (default: 16)",
+        help="videos that may wait or run; further ones get 429 (default: 16)",
     )
     serve.add_argument(
         "--wait",
         type=positive,
         default=25,
         metavar="SECONDS",
-        help="a request waits so long for its result, then gets a job's address (default: 25)",
+        help="time a request waits for its result before it gets a job's address (default: 25)",
     )
     serve.add_argument(
         "--clip-limit",
         type=positive,
         default=120,
         metavar="SECONDS",
-        help="a device that takes longer for a clip counts as hung (default: 120)",
+        help="time limit of a clip, after which the device counts as hung (default: 120)",
     )
     serve.add_argument(
         "--grace",
         type=positive,
         default=30,
         metavar="SECONDS",
-        help="to finish accepted work after SIGTERM (default: 30)",
+        help="time to finish accepted work after SIGTERM (default: 30)",
     )
     serve.add_argument(
         "--state",
         type=Path,
         metavar="DIR",
-        help="where results of jobs are kept (default: below $XDG_STATE_HOME)",
+        help="folder for results of jobs and uploads (default: below $XDG_STATE_HOME)",
     )
 
 
@@ -101,17 +107,15 @@ def run_serve(options: argparse.Namespace) -> int:
         raise ConfigError(f"the service needs more ({error}): pip install pynq_kgrc[serve]") from (
             error
         )
-    from pynq_kgrc.service.settings import (
-        Settings,
-        check_settings,
-        read_keys,
-        shipped_programs,
-        state_folder,
-    )
+    from pynq_kgrc.backends.base import backend_class
+    from pynq_kgrc.places import shipped_programs
+    from pynq_kgrc.service.settings import Settings, check_settings, read_keys, state_folder
 
     programs = tuple(options.program) or shipped_programs()
     if not programs and options.repository is None:
-        raise ConfigError("no program ships with this release: give --program FILE (see compile)")
+        raise ConfigError(
+            "no program comes with this release: give --program FILE (made by compile)"
+        )
     settings = Settings(
         programs=programs,
         repository=options.repository,
@@ -128,6 +132,8 @@ def run_serve(options: argparse.Namespace) -> int:
         state=options.state or state_folder(options.port),
     )
     check_settings(settings, options.insecure)
+    if options.workers > 1 and backend_class(options.backend).exclusive:
+        raise ConfigError(f"--workers {options.workers}: the backend {options.backend} takes one")
 
     def announce(started: dict[str, Any]) -> None:
         if options.json:

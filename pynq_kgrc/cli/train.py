@@ -7,35 +7,35 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pynq_kgrc.cli.arguments import Declare, positive, progress
+from pynq_kgrc.cli.arguments import Declare, add_design, positive, progress
+from pynq_kgrc.compress.recipes import ALGORITHMS, NAMES
 from pynq_kgrc.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pynq_kgrc.accelerator.config import AcceleratorConfig
-    from pynq_kgrc.compress.dataset import Clips, VideoSet
-    from pynq_kgrc.compress.pruning import Ground
-    from pynq_kgrc.compress.recipes import Recipe
-    from pynq_kgrc.compress.training import Row, TrainConfig
-    from pynq_kgrc.graph import ClipSpec
+    from pynq_kgrc.compiler.latency import LatencySearch
+    from pynq_kgrc.compress.dataset import VideoSet
+    from pynq_kgrc.compress.recipes import LayerRecipe
+    from pynq_kgrc.compress.training import EpochRecord, TrainConfig, TrainingSetup
+    from pynq_kgrc.graph import ClipSpec, Graph
+    from pynq_kgrc.program import Program
 
 T = TypeVar("T")
-
-ALGORITHMS = ("one-shot", "heuristic", "lasso", "reweighted", "admm")
-"""As `compress.pruning.ALGORITHMS`; written here so that --help wakes no torch."""
 
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.toml"
 
 DATA = """\
-DATA is a folder with an index.csv of columns file, label (from 0) and split ("train" or "test");
-a column `class` names the labels. Videos are decoded once, into --cache. A run keeps its settings
-(config.toml), log (log.csv) and a checkpoint in its folder; started again, it goes on where it was
-killed and ends with the same bits."""
+DATA is a folder with an index.csv of the columns file, label (from 0) and split ("train" or
+"test"). A column `class` gives the labels their names. Each video is decoded once, into --cache.
+A run keeps its settings (config.toml), log (log.csv) and a checkpoint in its folder. A run that
+was killed resumes when it is started again, and ends with the same weights, bit for bit."""
 
 
 def declare(command: Declare) -> None:
@@ -48,7 +48,9 @@ def declare(command: Declare) -> None:
         "Several processes or GPUs: torchrun --nproc-per-node N -m pynq_kgrc.cli train ...",
     )
     _learning(train, "folder of the run; gets weights.safetensors")
-    train.add_argument("--weights", help="state dict to start from; seeded random without")
+    train.add_argument(
+        "--weights", help="state dict to start from (default: seeded random weights)"
+    )
     _schedule(train)
 
     prune = command(
@@ -56,66 +58,71 @@ def declare(command: Declare) -> None:
         run_prune,
         "prune a trained network and train what is left",
         f"{DATA}\n\n"
-        "What goes is told by --recipe: kgr, kgc or kgrc for the paper's rates of the network, or\n"
+        "--recipe says what is pruned: kgr, kgc or kgrc for the paper's rates of the network, or\n"
         "a TOML file with lines such as\n\n"
         '  [layers]\n  conv2 = { pattern = "kgrc", rows = "1/2", cols = "2/3" }\n\n'
-        "Or by --pattern and --reduction: the rates that keep most of the weights\n"
-        "while operations fall that many times, of those that satisfy eq. (9) of the paper.",
+        "--pattern and --reduction search the rates instead: of those that satisfy eq. (9) of the\n"
+        "paper, the ones that keep most of the weights while the cost falls by that factor. The\n"
+        "cost is operations, or with --target latency the cycles of the whole compiled program on\n"
+        "--design (modelled by accelerator/cost.py, without memory stalls).",
     )
     _learning(prune, "folder of the run; gets weights.safetensors and recipe.toml")
     prune.add_argument("--weights", required=True, help="state dict of the dense network")
     how = prune.add_mutually_exclusive_group(required=True)
     how.add_argument("--recipe", help="kgr, kgc, kgrc, or a TOML file")
-    how.add_argument("--pattern", help="kgr, kgc, kgrc, vanilla, blockwise, filter, krp")
+    how.add_argument("--pattern", help=", ".join(NAMES))
     prune.add_argument(
-        "--reduction", type=float, default=3.0, help="times fewer operations (default: 3)"
+        "--reduction", type=float, default=3.0, help="factor by which the cost falls (default: 3)"
     )
     prune.add_argument(
         "--target", choices=("operations", "latency"), default="operations",
-        help="what --reduction counts: operations, or modelled cycles of --accelerator",
+        help="the cost that --reduction divides (default: operations)",
     )  # fmt: skip
     prune.add_argument(
-        "--layers", help="comma-separated; all convolutions but the first and last without"
+        "--layers", help="comma-separated (default: all convolutions but the first and the last)"
     )
-    prune.add_argument("--accelerator", default="8-sparse", help="design (default: 8-sparse)")
-    prune.add_argument("--algorithm", choices=ALGORITHMS, help="instead of the settings'")
-    _schedule(prune, "settings of pruning, a TOML file; [prepare] and [retrain] are of training")
+    add_design(prune, "the accelerator whose groups and cycles count", "--accelerator")
+    prune.add_argument("--algorithm", choices=ALGORITHMS, help="overrides the settings")
+    _schedule(prune, "settings of pruning, a TOML file; [prepare] and [retrain] set the training")
 
     quantize = command(
         "quantize",
         run_quantize,
-        "train a network at the accelerator's width, and compile it",
+        "quantize a network to the width of a design, and compile it",
         f"{DATA}\n\n"
-        "Formats are chosen on clips of the training set; then weights, biases and scales are\n"
-        "trained with the accelerator's own arithmetic in the forward pass, zeros staying zeros.\n"
-        "With --epochs 0 nothing is trained: quantization after training.",
+        "The ranges of all tensors are chosen on clips of the training set. Then weights, biases\n"
+        "and scales are trained with the accelerator's integer arithmetic in the forward pass\n"
+        "(quantization-aware training); pruned weights stay zero. --epochs 0 trains nothing\n"
+        "(post-training quantization).",
     )
     _learning(quantize, "folder of the run; gets program.kgrc")
     quantize.add_argument("--weights", required=True, help="state dict, pruned or dense")
-    quantize.add_argument("--accelerator", default="8-sparse", help="design (default: 8-sparse)")
+    add_design(quantize, "the accelerator to compile for", "--accelerator")
     quantize.add_argument("--method", default=None, help="ranges: minmax, percentile or mse")
     quantize.add_argument(
         "--admm", type=positive, metavar="EPOCHS",
-        help="first draw the float weights towards codes by ADMM, width after width",
+        help="before that, pull the float weights to the codes by ADMM: 16 bits, then 8, then 4",
     )  # fmt: skip
     quantize.add_argument(
         "--powers", action="store_true",
-        help="weights of 0 and powers of two, quantized in groups: 3 bits on a 4-bit design, "
-        "4 bits on an 8-bit one",
+        help="weights of 0 and powers of two only, frozen group after group: 3 bits on a 4-bit "
+        "design, 4 bits on an 8-bit design",
     )  # fmt: skip
     _schedule(quantize)
 
     evaluate = command(
         "evaluate",
         run_evaluate,
-        "count how often a program, or a float network, is right",
-        "A program runs on a backend, bit for bit as on the accelerator. A float network is named\n"
-        "with --network and --weights.",
+        "measure the accuracy of a program or of a float network",
+        "--program runs on a backend, bit for bit as on the accelerator. --network and --weights\n"
+        "name a float network, which runs in torch.",
     )
     evaluate.add_argument("--data", type=Path, required=True, help="folder with index.csv")
     evaluate.add_argument("-p", "--program", type=Path, help="a compiled .kgrc")
-    evaluate.add_argument("--backend", default="emulate", help="what runs it (default: emulate)")
-    evaluate.add_argument("--network", help="a float network instead")
+    evaluate.add_argument(
+        "--backend", default="emulate", help="what runs the program (default: emulate)"
+    )
+    evaluate.add_argument("--network", help="a float network, instead of a program")
     evaluate.add_argument("--weights", help="its state dict")
     evaluate.add_argument("--split", default="test", help="which clips (default: test)")
     _cache(evaluate)
@@ -126,7 +133,7 @@ def _learning(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("--data", type=Path, required=True, help="folder with index.csv")
     command.add_argument("-o", "--out", type=Path, required=True, help=out)
     command.add_argument(
-        "--tensorboard", action="store_true", help="write its events too, where it is installed"
+        "--tensorboard", action="store_true", help="also write events for TensorBoard"
     )
     command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     _cache(command)
@@ -135,14 +142,14 @@ def _learning(command: argparse.ArgumentParser, out: str) -> None:
 def _cache(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cache", type=Path, default=None,
-        help="folder of decoded clips (default: clips in the user's cache of pynq_kgrc)",
+        help="folder of decoded clips (default: clips/ in pynq_kgrc's cache folder)",
     )  # fmt: skip
 
 
 def _schedule(command: argparse.ArgumentParser, text: str = "settings, a TOML file") -> None:
-    command.add_argument("--config", type=Path, help=f"{text}; defaults without")
-    command.add_argument("--epochs", type=int, help="instead of the settings'")
-    command.add_argument("--seed", type=int, help="instead of the settings'")
+    command.add_argument("--config", type=Path, help=f"{text} (default: built-in settings)")
+    command.add_argument("--epochs", type=int, help="overrides the settings")
+    command.add_argument("--seed", type=int, help="overrides the settings")
 
 
 # ---- commands -------------------------------------------------------------------------------
@@ -154,12 +161,12 @@ def run_train(options: argparse.Namespace) -> int:
     from pynq_kgrc.compress.training import TrainConfig
 
     config = _changed(_settings(options, TrainConfig()), options)
-    ground, videos = _ground(options)
+    setup, videos = _setup(options)
     torch.manual_seed(config.seed)
     network, _ = _network(options, len(videos.classes))
-    rows = ground.train(network, config, options.out)
-    _keep(network, options.out / WEIGHTS, ground)
-    return _report(options, {"epochs": len(rows), "test_top1": rows[-1].test_top1}, WEIGHTS)
+    records = setup.train(network, config, options.out)
+    _keep(network, options.out / WEIGHTS, setup)
+    return _report(options, {"epochs": len(records), "test_top1": records[-1].test_top1}, WEIGHTS)
 
 
 def run_prune(options: argparse.Namespace) -> int:
@@ -167,34 +174,51 @@ def run_prune(options: argparse.Namespace) -> int:
 
     import msgspec
 
-    from pynq_kgrc.accelerator.config import preset
+    from pynq_kgrc.accelerator.config import read_design
+    from pynq_kgrc.compiler.latency import program_cycles
     from pynq_kgrc.compress.patterns import kept_operations
     from pynq_kgrc.compress.pruning import PruneConfig, prune_network
+    from pynq_kgrc.compress.recipes import build_patterns, write_recipe
     from pynq_kgrc.compress.training import measure_top1
     from pynq_kgrc.models.trace import trace
 
+    design = read_design(options.design)
     config = _settings(options, PruneConfig())
-    if options.algorithm:
+    if options.algorithm is not None:
         config = msgspec.structs.replace(config, algorithm=options.algorithm)
     config = msgspec.structs.replace(
         config,
         prepare=_changed(config.prepare, options),
         retrain=_changed(config.retrain, options),
     )
-    ground, videos = _ground(options)
+    setup, videos = _setup(options)
     network, spec = _network(options, len(videos.classes))
-    recipe = _recipe(options, network, spec, preset(options.accelerator))
+    compile_graph = partial(_compile, setup=setup, design=design)
+    graph = trace(network, spec, name=options.network)
+    layers, search = _recipe(options, graph, design, compile_graph)
+    recipe = build_patterns(layers, design)
+    write_recipe(layers, options.out / RECIPE)
     teacher = copy.deepcopy(network)
-    prune_network(network, recipe, config, ground, options.out, teacher)
-    _keep(network, options.out / WEIGHTS, ground)
-    dense, kept = kept_operations(trace(network.cpu(), spec))
-    found = {
-        "macs_dense": dense,
-        "macs_kept": kept,
-        "reduction": round(dense / kept, 3),
-        "test_top1": measure_top1(network, ground.test, spec),
-        "test_top1_dense": measure_top1(teacher, ground.test, spec),
+    prune_network(network, recipe, config, setup, options.out, teacher)
+    _keep(network, options.out / WEIGHTS, setup)
+    pruned = trace(network.cpu(), spec, name=options.network)
+    macs_dense, macs_kept = kept_operations(pruned)
+    found: dict[str, Any] = {
+        "macs_dense": macs_dense,
+        "macs_kept": macs_kept,
+        "reduction": round(macs_dense / macs_kept, 3),
+        "test_top1": measure_top1(network, setup.test, spec),
+        "test_top1_dense": measure_top1(teacher, setup.test, spec),
     }
+    if search is not None:
+        cycles = program_cycles(compile_graph(pruned))
+        found |= {
+            "design": design.name,
+            "modelled_cycles_dense": search.dense_cycles,
+            "modelled_cycles": cycles,
+            "latency_reduction_asked": search.asked,
+            "latency_reduction": round(search.dense_cycles / cycles, 3),
+        }
     return _report(options, found, WEIGHTS)
 
 
@@ -203,37 +227,43 @@ def run_quantize(options: argparse.Namespace) -> int:
 
     import msgspec
 
-    from pynq_kgrc.accelerator.config import preset
+    from pynq_kgrc.accelerator.config import read_design
     from pynq_kgrc.analysis.accuracy import measure_accuracy
     from pynq_kgrc.compiler.lower import lower
+    from pynq_kgrc.compress.augment import calibration_clips
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.train_quantized import QUANTIZE, approach_codes, train_quantized
     from pynq_kgrc.models.trace import trace
 
-    accelerator = preset(options.accelerator)
-    config = _changed(_settings(options, QUANTIZE), options)
-    ground, videos = _ground(options)
+    design = read_design(options.design)
+    config = _settings(options, QUANTIZE)
+    trains = options.epochs != 0
+    if trains:
+        config = _changed(config, options)
+    elif options.powers:
+        raise ConfigError("--powers quantizes in training; --epochs has to be 1 or more")
+    elif options.seed is not None:
+        config = msgspec.structs.replace(config, seed=options.seed)
+    setup, videos = _setup(options)
     network, spec = _network(options, len(videos.classes))
     teacher = copy.deepcopy(network)
     if options.admm:
         settings = msgspec.structs.replace(config, epochs=options.admm)
-        approach_codes(network, accelerator.bits, settings, ground, options.out / "admm", teacher)
+        approach_codes(network, design.bits, settings, setup, options.out / "admm", teacher)
     graph = trace(network.cpu(), spec, videos.classes, options.network)
-    few = _calibration(ground.clips, spec)
-    graph = choose_quant(graph, few, accelerator.bits, options.method or DEFAULT_METHOD)
-    if options.epochs != 0:
+    few = calibration_clips(setup.clips, spec)
+    graph = choose_quant(graph, few, design.bits, options.method or DEFAULT_METHOD)
+    if trains:
         graph = train_quantized(
-            graph, config, ground, options.out, teacher, options.device, options.powers
+            graph, config, setup, options.out, teacher, options.device, options.powers
         )
-    elif options.powers:
-        raise ConfigError("--powers quantizes in training; --epochs has to be 1 or more")
-    program = lower(graph, accelerator)
+    program = lower(graph, design)
     path = options.out / "program.kgrc"
     program.save(path)
-    clips = list(progress(ground.test, "emulate", len(ground.test)))
+    clips = list(progress(setup.test, "emulate", len(setup.test)))
     accuracy = measure_accuracy(program, clips)
     found = {
-        "bits": accelerator.bits,
+        "bits": design.bits,
         "emulated_top1": accuracy.top1,
         "emulated_top5": accuracy.top5,
         "clips": accuracy.clips,
@@ -243,82 +273,70 @@ def run_quantize(options: argparse.Namespace) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
-    from pynq_kgrc.analysis.accuracy import measure_accuracy
-    from pynq_kgrc.compress.dataset import load_clips, read_index
-    from pynq_kgrc.program import load
+    from pynq_kgrc.compress.dataset import read_index
 
     if (options.program is None) == (options.network is None):
         raise ConfigError("evaluate takes either --program or --network")
     videos = read_index(options.data).only(options.split)
-    cache = options.cache or _clip_cache()
-    if options.program is not None:
-        program = load(options.program)
-        clips = load_clips(videos, program.clip, cache, say=_say)
-        accuracy = measure_accuracy(
-            program, clips, options.backend, lambda c: progress(c, "evaluate", len(clips))
-        )
-        found = {
-            "program": program.name,
-            "backend": options.backend,
-            "clips": accuracy.clips,
-            "top1": accuracy.top1,
-            "top5": accuracy.top5,
-        }
-        if options.json:
-            found["confusion"] = accuracy.confusion.tolist()
-        return _report(options, found, "")
-    from pynq_kgrc.compress.training import predict
+    run = _evaluate_network if options.program is None else _evaluate_program
+    return _report(options, run(options, videos), "")
+
+
+def _evaluate_program(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
+    from pynq_kgrc.analysis.accuracy import measure_accuracy
+    from pynq_kgrc.compress.dataset import load_clips
+    from pynq_kgrc.program import load
+
+    program = load(options.program)
+    clips = load_clips(videos, program.clip, _clip_cache(options), say=_say)
+    accuracy = measure_accuracy(
+        program, clips, options.backend, lambda c: progress(c, "evaluate", len(clips))
+    )
+    found: dict[str, Any] = {
+        "program": program.name,
+        "backend": options.backend,
+        "clips": accuracy.clips,
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+    }
+    if options.json:
+        found["confusion"] = accuracy.confusion.tolist()
+    return found
+
+
+def _evaluate_network(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
+    from pynq_kgrc.compress.dataset import load_clips
+    from pynq_kgrc.compress.training import measure_top
 
     network, spec = _network(options, len(videos.classes))
-    clips = load_clips(videos, spec, cache, say=_say)
-    order = (-predict(network, clips, spec)).argsort(dim=1, stable=True).numpy()
-    right = order[:, :5] == clips.labels[:, None]
-    found = {
-        "network": options.network,
-        "clips": len(clips),
-        "top1": float(right[:, 0].mean()),
-        "top5": float(right.any(axis=1).mean()),
-    }
-    return _report(options, found, "")
+    clips = load_clips(videos, spec, _clip_cache(options), say=_say)
+    top1, top5 = measure_top(network, clips, spec, (1, 5))
+    return {"network": options.network, "clips": len(clips), "top1": top1, "top5": top5}
 
 
-# ---- what they share ------------------------------------------------------------------------
+# ---- shared by the commands -----------------------------------------------------------------
 
 
-def _ground(options: argparse.Namespace) -> tuple[Ground, VideoSet]:
-    """The clips of the data folder, decoded, and this process's share of the work."""
+def _setup(options: argparse.Namespace) -> tuple[TrainingSetup, VideoSet]:
+    """The decoded clips of the data folder, and this process's share of the work."""
     from pynq_kgrc.compress.augment import wide_spec
     from pynq_kgrc.compress.dataset import load_clips, read_index
-    from pynq_kgrc.compress.pruning import Ground
+    from pynq_kgrc.compress.training import TrainingSetup, join_processes
     from pynq_kgrc.models import find_network
 
     videos = read_index(options.data)
     _, spec = find_network(options.network)
-    cache = options.cache or _clip_cache()
-    share = _join(options.device)
+    cache = _clip_cache(options)
+    share = join_processes(options.device)
     clips = load_clips(videos.only("train"), wide_spec(spec), cache, say=_say)
     test = load_clips(videos.only("test"), spec, cache, say=_say)
     quiet = options.json or share[0] != 0
-    watch = _watch(options, quiet)
-    return Ground(clips, test, spec, progress, watch, share), videos
-
-
-def _join(device: str) -> tuple[int, int]:
-    """Rank and number of processes; several ones meet here under torchrun."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return 0, 1
-    import torch.distributed
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return torch.distributed.get_rank(), world
+    return TrainingSetup(clips, test, spec, progress, _watch(options, quiet), share), videos
 
 
 def _network(options: argparse.Namespace, classes: int) -> tuple[nn.Module, ClipSpec]:
     """The network of the command line on its device, with its weights."""
-    import torch
-
+    from pynq_kgrc.compress.training import to_device
     from pynq_kgrc.models import find_network
     from pynq_kgrc.models.checkpoint import load_state
 
@@ -326,48 +344,44 @@ def _network(options: argparse.Namespace, classes: int) -> tuple[nn.Module, Clip
     network = build(classes)
     if options.weights:
         load_state(network, Path(options.weights))
-    device = getattr(options, "device", "cpu")
-    try:
-        if device == "cuda" and "LOCAL_RANK" in os.environ:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        network.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} is not there ({error}); use cpu") from error
+    to_device(network, getattr(options, "device", "cpu"))
     return network, spec
 
 
+def _compile(graph: Graph, setup: TrainingSetup, design: AcceleratorConfig) -> Program:
+    """The program of a float graph; its cycles do not depend on how ranges are chosen."""
+    from pynq_kgrc.compiler.lower import lower
+    from pynq_kgrc.compress.augment import calibration_clips
+    from pynq_kgrc.compress.calibrate import choose_quant
+
+    clips = calibration_clips(setup.clips, setup.spec, 1)
+    return lower(choose_quant(graph, clips, design.bits, "minmax"), design)
+
+
 def _recipe(
-    options: argparse.Namespace, network: nn.Module, spec: ClipSpec, config: AcceleratorConfig
-) -> Recipe:
-    """The recipe of the command line, kept in the run's folder."""
-    from pynq_kgrc.compress.patterns import PATTERNS, recipe
-    from pynq_kgrc.compress.recipes import (
-        Entry,
-        build_patterns,
-        choose_rates,
-        modelled_cycles,
-        operations,
-        read_entries,
-        write_recipe,
-    )
-    from pynq_kgrc.models.trace import trace
+    options: argparse.Namespace,
+    graph: Graph,
+    design: AcceleratorConfig,
+    compile_graph: Callable[[Graph], Program],
+) -> tuple[dict[str, LayerRecipe], LatencySearch | None]:
+    """The recipe of the command line: published, from a file, or searched."""
+    from pynq_kgrc.compiler.latency import choose_rates_by_latency
+    from pynq_kgrc.compress.patterns import PATTERNS
+    from pynq_kgrc.compress.recipes import choose_rates, published_recipe, read_recipe
 
     if options.recipe in PATTERNS:
-        # thin networks bear the layers of the ones that the paper has rates for
-        known = {"thin_c3d": "c3d"}.get(options.network, options.network)
-        rates = recipe(known, options.recipe)
-        entries = {n: Entry(options.recipe, str(r.rows), str(r.cols)) for n, r in rates.items()}
-    elif options.recipe:
-        entries = read_entries(options.recipe)
-    else:
-        graph = trace(network, spec)
-        names = [layer.name for layer in graph.convolutions()]
-        chosen = options.layers.split(",") if options.layers else names[1:-1]
-        cost = modelled_cycles(config) if options.target == "latency" else operations
-        entries = choose_rates(graph, chosen, options.pattern, options.reduction, config, cost)
-    patterns = build_patterns(entries, config)
-    write_recipe(entries, options.out / RECIPE)
-    return patterns
+        return published_recipe(options.network, options.recipe), None
+    if options.recipe:
+        return read_recipe(options.recipe), None
+    names = [layer.name for layer in graph.convolutions()]
+    names = options.layers.split(",") if options.layers else names[1:-1]
+    if options.target == "operations":
+        return choose_rates(graph, names, options.pattern, options.reduction, design), None
+    search = choose_rates_by_latency(
+        graph, names, options.pattern, options.reduction, compile_graph
+    )
+    _say(str(search))
+    return search.layers, search
 
 
 def _settings(options: argparse.Namespace, default: T) -> T:
@@ -378,79 +392,65 @@ def _settings(options: argparse.Namespace, default: T) -> T:
 
 
 def _changed(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
-    """The settings with what the command line says instead."""
+    """The settings with --epochs and --seed, where they are given."""
     import msgspec
 
     given = {key: getattr(options, key) for key in ("epochs", "seed")}
-    changes = {key: value for key, value in given.items() if value}
+    changes = {key: value for key, value in given.items() if value is not None}
     changed: TrainConfig = msgspec.structs.replace(config, **changes)
     return changed
 
 
-def _calibration(clips: Clips, spec: ClipSpec, count: int = 32) -> Any:
-    """Some training clips as the network sees them, without variation."""
-    import torch
+def _keep(network: nn.Module, path: Path, setup: TrainingSetup) -> None:
+    """Save the weights; of several processes, the first one does."""
+    from pynq_kgrc.models.checkpoint import save_state
 
-    from pynq_kgrc.compress.augment import PLAIN, varied_batches
-
-    size = min(count, len(clips))
-    batches = varied_batches(clips, spec, PLAIN, size, torch.Generator().manual_seed(0))
-    values, _ = next(iter(batches))
-    return [clip.numpy() for clip in values]
+    if setup.share[0] == 0:
+        save_state(network, path)
 
 
-def _keep(network: nn.Module, path: Path, ground: Ground) -> None:
-    """The weights as a safetensors file, written by one process."""
-    from safetensors.torch import save_file
-
-    from pynq_kgrc.storage import written_beside
-
-    if ground.share[0] == 0:
-        state = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
-        with written_beside(path) as beside:
-            save_file(state, beside)
-
-
-def _clip_cache() -> Path:
+def _clip_cache(options: argparse.Namespace) -> Path:
     from pynq_kgrc.places import user_cache
 
-    return user_cache() / "clips"
+    return options.cache or user_cache() / "clips"
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _watch(options: argparse.Namespace, quiet: bool) -> Callable[[Row], None]:
-    """What sees every row of a log: the terminal, and TensorBoard if asked for."""
+def _watch(options: argparse.Namespace, quiet: bool) -> Callable[[EpochRecord], None]:
+    """Passes each epoch's record to the terminal, and to TensorBoard with --tensorboard."""
     events: Any = None
     if options.tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError("--tensorboard needs it: pip install tensorboard") from error
+            raise ConfigError(
+                "--tensorboard needs the package tensorboard: pip install tensorboard"
+            ) from error
         events = SummaryWriter(options.out / "events")
 
-    def watch(row: Row) -> None:
+    def watch(record: EpochRecord) -> None:
         if not quiet:
-            _print_row(row)
-        for name in row.__struct_fields__[1:] if events is not None else ():
-            if getattr(row, name) is not None:
-                events.add_scalar(name, getattr(row, name), row.epoch)
+            _print_record(record)
+        for name in record.__struct_fields__[1:] if events is not None else ():
+            if getattr(record, name) is not None:
+                events.add_scalar(name, getattr(record, name), record.epoch)
 
     return watch
 
 
-def _print_row(row: Row) -> None:
-    measured = "" if row.test_top1 is None else f"  test {row.test_top1:6.1%}"
+def _print_record(record: EpochRecord) -> None:
+    measured = "" if record.test_top1 is None else f"  test {record.test_top1:6.1%}"
     print(
-        f"epoch {row.epoch + 1:3}  loss {row.loss:.3f}  penalty {row.penalty:.3g}  "
-        f"train {row.train_top1:6.1%}{measured}  {row.seconds:.0f} s"
+        f"epoch {record.epoch + 1:3}  loss {record.loss:.3f}  penalty {record.penalty:.3g}  "
+        f"train {record.train_top1:6.1%}{measured}  {record.seconds:.0f} s"
     )
 
 
 def _report(options: argparse.Namespace, found: dict[str, Any], file: str) -> int:
-    """Print what was found, for a person or for a script."""
+    """Print the results, as text or as JSON; of several processes, the first one prints."""
     if file:
         found["path"] = str(options.out / file)
     if int(os.environ.get("RANK", "0")) != 0:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from pynq_kgrc.errors import ConfigError, DataError, KgrcError, VideoError
-from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.graph import DEFAULT_SAMPLING, ClipSpec
 from pynq_kgrc.quant import Array
 from pynq_kgrc.results import Label, WindowLabels
 from pynq_kgrc.runtime import Session, best_labels
@@ -38,7 +38,7 @@ class ArchiveSettings(msgspec.Struct, frozen=True):
     top: int = 5
     stride: int | None = None
     """Frames between the starts of two clips; None: one clip per video."""
-    sampling: str = "centre"
+    sampling: str = DEFAULT_SAMPLING
     version: int = VERSION
 
     def differences(self, other: ArchiveSettings) -> str:

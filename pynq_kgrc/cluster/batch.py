@@ -39,6 +39,7 @@ from pynq_kgrc.cluster.archive import (
 )
 from pynq_kgrc.cluster.local import ray_started
 from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
+from pynq_kgrc.graph import DEFAULT_SAMPLING
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.storage import written_beside
@@ -87,7 +88,7 @@ class Batch:
     backend: str = "emulate"
     top: int = 5
     stride: int | None = None
-    sampling: str = "centre"
+    sampling: str = DEFAULT_SAMPLING
     workers: int = 1
     file_seconds: float = 600.0
     """Time limit of a worker for one file."""
@@ -146,7 +147,7 @@ def _check(batch: Batch) -> None:
     if batch.backend not in BACKENDS:
         raise ConfigError(f"--backend {batch.backend}; there are {', '.join(BACKENDS)}")
     if batch.workers > 1 and batch.address == "local" and backend_class(batch.backend).exclusive:
-        raise ConfigError(f"--workers {batch.workers}: a {batch.backend} takes one")
+        raise ConfigError(f"--workers {batch.workers}: the backend {batch.backend} takes one")
 
 
 def classify_files(

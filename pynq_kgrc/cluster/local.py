@@ -1,4 +1,4 @@
-"""Ray itself: started here, or joined where it runs already, and always left again."""
+"""Starts Ray on this machine or connects to a running cluster, and always shuts it down."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ import ray
 from pynq_kgrc.errors import DeviceError
 
 STORE_BYTES = 100_000_000
-"""Of Ray's shared memory: a row of results has some kB."""
+"""Size of Ray's shared memory, in bytes: a row of results has a few kB."""
 
 
 @contextlib.contextmanager
 def ray_started(
     cpus: int, address: str = "local", store_bytes: int = STORE_BYTES
 ) -> Iterator[None]:
-    """Ray without telemetry, dashboard or noise; ended however the block ends. In the block what
-    is printed goes to standard error, because Ray prints too.
+    """Ray without telemetry, dashboard and log; it is shut down when the block ends.
+
+    In the block, standard output goes to standard error, because Ray prints too.
 
     Args:
-        cpus: how many workers there may be; Ray counts them, it does not tie them to cores.
-        address: of a cluster that runs already, or "local".
-        store_bytes: of Ray's shared memory here.
+        cpus: number of workers; Ray counts them, it does not pin them to cores.
+        address: of a running cluster, or "local".
+        store_bytes: size of Ray's shared memory on this machine.
 
     Raises:
         DeviceError: Ray does not start.
@@ -40,7 +41,7 @@ def ray_started(
         "include_dashboard": None,
     }
     with contextlib.ExitStack() as stack:
-        # what Ray has to say of a worker that died is no result
+        # Ray prints messages about workers that died; only results go to standard output
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         if address == "local":
             quiet.update(
@@ -65,6 +66,6 @@ def ray_started(
 
 
 def _short_folder() -> str:
-    """A folder for Ray's sockets, whose paths may have 107 bytes."""
+    """A temporary folder with a short path: a Unix socket's path has at most 107 bytes."""
     folder = tempfile.gettempdir()
     return folder if len(os.fsencode(folder)) <= 25 else "/tmp"

@@ -1,7 +1,7 @@
 """Many boards behind one endpoint: an application of Ray Serve.
 
-client -> guard.py -> Gateway -> a Replica or an Emulator, each a replica that takes one request at a
-time. Ray Serve starts the replicas, puts them on machines, and starts another where one dies.
+client -> guard.py -> Gateway -> a Replica (of a board) or an Emulator, each of which takes one
+request at a time. Ray Serve starts them, places them on machines, and restarts one that dies.
 
 `serve run pynq_kgrc.cluster.serving:build boards=http://a:8000,http://b:8000`, or
 `pynq-kgrc cluster`, which also starts Ray.
@@ -33,11 +33,12 @@ from starlette.responses import JSONResponse, Response
 from pynq_kgrc.cluster.local import STORE_BYTES, ray_started
 from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
 from pynq_kgrc.program import load
-from pynq_kgrc.service.app import Service, make_app
+from pynq_kgrc.service.app import make_app
 from pynq_kgrc.service.guard import App, Guard, Message, Receive, Scope, Send
 from pynq_kgrc.service.jobs import FINAL, Admission
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.metrics import Metrics
+from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.settings import Settings, read_keys, shipped_program
 from pynq_kgrc.service.waiting import within
@@ -47,51 +48,52 @@ log = logging.getLogger("pynq_kgrc.service")
 CLASSIFY = "/v1/videos:classify"
 CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 1.0
-"""Between two questions whether a device that left the rotation is ready again."""
+"""Seconds between two readiness checks of a device that left the rotation."""
 READY_SECONDS = 10.0
-"""To answer that."""
+"""Time limit of a readiness check."""
 START_SECONDS = 120.0
-"""Ray may take so long to start a replica, and that to start an emulation."""
+"""Time limit for Ray to start a replica, and for the replica to start an emulation."""
 JOB_SECONDS = 0.5
-"""Between two questions whether a board is done with a long video."""
+"""Seconds between two requests for the state of a board's job."""
 PASSED_ON = ("content-type", "authorization", "x-api-key")
-"""Of the client's headers: the boards check its key themselves."""
+"""Headers of the client that are passed on: the boards check its key themselves."""
 PASSED_BACK = ("content-type", "retry-after")
+"""Headers of the board's answer that are passed back."""
 MAX_REPLY = 50_000_000
-"""Bytes of a board's answer."""
+"""Largest answer of a board, in bytes."""
 T = TypeVar("T")
 
 LEAVING = (429, 503)
-"""A device that answers so has no time or no health; it rests until it is ready."""
+"""A device that answers with one of these leaves the rotation until it is ready."""
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `build` takes; `serve run` gives it as NAME=VALUE. Times are in seconds."""
+    """The arguments of `build`; `serve run` passes them as NAME=VALUE. Times are in seconds."""
 
     boards: str = ""
-    """Addresses of `pynq-kgrc serve`, with commas between them."""
+    """Addresses of instances of `pynq-kgrc serve`, separated by commas."""
     emulators: int = 0
-    """Emulations that Ray starts itself."""
+    """Number of emulations that Ray starts."""
     program: str = ""
-    """Of the emulators; as a default, the one that ships with the package."""
+    """Program of the emulators; empty: the one that comes with the package."""
     backend: str = "emulate"
-    """Of the emulators: emulate or csim."""
+    """Backend of the emulators: emulate or csim."""
     keys: str = ""
-    """A file of keys, as `serve --api-key-file` takes it; none: only this machine is answered."""
+    """A file of keys, as for `serve --api-key-file`; empty: only this machine is served."""
     insecure: bool = False
-    """Whether others may come without a key."""
+    """Whether other machines are served without a key."""
     max_bytes: int = 50_000_000
-    """Of a video. As many as `queue` says are in memory at a time."""
+    """Largest video. Up to `queue` videos are in memory at a time."""
     queue: int = 16
-    """Videos waiting or running; more are refused with 429."""
+    """Videos that may wait or run at a time; further ones get 429."""
     wait_seconds: float = 60.0
-    """A video waits so long for a device."""
+    """How long a video waits for an idle device."""
     answer_seconds: float = 600.0
-    """A device may take so long for a video; then it rests, and the video goes to another."""
+    """Time limit of a device for a video; then it leaves the rotation, and another one gets it."""
 
 
 class Reply(NamedTuple):
-    """What a device answered."""
+    """The answer of a device."""
 
     status: int
     headers: dict[str, str]
@@ -99,22 +101,22 @@ class Reply(NamedTuple):
 
 
 def no_answer(why: str) -> Reply:
-    """The reply of a device that gives none."""
+    """The reply in place of a device that does not answer."""
     return Reply(503, {}, json.dumps({"error": why}).encode())
 
 
 def failure_of(error: Exception) -> str:
-    """A failure of Ray's in one line."""
+    """An exception of Ray in one line."""
     first = str(error).strip().splitlines()
     return f"its replica failed ({type(error).__name__}: {first[-1][:200] if first else ''})"
 
 
 class Replica:
-    """A replica that stands for one `pynq-kgrc serve` elsewhere.
+    """A proxy for one board's `pynq-kgrc serve`.
 
     Args:
         url: its address.
-        seconds: it may take so long for a video.
+        seconds: time limit of a video.
     """
 
     def __init__(self, url: str, seconds: float) -> None:
@@ -123,13 +125,13 @@ class Replica:
 
     @property
     def client(self) -> Any:
-        """Connections, made where there is a loop; nothing is followed or decoded on the way."""
+        """The HTTP client; aiohttp needs a running event loop to make it."""
         if self._client is None:
             limit = aiohttp.ClientTimeout(total=self.seconds, sock_connect=CONNECT_SECONDS)
             self._client = aiohttp.ClientSession(timeout=limit)
         return self._client
 
-    async def ready(self) -> str:
+    async def unavailable_reason(self) -> str:
         """Why the board cannot be used now; empty if it can."""
         try:
             reply = await within(self._ask("GET", "/v2/health/ready"), READY_SECONDS)
@@ -138,7 +140,7 @@ class Replica:
         return "" if reply.status == 200 else f"not ready ({reply.status})"
 
     async def classify(self, query: str, headers: dict[str, str], body: bytes) -> Reply:
-        """What the board says to a video; a long one is waited for."""
+        """Send the board a video; if it answers with a job, wait for the job's result."""
         job = None
         try:
             reply = await self._ask("POST", f"{CLASSIFY}?{query}", headers, body)
@@ -152,12 +154,12 @@ class Replica:
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             return no_answer(f"{self.url} does not answer ({type(error).__name__})")
         finally:
-            if job is not None:  # nobody waits for it
+            if job is not None:  # the client does not wait any more
                 with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError):
                     await within(self._ask("DELETE", job, headers), CONNECT_SECONDS)
 
     async def _finished(self, job: str, headers: dict[str, str]) -> Reply:
-        """The result of a job, as if it had been answered at once."""
+        """Poll a job until it is done; its result as if the board had answered with it at once."""
         while True:
             reply = await self._ask("GET", job, headers)
             if reply.status != 200:
@@ -191,14 +193,14 @@ class Replica:
 
 
 class Emulator:
-    """A replica that is a service of its own, without its sockets.
+    """A service over an emulation in this process, called without HTTP.
 
-    The service has a loop and a thread of its own: Ray's loop (uvloop) does not show the pipes of
-    child processes, which the service widens.
+    The service has an event loop and a thread of its own: Ray's loop (uvloop) gives no access to
+    the pipes of child processes, whose buffers the service enlarges.
     """
 
     def __init__(self, program: str, backend: str, max_bytes: int, seconds: float) -> None:
-        # swept when this process ends well, and left to the system if it is killed
+        # deleted when this process exits normally; stays if it is killed
         self._folder = tempfile.TemporaryDirectory(prefix="kgrc-")
         self.settings = Settings(
             programs=(Path(program),),
@@ -214,19 +216,20 @@ class Emulator:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="service", daemon=True).start()
 
-    async def ready(self) -> str:
-        """Why there is nothing to run on; empty if there is."""
-        return await self._there(self._ready())
+    async def unavailable_reason(self) -> str:
+        """Why the emulation cannot be used now; empty if it can."""
+        return await self._on_service_loop(self._started())
 
     async def classify(self, query: str, headers: dict[str, str], body: bytes) -> Reply:
-        """What the service answers to a video."""
-        return await self._there(self._classify(query, headers, body))
+        """The service's answer to a video."""
+        return await self._on_service_loop(self._classify(query, headers, body))
 
-    async def _there(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of something on the service's own loop; whoever leaves cancels it."""
+    async def _on_service_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the service's loop; cancelled if the caller is cancelled."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
-    async def _ready(self) -> str:
+    async def _started(self) -> str:
+        """Start the service if it is not running; why it cannot be used, or empty."""
         if self._service is None:
             try:
                 service = Service(self.settings)
@@ -237,9 +240,9 @@ class Emulator:
         return self._service.unavailable_reason()
 
     async def _classify(self, query: str, headers: dict[str, str], body: bytes) -> Reply:
-        trouble = await self._ready()
-        if trouble or self._app is None:
-            return no_answer(trouble)
+        reason = await self._started()
+        if reason or self._app is None:
+            return no_answer(reason)
         return await post(self._app, query, headers, body)
 
 
@@ -253,7 +256,7 @@ async def post(app: App, query: str, headers: dict[str, str], body: bytes) -> Re
     async def receive() -> Message:
         if messages:
             return messages.pop()
-        await asyncio.Event().wait()  # whoever leaves cancels all of this
+        await asyncio.Event().wait()  # never disconnects: leaving cancels this task
         raise AssertionError
 
     async def send(message: Message) -> None:
@@ -285,49 +288,47 @@ async def post(app: App, query: str, headers: dict[str, str], body: bytes) -> Re
 
 
 class Device:
-    """A device as the gateway sees it."""
+    """A device in the gateway's list."""
 
     def __init__(self, name: str, handle: Any) -> None:
         self.name, self.handle = name, handle
-        self.trouble = "not asked yet"
-        """Why it rests; empty while it is in the rotation."""
+        self.resting_reason = "not checked yet"
+        """Why it is out of the rotation; empty while it is in."""
         self.served = self.failures = 0
 
 
 class Gateway:
-    """The one endpoint: takes a video, finds a device that has time, and tries a second one if
-    that fails.
-    """
+    """The one endpoint: gives each video to an idle device; if it fails, once to another one."""
 
     def __init__(self, layout: Layout, names: list[str], handles: list[Any]) -> None:
         self.layout = layout
         self.devices = [Device(*pair) for pair in zip(names, handles, strict=True)]
         self.idle: list[Device] = []
-        """In the rotation and without work, the longest idle first."""
+        """Devices in the rotation without a video, the longest idle first."""
         self.queue = Admission(layout.queue, "videos")
         self._changed = asyncio.Event()
         self._probes: set[asyncio.Task[None]] = set()
 
     def __serve_build_asgi_app__(self) -> App:
-        """What Ray Serve calls for each request."""
+        """The ASGI application; Ray Serve calls this once."""
         start_logging()
         keys = read_keys(Path(self.layout.keys)) if self.layout.keys else ()
-        # without keys the guard answers only who asks for localhost, unless it is told otherwise
+        # without keys the guard accepts only requests to localhost, unless `insecure` is set
         host = "0.0.0.0" if self.layout.insecure else "127.0.0.1"
         settings = Settings(host=host, keys=keys, max_bytes=self.layout.max_bytes)
         return Guard(self.answer, settings, Metrics(), lambda: False, self.queue)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the beginning and the end of the application.
+        """Answer one request, or the lifespan events of ASGI.
 
         Raises:
-            Refusal: which the guard answers.
+            Refusal: the guard answers with it.
         """
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._lifespan(receive, send)
             return
         if scope["type"] != "http":
-            raise Refusal(404, "there is no WebSocket here; ask a board")
+            raise Refusal(404, "a cluster has no WebSocket; connect to a board")
         try:
             response = await self._respond(Request(scope, receive))
         except KgrcError as error:
@@ -337,10 +338,10 @@ class Gateway:
             raise Refusal(500, "the gateway failed; its log says more") from error
         await response(scope, receive, send)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         for device in self.devices:
-            self._rest(device, device.trouble)
+            self._leave(device, device.resting_reason)
         await send({"type": "lifespan.startup.complete"})
         await receive()
         for probe in self._probes:
@@ -354,18 +355,18 @@ class Gateway:
         if path == "/v2/health/live" and method == "GET":
             return JSONResponse({"live": True})
         if path == "/v2/health/ready" and method == "GET":
-            ready = any(not device.trouble for device in self.devices)
+            ready = any(not device.resting_reason for device in self.devices)
             return JSONResponse({"ready": ready}, 200 if ready else 503)
         if path == "/v1/devices" and method == "GET":
             return JSONResponse({"devices": [self._describe(d) for d in self.devices]})
         raise Refusal(404, f"nothing at {method[:10]} {path[:50]}; there is POST {CLASSIFY}")
 
     def _describe(self, device: Device) -> dict[str, Any]:
-        state = "resting" if device.trouble else "idle" if device in self.idle else "busy"
+        state = "resting" if device.resting_reason else "idle" if device in self.idle else "busy"
         return {
             "name": device.name,
             "state": state,
-            "trouble": device.trouble,
+            "trouble": device.resting_reason,
             "served": device.served,
             "failures": device.failures,
         }
@@ -375,15 +376,15 @@ class Gateway:
             body = bytearray()
             async for chunk in request.stream():
                 body += chunk
-            # parsed and written anew: what no board could read must not look like a board's fault
+            # normalized: a query that no parser accepts would look like a failure of the board
             query = urlencode(request.query_params.multi_items())
             headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
             video = bytes(body)
             del body
             reply = await self._try(query, headers, video)
             if reply.status in LEAVING:
-                log.info("a second device is tried", extra={"reason": reply.body[:200]})
-                with contextlib.suppress(Refusal):  # there is none: the first one's answer holds
+                log.info("trying a second device", extra={"reason": reply.body[:200]})
+                with contextlib.suppress(Refusal):  # no other device: answer with the first reply
                     reply = await self._try(query, headers, video)
         heads = {name: reply.headers[name] for name in PASSED_BACK if name in reply.headers}
         heads.setdefault("content-type", "application/json")
@@ -392,33 +393,34 @@ class Gateway:
         return Response(reply.body, reply.status, heads)
 
     async def _try(self, query: str, headers: dict[str, str], video: bytes) -> Reply:
-        """The answer of the next device that has time.
+        """Give a video to the next idle device; its answer.
 
         Raises:
-            Refusal: 503, none is in the rotation, or none had time.
+            Refusal: 503, no device is in the rotation, or none was idle in time.
         """
         device = await self._take()
-        trouble = "its request was given up"  # it may still be busy with it, and is asked first
+        # if this is cancelled the device may still be busy: it leaves until a readiness check
+        failure = "its request was cancelled"
         answer = None
         try:
             answer = device.handle.classify.remote(query, headers, video)
             reply = Reply(*await within(answer, self.layout.answer_seconds + READY_SECONDS))
-            trouble = f"answered {reply.status}" if reply.status in LEAVING else ""
+            failure = f"answered {reply.status}" if reply.status in LEAVING else ""
         except asyncio.TimeoutError:
-            trouble = f"no answer within {self.layout.answer_seconds:g} s"
-            reply = no_answer(f"{device.name}: {trouble}")
+            failure = f"no answer within {self.layout.answer_seconds:g} s"
+            reply = no_answer(f"{device.name}: {failure}")
         except (RayError, RayServeException) as error:
-            trouble = failure_of(error)
-            reply = no_answer(f"{device.name}: {trouble}")
+            failure = failure_of(error)
+            reply = no_answer(f"{device.name}: {failure}")
         finally:
-            if trouble and answer is not None:
+            if failure and answer is not None:
                 answer.cancel()
-            if trouble:
-                self._rest(device, trouble)
+            if failure:
+                self._leave(device, failure)
             else:
-                self._enter(device)
-        device.served += not trouble
-        device.failures += bool(trouble)
+                self._join(device)
+        device.served += not failure
+        device.failures += bool(failure)
         return reply
 
     async def _take(self) -> Device:
@@ -426,48 +428,48 @@ class Gateway:
         while True:
             if self.idle:
                 return self.idle.pop(0)
-            if all(device.trouble for device in self.devices):
+            if all(device.resting_reason for device in self.devices):
                 raise Refusal(503, "no device is ready", 5)
             left = end - time.monotonic()
             if left <= 0:
-                raise Refusal(503, f"no device had time within {self.layout.wait_seconds:g} s", 5)
+                raise Refusal(503, f"no device was idle within {self.layout.wait_seconds:g} s", 5)
             with contextlib.suppress(asyncio.TimeoutError):
                 await within(self._changed.wait(), left)
 
-    def _enter(self, device: Device) -> None:
-        """Into the rotation."""
-        device.trouble = ""
+    def _join(self, device: Device) -> None:
+        """Put a device into the rotation."""
+        device.resting_reason = ""
         self.idle.append(device)
-        self._tell()
+        self._notify()
 
-    def _rest(self, device: Device, trouble: str) -> None:
-        """Out of the rotation, until the device is ready."""
-        device.trouble = trouble
-        log.warning("a device rests", extra={"device": device.name, "reason": trouble})
+    def _leave(self, device: Device, reason: str) -> None:
+        """Take a device out of the rotation until a readiness check succeeds."""
+        device.resting_reason = reason
+        log.warning("a device left the rotation", extra={"device": device.name, "reason": reason})
         task = asyncio.get_running_loop().create_task(self._probe(device))
         self._probes.add(task)
         task.add_done_callback(self._probes.discard)
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def _probe(self, device: Device) -> None:
         while True:
             try:
-                answer = device.handle.ready.remote()
-                trouble = await within(answer, START_SECONDS)
+                answer = device.handle.unavailable_reason.remote()
+                reason = await within(answer, START_SECONDS)
             except asyncio.TimeoutError:
                 answer.cancel()
-                trouble = "its replica does not answer"
-            except Exception as error:  # whatever it is, the next answer may be a better one
-                trouble = failure_of(error)
-            if not trouble:
-                log.info("a device is back", extra={"device": device.name})
-                self._enter(device)
+                reason = "its replica does not answer"
+            except Exception as error:  # of any kind: the next check may succeed
+                reason = failure_of(error)
+            if not reason:
+                log.info("a device joined the rotation", extra={"device": device.name})
+                self._join(device)
                 return
-            device.trouble = trouble
+            device.resting_reason = reason
             await asyncio.sleep(PROBE_SECONDS)
 
 
@@ -478,7 +480,7 @@ def build(args: dict[str, Any]) -> Any:
         args: the fields of `Layout`.
 
     Raises:
-        ConfigError: a field that there is not, an address that is none, or no device.
+        ConfigError: an unknown field, a bad address, or no device.
     """
     try:
         layout = msgspec.convert(args, Layout, strict=False)
@@ -487,7 +489,7 @@ def build(args: dict[str, Any]) -> Any:
     replicas: list[tuple[str, Any]] = []
     for url in filter(None, (part.strip() for part in layout.boards.split(","))):
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise ConfigError(f"board {url!r}: is no address such as http://board:8000")
+            raise ConfigError(f"board {url!r}: not an address such as http://board:8000")
         board = _deployment(Replica, f"board-{len(replicas)}", 0)
         replicas.append((url, board.bind(url, layout.answer_seconds)))
     if layout.emulators:
@@ -504,8 +506,8 @@ def build(args: dict[str, Any]) -> Any:
     names, handles = [name for name, _ in replicas], [handle for _, handle in replicas]
     gateway = serve.deployment(
         name="gateway",
-        num_replicas=1,  # it alone knows who has time
-        max_ongoing_requests=layout.queue + 100,  # its own queue refuses first, and says why
+        num_replicas=1,  # it alone knows which devices are idle
+        max_ongoing_requests=layout.queue + 100,  # its own queue refuses before Ray's does
         max_queued_requests=1000,
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Gateway))
@@ -513,7 +515,7 @@ def build(args: dict[str, Any]) -> Any:
 
 
 def _deployment(kind: type, name: str, cpus: int) -> Any:
-    """A deployment of one replica that takes one request at a time."""
+    """A deployment of Ray Serve: one replica, which takes one request at a time."""
     return serve.deployment(
         name=name,
         num_replicas=1,
@@ -527,10 +529,10 @@ def _deployment(kind: type, name: str, cpus: int) -> Any:
 def run_cluster(
     layout: Layout, host: str, port: int, address: str, announce: Callable[[str], None]
 ) -> None:
-    """Start Ray and the application, and serve until SIGTERM or SIGINT; `announce` hears the URL.
+    """Start Ray and the application, and serve until SIGTERM or SIGINT; `announce` gets the URL.
 
     Raises:
-        KgrcError: Ray does not start, a field is wrong, or Ray came to an end.
+        KgrcError: Ray does not start, a field is wrong, or Ray ended.
     """
     application = build(msgspec.to_builtins(layout))
     stopped = threading.Event()
@@ -550,5 +552,5 @@ def run_cluster(
         finally:
             if address == "local":
                 serve.shutdown()
-            else:  # others may serve there as well
+            else:  # the cluster may serve other applications
                 serve.delete("pynq_kgrc")

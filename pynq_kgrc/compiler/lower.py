@@ -1,11 +1,10 @@
-"""Graph to Program: a visible list of steps, each a function that returns a new value.
+"""Compile a Graph to a Program, in five functions that each return a new value.
 
 ``check_graph -> fuse -> place_tensors -> assign_buffers -> build_tasks``
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.errors import CompileError, ProgramError
 from pynq_kgrc.graph import (
+    ACTIVATIONS,
     ADD,
     AVERAGE_POOL,
     CONCAT,
@@ -37,31 +37,35 @@ from pynq_kgrc.program import (
     Task,
     check,
 )
-from pynq_kgrc.quant import Array, QuantParams, ceil_div, multiplier, weight_limit
+from pynq_kgrc.quant import Array, QuantParams, ceil_div, code_dtype, multiplier, weight_limit
 
 SlotOf = Callable[[str], Slot]
-"""Where a tensor lies, by name."""
+"""Finds the slot of a tensor by its name."""
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """One future task: a layer with what is fused into it. `output` is the tensor it writes."""
+class TaskDraft:
+    """A task before it has codes: a layer, and the add and pool that are fused into it."""
 
     layer: Layer
     output: Layer
+    """The layer whose tensor the task writes: the last one that is fused."""
     source: str
-    activation: str
+    activations: tuple[str, ...]
+    """Applied to the output one after the other."""
     shortcut: str | None = None
+    """The tensor that a fused add reads beside the convolution's sums."""
     pool: WindowShape | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
+        """The tensors that the task reads."""
         return (self.source,) if self.shortcut is None else (self.source, self.shortcut)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A tensor's place: the tensor whose buffer it shares, and its first channel there."""
+    """Where a tensor lies: in the buffer of the tensor `root`, from channel `channel` on."""
 
     root: str
     channel: int
@@ -71,18 +75,18 @@ def lower(graph: Graph, config: AcceleratorConfig) -> Program:
     """Compile a quantized graph for an accelerator.
 
     Raises:
-        CompileError: a layer that cannot run there; names it and what would be accepted.
+        CompileError: the accelerator cannot run a layer; names it and what would be accepted.
     """
     check_graph(graph, config)
-    steps, places = place_tensors(graph, fuse(graph, config), config.tn)
-    buffers, index, arena_bytes = assign_buffers(graph, steps, places, config)
+    drafts, places = place_tensors(graph, fuse(graph, config), config.tn)
+    buffers, index, arena_bytes = assign_buffers(graph, drafts, places, config)
 
     def slot(tensor: str) -> Slot:
         place = places[tensor]
         return Slot(index[place.root], place.channel)
 
-    tensors = {tensor.name: tensor for tensor in (*graph.layers, *(s.output for s in steps))}
-    tasks = tuple(build_task(tensors, step, config, slot) for step in steps)
+    tensors = {tensor.name: tensor for tensor in (*graph.layers, *(s.output for s in drafts))}
+    tasks = tuple(build_task(tensors, draft, config, slot) for draft in drafts)
     program = Program(
         name=graph.name,
         config=config,
@@ -104,7 +108,11 @@ def lower(graph: Graph, config: AcceleratorConfig) -> Program:
 
 
 def check_graph(graph: Graph, config: AcceleratorConfig) -> None:
-    """Refuse a graph that is not quantized, or for another width than the accelerator's."""
+    """Refuse a graph that is not quantized, or quantized to other bits than the accelerator's.
+
+    Raises:
+        CompileError: names the layer and what to do.
+    """
     for layer in graph.layers:
         quant = layer.out_quant
         if quant is None:
@@ -115,56 +123,63 @@ def check_graph(graph: Graph, config: AcceleratorConfig) -> None:
                 f"{config.bits}; choose_quant with bits={config.bits}"
             )
         if layer.op == CONCAT and layer.activation != "none":
-            raise CompileError(f"{layer.name}: put the activation before the concat")
+            raise CompileError(
+                f"{layer.name}: an activation after a concat; put it before the concat"
+            )
 
 
-def fuse(graph: Graph, config: AcceleratorConfig) -> list[Step]:
-    """The tasks to be: an add rides on the convolution before it, and a max pool on that.
+def fuse(graph: Graph, config: AcceleratorConfig) -> list[TaskDraft]:
+    """Group the layers into tasks: adds and max pools are fused into convolutions.
 
-    A convolution takes a shortcut if nobody else reads it, it has no activation of its own and
-    the other operand is made earlier. It takes a max pool if nobody else reads what goes in, the
-    windows neither overlap nor are padded, and a memory port moves whole windows at once. An add
-    that fits nowhere becomes an identity convolution with a shortcut.
+    An add is fused into the later of the two layers that it reads, as its shortcut, if that layer
+    is a convolution without an activation whose output nothing else reads. A max pool is fused
+    into the convolution (or the add) before it if nothing else reads that output, the windows
+    neither overlap nor are padded, and a memory port moves whole windows at once. An add that
+    cannot be fused becomes an identity convolution with a shortcut.
     """
     order = {layer.name: i for i, layer in enumerate(graph.layers)}
-    rides: dict[str, str] = {}
-    """Name of an add, pool -> name of the layer it rides on; the first of a chain has the task."""
+    host_of: dict[str, str] = {}
+    """Name of a fused add or pool -> name of the layer before it in the same task."""
     for layer in graph.layers:
         if layer.op == ADD:
             last = max(layer.inputs, key=order.__getitem__)
             if layer.inputs[0] != layer.inputs[1] and _can_carry(graph, graph[last]):
-                rides[layer.name] = last
+                host_of[layer.name] = last
         elif layer.op == MAX_POOL and _fits_on_convolution(graph, layer, config):
-            rides[layer.name] = layer.inputs[0]
+            host_of[layer.name] = layer.inputs[0]
 
-    carried = {host: rider for rider, host in rides.items()}
-    steps = []
+    fused_into = {host: fused for fused, host in host_of.items()}
+    drafts = []
     for layer in graph.layers:
-        if layer.op in (INPUT, CONCAT) or layer.name in rides:
+        if layer.op in (INPUT, CONCAT) or layer.name in host_of:
             continue
-        step = _single_step(layer)
-        while step.output.name in carried:
-            rider = graph[carried[step.output.name]]
-            if rider.op == ADD:
-                other = next(name for name in rider.inputs if name != step.output.name)
-                step = replace(step, output=rider, activation=rider.activation, shortcut=other)
+        draft = _single_draft(layer)
+        while draft.output.name in fused_into:
+            fused = graph[fused_into[draft.output.name]]
+            if fused.op == ADD:
+                other = next(name for name in fused.inputs if name != draft.output.name)
+                # the convolution has no activation: _can_carry
+                draft = replace(
+                    draft, output=fused, activations=(fused.activation,), shortcut=other
+                )
             else:
-                # clamping and the maximum are both monotone, so their order does not matter
-                activation = step.activation if rider.activation == "none" else rider.activation
-                step = replace(step, output=rider, activation=activation, pool=rider.shape)
-        steps.append(step)
-    # a task with a shortcut runs where its add stood, after both of its operands
-    return sorted(steps, key=lambda step: order[step.output.name])
+                # the task clamps before it pools: clamps and the maximum are monotone, so that
+                # their order does not matter
+                activations = (*draft.activations, fused.activation)
+                draft = replace(draft, output=fused, activations=activations, pool=fused.shape)
+        drafts.append(draft)
+    # a task runs at the place of its last layer: after both operands of a fused add
+    return sorted(drafts, key=lambda draft: order[draft.output.name])
 
 
-def _single_step(layer: Layer) -> Step:
+def _single_draft(layer: Layer) -> TaskDraft:
     if layer.op != ADD:
-        return Step(layer, layer, layer.inputs[0], layer.activation)
-    step = identity_step(layer, layer.inputs[0], layer.activation)
-    return replace(step, shortcut=layer.inputs[1])
+        return TaskDraft(layer, layer, layer.inputs[0], (layer.activation,))
+    draft = identity_draft(layer, layer.inputs[0], layer.activation)
+    return replace(draft, shortcut=layer.inputs[1])
 
 
-def identity_step(output: Layer, source: str, activation: str = "none") -> Step:
+def identity_draft(output: Layer, source: str, activation: str = "none") -> TaskDraft:
     """A 1x1x1 convolution that copies `source`: only the groups on the diagonal are enabled."""
     channels = output.channels
     layer = Layer(
@@ -177,27 +192,27 @@ def identity_step(output: Layer, source: str, activation: str = "none") -> Step:
         weight=np.eye(channels, dtype=np.float32)[:, :, None, None, None],
         bias=np.zeros(channels),
     )
-    return Step(layer, output, source, activation)
+    return TaskDraft(layer, output, source, (activation,))
 
 
-def embedding_steps(graph: Graph, concat: Layer) -> list[Step]:
-    """A concat as a sum: each part copied to its channels, on top of the parts before it."""
-    steps: list[Step] = []
+def embedding_drafts(graph: Graph, concat: Layer) -> list[TaskDraft]:
+    """A concat as a sum: each part is copied to its channels and added to the parts before it."""
+    drafts: list[TaskDraft] = []
     channel = 0
     for i, name in enumerate(concat.inputs):
         last = i == len(concat.inputs) - 1
         output = replace(concat, name=concat.name if last else f"{concat.name}.copy{i}")
-        step = identity_step(output, name)
+        draft = identity_draft(output, name)
         weight = np.zeros((concat.channels, graph[name].channels, 1, 1, 1), np.float32)
         at = np.arange(graph[name].channels)
         weight[channel + at, at] = 1
-        assert step.layer.shape is not None
-        shape = replace(step.layer.shape, channels=graph[name].channels)
-        layer = replace(step.layer, weight=weight, shape=shape)
-        before = steps[-1].output.name if steps else None
-        steps.append(replace(step, layer=layer, shortcut=before))
+        assert draft.layer.shape is not None
+        shape = replace(draft.layer.shape, channels=graph[name].channels)
+        layer = replace(draft.layer, weight=weight, shape=shape)
+        before = drafts[-1].output.name if drafts else None
+        drafts.append(replace(draft, layer=layer, shortcut=before))
         channel += graph[name].channels
-    return steps
+    return drafts
 
 
 def _can_carry(graph: Graph, layer: Layer) -> bool:
@@ -215,24 +230,29 @@ def _fits_on_convolution(graph: Graph, pool: Layer, config: AcceleratorConfig) -
 
 
 def place_tensors(
-    graph: Graph, steps: list[Step], tn: int
-) -> tuple[list[Step], dict[str, Placement]]:
-    """Where each tensor lies: parts of a concat lie in its buffer, at their channel offset.
+    graph: Graph, drafts: list[TaskDraft], tn: int
+) -> tuple[list[TaskDraft], dict[str, Placement]]:
+    """Choose the buffer and channel of each tensor: a part of a concat lies in the concat's buffer.
 
-    A part that cannot be written there (the clip itself, a part of two concats, or of another
-    format) is copied by an identity convolution. So is a concat that is the network's output. A
-    concat whose parts do not begin at whole vectors of T_N channels is added up instead.
+    A part that cannot be written there directly (the clip, a part of two concats, a part of
+    another format) is copied there by an identity convolution. An output of the network that is a
+    concat is copied as well. A concat whose parts do not all begin at whole vectors of T_N
+    channels is computed as a sum instead (`embedding_drafts`).
+
+    Returns:
+        The drafts with the copies, in running order, and the placement of each tensor by name.
     """
-    made = {step.output.name for step in steps}
+    made = {draft.output.name for draft in drafts}
     places: dict[str, Placement] = {}
-    copies: dict[str, list[Step]] = {}
+    copies: dict[str, list[TaskDraft]] = {}
+    """Name of a concat -> the copies that fill it."""
     concats = [layer for layer in graph.layers if layer.op == CONCAT]
-    for concat in reversed(concats):  # the outer one first, so that inner ones nest in it
+    for concat in reversed(concats):  # the outer first, so that inner ones lie in its buffer
         place = places.setdefault(concat.name, Placement(concat.name, 0))
         channel = place.channel
         counts = [graph[name].channels for name in concat.inputs]
         if any((channel + sum(counts[:i])) % tn for i in range(len(counts))):
-            copies[concat.name] = embedding_steps(graph, concat)
+            copies[concat.name] = embedding_drafts(graph, concat)
             continue
         for i, name in enumerate(concat.inputs):
             part = graph[name]
@@ -241,43 +261,43 @@ def place_tensors(
                 places[name] = Placement(place.root, channel)
             else:
                 copy = replace(part, name=f"{concat.name}.copy{i}", out_quant=concat.out_quant)
-                copies.setdefault(concat.name, []).append(identity_step(copy, name))
+                copies.setdefault(concat.name, []).append(identity_draft(copy, name))
                 places[copy.name] = Placement(place.root, channel)
             channel += part.channels
     order = {layer.name: i for i, layer in enumerate(graph.layers)}
-    placed = [(order[step.output.name], step) for step in steps]
+    placed = [(order[draft.output.name], draft) for draft in drafts]
     placed += [(order[concat], copy) for concat, made_of in copies.items() for copy in made_of]
     placed.sort(key=lambda item: item[0])
-    ordered = [step for _, step in placed]
+    ordered = [draft for _, draft in placed]
     output = graph[graph.output]
     if output.op == CONCAT:
         copy = replace(output, name=f"{output.name}.copy")
-        ordered.append(identity_step(copy, output.name))
-    for name in (graph.layers[0].name, *(step.output.name for step in ordered)):
+        ordered.append(identity_draft(copy, output.name))
+    for name in (graph.layers[0].name, *(draft.output.name for draft in ordered)):
         places.setdefault(name, Placement(name, 0))
     return ordered, places
 
 
 def assign_buffers(
-    graph: Graph, steps: list[Step], places: dict[str, Placement], config: AcceleratorConfig
+    graph: Graph, drafts: list[TaskDraft], places: dict[str, Placement], config: AcceleratorConfig
 ) -> tuple[tuple[Buffer, ...], dict[str, int], int]:
-    """Buffers in one arena: those that are never alive together may overlap.
+    """Lay the buffers out in one arena; buffers that are never alive together may overlap.
 
-    Largest first, each at the lowest offset that is free over its whole life.
+    A greedy allocation: largest first, each at the lowest offset that is free while it is alive.
 
     Returns:
-        The buffers, the index of each root tensor's buffer, and the bytes of the arena (its peak).
+        The buffers, the index of the buffer of each root tensor, and the bytes of the arena.
     """
     tensors = {layer.name: layer for layer in graph.layers}
-    tensors.update((step.output.name, step.output) for step in steps)
+    tensors.update((draft.output.name, draft.output) for draft in drafts)
     born: dict[str, int] = {places[graph.layers[0].name].root: -1}
     dies: dict[str, int] = {}
-    for time, step in enumerate(steps):
-        born.setdefault(places[step.output.name].root, time)
-        dies[places[step.output.name].root] = time
-        for name in step.reads:
+    for time, draft in enumerate(drafts):
+        born.setdefault(places[draft.output.name].root, time)
+        dies[places[draft.output.name].root] = time
+        for name in draft.reads:
             dies[places[name].root] = time
-    dies[places[steps[-1].output.name].root] = len(steps)
+    dies[places[drafts[-1].output.name].root] = len(drafts)
 
     roots = list(born)
     wanted = {root: _buffer(tensors[root]) for root in roots}
@@ -307,27 +327,35 @@ def _buffer(layer: Layer) -> Buffer:
 
 
 def _quant(layer: Layer) -> QuantParams:
-    assert layer.out_quant is not None, layer.name  # check_graph saw to it
+    assert layer.out_quant is not None, layer.name  # check_graph has refused it
     return layer.out_quant
 
 
-def clamp_codes(out: QuantParams, activation: str) -> tuple[int, int]:
-    """lo and hi of the output codes: ReLU is lo at the zero point, ReLU6 in addition a hi."""
-    if activation == "none":
-        return out.min, out.max
-    if activation == "relu":
-        return out.zero_point, out.max
-    return out.zero_point, min(out.max, out.zero_point + math.floor(6 / out.scale + 0.5))
+def clamp_codes(out: QuantParams, *activations: str) -> tuple[int, int]:
+    """lo and hi of the output codes: those of the type, clamped by each activation in turn."""
+    lo, hi = out.min, out.max
+    for activation in activations:
+        low, high = ACTIVATIONS[activation]
+        least = out.min if low is None else _code(low, out)
+        most = out.max if high is None else _code(high, out)
+        # to clamp every code of an interval, clamp its ends
+        lo, hi = (min(max(end, least), most) for end in (lo, hi))
+    return lo, hi
+
+
+def _code(real: float, out: QuantParams) -> int:
+    """The code of one real, as `QuantParams.quantize` rounds and clamps it."""
+    return int(out.quantize(np.array(real)))
 
 
 def build_task(
-    tensors: Mapping[str, Layer], step: Step, config: AcceleratorConfig, slot: SlotOf
+    tensors: Mapping[str, Layer], draft: TaskDraft, config: AcceleratorConfig, slot: SlotOf
 ) -> Task:
-    """The task of a step: its weights quantized and packed, its scales as multiplier and shift."""
-    layer, name = step.layer, step.layer.name
-    source, out = _quant(tensors[step.source]), _quant(step.output)
-    lo, hi = clamp_codes(out, step.activation)
-    places = {"source": slot(step.source), "target": slot(step.output.name)}
+    """Turn a draft into a task: weights as compact codes, scales as multiplier and shift."""
+    layer, name = draft.layer, draft.layer.name
+    source, out = _quant(tensors[draft.source]), _quant(draft.output)
+    lo, hi = clamp_codes(out, *draft.activations)
+    places = {"source": slot(draft.source), "target": slot(draft.output.name)}
     shape = layer.shape
     assert shape is not None
     if layer.op in (MAX_POOL, AVERAGE_POOL):
@@ -353,10 +381,10 @@ def build_task(
     bias = np.floor(layer.bias / (source.scale * scale) + 0.5).astype(np.int64)
     bias -= source.zero_point * codes.astype(np.int64).sum(axis=(1, 2))
     shortcut = None
-    if step.shortcut is not None:
-        other = _quant(tensors[step.shortcut])
+    if draft.shortcut is not None:
+        other = _quant(tensors[draft.shortcut])
         mult, shift = multiplier(other.scale / out.scale, f"{name}: shortcut")
-        shortcut = Shortcut(slot(step.shortcut), other.zero_point, mult, shift)
+        shortcut = Shortcut(slot(draft.shortcut), other.zero_point, mult, shift)
     return ConvTask(
         name=name,
         shape=shape,
@@ -370,14 +398,14 @@ def build_task(
         mult=np.array([m for m, _ in scales], np.int32),
         shift=np.array([s for _, s in scales], np.uint8),
         shortcut=shortcut,
-        pool=step.pool,
+        pool=draft.pool,
     )
 
 
 def quantize_weight(layer: Layer, bits: int) -> tuple[Array, Array]:
     """Codes [M, N, K] of a layer's weight, and the scale [M] of each filter.
 
-    Zeros stay zeros. A layer made here (an identity) has no format yet: its largest weight gets
+    Zeros stay zeros. An identity convolution has no format of weights: its largest weight gets
     the largest code.
     """
     assert layer.weight is not None
@@ -387,6 +415,6 @@ def quantize_weight(layer: Layer, bits: int) -> tuple[Array, Array]:
         scale = layer.weight_quant.scale
     else:
         largest = np.abs(weight).max(axis=(1, 2))
-        scale = np.where(largest > 0, largest, 1) / limit  # a filter of zeros has any scale
+        scale = np.where(largest > 0, largest, 1) / limit  # any scale represents zeros
     codes = np.floor(weight / scale[:, None, None] + 0.5)
-    return np.clip(codes, -limit, limit).astype(np.int16 if bits == 16 else np.int8), scale
+    return np.clip(codes, -limit, limit).astype(code_dtype(bits)), scale

@@ -1,4 +1,4 @@
-"""The build road in one call: a torch network and a few clips in, a program out."""
+"""From a torch network and a few clips to a program, in one call."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def compile_network(
 
     Args:
         network: a torch module that takes [1, 3, D, H, W].
-        clip: the clip it looks at.
-        clips: a handful of real clips to calibrate on, uint8 frames [D, H, W, 3].
+        clip: the clip that it takes.
+        clips: a few real clips to calibrate on, uint8 frames [D, H, W, 3].
         config: the accelerator to compile for.
-        rates: what to prune of which layer; nothing if none.
-        labels: names of the outputs.
+        rates: by the name of a layer, the rates to prune it at; without, nothing is pruned.
+        labels: names of the outputs, in order.
         method: how ranges are chosen: "minmax", "percentile" or "mse".
 
     Raises:
-        CompileError: an operator or layer that the accelerator cannot run.
-        ConfigError: rates that do not give whole rows and columns.
+        CompileError: the accelerator cannot run an operator or a layer.
+        ConfigError: the rates do not keep whole rows and columns.
     """
     graph = trace(network, clip, labels)
     return compile_graph(graph, clips, config, rates, method)
@@ -50,7 +50,7 @@ def compile_graph(
     rates: Mapping[str, Rates] | None = None,
     method: str = DEFAULT_METHOD,
 ) -> Program:
-    """As `compile_network`, from a graph that is traced already."""
+    """As `compile_network`, from a graph that has been traced."""
     graph = prune(graph, dict(rates or {}), config.group_size)
     normalised = (graph.clip.normalise(frames) for frames in clips)
     return lower(choose_quant(graph, normalised, config.bits, method), config)

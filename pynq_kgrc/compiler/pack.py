@@ -1,4 +1,4 @@
-"""Integer weights to the compact format: which rows and columns stay, and their values."""
+"""Integer weights to the compact format: the kept rows and columns, and their values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pynq_kgrc.quant import Array, ceil_div
 
 
 def pack(codes: Array, config: AcceleratorConfig) -> KgrcWeights:
-    """Compact weights of the integer weight [M, N, K]; its zeros are all there is of a mask.
+    """The compact weights of an integer weight [M, N, K]; its zeros are the mask.
 
     Every group keeps as many rows and columns as the fullest one, rounded up so that P_M and P_K
     divide them (eq. 9); groups with fewer are filled up with zeros. A group of zeros is switched
@@ -38,7 +38,7 @@ def _round_up(count: int, step: int, limit: int) -> int:
 
 
 def _places(kept: Array, count: int) -> Array:
-    """The places of `count` trues along the last axis, increasing; filled up with others."""
+    """Indices of `count` kept places along the last axis, increasing; others fill up a shortage."""
     first = np.argsort(~kept, axis=-1, kind="stable")[..., :count]
     places: Array = np.sort(first, axis=-1).astype(np.uint8)
     return places

@@ -1,7 +1,7 @@
-"""ADMM: train towards the nearest weight that is allowed, pruned or quantized.
+"""ADMM: pull weights to an allowed set in training, pruned or quantized.
 
 Blockwise ADMM paper (Sun et al., ISCAS 2020), equations (2) to (13) and Algorithm 1, with several
-rho; the same iteration quantizes (KGRC paper, section IV-C) when the nearest weight is a code's.
+rho. The same iteration quantizes if the allowed weights are codes (KGRC paper, section IV-C).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.quant import BITS, Array, weight_limit
 
 Projection = Callable[[Array], Array]
-"""The nearest allowed weight (eq. (13))."""
+"""A weight to the nearest allowed weight (eq. (13))."""
 
 
 class Admm:
-    """rho / 2 * sum of ||W - Z + V||^2 (eq. (11)); Z and V follow between epochs.
+    """rho / 2 * sum of ||W - Z + V||^2 (eq. (11)); Z and V are updated between epochs.
 
     Args:
         module: the network in training.
-        projections: for each layer, what is allowed.
+        projections: by layer, the projection onto the allowed weights.
         rho: the penalty parameter of the first round.
-        rounds: how many times rho grows (multi-rho).
-        growth: by how much.
+        rounds: number of values of rho (multi-rho).
+        growth: factor from one rho to the next.
         every: epochs between two updates of Z (eq. (13)) and V (eq. (9)).
 
     Raises:
@@ -62,12 +62,12 @@ class Admm:
         self._v = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
 
     def loss(self) -> Tensor:
-        """Eq. (11) of the weights as they are."""
+        """Eq. (11) of the present weights."""
         parts = [((w - self._z[n] + self._v[n]) ** 2).sum() for n, w in self._weights.items()]
         return self._now / 2 * torch.stack(parts).sum()
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Z <- nearest allowed (W + V), V <- V + W - Z; V starts over where rho grows."""
+        """Z <- nearest allowed (W + V), V <- V + W - Z; V is reset where rho grows."""
         before = (epoch - 1) * self.rounds // epochs if epoch else -1
         now = epoch * self.rounds // epochs
         self._now = self.rho * self.growth**now
@@ -81,7 +81,7 @@ class Admm:
                 self._v[name] = self._v[name] + weight - self._z[name]
 
     def distance(self) -> float:
-        """The largest ||W - nearest allowed|| / ||W|| over the layers: how far it converged."""
+        """The largest ||W - nearest allowed|| / ||W|| of all layers: a measure of convergence."""
         with torch.no_grad():
             return max(
                 float(
@@ -91,7 +91,7 @@ class Admm:
             )
 
     def settle(self) -> None:
-        """Put every weight on its nearest allowed one: the hard pruning of Algorithm 1."""
+        """Replace each weight by the nearest allowed one: the hard pruning of Algorithm 1."""
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(self._project(name, weight))
@@ -108,7 +108,7 @@ class Admm:
 
 
 def pruning_projections(recipe: Recipe) -> dict[str, Projection]:
-    """For each layer of a recipe, the nearest weight of its pattern."""
+    """By layer of a recipe, the projection onto its pattern."""
     return {name: partial(_pruned, pattern) for name, pattern in recipe.items()}
 
 
@@ -117,7 +117,7 @@ def _pruned(pattern: Pattern, weight: Array) -> Array:
 
 
 def quantize_to(weight: Array, bits: int) -> Array:
-    """The nearest weight of integer codes, one scale a filter; zeros stay zeros.
+    """The nearest weight of integer codes times a scale for each filter; zeros stay zero.
 
     Raises:
         ConfigError: a width that accelerators do not have.
@@ -131,7 +131,7 @@ def quantize_to(weight: Array, bits: int) -> Array:
 
 
 def top_power(bits: int) -> int:
-    """The largest code of powers of two: 4 at 3 bits, 64 at 4 bits.
+    """The largest code that is a power of two: 4 at 3 bits, 64 at 4 bits.
 
     Raises:
         ConfigError: another number of bits.
@@ -142,11 +142,11 @@ def top_power(bits: int) -> int:
 
 
 def quantize_to_powers(weight: Array, bits: int, scale: Array | None = None) -> Array:
-    """The nearest weight of 0 and powers of two times a scale; zeros stay zeros.
+    """The nearest weight of 0 and powers of two times a scale; zeros stay zero.
 
     At 3 bits the codes are 0, +-1, +-2, +-4, which a 4-bit accelerator runs; at 4 bits 0 and
     +-1 to +-64, which an 8-bit one runs (GSNQ's values: Sui et al., Sensors 2022). The scale [M]
-    of each filter gives its largest weight the largest code, unless it is given.
+    of each filter is by default such that its largest weight has the largest code.
 
     Raises:
         ConfigError: another number of bits.
@@ -156,14 +156,14 @@ def quantize_to_powers(weight: Array, bits: int, scale: Array | None = None) -> 
         scale = np.abs(weight.reshape(weight.shape[0], -1)).max(axis=1) / top
     column = _column(scale, weight)
     codes = np.abs(weight / column)
-    # 3 quarters of a power are as far from it as from the next smaller one
+    # three quarters of a power is the midpoint between it and the next smaller one
     exponent = np.clip(np.floor(np.log2(np.maximum(codes, 0.5) / 0.75)), 0, np.log2(top))
     powers = np.where(codes < 0.5, 0.0, 2.0**exponent)
     return np.asarray(np.sign(weight) * powers * column, weight.dtype)
 
 
 def _column(scale: Array, weight: Array) -> Array:
-    """[M] as [M, 1, ...]; a filter of zeros has any scale."""
+    """[M] as [M, 1, ...]; the scale of a filter of zeros, which has no effect, is 1."""
     safe = np.where(scale > 0, scale, 1.0)
     return safe.reshape(-1, *[1] * (weight.ndim - 1))
 
@@ -171,13 +171,13 @@ def _column(scale: Array, weight: Array) -> Array:
 def quantizing_projections(
     module: nn.Module, names: list[str], bits: int, powers: bool = False
 ) -> dict[str, Projection]:
-    """For each layer, the nearest weight of codes; what is pruned stays pruned.
+    """By layer, the projection onto codes; pruned weights stay zero.
 
     Raises:
-        ConfigError: a layer that the network does not have, or a width that is not there.
+        ConfigError: an unknown layer or width.
     """
     quantizer: Callable[[Array, int], Array] = quantize_to_powers if powers else quantize_to
-    quantizer(np.ones((1, 1)), bits)  # refuses the width before training starts
+    quantizer(np.ones((1, 1)), bits)  # refuse a wrong width before training
     return {
         name: partial(_on_kept, quantizer, bits, (w == 0).cpu().numpy())
         for name, w in chosen_weights(module, names).items()

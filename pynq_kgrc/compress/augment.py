@@ -1,4 +1,4 @@
-"""Batches: clips varied as cameras and people vary, to learn from; plain ones, to test on."""
+"""Batches of clips: augmented ones to train on, plain ones to test on."""
 
 from __future__ import annotations
 
@@ -12,33 +12,37 @@ from torch import Tensor
 
 from pynq_kgrc.compress.dataset import Clips
 from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.quant import Array
 
 
 class Augmentation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How far a training clip may be moved from what was filmed; each number is a half range."""
+    """Limits of the random changes of a training clip; each is drawn from -limit to +limit."""
 
     shift: float = 0.08
-    """Of the frame's size."""
+    """Translation, as a fraction of the frame."""
     scale: float = 0.12
+    """Zoom, as a fraction."""
     stretch: float = 0.06
-    """Width against height."""
+    """Aspect ratio: the width grows by this fraction, the height shrinks by it."""
     degrees: float = 8.0
+    """Rotation."""
     gain: float = 0.15
+    """Contrast: pixels are multiplied by 1 + gain."""
     offset: float = 0.1
-    """Added to every pixel but those at 0, which are unknown in depth videos."""
+    """Brightness, added to every pixel that is not 0: in depth videos 0 means unknown."""
     trim: float = 0.12
-    """Of the video, cut off at either end: the speed varies with it."""
+    """Largest fraction of the video that is cut off at each end; this also varies the speed."""
     erase: float = 0.3
-    """Chance that a box is blotted out."""
+    """Probability that a box is set to black (random erasing)."""
 
 
 PLAIN = Augmentation(0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def wide_spec(spec: ClipSpec) -> ClipSpec:
-    """What to decode for training: twice the frames and an eighth more around a network's clip.
+    """The clip to decode for training: twice the frames, and an eighth more on each axis.
 
-    A video of fewer frames than that starts over, as in `load_clip`.
+    A video of fewer frames is repeated from its start, as in `load_clip`.
     """
     return ClipSpec(
         frames=2 * spec.frames,
@@ -52,14 +56,14 @@ def wide_spec(spec: ClipSpec) -> ClipSpec:
 
 
 def normalise(pixels: Tensor, spec: ClipSpec) -> Tensor:
-    """[N, 3, D, H, W] pixels in 0..1 to the network's input values."""
+    """[N, 3, D, H, W] pixels of 0..1 as the network's input values."""
     mean = torch.tensor(spec.mean).view(1, 3, 1, 1, 1)
     std = torch.tensor(spec.std).view(1, 3, 1, 1, 1)
     return (pixels - mean) / std
 
 
 def plain_batches(clips: Clips, spec: ClipSpec, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Input values [N, 3, D, H, W] and labels [N] of clips as large as `spec`, in order."""
+    """Input values [N, 3, D, H, W] and labels [N] of clips decoded at `spec`, in order."""
     for start in range(0, len(clips), size):
         part = slice(start, start + size)
         pixels = torch.from_numpy(np.array(clips.frames[part])).permute(0, 4, 1, 2, 3)
@@ -74,15 +78,15 @@ def varied_batches(
     generator: torch.Generator,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of varied clips in random order; an incomplete last batch is left out.
+    """One epoch of augmented clips in random order; an incomplete last batch is dropped.
 
     Args:
         clips: decoded at `wide_spec(spec)`.
-        spec: what the network looks at.
-        vary: how far.
-        size: clips to a batch, of all processes together.
-        generator: draws everything, so that a seed gives the same epoch.
-        share: this process and how many there are; each takes its part of every batch.
+        spec: the clip that the network takes.
+        vary: limits of the random changes.
+        size: clips in a batch, over all processes.
+        generator: source of all random numbers: the same seed gives the same epoch.
+        share: rank and number of processes; each takes its part of every batch.
     """
     order = torch.randperm(len(clips), generator=generator)
     rank, world = share
@@ -94,6 +98,17 @@ def varied_batches(
             _vary(clips, spec, vary, chosen, draws),
             torch.from_numpy(clips.labels[chosen.numpy()]),
         )
+
+
+def calibration_clips(clips: Clips, spec: ClipSpec, count: int = 32) -> list[Array]:
+    """Up to `count` training clips [3, D, H, W] as input values, drawn with a fixed seed.
+
+    Nothing but their order is random: they are not augmented.
+    """
+    size = min(count, len(clips))
+    batches = varied_batches(clips, spec, PLAIN, size, torch.Generator().manual_seed(0))
+    values, _ = next(iter(batches))
+    return [clip.numpy() for clip in values]
 
 
 def _vary(
@@ -128,7 +143,7 @@ def _vary(
 
 
 def _times(jitter: Tensor, trims: Tensor, available: int, jitters: bool) -> Tensor:
-    """Frame numbers [N, D], increasing: one from each of D equal parts of what trimming leaves."""
+    """Frame numbers [N, D], increasing: one of each of D equal parts of the trimmed video."""
     frames = jitter.shape[1]
     first, last = trims[:, :1] * available, (1 - trims[:, 1:2]) * available
     within = jitter if jitters else torch.full_like(jitter, 0.5)
@@ -137,7 +152,7 @@ def _times(jitter: Tensor, trims: Tensor, available: int, jitters: bool) -> Tens
 
 
 def _placement(signed: Tensor, vary: Augmentation, spec: ClipSpec, clips: Clips) -> Tensor:
-    """[N, 2, 3] affine maps from the network's frame into the decoded one."""
+    """[N, 2, 3] affine maps from the network's frame to the decoded frame (torch's theta)."""
     angle = torch.deg2rad(signed[:, 0] * vary.degrees)
     zoom = spec.width / clips.frames.shape[3] * (1 + signed[:, 1] * vary.scale)
     across, down = (

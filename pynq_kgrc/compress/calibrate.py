@@ -1,4 +1,7 @@
-"""Quantization after training: formats for every tensor, chosen from a handful of real clips."""
+"""Post-training quantization: choose a format for each tensor from a few real clips.
+
+`train_quantized.py` may train further from there.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +24,20 @@ from pynq_kgrc.quant import (
 
 METHODS = ("minmax", "percentile", "mse")
 DEFAULT_METHOD = "mse"
-"""What kept I3D's labels best on real clips (docs/accuracy.md)."""
+"""The three methods are level on I3D (docs/accuracy.md); this has the best worst case."""
 
 HEADROOM = 4.0
-"""The result may exceed what calibration saw this many times; at 16 bits that costs nothing."""
+"""The logits may be this many times larger than in calibration; 16 bits leave room for it."""
 
 SAMPLES_PER_CLIP = 1 << 15
 PERCENTILE = 99.99
 SHRINKS = np.linspace(1.0, 0.1, 37)
-"""Fractions of the full range that the MSE search tries."""
+"""Fractions of the full range that the search for the least MSE tries."""
 
 
 @dataclass
 class Observed:
-    """What calibration saw of one tensor."""
+    """Range and samples of one tensor in calibration."""
 
     low: float
     high: float
@@ -42,10 +45,10 @@ class Observed:
 
 
 def observe(graph: Graph, clips: Iterable[Array]) -> dict[str, Observed]:
-    """Run clips [3, D, H, W] through the float graph; the range and samples of every tensor.
+    """Run clips [3, D, H, W] through the float graph and record each tensor's range and samples.
 
     Raises:
-        CompileError: there is no clip, or a tensor is not finite.
+        CompileError: no clip was given, or a tensor is not finite.
     """
     seen: dict[str, Observed] = {}
 
@@ -67,10 +70,10 @@ def observe(graph: Graph, clips: Iterable[Array]) -> dict[str, Observed]:
 
 
 def choose_range(observed: list[Observed], bits: int, method: str) -> tuple[float, float]:
-    """The range of reals that codes of tied tensors should cover.
+    """The range of reals that the codes of tensors with a common format cover.
 
-    "minmax" covers all that was seen, "percentile" cuts 0.01 % at each end, "mse" shrinks the
-    full range to where the mean squared error of rounding and clipping is least.
+    "minmax" covers the observed range, "percentile" cuts 0.01 % of the samples at each end, "mse"
+    shrinks the range until the mean squared error of rounding and clipping is least.
     """
     low = min(0.0, *(seen.low for seen in observed))
     high = max(0.0, *(seen.high for seen in observed))
@@ -89,14 +92,14 @@ def choose_range(observed: list[Observed], bits: int, method: str) -> tuple[floa
 
 
 def choose_weight_scale(weight: Array, bits: int, method: str) -> Array:
-    """One scale a filter [M] for a weight [M, ...]; "mse" shrinks the range where that is better.
+    """Scale of each filter [M] of a weight [M, ...]; "mse" at 4 bits shrinks the range if better.
 
-    A filter without any weight gets scale 0: the caller has to set one.
+    A filter of zeros gets scale 0; the caller has to replace it.
     """
     limit = weight_limit(bits)
     flat = weight.reshape(weight.shape[0], -1).astype(np.float64)
     full: Array = np.abs(flat).max(axis=1)
-    if method != "mse" or bits != 4:  # at 8 bits the largest weight costs next to nothing
+    if method != "mse" or bits != 4:  # at 8 bits shrinking gains next to nothing
         return np.asarray(full / limit)
     best: Array = full / limit
     least = np.full(full.shape, np.inf)
@@ -110,10 +113,10 @@ def choose_weight_scale(weight: Array, bits: int, method: str) -> Array:
 
 
 def tie(graph: Graph) -> dict[str, str]:
-    """For each tensor the one whose format it shares.
+    """For each tensor the tensor whose format it shares.
 
-    The parts of a concat lie in one buffer and share a format; so do both ends of a max pool,
-    which then is a choice among codes and loses nothing.
+    The parts of a concat are in one buffer and share a format. Input and output of a max pool
+    share one too: the pool then selects codes, which is exact.
     """
     parent = {layer.name: layer.name for layer in graph.layers}
 
@@ -137,12 +140,12 @@ def choose_quant(
 ) -> Graph:
     """The graph with a format for every tensor and weight.
 
-    Activations are affine and per tensor, weights symmetric and per filter. The result of the
-    network is kept at 16 bits, because soft-max wants it fine and only the host reads it.
+    Activations are affine and per tensor, weights symmetric and per filter. The logits have 16
+    bits: soft-max needs their resolution, and only the host reads them.
 
     Args:
         graph: traced network.
-        clips: normalised clips [3, D, H, W], a handful of real ones.
+        clips: normalised clips [3, D, H, W]; a few real ones.
         bits: 16, 8 or 4.
         method: "minmax", "percentile" or "mse".
 
@@ -167,7 +170,7 @@ def choose_quant(
         if layer.name == graph.output:
             quant = choose_params(last.low * HEADROOM, last.high * HEADROOM, 16)
         elif layer.op == INPUT:
-            table = graph.clip.pixel_values()  # known exactly, whatever the clips held
+            table = graph.clip.pixel_values()  # known exactly, whatever the clips contain
             quant = choose_params(float(table.min()), float(table.max()), bits)
         layers[layer.name] = replace(layer, out_quant=quant)
     quantized = replace(graph, layers=tuple(layers.values()))
@@ -181,7 +184,7 @@ def choose_quant(
 
 
 def _with_weight_format(graph: Graph, layer: Layer, bits: int, method: str) -> Layer:
-    """The layer with scales for its weight, large enough that bias and multiplier fit."""
+    """The layer with scales of its weight, large enough for bias and multiplier to fit."""
     assert layer.weight is not None
     assert layer.bias is not None
     source, out = graph[layer.inputs[0]].out_quant, _written_format(graph, layer)
@@ -193,7 +196,7 @@ def _with_weight_format(graph: Graph, layer: Layer, bits: int, method: str) -> L
 
 
 def _written_format(graph: Graph, layer: Layer) -> QuantParams:
-    """The format of what the accelerator writes: of the add, if the layer's sums go there."""
+    """The format that the task writes: that of the add which is fused into it, if there is one."""
     readers = graph.consumers(layer.name)
     writer = readers[0] if len(readers) == 1 and readers[0].op == ADD else layer
     assert writer.out_quant is not None

@@ -1,7 +1,7 @@
-"""Labelled videos for training: read an index, decode every video once into a mapped array.
+"""Labelled videos for training: read an index, decode each video once into a memory-mapped array.
 
 A data set is a folder of videos with an ``index.csv``: columns file, label (0-based) and split;
-`class` (the label's name) and `subject` (who acts) are read where they are there.
+the optional columns `class` (the label's name) and `subject` (who acts) are read too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,17 +26,13 @@ INDEX = "index.csv"
 COLUMNS = ("file", "label", "split")
 CACHE_VERSION = 1
 
-TRAIN_SUBJECTS = ("1", "3", "5", "7")
-TEST_SUBJECTS = ("2", "4", "6")
-"""UTD-MHAD's cross-subject protocol, without subject 8, who is kept back."""
-
 
 @dataclass(frozen=True)
 class Sample:
     """One labelled video."""
 
     file: str
-    """Relative to the folder of the index."""
+    """Path relative to the folder of the index."""
     label: int
     split: str
     subject: str = ""
@@ -49,13 +45,13 @@ class VideoSet:
     folder: Path
     samples: tuple[Sample, ...]
     classes: tuple[str, ...]
-    """Names by label; numbers where the index has no column `class`."""
+    """Names by label; the labels themselves if the index has no column `class`."""
 
     def only(self, split: str) -> VideoSet:
         """The videos of one split.
 
         Raises:
-            DataError: there is none.
+            DataError: the index has no such split.
         """
         chosen = tuple(sample for sample in self.samples if sample.split == split)
         if not chosen:
@@ -63,35 +59,18 @@ class VideoSet:
             raise DataError(f"{self.folder / INDEX} has no split {split!r}; it has {known}")
         return replace(self, samples=chosen)
 
-    def by_subject(self, train: Collection[str], test: Collection[str]) -> VideoSet:
-        """The videos of these people, split by person; those of others are left out.
-
-        Raises:
-            DataError: the index names no subjects, or a person is in both.
-        """
-        both = sorted(set(train) & set(test))
-        if both:
-            raise DataError(f"subjects {', '.join(both)} are both in train and in test")
-        sides = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
-        samples = tuple(
-            replace(s, split=sides[s.subject]) for s in self.samples if s.subject in sides
-        )
-        if not samples:
-            raise DataError(f"{self.folder / INDEX} has no video of a subject in {sorted(sides)}")
-        return replace(self, samples=samples)
-
 
 def read_index(folder: str | Path, classes: Sequence[str] = ()) -> VideoSet:
     """The data set of a folder.
 
     Args:
         folder: holds index.csv and the videos it names.
-        classes: names of the labels; from the column `class` if there is one, else as many as
-            the largest label asks for.
+        classes: names of the labels; by default those of the column `class`, or the numbers from
+            0 to the largest label.
 
     Raises:
-        DataError: no index, a column that it lacks, videos that are missing or lie outside the
-            folder, labels that are no numbers or out of range. Nothing is decoded here.
+        DataError: no index, a missing column, videos that are missing or outside the folder,
+            labels that are no numbers or out of range. No video is decoded here.
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -137,21 +116,12 @@ def _class_names(rows: list[dict[str, str]], samples: tuple[Sample, ...]) -> tup
     return tuple(named.get(label, str(label)) for label in range(count))
 
 
-def utd_mhad(folder: str | Path) -> VideoSet:
-    """UTD-MHAD depth videos, cross-subject: 1, 3, 5, 7 to train and 2, 4, 6, never seen, to test.
-
-    Raises:
-        DataError: as `read_index`.
-    """
-    return read_index(folder).by_subject(TRAIN_SUBJECTS, TEST_SUBJECTS)
-
-
 @dataclass(frozen=True, eq=False)
 class Clips:
-    """Decoded clips and what they show."""
+    """Decoded clips and their labels."""
 
     frames: Array
-    """[clips, D, H, W, 3] uint8 RGB, mapped from a file: read only what you touch."""
+    """[clips, D, H, W, 3] uint8 RGB, memory-mapped: only what is used is read."""
     labels: Array
     """[clips] int64."""
 
@@ -171,19 +141,19 @@ def load_clips(
     workers: int = 2,
     say: Callable[[str], None] = lambda message: None,
 ) -> Clips:
-    """One clip of every video, decoded on the first call and mapped from `cache` after that.
+    """One clip of each video: decoded on the first call, memory-mapped from `cache` afterwards.
 
-    The file bears a digest of the index, the sizes of the videos, the clip and the sampling; a
-    changed video set is another file. Its bytes are checked against their SHA-256; a damaged file
-    is said so and made again.
+    The name of the cache file is a digest of the index, the sizes of the videos, the clip and the
+    sampling, so that a changed video set gets another file. Its bytes are checked against their
+    SHA-256; a damaged file is reported and decoded again.
 
     Args:
         videos: what to decode.
         spec: frames and size of the clips.
-        cache: a folder; it is made.
+        cache: a folder; it is created.
         sampling: "uniform" over each video, or "centre".
         workers: videos decoded at a time.
-        say: receives what takes time or went wrong.
+        say: receives messages: decoding starts, a file is damaged.
 
     Raises:
         DataError: a video that cannot be decoded, or a cache that cannot be written.
@@ -205,7 +175,7 @@ def load_clips(
 
 
 def _key(videos: VideoSet, spec: ClipSpec, sampling: str) -> str:
-    """20 hex digits: normalisation is no part of it, the cache holds pixels."""
+    """The cache file's name, 20 hex digits; without mean and std: the cache holds pixels."""
     window = (spec.frames, spec.height, spec.width, spec.short_side, spec.step)
     listing = [(s.file, (videos.folder / s.file).stat().st_size) for s in videos.samples]
     document = json.dumps([CACHE_VERSION, str(videos.folder.resolve()), window, sampling, listing])
@@ -243,7 +213,7 @@ def _decode(
 
 
 def _fault(path: Path, shape: tuple[int, ...]) -> str:
-    """What is wrong with a cache file; nothing if it is whole."""
+    """What is wrong with a cache file; empty if it is whole."""
     try:
         expected = json.loads(path.with_suffix(".json").read_text("utf-8"))["sha256"]
         mapped = np.load(path, mmap_mode="r")

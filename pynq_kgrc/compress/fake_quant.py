@@ -1,13 +1,14 @@
-"""A quantized graph as a torch network that can be trained: codes forward, straight through back.
+"""Fake quantization: a quantized graph as a torch network, with straight-through gradients.
 
-The forward pass is docs/equations.md in floating point: with a float64 clip it gives the codes of
-the compiled program bit for bit, with float32 it may round a tie the other way.
+The forward pass computes docs/equations.md in floating point. With a float64 clip it gives the
+codes of the compiled program bit for bit; with float32 a tie may round the other way. Ranges come
+from `calibrate.py`; `train_quantized.py` trains this network.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from pynq_kgrc.compress.calibrate import tie
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import (
+    ACTIVATIONS,
     ADD,
     CONCAT,
     CONV,
@@ -32,7 +34,7 @@ from pynq_kgrc.quant import MAX_SHIFT, MULT_BITS, Array, QuantParams, WeightQuan
 
 
 class _Straight(torch.autograd.Function):
-    """Forward the second value, backward as if it were the first."""
+    """Straight-through estimator: the second value forward, the gradient of the first backward."""
 
     @staticmethod
     def forward(ctx: Any, real: Tensor, coded: Tensor) -> Tensor:
@@ -59,24 +61,16 @@ def as_multiplier(ratio: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(ratio.detach())
     places = 1 << MULT_BITS
     exact = torch.ldexp(torch.floor(mantissa * places + 0.5) / places, exponent)
-    # a mantissa that rounds up to 1 has one more place, and one less to shift
+    # a mantissa that rounds up to 1 is renormalised: its shift is one less
     shift = MULT_BITS - exponent - (torch.floor(mantissa * places + 0.5) == places).int()
     return straight(ratio, torch.where(shift > MAX_SHIFT, torch.zeros_like(exact), exact))
 
 
-@dataclass(frozen=True)
-class _Value:
-    """A tensor of codes less their zero point, [N, C, D, H, W], and the name of its format."""
-
-    codes: Tensor
-    format: str
-
-
 class FakeQuantNetwork(nn.Module):
-    """[N, 3, D, H, W] input values to logits [N, classes], computed as the program computes.
+    """[N, 3, D, H, W] input values to logits [N, classes], computed as the program does.
 
-    Weights, biases and the scales of all formats but the clip's and the result's are parameters.
-    Zero points stay as calibration chose them.
+    Parameters are the weights, the biases and the scales of all formats, except the scales of the
+    clip and of the result. Zero points stay as calibration chose them.
 
     Args:
         graph: from `choose_quant`; its weights are where training starts.
@@ -88,7 +82,7 @@ class FakeQuantNetwork(nn.Module):
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.graph = graph
-        self._rides = _riders(graph)
+        self._fused_into = _fused_adds(graph)
         ties = tie(graph)
         fixed = {graph.layers[0].name, graph.output}
         self._formats = {
@@ -122,10 +116,10 @@ class FakeQuantNetwork(nn.Module):
 
     def codes(self, clip: Tensor) -> dict[str, Tensor]:
         """By name, the codes less zero point of every tensor that the program writes."""
-        carried = set(self._rides.values())
+        fused = set(self._fused_into.values())
         values: dict[str, Tensor] = {}
         for layer in self.graph.layers:
-            if layer.name in carried:
+            if layer.name in fused:
                 continue
             if layer.op == INPUT:
                 values[layer.name] = self._encoded(clip)
@@ -139,7 +133,7 @@ class FakeQuantNetwork(nn.Module):
         return values
 
     def _encoded(self, clip: Tensor) -> Tensor:
-        """Input values to codes by way of the pixels that they are, as `Program.encode_clip`."""
+        """Input values to codes, through the pixels they came from, as `Program.encode_clip`."""
         spec = self.graph.clip
         codes = []
         for channel, (mean, std) in enumerate(zip(spec.mean, spec.std, strict=True)):
@@ -152,14 +146,14 @@ class FakeQuantNetwork(nn.Module):
         if layer.op == CONV:
             return self._convolved(layer, values, layer.name)
         if layer.op == ADD:
-            carrier = self._rides.get(layer.name)
-            source = layer.inputs[0] if carrier is None else carrier
+            convolution = self._fused_into.get(layer.name)
+            source = layer.inputs[0] if convolution is None else convolution
             other = next((n for n in layer.inputs if n != source), source)
             ratio = as_multiplier(self.scale(other) / self.scale(layer.name))
             shortcut = round_half_up(values[other] * ratio.to(values[other].dtype))
-            if carrier is None:
+            if convolution is None:
                 return self._copied(values[source], source, layer.name) + shortcut
-            return self._convolved(self.graph[carrier], values, layer.name) + shortcut
+            return self._convolved(self.graph[convolution], values, layer.name) + shortcut
         return self._pooled(layer, values)
 
     def _convolved(self, layer: Layer, values: dict[str, Tensor], written: str) -> Tensor:
@@ -170,7 +164,7 @@ class FakeQuantNetwork(nn.Module):
         return found
 
     def _copied(self, codes: Tensor, source: str, written: str) -> Tensor:
-        """An identity convolution, as the compiler puts in where formats differ."""
+        """The identity convolution that the compiler inserts where formats differ."""
         limit = weight_limit(_format(self.graph[source]).bits)
         same = self._formats[source] == self._formats[written]
         if same:
@@ -223,31 +217,31 @@ class CodedConvolution(nn.Module):
         self.log_scale = nn.Parameter(torch.from_numpy(np.log(scale)))
         self._bits = quant.bits
         self.frozen: Tensor | None = None
-        """Bool, like the weight: where it no longer changes."""
-        self._values: Tensor | None = None
+        """Bool, like the weight: True where it no longer changes."""
+        self._frozen_weight: Tensor | None = None
 
     def scale(self) -> Tensor:
-        """[M] float64: what a code of each filter is worth."""
+        """[M] float64: the real value of one step of the codes, for each filter."""
         return torch.exp(self.log_scale)
 
     def fix_scale(self, scale: Array) -> None:
-        """Set the scale of each filter [M] for good."""
+        """Set the scale of each filter [M]; it is no longer trained."""
         with torch.no_grad():
             self.log_scale.copy_(torch.from_numpy(np.log(scale)))
         self.log_scale.requires_grad_(False)
 
-    def freeze(self, where: Array, values: Array) -> None:
-        """Set the weight to `values` at some places, for good."""
+    def freeze(self, where: Array, weight: Array) -> None:
+        """Set the weight to `weight` where `where` is true; it is no longer trained there."""
         device = self.weight.device
         self.frozen = torch.from_numpy(where).to(device)
-        self._values = torch.from_numpy(values).to(device, self.weight.dtype)
+        self._frozen_weight = torch.from_numpy(weight).to(device, self.weight.dtype)
         with torch.no_grad():
             self.weight.copy_(self._real())
 
     def _real(self) -> Tensor:
-        if self.frozen is None or self._values is None:
+        if self.frozen is None or self._frozen_weight is None:
             return self.weight
-        return torch.where(self.frozen, self._values, self.weight)
+        return torch.where(self.frozen, self._frozen_weight, self.weight)
 
     def coded(self) -> Tensor:
         """[M, N, kd, kh, kw] codes, float64; zeros stay zeros."""
@@ -255,7 +249,7 @@ class CodedConvolution(nn.Module):
         return round_half_up(real).clamp(-self._limit, self._limit)
 
     def forward(self, codes: Tensor, source: Tensor, written: Tensor) -> Tensor:
-        """Codes before the shortcut and the clamp; the scales are float64."""
+        """Codes before the shortcut and the clamp; `source`, `written`: scales of the formats."""
         scale = self.scale()
         bias = round_half_up(self.bias.double() / (source * scale))
         sums = F.conv3d(
@@ -278,7 +272,7 @@ class CodedConvolution(nn.Module):
 
 
 def _key(name: str) -> str:
-    """Torch's dictionaries allow no dots in their keys."""
+    """A layer's name as a key of torch's dictionaries, which allow no dots."""
     return name.replace(".", "/")
 
 
@@ -289,11 +283,16 @@ def _format(layer: Layer) -> QuantParams:
 
 
 def _clamp(sums: Tensor, quant: QuantParams, activation: str, scale: Tensor) -> Tensor:
-    """Within the type and the activation, less the zero point (`lower.clamp_codes`)."""
-    low = 0 if activation != "none" else quant.min - quant.zero_point
-    if activation == "relu6":
-        sums = torch.minimum(sums, round_half_up(6 / scale))
-    return sums.clamp(low, quant.max - quant.zero_point)
+    """Clamp codes less their zero point to the type and the activation (`lower.clamp_codes`)."""
+    low, high = ACTIVATIONS[activation]
+    least, most = quant.min - quant.zero_point, quant.max - quant.zero_point
+    if high is not None:
+        sums = torch.minimum(sums, round_half_up(high / scale))
+    if low == 0:
+        least = 0  # at every scale: no gradient of the scale
+    elif low is not None:
+        sums = torch.maximum(sums, round_half_up(low / scale))
+    return sums.clamp(least, most)
 
 
 def _padded(codes: Tensor, shape: WindowShape, fill: float) -> Tensor:
@@ -302,15 +301,15 @@ def _padded(codes: Tensor, shape: WindowShape, fill: float) -> Tensor:
     return F.pad(codes, widths, value=fill) if any(widths) else codes
 
 
-def _riders(graph: Graph) -> dict[str, str]:
-    """For each add, the convolution that carries it in one task, as `lower.fuse` chooses."""
+def _fused_adds(graph: Graph) -> dict[str, str]:
+    """For each add, the convolution that it is fused with in one task, as `lower.fuse` chooses."""
     order = {layer.name: i for i, layer in enumerate(graph.layers)}
-    rides = {}
+    fused = {}
     for layer in graph.layers:
         if layer.op != ADD or layer.inputs[0] == layer.inputs[1]:
             continue
         last = graph[max(layer.inputs, key=order.__getitem__)]
         alone = len(graph.consumers(last.name)) == 1 and last.name != graph.output
         if last.op == CONV and last.activation == "none" and alone:
-            rides[layer.name] = last.name
-    return rides
+            fused[layer.name] = last.name
+    return fused

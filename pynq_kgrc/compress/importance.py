@@ -1,7 +1,7 @@
-"""Which weights matter to the result: scores passed back through the network, and thresholds.
+"""Importance of weights: scores propagated from the logits backwards, and tuned thresholds.
 
-RT3D's heuristic algorithm scores kernel groups by the importance of what they feed, passed back
-from the next layer; the depthwise-separable paper tunes one threshold a layer after training.
+RT3D's heuristic algorithm scores kernel groups by the importance of the layers that read them.
+The depthwise-separable paper tunes one threshold for each layer after training.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from pynq_kgrc.quant import Array
 
 
 def propagate_importance(graph: Graph) -> dict[str, Array]:
-    """For each convolution what each of its weights is worth, as an array like the weight.
+    """The importance of each weight, by convolution, shaped as the weight.
 
-    The outputs of the network are worth 1 each. A channel is worth what the layers that read it
-    make of it: the sum over their filters of the filter's worth times the sum of |w| that connects
-    the two. A weight is worth |w| times its filter's worth. Values are relative within a layer.
+    Each output of the network has importance 1. The importance of a channel is the sum, over the
+    filters that read it, of the filter's importance times the sum of |w| that connects the two.
+    The importance of a weight is |w| times that of its filter. Values compare within a layer only.
     """
-    worth = {layer.name: np.zeros(layer.channels) for layer in graph.layers}
-    worth[graph.output] += 1.0
+    importance = {layer.name: np.zeros(layer.channels) for layer in graph.layers}
+    importance[graph.output] += 1.0
     scores = {}
     for layer in reversed(graph.layers):
-        own = worth[layer.name]
+        own = importance[layer.name]
         own = own / max(float(own.mean()), 1e-30)
         if layer.op == CONV:
             assert layer.weight is not None
             size = np.abs(layer.weight.astype(np.float64))
             scores[layer.name] = size * own[:, None, None, None, None]
-            worth[layer.inputs[0]] += scores[layer.name].sum(axis=(0, 2, 3, 4))
+            importance[layer.inputs[0]] += scores[layer.name].sum(axis=(0, 2, 3, 4))
         elif layer.op == CONCAT:
             start = 0
             for name in layer.inputs:
                 count = graph[name].channels
-                worth[name] += own[start : start + count]
+                importance[name] += own[start : start + count]
                 start += count
         else:
             for name in layer.inputs if layer.op == ADD else layer.inputs[:1]:
-                worth[name] += own
+                importance[name] += own
     return scores
 
 
@@ -54,18 +54,18 @@ def tune_thresholds(
     names: Iterable[str],
     sparsities: Iterable[float] = SPARSITIES,
 ) -> tuple[Graph, dict[str, float]]:
-    """Set small weights to zero, layer by layer, as long as accuracy allows; nothing is trained.
+    """Set small weights to zero, layer by layer, within a loss of accuracy. Nothing is trained.
 
-    Layers with most operations come first; each takes the largest threshold Th_l with which
-    `measure` stays within its share of `drop`, so that the first ones do not use all of it
-    (depthwise-separable paper, section 5).
+    The layers with most operations come first. Each takes the largest threshold Th_l at which
+    `measure` stays within its share of `drop`; the shares are equal, so that the first layers do
+    not use it up (depthwise-separable paper, section 5).
 
     Args:
         graph: trained; not changed.
         measure: accuracy of a graph, 0 to 1.
-        drop: how much of it may be lost in all.
+        drop: accuracy that may be lost in all.
         names: layers that may be pruned.
-        sparsities: fractions of a layer's weights to try, in rising order.
+        sparsities: fractions of a layer's weights to prune, in rising order.
 
     Returns:
         The pruned graph, and the threshold of each layer that got one.

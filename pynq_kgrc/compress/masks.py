@@ -1,4 +1,4 @@
-"""Zeros that stay: whatever an optimizer does, a pruned weight is exactly zero after each step."""
+"""Masks of pruned weights: a weight that is zero at the start is zero after each optimizer step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for name, layer in module.named_modules():
         weight = getattr(layer, "weight", None)
-        if (
-            isinstance(weight, nn.Parameter) and weight.ndim > 1
-        ):  # a gain of batch norm has one axis
+        # the scale of a batch norm has one axis
+        if isinstance(weight, nn.Parameter) and weight.ndim > 1:
             found[name] = weight
     return found
 
@@ -25,7 +24,7 @@ def chosen_weights(module: nn.Module, names: list[str]) -> dict[str, nn.Paramete
     """The weights of these layers.
 
     Raises:
-        ConfigError: a name that no convolution or fully connected layer bears.
+        ConfigError: no convolution or fully connected layer has that name.
     """
     own = weights_of(module)
     chosen = {}
@@ -40,7 +39,7 @@ def chosen_weights(module: nn.Module, names: list[str]) -> dict[str, nn.Paramete
 
 
 class Masks:
-    """Where the weights of a module are zero now, to hold them there in training.
+    """The places where the weights of a module are zero now; training keeps them at zero.
 
     >>> layer = nn.Linear(2, 1)
     >>> layer.weight.data = torch.tensor([[0.0, 1.0]])
@@ -58,25 +57,25 @@ class Masks:
             for name, weight in self._weights.items()
             if bool((weight == 0).any())
         }
-        """By layer, where its weight is held at zero; layers without a zero are not in it."""
+        """By layer, bool like the weight: kept at zero. Layers without a zero are left out."""
 
     def apply(self) -> None:
-        """Set the weights to zero again, negative zeros and overflows included."""
+        """Set the masked weights to zero, also where they are -0, infinite or NaN."""
         with torch.no_grad():
             for name, zeros in self.zeros.items():
                 self._weights[name].masked_fill_(zeros, 0.0)
 
-    def hold(self, optimizer: Optimizer) -> None:
-        """Do so after each of the optimizer's steps.
+    def apply_after(self, optimizer: Optimizer) -> None:
+        """Call `apply` after each step of the optimizer.
 
-        Momentum and weight decay of a pruned weight go on inside the optimizer, and come to
-        nothing: KRP paper, equation (3), with the mask on the weight rather than its gradient.
+        KRP paper, equation (3), with the mask on the weight rather than on its gradient: the
+        optimizer still keeps momentum for a pruned weight, which has no effect.
         """
         optimizer.register_step_post_hook(lambda *_: self.apply())
 
     @property
     def kept(self) -> float:
-        """The fraction of the weights of the pruned layers that is not held at zero."""
+        """The fraction of the weights of the masked layers that is not masked."""
         total = sum(zeros.numel() for zeros in self.zeros.values())
-        held = sum(int(zeros.sum()) for zeros in self.zeros.values())
-        return 1 - held / total if total else 1.0
+        masked = sum(int(zeros.sum()) for zeros in self.zeros.values())
+        return 1 - masked / total if total else 1.0

@@ -1,8 +1,8 @@
-"""Sparsity patterns as projections: set the least of a weight to zero, balanced over its groups.
+"""Sparsity patterns as projections: set the weakest parts of a weight to zero.
 
 KGR prunes rows (filters) of each kernel group, KGC columns (taps), KGRC both (KGRC paper, section
-III); the other patterns of the papers are here to compare. A projection returns a weight of the
-same shape whose zeros are the pattern; no mask is kept.
+III), the same number in each group (balanced). The other patterns are for comparison. A projection
+returns a weight of the same shape, whose zeros are the pattern; no mask is stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_GROUP = GroupSize(gm=8, gn=8, tk=9)
 
 @dataclass(frozen=True)
 class Rates:
-    """What is pruned of each kernel group: R_R of its rows and R_C of its columns.
+    """Pruning rates of each kernel group: the fraction R_R of its rows, R_C of its columns.
 
     >>> Rates(rows=Fraction(1, 2)).kept(GroupSize(8, 8, 9), taps=27)
     (4, 9)
@@ -38,7 +38,7 @@ class Rates:
         """Rows and columns that a group keeps.
 
         Raises:
-            ConfigError: a rate outside [0, 1), or that does not give whole rows and columns.
+            ConfigError: a rate outside [0, 1), or one that does not give whole rows and columns.
         """
         kept = []
         for what, rate, count in (
@@ -57,19 +57,20 @@ class Rates:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Parts of a weight that are pruned as a whole, and how many of them stay.
+    """Parts of a weight (units) that are pruned as a whole, and how many of them are kept.
 
-    Each pattern is one or two of these; projections, penalties and scores all read them.
+    Units compete: of each `per` units, the strongest `keep` are kept. A pattern consists of one or
+    two `Units`; projections, penalties and scores are computed from them.
     """
 
     ids: Array
-    """[M, N, K] int64: the unit that each weight belongs to. Those of one competition follow
-    each other: `per` of them, of which `keep` stay."""
+    """[M, N, K] int64: the unit of each weight. Competition i has the units i * per to
+    (i + 1) * per - 1."""
     per: int
     keep: int
     competitions: int
     norm: int = 2
-    """1 or 2: whether sums of magnitudes or of squares decide."""
+    """1 or 2: a unit's strength is its sum of magnitudes, or of squares."""
 
     @property
     def count(self) -> int:
@@ -80,7 +81,7 @@ class Units:
         return np.bincount(self.ids.ravel(), scores.ravel().astype(np.float64), self.count)
 
     def kept(self, scores: Array) -> Array:
-        """Bool [M, N, K]: whether a weight is in a unit that stays; of equal units, the first."""
+        """Bool [M, N, K]: True in the units that are kept; of equal units, the first is kept."""
         strength = self.strength(scores).reshape(self.competitions, self.per)
         order = np.argsort(-strength, axis=1, kind="stable")
         keep = np.zeros(strength.shape, bool)
@@ -90,32 +91,32 @@ class Units:
 
 
 Shape = tuple[int, ...]
-"""[M, N, kernel...]: of a convolution's weight, or [M, N] of a fully connected layer's."""
+"""[M, N, kernel...] for a convolution's weight, [M, N] for a fully connected layer's."""
 
 
 class Pattern(Protocol):
     """Which parts of a weight may be pruned."""
 
     def units(self, shape: Shape) -> tuple[Units, ...]:
-        """The units of a weight of this shape; a weight stays if it does so in all of them."""
+        """The units of a weight of this shape; a value is kept if all of them keep it."""
 
 
 @dataclass(frozen=True)
 class KernelGroups:
-    """KGR, KGC and KGRC: the weakest rows and columns of each kernel group, balanced.
+    """KGR, KGC and KGRC: prunes the weakest rows and columns of each kernel group, balanced.
 
-    Strength is the L2 norm, of a row over its channels and taps and of a column over its kernels;
-    both are judged on the same weights (KGRC paper, section III-B).
+    The strength of a row is its L2 norm over channels and taps, that of a column its L2 norm over
+    the kernels of the group; both on the unpruned weight (KGRC paper, section III-B).
     """
 
     rates: Rates
     size: GroupSize = DEFAULT_GROUP
     share_columns: bool = True
-    """All tap tiles of a kernel keep the same columns, as the paper's 3x3x3 kernels do; only
-    where the tiles divide the kernel evenly."""
+    """All tap tiles of a kernel keep the same columns, as in the paper's 3x3x3 kernels. No effect
+    where the tap tiles do not divide the kernel evenly."""
 
     def units(self, shape: Shape) -> tuple[Units, ...]:
-        m, n, k = _places(shape)
+        m, n, k = _indices(shape)
         taps = math.prod(shape[2:])
         p, q, t = self.size.counts(shape[0], shape[1], taps)
         gm, gk = self.size.gm, self.size.columns(taps)
@@ -133,7 +134,7 @@ class KernelGroups:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Whole blocks of filters x channels, the weakest of the layer.
+    """Prunes the weakest blocks of filters x channels of the layer.
 
     With the kernel group's size this is RT3D's vanilla sparsity, with T_m x T_n the blockwise
     pruning of Sun et al. (ISCAS 2020), eq. (1): at most (1 - rate) of the blocks stay.
@@ -144,7 +145,7 @@ class Blocks:
     channels: int = 8
 
     def units(self, shape: Shape) -> tuple[Units, ...]:
-        m, n, k = _places(shape)
+        m, n, k = _indices(shape)
         across = ceil_div(shape[1], self.channels)
         blocks = ceil_div(shape[0], self.filters) * across
         ids = m // self.filters * across + n // self.channels + 0 * k
@@ -153,26 +154,26 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Filters:
-    """Whole filters, the weakest of the layer."""
+    """Prunes the weakest filters of the layer."""
 
     rate: Fraction
 
     def units(self, shape: Shape) -> tuple[Units, ...]:
-        m, n, k = _places(shape)
+        m, n, k = _indices(shape)
         return (Units(m + 0 * n + 0 * k, shape[0], _kept(self.rate, shape[0]), 1),)
 
 
 @dataclass(frozen=True)
 class KernelRows:
-    """KRP: `keep` rows of each kernel stay, by their L1 norm (Sui et al. 2023, eq. (1)).
+    """KRP: keeps the `keep` strongest rows of each kernel, by L1 norm (Sui et al. 2023, eq. (1)).
 
-    A row is one line of taps along the width; a 3-D kernel has depth x height of them.
+    A row here is a line of taps along the width; a 3-D kernel has depth x height of them.
     """
 
     keep: int = 1
 
     def units(self, shape: Shape) -> tuple[Units, ...]:
-        m, n, k = _places(shape)
+        m, n, k = _indices(shape)
         width = shape[-1] if len(shape) > 2 else 1
         rows = math.prod(shape[2:]) // width
         if not 1 <= self.keep <= rows:
@@ -183,7 +184,7 @@ class KernelRows:
 
 @dataclass(frozen=True)
 class Weights:
-    """Single weights, the smallest of the layer: unstructured, for fully connected layers."""
+    """Prunes the smallest weights of the layer: unstructured, for fully connected layers."""
 
     rate: Fraction
 
@@ -195,7 +196,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Together:
-    """Several patterns on one weight, all judged on the same values; a weight has to pass all."""
+    """Several patterns, each computed on the unpruned weight; a value is kept if all keep it."""
 
     patterns: tuple[Pattern, ...]
 
@@ -203,36 +204,36 @@ class Together:
         return tuple(unit for pattern in self.patterns for unit in pattern.units(shape))
 
 
-def _places(shape: Shape) -> tuple[Array, Array, Array]:
-    """Filter, channel and tap of every weight, open grids of [M, N, K]."""
+def _indices(shape: Shape) -> tuple[Array, Array, Array]:
+    """Filter, channel and tap of each weight, as open grids of [M, N, K]."""
     m, n, k = np.ogrid[: shape[0], : shape[1], : math.prod(shape[2:])]
     return m, n, k
 
 
 def _kept(rate: Fraction, count: int) -> int:
-    """Units that stay when `rate` of them go: at most (1 - rate) of them, but never none."""
+    """Units that are kept at a pruning rate: at most (1 - rate) of them, at least one."""
     if not 0 <= rate < 1:
         raise ConfigError(f"a rate of {rate}; accepted is 0 to below 1")
     return max(1, math.floor((1 - Fraction(rate)) * count))
 
 
 def keep_mask(weight: Array, pattern: Pattern, scores: Array | None = None) -> Array:
-    """Bool, as `weight`: what the pattern keeps.
+    """Bool, shaped as `weight`: what the pattern keeps.
 
-    `scores` says what each weight is worth, instead of its magnitude.
+    `scores`, shaped as `weight`, replace the magnitudes.
     """
     flat = weight.reshape(weight.shape[0], weight.shape[1], -1).astype(np.float64)
     keep = np.ones(flat.shape, bool)
     for units in pattern.units(weight.shape):
-        worth = np.abs(flat) ** units.norm if scores is None else scores.reshape(flat.shape)
-        keep &= units.kept(worth)
+        values = np.abs(flat) ** units.norm if scores is None else scores.reshape(flat.shape)
+        keep &= units.kept(values)
     return keep.reshape(weight.shape)
 
 
 def project(
     weight: Array, rates: Rates, size: GroupSize = DEFAULT_GROUP, share_columns: bool = True
 ) -> Array:
-    """The weight [M, N, kd, kh, kw] with the weakest rows and columns of each group at zero.
+    """The weight [M, N, kd, kh, kw] with the weakest rows and columns of each group set to zero.
 
     Any float or integer type; the weight itself is not changed. See `KernelGroups`.
 
@@ -243,20 +244,18 @@ def project(
 
 
 def project_pattern(weight: Array, pattern: Pattern, scores: Array | None = None) -> Array:
-    """The nearest weight of the pattern: what `keep_mask` does not keep is zero."""
+    """The nearest weight with the pattern: zero where `keep_mask` is False."""
     return np.where(keep_mask(weight, pattern, scores), weight, np.zeros((), weight.dtype))
 
 
 PATTERNS = ("kgr", "kgc", "kgrc")
-NETWORKS_WITH_RECIPE = ("c3d", "r2plus1d_18")
-
 _HALF = Fraction(1, 2)
 _KEEP_3_OF_9 = Fraction(2, 3)
 _KEEP_6_OF_9 = Fraction(1, 3)
 
 
 def recipe(network: str, pattern: str) -> dict[str, Rates]:
-    """The paper's pruning rates by layer name; layers that are not in it stay dense.
+    """The paper's pruning rates by layer name; layers that are not listed stay dense.
 
     Source: KGRC paper, tables II (C3D) and III (R(2+1)D-18). Published reductions of operations:
     1.76x, 1.93x, 3.04x for KGR, KGC, KGRC of C3D, and 1.84x, 1.75x, 3.02x for R(2+1)D-18.
@@ -264,18 +263,17 @@ def recipe(network: str, pattern: str) -> dict[str, Rates]:
     Raises:
         ConfigError: an unknown network or pattern.
     """
-    if network not in NETWORKS_WITH_RECIPE or pattern not in PATTERNS:
+    if network not in PUBLISHED_RATES or pattern not in PATTERNS:
         raise ConfigError(
             f"no recipe {pattern!r} for {network!r}; there are "
-            f"{', '.join(PATTERNS)} for {' and '.join(NETWORKS_WITH_RECIPE)}"
+            f"{', '.join(PATTERNS)} for {', '.join(PUBLISHED_RATES)}"
         )
-    both = _c3d_rates() if network == "c3d" else _r2plus1d_rates()
     chosen = {
         name: Rates(
             rates.rows if "r" in pattern[2:] else Fraction(0),
             rates.cols if "c" in pattern[2:] else Fraction(0),
         )
-        for name, rates in both.items()
+        for name, rates in PUBLISHED_RATES[network]().items()
     }
     return {name: rates for name, rates in chosen.items() if rates != Rates()}
 
@@ -301,6 +299,14 @@ def _r2plus1d_rates() -> dict[str, Rates]:
     return rates
 
 
+PUBLISHED_RATES = {
+    "c3d": _c3d_rates,
+    "r2plus1d_18": _r2plus1d_rates,
+    "thin_c3d": _c3d_rates,  # its layers have C3D's names
+}
+"""KGRC rates by network, as published; a network that shares a table has layers of those names."""
+
+
 def prune(
     graph: Graph,
     rates: Mapping[str, Rates | Pattern],
@@ -311,9 +317,9 @@ def prune(
 
     Args:
         graph: not changed.
-        rates: for each layer its rates in groups of `size`, or any pattern.
+        rates: by layer: its rates in groups of `size`, or any pattern.
         size: G_M, G_N, T_K.
-        scores: what each weight of a layer is worth; its magnitude unless given.
+        scores: by layer, importance of each weight; by default its magnitude.
 
     Raises:
         ConfigError: a layer that is not a convolution of the graph, or rates that do not fit.
@@ -332,7 +338,7 @@ def prune(
 
 
 def kept_operations(graph: Graph) -> tuple[int, int]:
-    """MACs of the dense convolutions of a graph, and those whose weight is not zero."""
+    """MACs of all convolutions of a graph: of all weights, and of the non-zero ones."""
     dense = kept = 0
     for layer in graph.convolutions():
         assert layer.weight is not None

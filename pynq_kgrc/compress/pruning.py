@@ -1,15 +1,13 @@
-"""From a dense network to a pruned one: choose, prune, and train what is left.
+"""From a dense network to a pruned one: prepare, prune, retrain.
 
-One way through, several algorithms: what differs is how the network is prepared (not at all, by a
-penalty, by ADMM) and what a weight is worth when the hard pruning comes.
+The algorithms differ in how the network is prepared (not at all, with a penalty, with ADMM) and in
+the scores that decide which weights are pruned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -17,111 +15,74 @@ import torch
 from torch import nn
 
 from pynq_kgrc.compress.admm import Admm, pruning_projections
-from pynq_kgrc.compress.dataset import Clips
 from pynq_kgrc.compress.importance import propagate_importance
 from pynq_kgrc.compress.masks import chosen_weights
 from pynq_kgrc.compress.patterns import project_pattern
-from pynq_kgrc.compress.recipes import Recipe
+from pynq_kgrc.compress.recipes import Algorithm, Recipe
 from pynq_kgrc.compress.reweighted import GroupLasso, Norm, Reweighted
-from pynq_kgrc.compress.training import Bar, Penalty, Row, TrainConfig, no_bar, train
+from pynq_kgrc.compress.training import Penalty, TrainConfig, TrainingSetup
 from pynq_kgrc.errors import ConfigError
-from pynq_kgrc.graph import ClipSpec, ConvShape, Graph
+from pynq_kgrc.graph import ConvShape, Graph
 from pynq_kgrc.models.trace import trace
 from pynq_kgrc.quant import Array
 
-ALGORITHMS = ("one-shot", "heuristic", "lasso", "reweighted", "admm")
-
-GENTLE = TrainConfig(epochs=20, lr=5e-4)
+LOW_RATE = TrainConfig(epochs=20, lr=5e-4)
+"""Default of both trainings: the network is trained already."""
 
 
 class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a network is pruned; a TOML file of these fields."""
 
-    algorithm: Literal["one-shot", "heuristic", "lasso", "reweighted", "admm"] = "reweighted"
+    algorithm: Algorithm = "reweighted"
     incremental: bool = False
-    """One layer after the other, each with its share of the epochs (KRP paper, figure 5)."""
+    """Prune layer after layer, each with its share of the epochs (KRP paper, figure 5)."""
     factor: float = 1e-2
-    """lambda of lasso and reweighted."""
+    """lambda of the algorithms lasso and reweighted."""
     norm: Norm = "l2"
     by_operations: bool = True
-    """Layers are penalized in proportion to their operations."""
+    """The penalty of a layer is proportional to its operations."""
     updates: int = 4
-    """Times the reweighting is made anew."""
+    """How many times the reweighting factors are computed."""
     rho: float = 1e-2
+    """rho of ADMM in its first round."""
     rounds: int = 3
     growth: float = 3.0
-    prepare: TrainConfig = GENTLE
-    """Training with the penalty; one-shot and heuristic have none."""
-    retrain: TrainConfig = GENTLE
-    """Training of what is left."""
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What pruning and quantization learn from and are measured on."""
-
-    clips: Clips
-    test: Clips
-    spec: ClipSpec
-    bar: Bar = no_bar
-    watch: Callable[[Row], None] = field(default=lambda row: None)
-    share: tuple[int, int] = (0, 1)
-
-    def train(
-        self,
-        module: nn.Module,
-        config: TrainConfig,
-        folder: Path,
-        penalty: Penalty | None = None,
-        teacher: nn.Module | None = None,
-        note: str = "",
-    ) -> list[Row]:
-        """As `training.train`, on these clips."""
-        return train(
-            module,
-            self.clips,
-            self.test,
-            self.spec,
-            config,
-            folder,
-            penalty,
-            teacher,
-            self.bar,
-            self.watch,
-            self.share,
-            note,
-        )
+    """Factor by which rho grows from round to round."""
+    prepare: TrainConfig = LOW_RATE
+    """Training with the penalty; the algorithms one-shot and heuristic skip it."""
+    retrain: TrainConfig = LOW_RATE
+    """Training of the weights that are kept."""
 
 
 def prune_network(
     module: nn.Module,
     recipe: Recipe,
     config: PruneConfig,
-    ground: Ground,
+    setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None = None,
 ) -> None:
-    """Prune a trained network in place and train what is left.
+    """Prune a trained network in place and train the weights that are kept.
 
-    Each part of the way has its own folder, so that a run that was killed goes on where it was.
+    Each training has its own folder; a run that was killed resumes in the one it was in.
 
     Args:
         module: trained and dense.
-        recipe: what is pruned of which layer.
-        config: how.
-        ground: clips to learn from and to measure on.
-        folder: gets prepare/ and retrain/, of each layer where it is incremental.
+        recipe: the pattern of each layer.
+        config: algorithm and schedules.
+        setup: training and test clips.
+        folder: gets prepare/ and retrain/; with `incremental`, both for each layer.
         teacher: the dense network, for distillation in retraining.
 
     Raises:
-        ConfigError: a layer that is not there, or a pattern that does not fit its weight.
+        ConfigError: an unknown layer, or a pattern that does not fit its weight.
         ModelError: the folder holds another run.
     """
-    chosen_weights(module, list(recipe))  # refuses a wrong name before anything is trained
+    chosen_weights(module, list(recipe))  # refuse a wrong name before training
     if not recipe:
         raise ConfigError("the recipe prunes no layer")
     if not config.incremental:
-        _prune_once(module, recipe, config, ground, folder, teacher)
+        _prune_once(module, recipe, config, setup, folder, teacher)
         return
     order = list(recipe)
     shorter = msgspec.structs.replace(
@@ -131,7 +92,7 @@ def prune_network(
     )
     for i, name in enumerate(order):
         part = {name: recipe[name]}
-        _prune_once(module, part, shorter, ground, folder / f"{i:02}-{name}", teacher)
+        _prune_once(module, part, shorter, setup, folder / f"{i:02}-{name}", teacher)
 
 
 def _shortened(config: TrainConfig, parts: int) -> TrainConfig:
@@ -142,24 +103,26 @@ def _prune_once(
     module: nn.Module,
     recipe: Recipe,
     config: PruneConfig,
-    ground: Ground,
+    setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None,
 ) -> None:
     scores: Mapping[str, Array] | None = None
     if config.algorithm == "heuristic":
-        scores = propagate_importance(trace(module, ground.spec))
+        scores = propagate_importance(trace(module, setup.spec))
     elif config.algorithm != "one-shot":
-        penalty = _penalty(module, recipe, config, ground)
-        ground.train(module, config.prepare, folder / "prepare", penalty, note=f"{config}{recipe}")
+        penalty = _penalty(module, recipe, config, setup)
+        setup.train(module, config.prepare, folder / "prepare", penalty, note=f"{config}{recipe}")
     prune_weights(module, recipe, scores)
-    ground.train(module, config.retrain, folder / "retrain", teacher=teacher)
+    setup.train(module, config.retrain, folder / "retrain", teacher=teacher)
 
 
-def _penalty(module: nn.Module, recipe: Recipe, config: PruneConfig, ground: Ground) -> Penalty:
+def _penalty(
+    module: nn.Module, recipe: Recipe, config: PruneConfig, setup: TrainingSetup
+) -> Penalty:
     if config.algorithm == "admm":
         return Admm(module, pruning_projections(recipe), config.rho, config.rounds, config.growth)
-    costs = layer_costs(trace(module, ground.spec)) if config.by_operations else None
+    costs = layer_costs(trace(module, setup.spec)) if config.by_operations else None
     if config.algorithm == "lasso":
         return GroupLasso(module, recipe, config.factor, config.norm, costs)
     return Reweighted(module, recipe, config.factor, config.norm, costs, config.updates)
@@ -168,20 +131,20 @@ def _penalty(module: nn.Module, recipe: Recipe, config: PruneConfig, ground: Gro
 def prune_weights(
     module: nn.Module, recipe: Recipe, scores: Mapping[str, Array] | None = None
 ) -> None:
-    """Hard pruning in place: every weight of the recipe onto its pattern.
+    """Hard pruning in place: project each weight of the recipe onto its pattern.
 
-    `scores` says what each weight is worth, by layer; its magnitude unless given.
+    `scores`, by layer, replace the magnitudes of the weights.
     """
     with torch.no_grad():
         for name, weight in chosen_weights(module, list(recipe)).items():
             dense = weight.cpu().numpy()
-            worth = None if scores is None else scores[name].reshape(dense.shape)
-            pruned = project_pattern(dense, recipe[name], worth)
+            layer_scores = None if scores is None else scores[name].reshape(dense.shape)
+            pruned = project_pattern(dense, recipe[name], layer_scores)
             weight.copy_(torch.from_numpy(np.ascontiguousarray(pruned)))
 
 
 def layer_costs(graph: Graph) -> dict[str, float]:
-    """MACs of each convolution of a graph, dense."""
+    """MACs of each convolution of a graph, zeros included."""
     return {
         layer.name: float(layer.shape.macs)
         for layer in graph.convolutions()

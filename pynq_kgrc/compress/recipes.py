@@ -1,4 +1,4 @@
-"""What is pruned of which layer: read from a file, or searched for a number of operations.
+"""Recipes, the patterns and rates of each layer: published, from a file, or searched for a cost.
 
 A recipe is a TOML file with a table of layers::
 
@@ -10,15 +10,17 @@ A recipe is a TOML file with a table of layers::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.paper import layer_cycles
 from pynq_kgrc.compress.patterns import (
     DEFAULT_GROUP,
     Blocks,
@@ -29,21 +31,27 @@ from pynq_kgrc.compress.patterns import (
     Rates,
     Weights,
     keep_mask,
+    recipe,
 )
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import ConvShape, Graph, Layer
+from pynq_kgrc.quant import Array
 from pynq_kgrc.storage import written_beside
 
 Recipe = Mapping[str, Pattern]
-"""For each layer that is pruned, its pattern."""
+"""The pattern of each layer that is pruned, by name."""
+
+Algorithm = Literal["one-shot", "heuristic", "lasso", "reweighted", "admm"]
+ALGORITHMS = get_args(Algorithm)
+"""How the weights of a recipe are brought to zero (`compress/pruning.py`)."""
 
 GROUPED = ("kgr", "kgc", "kgrc")
 RATED = ("vanilla", "blockwise", "filter", "unstructured")
 NAMES = (*GROUPED, *RATED, "krp")
 
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One layer of a recipe file; fractions are text, such as "2/3"."""
+class LayerRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How one layer is pruned: an entry of a recipe file. Fractions are text, such as "2/3"."""
 
     pattern: str
     rows: str = "0"
@@ -55,11 +63,11 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 class RecipeFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A recipe file."""
 
-    layers: dict[str, Entry]
+    layers: dict[str, LayerRecipe]
 
 
 def build_patterns(
-    entries: Mapping[str, Entry], config: AcceleratorConfig | None = None
+    layers: Mapping[str, LayerRecipe], config: AcceleratorConfig | None = None
 ) -> dict[str, Pattern]:
     """The patterns of a recipe, by layer.
 
@@ -67,43 +75,43 @@ def build_patterns(
         ConfigError: as `build_pattern`; the layer is named.
     """
     patterns = {}
-    for name, entry in entries.items():
+    for name, layer in layers.items():
         try:
-            patterns[name] = build_pattern(entry, config)
+            patterns[name] = build_pattern(layer, config)
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
     return patterns
 
 
-def build_pattern(entry: Entry, config: AcceleratorConfig | None = None) -> Pattern:
-    """The pattern of an entry, in the groups and blocks of an accelerator.
+def build_pattern(layer: LayerRecipe, config: AcceleratorConfig | None = None) -> Pattern:
+    """The pattern of a layer, in the groups and blocks of an accelerator.
 
     Raises:
         ConfigError: an unknown pattern, a rate that is no fraction in 0 to below 1, or rows and
-            columns that the accelerator's P_M and P_K do not divide (eq. (9)).
+            columns that are no multiples of the accelerator's P_M and P_K (eq. (9)).
     """
     size = DEFAULT_GROUP if config is None else config.group_size
-    if entry.pattern in GROUPED:
+    if layer.pattern in GROUPED:
         rates = Rates(
-            _fraction(entry.rows) if "r" in entry.pattern[2:] else Fraction(0),
-            _fraction(entry.cols) if "c" in entry.pattern[2:] else Fraction(0),
+            _fraction(layer.rows) if "r" in layer.pattern[2:] else Fraction(0),
+            _fraction(layer.cols) if "c" in layer.pattern[2:] else Fraction(0),
         )
         if config is not None:
             check_eq9(rates, config)
         return KernelGroups(rates, size)
-    if entry.pattern == "krp":
-        return KernelRows(entry.keep)
-    rate = _fraction(entry.rate)
-    if entry.pattern == "vanilla":
+    if layer.pattern == "krp":
+        return KernelRows(layer.keep)
+    rate = _fraction(layer.rate)
+    if layer.pattern == "vanilla":
         return Blocks(rate, size.gm, size.gn)
-    if entry.pattern == "blockwise":
+    if layer.pattern == "blockwise":
         tm = size.gm if config is None else config.tm
         return Blocks(rate, tm, size.gn)
-    if entry.pattern == "filter":
+    if layer.pattern == "filter":
         return Filters(rate)
-    if entry.pattern == "unstructured":
+    if layer.pattern == "unstructured":
         return Weights(rate)
-    raise ConfigError(f"no pattern {entry.pattern!r}; there are {', '.join(NAMES)}")
+    raise ConfigError(f"no pattern {layer.pattern!r}; there are {', '.join(NAMES)}")
 
 
 def _fraction(text: str) -> Fraction:
@@ -117,12 +125,12 @@ def _fraction(text: str) -> Fraction:
 
 
 def check_eq9(rates: Rates, config: AcceleratorConfig) -> None:
-    """Refuse rates whose kept rows or columns leave the array partly idle.
+    """Refuse rates whose kept rows or columns would leave a part of the array idle.
 
     Eq. (9) of the KGRC paper: T_M (1 - R_R) % P_M = 0 and T_K (1 - R_C) % P_K = 0.
 
     Raises:
-        ConfigError: names the rate and those that are accepted.
+        ConfigError: a rate does not satisfy it; the accepted rates are named.
     """
     for what, rate, count, step in (
         ("rows", rates.rows, config.gm, config.rows_per_cycle),
@@ -139,11 +147,11 @@ def check_eq9(rates: Rates, config: AcceleratorConfig) -> None:
             )
 
 
-def read_entries(path: str | Path) -> dict[str, Entry]:
-    """The entries of a recipe file.
+def read_recipe(path: str | Path) -> dict[str, LayerRecipe]:
+    """The layers of a recipe file.
 
     Raises:
-        ConfigError: no such file, no TOML, or a field that is unknown or of another type.
+        ConfigError: no such file, no TOML, an unknown field, or a value of another type.
     """
     try:
         return msgspec.toml.decode(Path(path).read_bytes(), type=RecipeFile).layers
@@ -151,47 +159,71 @@ def read_entries(path: str | Path) -> dict[str, Entry]:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def write_recipe(entries: Mapping[str, Entry], path: Path) -> None:
-    """The file that `read_recipe` reads."""
+def published_recipe(network: str, pattern: str) -> dict[str, LayerRecipe]:
+    """The paper's rates of a network, as `patterns.recipe` gives them.
+
+    Raises:
+        ConfigError: a network or pattern that the paper has no rates for.
+    """
+    rates = recipe(network, pattern)
+    return {name: LayerRecipe(pattern, str(r.rows), str(r.cols)) for name, r in rates.items()}
+
+
+def write_recipe(layers: Mapping[str, LayerRecipe], path: Path) -> None:
+    """Write the file that `read_recipe` reads, atomically."""
     with written_beside(path) as beside:
-        beside.write_bytes(msgspec.toml.encode(RecipeFile(dict(entries))))
+        beside.write_bytes(msgspec.toml.encode(RecipeFile(dict(layers))))
 
 
-Cost = Callable[[Layer, Entry, float], float]
-"""What a layer costs with an entry that keeps this fraction of its weights."""
-
-DENSE = Entry("kgrc")
+Cost = Callable[[Layer, Array], float]
+"""What a layer costs if only some of its weights are kept (bool, shaped as the weight)."""
 
 
-def operations(layer: Layer, entry: Entry, kept: float) -> float:
-    """MACs for one clip."""
+def operations(layer: Layer, kept: Array) -> float:
+    """MACs of the kept weights for one clip."""
     assert isinstance(layer.shape, ConvShape)
-    return layer.shape.macs * kept
+    return layer.shape.macs * float(kept.mean())
 
 
-def options(layer: Layer, pattern: str, config: AcceleratorConfig) -> list[Entry]:
+def options(layer: Layer, pattern: str, config: AcceleratorConfig) -> list[LayerRecipe]:
     """All ways to apply a pattern to a layer that satisfy eq. (9), the densest first.
 
-    Layers whose kernel is one tap have no columns to prune, and those of a first layer's few
-    channels or a classifier are left to the caller.
+    A kernel with fewer taps than T_K has no columns to prune. The caller decides whether a first
+    layer of few channels, or a classifier, is pruned at all.
     """
     assert isinstance(layer.shape, ConvShape)
     size = config.group_size
     if pattern not in GROUPED:
         if pattern == "krp":
             width = layer.shape.kernel[2]
-            return [Entry(pattern, keep=k) for k in range(layer.shape.taps // width, 0, -1)]
-        return [Entry(pattern, rate=str(Fraction(i, 8))) for i in range(8)]
+            return [LayerRecipe(pattern, keep=k) for k in range(layer.shape.taps // width, 0, -1)]
+        return [LayerRecipe(pattern, rate=str(Fraction(i, 8))) for i in range(8)]
     gk = size.columns(layer.shape.taps)
     rows = [r for r in range(size.gm, 0, -1) if not r % config.rows_per_cycle]
     cols = [c for c in range(gk, 0, -1) if not c % config.pk] if gk == size.tk else [gk]
     rows = rows if "r" in pattern[2:] else [size.gm]
     cols = cols if "c" in pattern[2:] else [gk]
     return [
-        Entry(pattern, str(1 - Fraction(r, size.gm)), str(1 - Fraction(c, gk)))
+        LayerRecipe(pattern, str(1 - Fraction(r, size.gm)), str(1 - Fraction(c, gk)))
         for r in rows
         for c in cols
     ]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to prune a layer."""
+
+    recipe: LayerRecipe
+    lost: float
+    """The fraction of the sum of the layer's squared weights that is pruned."""
+    cost: float
+
+
+NEARER = (1.0, 0.99, 0.98, 0.97)
+"""Fractions of the wanted reduction that are tried where the first one overshoots."""
+
+TOLERANCE = 0.03
 
 
 def choose_rates(
@@ -200,12 +232,15 @@ def choose_rates(
     pattern: str,
     reduction: float,
     config: AcceleratorConfig,
-    cost: Cost | None = None,
-) -> dict[str, Entry]:
-    """Rates for which the network costs `reduction` times less and loses least of its weights.
+    cost: Cost = operations,
+    rest: float = 0.0,
+    nearer: Sequence[float] = NEARER[:1],
+) -> dict[str, LayerRecipe]:
+    """Rates that make the network `reduction` times cheaper and lose least of its weights.
 
-    What a layer loses is the part of the sum of its squared weights that goes. Each layer takes
-    the option with the least (loss + price * cost), and the price rises until the target is met.
+    The loss of a layer is the fraction of the sum of its squared weights that is pruned. Each
+    layer takes the option with the least (loss + price * cost), and the price rises until the
+    target is met.
 
     Args:
         graph: traced and dense.
@@ -213,94 +248,93 @@ def choose_rates(
         pattern: one of `NAMES`.
         reduction: how many times cheaper the whole network has to be.
         config: the accelerator; only rates that satisfy its eq. (9) are tried.
-        cost: operations, unless given; `modelled_cycles(config)` is the other one.
+        cost: of a layer; operations, or cycles of the compiled program (compiler/latency.py).
+        rest: what the network costs beside its convolutions.
+        nearer: fractions of `reduction`, tried in this order until the cost is within `TOLERANCE`
+            of what was asked. If none is, the nearest counts.
 
     Raises:
         ConfigError: an unknown pattern, or a target that even the sparsest rates do not meet.
     """
     if pattern not in NAMES:
         raise ConfigError(f"no pattern {pattern!r}; there are {', '.join(NAMES)}")
-    cost = cost or operations
+    if not reduction > 0:
+        raise ConfigError(f"a reduction of {reduction}; accepted is any number above 0")
     wanted = set(names)
-    total = sum(cost(layer, DENSE, 1.0) for layer in graph.convolutions())
-    fixed = sum(
-        cost(layer, DENSE, 1.0) for layer in graph.convolutions() if layer.name not in wanted
-    )
+    dense = {
+        layer.name: cost(layer, np.ones_like(layer.weight, dtype=bool))
+        for layer in graph.convolutions()
+    }
+    total = rest + sum(dense.values())
+    fixed = rest + sum(value for name, value in dense.items() if name not in wanted)
     tables = {
         layer.name: _table(layer, pattern, config, cost)
         for layer in graph.convolutions()
         if layer.name in wanted
     }
-    least = fixed + sum(min(row[2] for row in table) for table in tables.values())
+    least = fixed + sum(min(option.cost for option in table) for table in tables.values())
     if total / least < reduction:
         raise ConfigError(
-            f"{pattern} makes {graph.name} at most {total / least:.2f}x cheaper, not {reduction}x; "
-            f"prune more layers, or ask for less"
+            f"{pattern} makes {graph.name} at most {total / least:.2f}x cheaper, not {reduction}x "
+            f"({fixed / total:.0%} of its cost is in layers that are not pruned); prune more "
+            f"layers, or ask for less"
         )
-    low, high = 0.0, 1e6 / total
+    best: dict[str, Option] = {}
+    smallest_miss = math.inf
+    for fraction in nearer:
+        chosen = _search(tables, total / (reduction * fraction) - fixed)
+        spent = fixed + sum(option.cost for option in chosen.values())
+        miss = abs(total / spent / reduction - 1)
+        if miss < smallest_miss:
+            best, smallest_miss = chosen, miss
+        if miss <= TOLERANCE:
+            break
+    return {name: option.recipe for name, option in best.items() if option.lost > 0}
+
+
+def _search(tables: dict[str, list[Option]], allowed: float) -> dict[str, Option]:
+    """An option for each layer: together they cost at most `allowed`, and lose little."""
+    low, high = 0.0, 1e6 / max(option.cost for table in tables.values() for option in table)
     for _ in range(60):
         price = (low + high) / 2
         chosen = {name: _cheapest(table, price) for name, table in tables.items()}
-        spent = fixed + sum(row[2] for row in chosen.values())
-        low, high = (price, high) if spent * reduction > total else (low, price)
-    chosen = {name: _cheapest(table, high) for name, table in tables.items()}
-    chosen = _relaxed(tables, chosen, total / reduction - fixed)
-    return {name: entry for name, (entry, lost, _) in chosen.items() if lost > 0}
+        spent = sum(option.cost for option in chosen.values())
+        low, high = (price, high) if spent > allowed else (low, price)
+    return _relaxed(tables, {n: _cheapest(t, high) for n, t in tables.items()}, allowed)
 
 
 def _relaxed(
-    tables: dict[str, list[Row]], chosen: dict[str, Row], allowed: float
-) -> dict[str, Row]:
+    tables: dict[str, list[Option]], chosen: dict[str, Option], allowed: float
+) -> dict[str, Option]:
     """Spend what is left of the allowed cost where it saves most of the weights.
 
-    A price for all layers leaves gaps between what it can choose; single layers fill them.
+    One price for all layers cannot reach every combination; single layers fill the gap.
     """
     while True:
-        left = allowed - sum(row[2] for row in chosen.values())
+        left = allowed - sum(option.cost for option in chosen.values())
         better = [
-            (chosen[name][1] - row[1], name, row)
+            (chosen[name].lost - option.lost, name, option)
             for name, table in tables.items()
-            for row in table
-            if row[1] < chosen[name][1] and row[2] - chosen[name][2] <= left
+            for option in table
+            if option.lost < chosen[name].lost and option.cost - chosen[name].cost <= left
         ]
         if not better:
             return chosen
-        _, name, row = max(better, key=lambda found: found[0])
-        chosen = chosen | {name: row}
+        _, name, option = max(better, key=lambda found: found[0])
+        chosen = chosen | {name: option}
 
 
-Row = tuple[Entry, float, float]
-"""An option, what it loses of the weights, what it costs."""
-
-
-def _table(layer: Layer, pattern: str, config: AcceleratorConfig, cost: Cost) -> list[Row]:
+def _table(layer: Layer, pattern: str, config: AcceleratorConfig, cost: Cost) -> list[Option]:
     weight = layer.weight
     assert weight is not None
     squares = weight.astype(np.float64) ** 2
-    rows = []
-    for entry in options(layer, pattern, config):
-        kept = keep_mask(weight, build_pattern(entry, config))
+    table = []
+    for choice in options(layer, pattern, config):
+        kept = keep_mask(weight, build_pattern(choice, config))
         lost = 1 - float(squares[kept].sum() / max(squares.sum(), 1e-30))
-        rows.append(
-            (entry, lost if not kept.all() else 0.0, cost(layer, entry, float(kept.mean())))
-        )
-    return rows
+        table.append(Option(choice, 0.0 if kept.all() else lost, cost(layer, kept)))
+    return table
 
 
-def _cheapest(table: list[Row], price: float) -> Row:
-    return min(table, key=lambda row: row[1] + price * row[2])
-
-
-def modelled_cycles(config: AcceleratorConfig) -> Cost:
-    """The cycles that the KGRC paper's model gives a layer, as a cost (accelerator/paper.py)."""
-
-    def cycles(layer: Layer, entry: Entry, kept: float) -> float:
-        assert isinstance(layer.shape, ConvShape)
-        gk = config.group_size.columns(layer.shape.taps)
-        if entry.pattern not in GROUPED:
-            return layer_cycles(config, layer.shape, config.gm, gk) * kept
-        kr = (1 - Fraction(entry.rows)) * config.gm
-        kc = (1 - Fraction(entry.cols)) * gk
-        return layer_cycles(config, layer.shape, int(kr), int(kc))
-
-    return cycles
+def _cheapest(table: list[Option], price: float) -> Option:
+    return min(table, key=lambda option: option.lost + price * option.cost)

@@ -1,4 +1,4 @@
-"""Penalties that drive whole units of a weight to zero: group lasso, fixed or reweighted.
+"""Penalties that drive units of a weight to zero: group lasso, plain or reweighted.
 
 KGRC paper, equations (1) to (8) and Algorithm 1; RT3D, equations (1) to (3).
 """
@@ -20,22 +20,21 @@ Norm = Literal["l1", "l2", "mixed"]
 NORMS = ("l1", "l2", "mixed")
 
 EPSILON = 1e-3
-"""Keeps eq. (4) and (7) finite; relative to the mean square of a layer's norms."""
+"""Keeps eqs. (4) and (7) finite; relative to the mean square of the norms of a layer."""
 
 
 class GroupLasso:
     """lambda * sum over layers and units of P * ||W_unit||_g; P is 1 (RT3D, eq. (2)).
 
-    A pattern of rows and columns has both sums at half the factor (KGRC paper, eq. (8)). Norms
-    are divided by the square root of a unit's size, so that units of all layers weigh alike.
+    A pattern of rows and columns has both sums, each at half the factor (KGRC paper, eq. (8)).
+    A norm is divided by the square root of the unit's size, so that units of all sizes count alike.
 
     Args:
         module: the network in training.
-        recipe: which units each layer has.
+        recipe: the pattern of each layer, which defines its units.
         factor: lambda.
         norm: "l1" (g = 1), "l2" (g = 2) or "mixed", their mean.
-        costs: MACs of each layer; a layer is then penalized in proportion, so that operations
-            count rather than weights.
+        costs: MACs of each layer; the penalty of a layer is then proportional to them.
 
     Raises:
         ConfigError: a layer that the network does not have, or an unknown norm.
@@ -61,7 +60,7 @@ class GroupLasso:
             self._terms += [_Term(weight, unit, scale) for unit in units]
 
     def loss(self) -> Tensor:
-        """The penalty of the weights as they are."""
+        """The penalty of the present weights."""
         parts = [
             term.scale * (term.reweights * term.norms(self.norm)).sum() for term in self._terms
         ]
@@ -79,10 +78,10 @@ class GroupLasso:
 
 
 class Reweighted(GroupLasso):
-    """The same with P = 1 / (||W_unit||^2 + epsilon), made anew `updates` times (eq. (4), (7)).
+    """Group lasso with P = 1 / (||W_unit||^2 + epsilon), computed `updates` times (eqs. (4), (7)).
 
-    What is small already is pressed harder, what is large is let go. P is divided by its mean
-    over the layer, so that lambda means the same before and after an update.
+    Small units are penalized more, large ones less. P is divided by its mean over the layer, so
+    that an update does not change the scale of lambda.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class Reweighted(GroupLasso):
 
 
 class _Term:
-    """One kind of unit of one layer."""
+    """One `Units` of one layer, as tensors on the weight's device."""
 
     def __init__(self, weight: nn.Parameter, units: Units, scale: float) -> None:
         self._weight = weight
@@ -127,7 +126,7 @@ class _Term:
         flat = self._weight.flatten()
         found = []
         if norm != "l1":
-            # the root has no slope at 0; a unit that is 0 stays there
+            # 1e-12: the derivative of the root is infinite at 0
             found.append((self._sum(flat**2) / self._size + 1e-12).sqrt())
         if norm != "l2":
             found.append(self._sum(flat.abs()) / self._size)

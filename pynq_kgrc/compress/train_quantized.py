@@ -1,4 +1,7 @@
-"""Quantization in training: towards codes by ADMM, then with the accelerator's own arithmetic."""
+"""Quantization-aware training: ADMM towards the codes, then training of a `FakeQuantNetwork`.
+
+`calibrate.py` quantizes after training, and gives the formats that this starts from.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,38 @@ from pynq_kgrc.compress.admm import Admm, quantize_to_powers, quantizing_project
 from pynq_kgrc.compress.augment import Augmentation
 from pynq_kgrc.compress.fake_quant import CodedConvolution, FakeQuantNetwork
 from pynq_kgrc.compress.masks import weights_of
-from pynq_kgrc.compress.pruning import Ground
-from pynq_kgrc.compress.training import TrainConfig
+from pynq_kgrc.compress.training import TrainConfig, TrainingSetup
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import Graph
 from pynq_kgrc.quant import BITS
 
 QUANTIZE = TrainConfig(epochs=10, lr=2e-4, weight_decay=0.0, augment=Augmentation(erase=0.1))
-"""Settings of training with codes, unless others are given."""
+"""Default settings of quantization-aware training."""
 
 POWER_GROUPS = (0.5, 0.75, 0.875, 1.0)
-"""GSNQ: the part of the weights that are powers of two after each group's turn."""
+"""GSNQ: the fraction of the weights that are frozen at powers of two after each group."""
 
 
 def train_quantized(
     graph: Graph,
     config: TrainConfig,
-    ground: Ground,
+    setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None = None,
     device: str = "cpu",
     powers: bool = False,
 ) -> Graph:
-    """The graph after training with codes in the forward pass; pruned weights stay zero.
+    """The graph after quantization-aware training; pruned weights stay zero.
 
     Args:
-        graph: from `choose_quant`, which also says the width.
+        graph: from `choose_quant`, which also chose the width.
         config: settings; few epochs at a low rate are enough.
-        ground: clips to learn from and to measure on.
-        folder: of this run.
+        setup: training and test clips.
+        folder: for this run alone.
         teacher: the float network, for distillation.
         device: where to train.
         powers: end with weights of 0 and powers of two only, frozen in groups, the largest first
-            (GSNQ); 3 bits of them at a width of 4, 4 bits at a width of 8.
+            (GSNQ): 3-bit ones at a width of 4, 4-bit ones at a width of 8.
 
     Raises:
         ConfigError: powers of two at 16 bits.
@@ -52,7 +54,7 @@ def train_quantized(
     """
     network = FakeQuantNetwork(graph).to(device)
     if not powers:
-        ground.train(network, config, folder, teacher=teacher)
+        setup.train(network, config, folder, teacher=teacher)
         return network.cpu().to_graph()
     bits = {4: 3, 8: 4}.get(graph.convolutions()[0].weight_quant.bits)  # type: ignore[union-attr]
     if bits is None:
@@ -61,9 +63,9 @@ def train_quantized(
     for i, fraction in enumerate(POWER_GROUPS):
         freeze_powers(network, fraction, bits)
         if fraction < 1:
-            ground.train(network, part, folder / f"group{i + 1}", teacher=teacher)
-    # biases, and the scales of formats, adapt to weights that are all frozen now
-    ground.train(network, part, folder / f"group{len(POWER_GROUPS)}", teacher=teacher)
+            setup.train(network, part, folder / f"group{i + 1}", teacher=teacher)
+    # all weights are frozen now: biases and the scales of formats adapt to them
+    setup.train(network, part, folder / f"group{len(POWER_GROUPS)}", teacher=teacher)
     return network.cpu().to_graph()
 
 
@@ -72,7 +74,7 @@ def freeze_powers(network: FakeQuantNetwork, fraction: float, bits: int) -> None
     for layer in network.convolutions.values():
         assert isinstance(layer, CodedConvolution)
         weight = layer.weight.detach().cpu().numpy()
-        if layer.frozen is None:  # the first group decides the scale of each filter
+        if layer.frozen is None:  # the first group fixes the scale of each filter
             largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
             layer.fix_scale(np.where(largest > 0, largest, 1.0) / top_power(bits))
         size = np.abs(weight)
@@ -86,16 +88,16 @@ def approach_codes(
     module: nn.Module,
     bits: int,
     config: TrainConfig,
-    ground: Ground,
+    setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None = None,
     rho: float = 1e-2,
 ) -> None:
-    """Draw a float network's weights towards codes by ADMM, width after width down to `bits`.
+    """Pull a float network's weights to codes by ADMM: 16 bits, then 8, then 4, down to `bits`.
 
-    The rate halves from one width to the next (KGRC paper, section VI-A). At the end weights lie
-    on codes with one scale a filter, which folding of batch norm does not change; pruned weights
-    stay zero. Activations follow in `train_quantized`.
+    The learning rate halves from one width to the next (KGRC paper, section VI-A). At the end the
+    weights are codes times one scale for each filter, which folding batch norm does not change.
+    Pruned weights stay zero. Activations are not quantized here, but in `train_quantized`.
 
     Raises:
         ConfigError: a width that accelerators do not have.
@@ -109,6 +111,6 @@ def approach_codes(
             config, lr=config.lr / 2**i, epochs=max(1, config.epochs // len(widths))
         )
         admm = Admm(module, quantizing_projections(module, names, width), rho)
-        ground.train(module, part, folder / f"{width}-bit", admm, teacher, f"rho {rho}")
+        setup.train(module, part, folder / f"{width}-bit", admm, teacher, f"rho {rho}")
         if width == bits:
             admm.settle()

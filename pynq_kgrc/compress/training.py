@@ -1,4 +1,4 @@
-"""Training that can be killed: epochs, schedules, penalties, checkpoints, and the log of it all."""
+"""Resumable training: epochs, learning rates, penalties, checkpoints and the log."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import csv
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
-import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,33 +35,33 @@ CONFIG = "config.toml"
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that a training run depends on but the data, the network and the penalty."""
+    """Everything a training run depends on, except the data, the network and the penalty."""
 
     epochs: int = 60
     batch: int = 16
     lr: float = 2e-3
-    """At its highest."""
+    """The highest learning rate of the schedule."""
     warmup: float = 0.07
-    """Fraction of all steps in which the rate rises."""
+    """Fraction of each stage in which the learning rate rises linearly."""
     start: float = 0.0
-    """Fraction of the schedule that is left out at its beginning (KRP's LR tracking)."""
+    """Fraction of the schedule that is skipped at its beginning (KRP's learning rate tracking)."""
     stages: int = 1
-    """Times the rate starts over: rises, and falls along a cosine (KGRC, section VI-A)."""
+    """How many times the rate restarts: warm-up, then a cosine (KGRC paper, section VI-A)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = 0.9
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     distill: float = 0.5
-    """Weight of the teacher's opinion, where there is a teacher."""
+    """Weight of the distillation loss, if there is a teacher."""
     temperature: float = 2.0
     average: float = 0.0
-    """Decay of a running average of the weights that is kept instead of them; 0 keeps none."""
+    """Decay of an exponential moving average of the weights, which is then the result; 0: none."""
     seed: int = 0
     channels_last: bool = True
     mixed_precision: bool = False
-    """bfloat16 where torch says it is safe; pays on GPUs and processors with bfloat16 units."""
+    """torch.autocast to bfloat16; faster only on GPUs and processors with bfloat16 units."""
     measure_every: int = 1
-    """Epochs from one measurement on the test clips to the next; the last is always measured."""
+    """Epochs between two measurements on the test clips; the last epoch is always measured."""
     augment: Augmentation = Augmentation()
 
     def __post_init__(self) -> None:
@@ -76,10 +78,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_config(path: str | Path, kind: type[T]) -> T:
-    """Settings from a TOML file of the fields of `kind`; what it leaves out keeps its default.
+    """Settings from a TOML file with the fields of `kind`; missing fields keep their defaults.
 
     Raises:
-        ConfigError: no such file, no TOML, a field that is unknown, of another type or range.
+        ConfigError: no such file, no TOML, an unknown field, a value of another type or range.
     """
     try:
         return msgspec.toml.decode(Path(path).read_bytes(), type=kind)
@@ -94,47 +96,47 @@ def write_config(config: TrainConfig, path: Path) -> None:
 
 
 class Bar(Protocol):
-    """Passes on what it is given, and shows how far it is."""
+    """A progress bar: yields the items it is given and shows how many are done."""
 
     def __call__(self, items: Iterable[T], text: str, total: int) -> Iterable[T]: ...
 
 
 def no_bar(items: Iterable[T], text: str, total: int) -> Iterator[T]:
-    """Shows nothing."""
+    """A progress bar that shows nothing."""
     yield from items
 
 
 class Penalty(Protocol):
-    """What pruning and quantization algorithms add to training."""
+    """A term that a pruning or quantization algorithm adds to the loss, and its state."""
 
     def loss(self) -> Tensor:
-        """Added to the loss of every batch."""
+        """The term, added to the loss of every batch."""
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Called before each epoch."""
+        """Called before epoch `epoch` (from 0) of `epochs`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state that a checkpoint has to hold."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where `state_dict` was taken."""
+        """Restore what `state_dict` returned."""
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One epoch in the log."""
+class EpochRecord(msgspec.Struct, frozen=True):
+    """One epoch: a line of the log."""
 
     epoch: int
     lr: float
     loss: float
     penalty: float
     train_top1: float
-    """On varied clips, while the weights changed."""
+    """On the augmented clips, while the weights changed."""
     test_top1: float | None
     seconds: float
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:
-    """The rate after the fraction `done` of a run: linear warm-up, then a cosine, in each stage."""
+    """The rate after the fraction `done` of a run: per stage a linear warm-up, then a cosine."""
     place = config.start + (1 - config.start) * done
     within = place * config.stages % 1 if place < 1 else 1.0
     if within < config.warmup:
@@ -153,61 +155,101 @@ def train(
     penalty: Penalty | None = None,
     teacher: nn.Module | None = None,
     bar: Bar = no_bar,
-    watch: Callable[[Row], None] = lambda row: None,
+    watch: Callable[[EpochRecord], None] = lambda record: None,
     share: tuple[int, int] = (0, 1),
     note: str = "",
-) -> list[Row]:
-    """Train in place. Weights that are zero at the start stay zero.
+) -> list[EpochRecord]:
+    """Train a network in place. Weights that are zero at the start stay zero.
 
-    After every epoch a checkpoint is written beside its place and renamed. A run that finds one in
-    its folder goes on behind it, and ends with the same bits as one that was never stopped.
+    A checkpoint is written after every epoch, atomically. If the folder holds one, the run resumes
+    after it, and ends with the same weights, bit for bit, as a run that was never stopped.
 
     Args:
-        module: a network for clips as `spec` says; its device is where the work is done.
-        clips: to learn from, decoded at `wide_spec(spec)`.
-        test: measured now and then, decoded at `spec`; never learned from.
-        spec: what the network looks at.
-        config: kept as config.toml in `folder`.
-        folder: of this run alone: checkpoint.pt, log.csv, config.toml.
-        penalty: a pruning or quantization algorithm at work.
-        teacher: a network whose opinion counts (distillation).
+        module: a network that takes clips of `spec`; training runs on its device.
+        clips: training clips, decoded at `wide_spec(spec)`.
+        test: test clips, decoded at `spec`: measured, never trained on.
+        spec: the clip that the network takes.
+        config: written to config.toml in `folder`.
+        folder: for this run alone: checkpoint.pt, log.csv, config.toml.
+        penalty: term of a pruning or quantization algorithm.
+        teacher: network whose logits are distilled.
         bar: shows progress over the batches of an epoch.
-        watch: sees each row of the log.
-        share: rank and number of processes under torchrun.
-        note: what else the run depends on; a checkpoint with another note is another run's.
+        watch: called with the record of each epoch.
+        share: rank and number of processes, as torchrun sets them.
+        note: anything else the run depends on; a checkpoint with another note is refused.
 
     Raises:
         ConfigError: fewer clips than a batch.
-        ModelError: the folder holds the checkpoint of another run or network, or a damaged one; a
-            loss that is no number.
+        ModelError: the folder holds a damaged checkpoint, or one of another run or network; the
+            loss is not finite.
     """
     if len(clips) < config.batch:
         raise ConfigError(f"{len(clips)} clips do not fill a batch of {config.batch}")
     run = _Run(module, clips, spec, config, penalty, teacher, share, note)
-    rows = run.resume(folder / CHECKPOINT)
+    records = run.resume(folder / CHECKPOINT)
     chief = share[0] == 0
     if chief:
         write_config(config, folder / CONFIG)
-        _write_log(folder / LOG, rows)
-    for epoch in range(len(rows), config.epochs):
+        _write_log(folder / LOG, records)
+    for epoch in range(len(records), config.epochs):
         begun = time.perf_counter()
         learned = run.epoch(epoch, bar)
         last = epoch == config.epochs - 1
         if last:
             run.finish()
         measured = last or (epoch + 1) % config.measure_every == 0
-        top1 = measure_top1(run.measured, test, spec) if measured and chief else None
-        row = Row(epoch, *learned, top1, round(time.perf_counter() - begun, 2))
-        rows.append(row)
+        top1 = measure_top1(run.result, test, spec) if measured and chief else None
+        record = EpochRecord(epoch, *learned, top1, round(time.perf_counter() - begun, 2))
+        records.append(record)
         if chief:
-            run.save(folder / CHECKPOINT, rows)
-            _write_log(folder / LOG, rows)
-            watch(row)
-    return rows
+            run.save(folder / CHECKPOINT, records)
+            _write_log(folder / LOG, records)
+            watch(record)
+    return records
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What all training runs of a command share: clips, progress display, processes."""
+
+    clips: Clips
+    """Training clips, decoded at `wide_spec(spec)`."""
+    test: Clips
+    """Test clips, decoded at `spec`."""
+    spec: ClipSpec
+    bar: Bar = no_bar
+    watch: Callable[[EpochRecord], None] = field(default=lambda record: None)
+    share: tuple[int, int] = (0, 1)
+    """Rank and number of processes."""
+
+    def train(
+        self,
+        module: nn.Module,
+        config: TrainConfig,
+        folder: Path,
+        penalty: Penalty | None = None,
+        teacher: nn.Module | None = None,
+        note: str = "",
+    ) -> list[EpochRecord]:
+        """As the function `train`, on these clips."""
+        return train(
+            module,
+            self.clips,
+            self.test,
+            self.spec,
+            config,
+            folder,
+            penalty,
+            teacher,
+            self.bar,
+            self.watch,
+            self.share,
+            note,
+        )
 
 
 class _Run:
-    """What changes while a network is trained."""
+    """The state of a training run: network, optimizer, masks, average."""
 
     def __init__(
         self,
@@ -223,13 +265,13 @@ class _Run:
         self.clips, self.spec, self.config, self.share = clips, spec, config, share
         self.identity = _identity(module, clips, config, penalty, teacher, note)
         self.penalty, self.teacher = penalty, teacher
-        self.plain = module
+        self.unwrapped = module
         self.device = next(module.parameters()).device
         if config.channels_last:
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.optimizer = _optimizer(module, config)
         self.masks = Masks(module)
-        self.masks.hold(self.optimizer)
+        self.masks.apply_after(self.optimizer)
         self.average = (
             torch.optim.swa_utils.AveragedModel(
                 module,
@@ -246,15 +288,15 @@ class _Run:
         )
 
     @property
-    def measured(self) -> nn.Module:
-        """The weights that count: the running average where one is kept."""
+    def result(self) -> nn.Module:
+        """The network whose weights are the result: the moving average, if there is one."""
         averaged = self.average
-        return self.plain if averaged is None else averaged.module
+        return self.unwrapped if averaged is None else averaged.module
 
     def epoch(self, epoch: int, bar: Bar) -> tuple[float, float, float, float]:
-        """Learn from every clip once: the last rate, mean loss and penalty, top-1."""
+        """Train on every clip once. Returns the last rate, mean loss, mean penalty, top-1."""
         config = self.config
-        # the seed of an epoch is its own, so that a resumed run draws what it would have drawn
+        # each epoch has a seed of its own, so that a resumed run draws the same numbers
         seed = int.from_bytes(hashlib.sha256(f"{config.seed},{epoch}".encode()).digest()[:7], "big")
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
@@ -276,7 +318,7 @@ class _Run:
             right += hits
             seen += len(labels)
         if not math.isfinite(losses):
-            raise ModelError(f"epoch {epoch + 1}: the loss is no number; use a lower lr")
+            raise ModelError(f"epoch {epoch + 1}: the loss is not finite; use a lower lr")
         return rate, losses / steps, penalties / steps, right / seen
 
     def _step(self, values: Tensor, labels: Tensor) -> tuple[float, float, int]:
@@ -291,7 +333,7 @@ class _Run:
         (loss + added).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(self.plain)
+            self.average.update_parameters(self.unwrapped)
         return float(loss.detach()), float(added.detach()), int((logits.argmax(1) == labels).sum())
 
     def _loss(self, logits: Tensor, values: Tensor, labels: Tensor) -> Tensor:
@@ -301,10 +343,10 @@ class _Run:
             return loss
         self.teacher.eval()
         with torch.no_grad():
-            opinion = self.teacher(values).flatten(1).float() / config.temperature
+            target = self.teacher(values).flatten(1).float() / config.temperature
         distance = F.kl_div(
             F.log_softmax(logits / config.temperature, 1),
-            F.log_softmax(opinion, 1),
+            F.log_softmax(target, 1),
             log_target=True,
             reduction="batchmean",
         )
@@ -312,16 +354,16 @@ class _Run:
         return (1 - weight) * loss + weight * config.temperature**2 * distance
 
     def finish(self) -> None:
-        """Leave the weights that count in the network that was given."""
+        """Copy the moving average, if there is one, into the network."""
         if self.average is not None:
-            self.plain.load_state_dict(self.average.module.state_dict())
+            self.unwrapped.load_state_dict(self.average.module.state_dict())
 
-    def save(self, path: Path, rows: list[Row]) -> None:
-        """Everything that the next epoch depends on, written beside its place and renamed."""
+    def save(self, path: Path, records: list[EpochRecord]) -> None:
+        """Write a checkpoint of everything the next epoch depends on, atomically."""
         state = {
             "identity": self.identity,
-            "rows": [msgspec.structs.asdict(row) for row in rows],
-            "module": self.plain.state_dict(),
+            "rows": [msgspec.structs.asdict(record) for record in records],
+            "module": self.unwrapped.state_dict(),
             "zeros": self.masks.zeros,
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -330,14 +372,17 @@ class _Run:
         with written_beside(path) as beside:
             torch.save(state, beside)
 
-    def resume(self, path: Path) -> list[Row]:
-        """Take up a checkpoint; the rows of its log, none if there is no checkpoint."""
+    def resume(self, path: Path) -> list[EpochRecord]:
+        """Load a checkpoint, if there is one. Returns the records of its epochs."""
         if not path.exists():
             return []
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            identity, rows = state["identity"], [Row(**row) for row in state["rows"]]
-        except Exception as error:  # torch, zip and pickle each have errors of their own
+            identity, records = (
+                state["identity"],
+                [EpochRecord(**record) for record in state["rows"]],
+            )
+        except Exception as error:  # torch, zip and pickle raise different errors
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
                 f"{path} is no whole checkpoint ({first}); remove it to start over"
@@ -347,14 +392,14 @@ class _Run:
                 f"{path} belongs to another run: {_difference(identity, self.identity)}; "
                 f"use another folder, or remove it to start over"
             )
-        self.plain.load_state_dict(state["module"])
+        self.unwrapped.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.masks.zeros = state["zeros"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.penalty is not None:
             self.penalty.load_state_dict(state["penalty"])
-        return rows
+        return records
 
 
 def _identity(
@@ -365,7 +410,7 @@ def _identity(
     teacher: nn.Module | None,
     note: str,
 ) -> str:
-    """What has to be equal for a run to go on: where it started from included."""
+    """What must be equal for a run to resume, the initial weights included; as JSON."""
     start = hashlib.sha256()
     for name, value in module.state_dict().items():
         start.update(f"{name}{list(value.shape)}".encode())
@@ -383,7 +428,7 @@ def _identity(
 
 
 def _difference(theirs: str, ours: str) -> str:
-    """The first thing in which two identities differ."""
+    """The first difference of two identities, in words."""
     one, other = json.loads(theirs), json.loads(ours)
     config_one, config_other = one.pop("config"), other.pop("config")
     for before, now in ((one, other), (config_one, config_other)):
@@ -394,7 +439,7 @@ def _difference(theirs: str, ours: str) -> str:
 
 
 def _optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
-    """Weights decay; biases and the gains of batch norm do not."""
+    """Weight decay applies to weights, not to biases or the scales of batch norm."""
     decayed = [p for p in module.parameters() if p.ndim > 1]
     others = [p for p in module.parameters() if p.ndim <= 1]
     groups = [
@@ -406,11 +451,11 @@ def _optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def _write_log(path: Path, rows: list[Row]) -> None:
+def _write_log(path: Path, records: list[EpochRecord]) -> None:
     with written_beside(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(Row.__struct_fields__)
-        writer.writerows(msgspec.structs.astuple(row) for row in rows)
+        writer.writerow(EpochRecord.__struct_fields__)
+        writer.writerows(msgspec.structs.astuple(record) for record in records)
 
 
 def predict(module: nn.Module, clips: Clips, spec: ClipSpec, batch: int = 32) -> Tensor:
@@ -430,6 +475,37 @@ def predict(module: nn.Module, clips: Clips, spec: ClipSpec, batch: int = 32) ->
 
 
 def measure_top1(module: nn.Module, clips: Clips, spec: ClipSpec) -> float:
-    """The fraction of clips whose first label is right."""
-    found = predict(module, clips, spec).argmax(1).numpy()
-    return float(np.mean(found == clips.labels))
+    """The fraction of clips whose best label is right."""
+    return measure_top(module, clips, spec, (1,))[0]
+
+
+def measure_top(
+    module: nn.Module, clips: Clips, spec: ClipSpec, counts: Sequence[int]
+) -> tuple[float, ...]:
+    """For each k of `counts`, the fraction of clips whose label is among the best k."""
+    order = (-predict(module, clips, spec)).argsort(dim=1, stable=True).numpy()
+    right = order == clips.labels[:, None]
+    return tuple(float(right[:, :k].any(axis=1).mean()) for k in counts)
+
+
+def join_processes(device: str) -> tuple[int, int]:
+    """Rank and number of processes; under torchrun, the process group is set up here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def to_device(module: nn.Module, device: str) -> None:
+    """Move a network to a device in place; "cuda" under torchrun is this process's own GPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    try:
+        if device == "cuda" and "LOCAL_RANK" in os.environ:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        module.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} is not there ({error}); use cpu") from error

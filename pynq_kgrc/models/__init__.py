@@ -1,4 +1,4 @@
-"""Networks in plain torch, their weights, and the road from a torch module to a Graph."""
+"""Networks in plain torch, their weights, and the trace of a torch module to a Graph."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ NETWORKS = {
     "thin_r2plus1d": ("pynq_kgrc.models.thin", "thin_r2plus1d"),
     "i3d": ("pynq_kgrc.models.i3d", "i3d"),
 }
-"""For each network its module, which also has CLIP, and the function there that takes `classes`.
+"""By network: its module, which also defines CLIP, and the function there that takes `classes`.
 
-Names only, so that a board without torch can read the list.
+Names only, so that a board without torch can import the table.
 """
 
 
 def find_network(name: str) -> tuple[Callable[..., Any], ClipSpec]:
-    """What builds a network, given its number of classes, and the clip that it looks at.
+    """The function that builds a network, given its number of classes, and the clip it takes.
 
     `name` is one of `NETWORKS`, or MODULE:FUNCTION of a module with a ClipSpec named CLIP.
 
     Raises:
-        ModelError: there is no such network.
+        ModelError: no network has that name.
     """
     place = NETWORKS.get(name) or tuple(name.split(":"))
     try:

@@ -10,14 +10,14 @@ CLIP = ClipSpec(frames=16, height=112, width=112, short_side=128)
 
 
 def c3d(classes: int = 101) -> C3D:
-    """C3D at full size, with fresh weights; 101 classes are those of UCF101."""
+    """C3D at full size, with random weights; 101 classes are those of UCF101."""
     return C3D(classes)
 
 
 class C3D(nn.Module):
     """[N, 3, 16, 112, 112] to logits [N, classes].
 
-    The layers bear the names of the authors' Caffe model, so that its weights map one to one.
+    The layers have the names of the authors' Caffe model, so that its weights map one to one.
     """
 
     def __init__(self, classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Load a state dict from a local file into a network, all of it or nothing."""
+"""State dicts in local files: save one, or load one into a network, all of it or nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pynq_kgrc.errors import ModelError
+from pynq_kgrc.storage import written_beside
 
 COUNTER = "num_batches_tracked"
-"""Batch norm's count of batches: older files lack it, and inference never reads it."""
+"""Batch norm's count of batches: older files lack it, and inference does not read it."""
 
 
 def load_state(module: nn.Module, path: str | Path) -> None:
@@ -42,6 +43,13 @@ def load_state(module: nn.Module, path: str | Path) -> None:
     module.load_state_dict(state, strict=False)
 
 
+def save_state(module: nn.Module, path: Path) -> None:
+    """Write the state dict as a safetensors file, atomically."""
+    state = {name: value.cpu().contiguous() for name, value in module.state_dict().items()}
+    with written_beside(path) as beside:
+        safetensors.torch.save_file(state, beside)
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     readers: dict[str, Callable[[Path], Any]] = {
         ".safetensors": safetensors.torch.load_file,
@@ -52,7 +60,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: a checkpoint ends in {', '.join(readers)}, not {path.suffix!r}")
     try:
         state = readers[path.suffix](path)
-    except Exception as error:  # each format has errors of its own
+    except Exception as error:  # each format raises different errors
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} cannot be read as {path.suffix}: {first}") from error
     if not isinstance(state, dict):

@@ -1,7 +1,7 @@
 """I3D: Inception-v1 inflated to three dimensions, RGB stream (Carreira and Zisserman, CVPR 2017).
 
-Padding follows TensorFlow's SAME, as in the authors' release: where it is odd, the larger half
-comes after. Batch norm has no scale and an epsilon of 1e-3.
+Padding is TensorFlow's SAME, as in the authors' release: an odd amount has its larger half after
+the map. Batch norm has no scale, and an epsilon of 1e-3.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pynq_kgrc.graph import ClipSpec
 
 
 def clip(frames: int = 64) -> ClipSpec:
-    """What I3D looks at: any multiple of 8 frames from 16 on; it was trained with 64."""
+    """The clip of I3D: any multiple of 8 frames from 16 on; it was trained with 64."""
     return ClipSpec(frames=frames, height=224, width=224, short_side=256)
 
 
@@ -32,11 +32,11 @@ WIDTHS = {
     "Mixed_5b": (256, 160, 320, 32, 128, 128),
     "Mixed_5c": (384, 192, 384, 48, 128, 128),
 }
-"""Filters of each Inception block: 1x1x1; 1x1x1 then 3x3x3; the same, smaller; after the pool."""
+"""Filters of each Inception block, by branch: 1x1x1; 1x1x1 and 3x3x3; the same; after the pool."""
 
 
 def i3d(classes: int = 400) -> I3D:
-    """I3D at full size, with fresh weights; 400 classes are those of Kinetics-400."""
+    """I3D at full size, with random weights; 400 classes are those of Kinetics-400."""
     return I3D(classes)
 
 
@@ -80,7 +80,7 @@ class Unit(nn.Module):
 
     def __init__(self, channels: int, filters: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
-        # SAME for a size that `stride` divides, which all of I3D's are
+        # SAME, for sizes that are multiples of the stride, as all in I3D are
         before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
         self.pad = nn.ConstantPad3d((before, after) * 3, 0.0)
         self.conv = nn.Conv3d(channels, filters, kernel, stride=stride, bias=False)
@@ -94,7 +94,7 @@ class Unit(nn.Module):
 
 
 class Mixed(nn.Module):
-    """An Inception block: four branches over one input, joined on the channels."""
+    """An Inception block: four branches on one input, concatenated on the channels."""
 
     def __init__(self, channels: int, widths: tuple[int, int, int, int, int, int]) -> None:
         super().__init__()
@@ -126,5 +126,5 @@ def _reduced(channels: int, middle: int, filters: int) -> nn.Sequential:
 
 
 def _max_pool(kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> nn.MaxPool3d:
-    """SAME for even sizes: the one missing element comes after, which is what `ceil_mode` adds."""
+    """SAME for even sizes: one element of padding after the map, which `ceil_mode` adds."""
     return nn.MaxPool3d(kernel, stride, ceil_mode=True)

@@ -1,8 +1,9 @@
-"""What each operator of an exported torch module is on the accelerator.
+"""Translates each operator of an exported torch module to a layer of the accelerator.
 
-`torch.export` gives a flat list of ATen operators. Nothing here changes the order of elements in
-memory, so a torch value always lies in the order of the [C, D, H, W] that its step makes: a view
-only changes the shape that the next operator is checked against.
+To add an operator, add a function to the table `OPERATORS`. `torch.export` gives a flat list of
+ATen operators. No operator here reorders elements in memory, so the elements of a torch value
+always have the order of the [C, D, H, W] map that its layer writes. A view only changes the shape
+that the next operator is checked against.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.fx import Node
 
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import (
+    ACTIVATIONS,
     ADD,
     AVERAGE_POOL,
     CONCAT,
@@ -36,35 +38,35 @@ from pynq_kgrc.graph import (
 from pynq_kgrc.quant import Array
 
 SCALE = "scale"
-"""A gain and an offset for each channel, then an activation: batch norm or ReLU on its own."""
+"""A gain and an offset for each channel, then an activation: a batch norm, or a ReLU alone."""
 
 LOWEST = float(np.finfo(np.float32).min)
 
 
 @dataclass(eq=False)
-class Step:
-    """A layer in the making."""
+class LayerDraft:
+    """A layer before batch norms and activations are folded into it (`trace.py`)."""
 
     name: str
     op: str
-    inputs: list[Step]
+    inputs: list[LayerDraft]
     channels: int
     size: Size
     shape: WindowShape | None = None
     weight: Array | None = None
     bias: Array | None = None
     gain: Array | None = None
-    """[C] float64 of a scale, whose offset is `bias`; nothing where it only activates."""
+    """[C] float64, of a SCALE, whose offset is `bias`; None if it is only an activation."""
     activation: str = "none"
     positive: bool = False
-    """No value is below zero."""
+    """Whether no output is below zero."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A torch value: the output of a step, and padding around it for the window that reads it."""
+    """A torch value: the output of a layer, and padding for the window that reads it."""
 
-    step: Step
+    draft: LayerDraft
     before: Size = (0, 0, 0)
     after: Size = (0, 0, 0)
     fill: float = 0.0
@@ -75,20 +77,20 @@ class Value:
 
     @property
     def size(self) -> Size:
-        return _sum(_sum(self.step.size, self.before), self.after)
+        return _sum(_sum(self.draft.size, self.before), self.after)
 
 
 Args = dict[str, Any]
-"""An operator's arguments by the names in its schema, with the defaults."""
+"""An operator's arguments by their names in its schema, defaults included."""
 
 
 def read_operators(
     program: ExportedProgram, module: nn.Module, clip: ClipSpec, name: str
-) -> tuple[list[Step], Step]:
-    """The steps in running order, the input first, and the one that makes the output.
+) -> tuple[list[LayerDraft], LayerDraft]:
+    """The layers in running order, the input first, and the one that makes the output.
 
     Raises:
-        CompileError: an operator that the accelerator lacks, or an output that is no single tensor.
+        CompileError: an unsupported operator, or an output that is not one tensor.
     """
     reader = Reader(name, module)
     signature = program.graph_signature
@@ -105,8 +107,8 @@ def read_operators(
             reader.constants[node] = stored.detach()
         elif node.op == "placeholder":
             size = (clip.frames, clip.height, clip.width)
-            reader.steps.append(Step("clip", INPUT, [], 3, size))
-            reader.values[node] = Value(reader.steps[0])
+            reader.drafts.append(LayerDraft("clip", INPUT, [], 3, size))
+            reader.values[node] = Value(reader.drafts[0])
         elif node.op == "call_function":
             reader.call(node)
     out_spec = program.call_spec.out_spec
@@ -114,30 +116,30 @@ def read_operators(
     last = nodes.get(str(signature.user_outputs[0])) if single else None
     if last is None or last not in reader.values:
         raise CompileError(f"{name}: the output has to be one tensor that depends on the clip")
-    output = reader.step(last, last)
+    output = reader.draft(last, last)
     if output.op == INPUT:
         raise CompileError(f"{name}: the output is the clip itself; there is nothing to compute")
-    return reader.steps, output
+    return reader.drafts, output
 
 
 class Reader:
-    """What is known of each torch value so far, and the steps that make them."""
+    """Reads operators in order: the torch values so far, and the layers that make them."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
-        self.steps: list[Step] = []
+        self.drafts: list[LayerDraft] = []
         self.values: dict[Any, Value] = {}
         self.constants: dict[Any, torch.Tensor] = {}
 
     def call(self, node: Node) -> None:
-        """Record what one operator yields."""
+        """Read one operator."""
         target: Any = node.target
         reads = node.all_input_nodes
         if target is operator.getitem and reads[0] in self.values and node.args[1] == 0:
-            self.values[node] = self.values[reads[0]]  # others are indices or statistics
+            self.values[node] = self.values[reads[0]]  # the other outputs are indices or statistics
         elif reads and all(read in self.constants for read in reads):
-            # a weight that is computed from parameters: masked, or scaled
+            # constant folding: a weight that is computed from parameters, such as masked or scaled
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.constants.get)
             with torch.no_grad():
                 self.constants[node] = target(*args, **kwargs)
@@ -150,20 +152,20 @@ class Reader:
             instead = INSTEAD.get(_op(node).strip("_"))
             raise self.refusal(node, f"the accelerator has no {_op(node)}", instead)
 
-    def add(self, node: Node, op: str, inputs: list[Step], **parts: Any) -> Value:
-        """Append a step that `node` computes; `parts` are its other fields."""
+    def add(self, node: Node, op: str, inputs: list[LayerDraft], **parts: Any) -> Value:
+        """Append the layer that `node` computes; `parts` are its other fields."""
         if op in (ADD, CONCAT, MAX_POOL, AVERAGE_POOL):
-            parts["positive"] = all(step.positive for step in inputs)
+            parts["positive"] = all(draft.positive for draft in inputs)
         path, _ = _place(node)
         leaf = path and next(self.module.get_submodule(path).children(), None) is None
         base = path if leaf else f"{path}.{WORDS.get(_op(node), _op(node))}".lstrip(".")
-        taken = {step.name for step in self.steps}
+        taken = {draft.name for draft in self.drafts}
         name = next(n for n in (base, *(f"{base}_{i}" for i in range(2, 9999))) if n not in taken)
-        self.steps.append(Step(name, op, inputs, **parts))
-        return Value(self.steps[-1])
+        self.drafts.append(LayerDraft(name, op, inputs, **parts))
+        return Value(self.drafts[-1])
 
     def add_window(
-        self, node: Node, op: str, source: Step, shape: WindowShape, **parts: Any
+        self, node: Node, op: str, source: LayerDraft, shape: WindowShape, **parts: Any
     ) -> Value:
         return self.add(
             node,
@@ -176,32 +178,32 @@ class Reader:
         )
 
     def value(self, read: Any, node: Node) -> Value:
-        """What `node` reads as its argument `read`."""
+        """The value of an argument `read` of `node`."""
         if read not in self.values:
             raise self.refusal(node, f"{_op(node)} takes a constant", "a bias or weight for it")
         return self.values[read]
 
-    def step(self, read: Any, node: Node) -> Step:
-        """The step behind an argument of a `node` that has no window to take padding."""
+    def draft(self, read: Any, node: Node) -> LayerDraft:
+        """The layer that makes an argument of a `node` that cannot take padding."""
         value = self.value(read, node)
         if value.padded:
             what = f"padding goes into {_op(node)}"
             raise self.refusal(node, what, "padding right before a convolution or pool only")
-        return value.step
+        return value.draft
 
     def window(self, read: Any, node: Node, axes: int) -> Value:
-        """The argument of a window over the last `axes` axes, seen to be [1, C, ...]."""
+        """The argument of a window over the last `axes` axes, checked to be [1, C, ...]."""
         value = self.value(read, node)
         found = _shape(read)
-        wanted = (1, value.step.channels, *value.size[3 - axes :])
+        wanted = (1, value.draft.channels, *value.size[3 - axes :])
         if found != wanted or math.prod(value.size[: 3 - axes]) != 1:
-            whole = [1, value.step.channels, *value.size]
+            whole = [1, value.draft.channels, *value.size]
             what = f"{_op(node)} reads {whole} as {list(found)}"
             raise self.refusal(node, what, "one clip, channels first, then depth, height, width")
         return value
 
     def array(self, read: Any, node: Node) -> Array | None:
-        """A weight as an array of its own, or nothing where the argument is None."""
+        """A copy of a weight; None if the argument is None."""
         if read is None:
             return None
         if read not in self.constants:
@@ -210,7 +212,7 @@ class Reader:
         return copied
 
     def refusal(self, node: Node, what: str, instead: str | None = None) -> CompileError:
-        """An error that says where in the module `node` was called."""
+        """A CompileError that names the place of `node` in the module."""
         path, kinds = _place(node)
         hint = f"; use {instead}" if instead else ""
         return CompileError(f"{self.name}: {what} at {path or 'top level'} ({kinds}){hint}")
@@ -225,7 +227,7 @@ def _op(node: Node) -> str:
 
 
 def _place(node: Node) -> tuple[str, str]:
-    """The path of the module that called it, and its classes from the outside in."""
+    """The path of the module that calls the operator, and the classes from the outside in."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     classes = (kind if isinstance(kind, str) else kind.__name__ for _, kind in stack)
     return (stack[-1][0] if stack else ""), " > ".join(kind.rsplit(".", 1)[-1] for kind in classes)
@@ -241,7 +243,7 @@ def _sum(a: Size, b: Size) -> Size:
 
 
 def _size(values: Sequence[int], axes: int, rest: int) -> Size:
-    """torch's one or `axes` numbers as depth, height, width; `rest` for the axes not there."""
+    """torch's one or `axes` numbers as depth, height, width; `rest` for missing axes."""
     spread = list(values) * (axes if len(values) == 1 else 1)
     d, h, w = [rest] * (3 - axes) + spread
     return d, h, w
@@ -262,8 +264,8 @@ def _convolve(reader: Reader, node: Node, args: Args, axes: int) -> Value:
     else:
         before = after = _size([0] if args["padding"] == "valid" else args["padding"], axes, 0)
     shape = ConvShape(
-        channels=value.step.channels,
-        in_size=value.step.size,
+        channels=value.draft.channels,
+        in_size=value.draft.size,
         kernel=(kd, kh, kw),
         stride=_size(args["stride"], axes, 1),
         pad_before=_sum(value.before, before),
@@ -271,7 +273,7 @@ def _convolve(reader: Reader, node: Node, args: Args, axes: int) -> Value:
         filters=weight.shape[0],
     )
     bias = reader.array(args["bias"], node)
-    return reader.add_window(node, CONV, value.step, shape, weight=weight, bias=bias)
+    return reader.add_window(node, CONV, value.draft, shape, weight=weight, bias=bias)
 
 
 def _ungrouped(weight: Array, groups: int) -> Array:
@@ -287,7 +289,7 @@ def _ungrouped(weight: Array, groups: int) -> Array:
 
 
 def _dilated(weight: Array, dilation: Size) -> Array:
-    """The larger kernel that does the same without dilation, zero between the taps."""
+    """The equal kernel without dilation: larger, with zeros between the taps."""
     if dilation == (1, 1, 1):
         return weight
     kernel = [(k - 1) * step + 1 for k, step in zip(weight.shape[2:], dilation, strict=True)]
@@ -298,7 +300,7 @@ def _dilated(weight: Array, dilation: Size) -> Array:
 
 def _linear(reader: Reader, node: Node, args: Args) -> Value:
     """A convolution whose kernel is the whole input map."""
-    source = reader.step(args["input"], node)
+    source = reader.draft(args["input"], node)
     found = _shape(args["input"])
     whole = (source.channels, *source.size)
     if found[-1] != math.prod(whole):
@@ -322,7 +324,7 @@ def _pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -> Value:
         raise reader.refusal(node, "a dilated max pool", "a plain one")
     before, after = _sum(value.before, padding), _sum(value.after, padding)
     if op == MAX_POOL:
-        zeros = value.fill == 0 and value.step.positive
+        zeros = value.fill == 0 and value.draft.positive
         if value.padded and not zeros and value.fill > LOWEST:
             what = f"padding with {value.fill:g} before a max pool of values that may be negative"
             raise reader.refusal(node, what, "the pool's own padding, or put a ReLU before it")
@@ -335,17 +337,17 @@ def _pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -> Value:
         raise reader.refusal(node, what, "count_include_pad=True")
     elif args["divisor_override"] not in (None, math.prod(kernel)):
         raise reader.refusal(node, "an average pool with a divisor of its own", "the plain one")
-    # ceil_mode: the last window may reach beyond the padding
+    # in ceil_mode the last window may extend beyond the padding
     out = _size(_shape(node)[-axes:], axes, 1)
     reach = [(out[i] - 1) * stride[i] + kernel[i] - before[i] for i in range(3)]
-    d, h, w = (max(after[i], reach[i] - value.step.size[i]) for i in range(3))
+    d, h, w = (max(after[i], reach[i] - value.draft.size[i]) for i in range(3))
     if op == AVERAGE_POOL and (d, h, w) != after:
         what = "an average pool in ceil_mode, whose last window is not full,"
         raise reader.refusal(node, what, "padding, or a size that fits")
     shape = WindowShape(
-        value.step.channels, value.step.size, kernel, stride, before, pad_after=(d, h, w)
+        value.draft.channels, value.draft.size, kernel, stride, before, pad_after=(d, h, w)
     )
-    return reader.add_window(node, op, value.step, shape)
+    return reader.add_window(node, op, value.draft, shape)
 
 
 def _adaptive_pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -> Value:
@@ -355,13 +357,13 @@ def _adaptive_pool(reader: Reader, node: Node, args: Args, op: str, axes: int) -
         what = f"{_op(node)} from {size} to {out}"
         raise reader.refusal(node, what, "an output size that divides the input size, such as 1")
     d, h, w = (size[i] // out[i] for i in range(3))
-    shape = WindowShape(value.step.channels, size, (d, h, w), (d, h, w))
-    return reader.add_window(node, op, value.step, shape)
+    shape = WindowShape(value.draft.channels, size, (d, h, w), (d, h, w))
+    return reader.add_window(node, op, value.draft, shape)
 
 
 def _mean(reader: Reader, node: Node, args: Args) -> Value:
     """An average pool over whole axes of the map."""
-    source = reader.step(args["self"], node)
+    source = reader.draft(args["self"], node)
     found = _shape(args["self"])
     gone = {axis % len(found) for axis in args.get("dim") or range(len(found))}
     long = [axis for axis in range(2, len(found)) if found[axis] > 1]
@@ -386,7 +388,7 @@ def _mean(reader: Reader, node: Node, args: Args) -> Value:
 
 
 def _pad(reader: Reader, node: Node, args: Args) -> Value:
-    """Nothing yet: the window that reads the value takes its padding."""
+    """No layer: the window that reads the value takes the padding over."""
     if args.get("mode", "constant") != "constant":
         raise reader.refusal(node, f"{args['mode']} padding", "zeros")
     axes = len(_shape(args["self"])) - 2
@@ -402,12 +404,12 @@ def _pad(reader: Reader, node: Node, args: Args) -> Value:
         raise reader.refusal(node, f"padding with {value.fill} and then with {fill}", "one value")
     (d0, d1), (h0, h1), (w0, w1) = pairs
     return Value(
-        value.step, _sum(value.before, (d0, h0, w0)), _sum(value.after, (d1, h1, w1)), fill
+        value.draft, _sum(value.before, (d0, h0, w0)), _sum(value.after, (d1, h1, w1)), fill
     )
 
 
 def _batch_norm(reader: Reader, node: Node, args: Args) -> Value:
-    source = reader.step(args["input"], node)
+    source = reader.draft(args["input"], node)
     found = _shape(args["input"])
     if found[:2] != (1, source.channels):
         what = f"batch norm reads [1, {source.channels}, *{source.size}] as {list(found)}"
@@ -423,25 +425,27 @@ def _batch_norm(reader: Reader, node: Node, args: Args) -> Value:
     return _scale(reader, node, source, gain=gain, bias=offset)
 
 
-def _scale(reader: Reader, node: Node, source: Step, **parts: Any) -> Value:
+def _scale(reader: Reader, node: Node, source: LayerDraft, **parts: Any) -> Value:
     return reader.add(node, SCALE, [source], channels=source.channels, size=source.size, **parts)
 
 
 def _activate(reader: Reader, node: Node, args: Args) -> Value:
-    """ReLU and ReLU6 under any of their names."""
+    """The clamps of `graph.ACTIVATIONS`, under any of torch's names for them."""
     low, high = args.get("min", args.get("min_val")), args.get("max", args.get("max_val"))
-    bounds: Any = {"relu": (0, None), "relu6": (0, 6)}.get(_op(node), (low, high))
-    activation = {(0, None): "relu", (0, 6): "relu6"}.get(bounds)
-    if activation is None:
+    given = (low, high) != (None, None)
+    bounds = (low, high) if given else ACTIVATIONS.get(_op(node), (None, None))
+    activation = {known: name for name, known in ACTIVATIONS.items()}.get(bounds, "none")
+    if activation == "none":
         raise reader.refusal(node, f"a clamp to {low}..{high}", "ReLU or ReLU6")
-    source = reader.step(args["self"], node)
-    return _scale(reader, node, source, activation=activation, positive=True)
+    source = reader.draft(args["self"], node)
+    positive = bounds[0] is not None and bounds[0] >= 0
+    return _scale(reader, node, source, activation=activation, positive=positive)
 
 
 def _add(reader: Reader, node: Node, args: Args) -> Value:
     if args["alpha"] != 1:
         raise reader.refusal(node, f"an addition with alpha={args['alpha']}", "alpha=1")
-    a, b = reader.step(args["self"], node), reader.step(args["other"], node)
+    a, b = reader.draft(args["self"], node), reader.draft(args["other"], node)
     shapes = _shape(args["self"]), _shape(args["other"])
     if shapes[0] != shapes[1] or (a.channels, a.size) != (b.channels, b.size):
         what = f"an addition of {list(shapes[0])} and {list(shapes[1])}"
@@ -450,25 +454,25 @@ def _add(reader: Reader, node: Node, args: Args) -> Value:
 
 
 def _concat(reader: Reader, node: Node, args: Args) -> Value:
-    steps = [reader.step(tensor, node) for tensor in args["tensors"]]
+    drafts = [reader.draft(tensor, node) for tensor in args["tensors"]]
     shapes = [_shape(tensor) for tensor in args["tensors"]]
     axis = args["dim"] % len(shapes[0])
-    whole = [(1, s.channels, *shape[2:]) for s, shape in zip(steps, shapes, strict=True)]
-    if axis != 1 or whole != shapes or len({s.size for s in steps}) != 1:
+    whole = [(1, s.channels, *shape[2:]) for s, shape in zip(drafts, shapes, strict=True)]
+    if axis != 1 or whole != shapes or len({s.size for s in drafts}) != 1:
         what = f"a concatenation of {', '.join(str(list(s)) for s in shapes)} on axis {axis}"
         raise reader.refusal(node, what, "the channels (axis 1) of maps of the same size")
-    channels = sum(s.channels for s in steps)
-    return reader.add(node, CONCAT, steps, channels=channels, size=steps[0].size)
+    channels = sum(s.channels for s in drafts)
+    return reader.add(node, CONCAT, drafts, channels=channels, size=drafts[0].size)
 
 
 def _view(reader: Reader, node: Node, args: Args) -> Value:
     """Another shape over the same elements in the same order."""
     read = args.get("self", args.get("input"))
-    return Value(reader.step(read, node))
+    return Value(reader.draft(read, node))
 
 
 def _permute(reader: Reader, node: Node, args: Args) -> Value:
-    """A view, if only axes of length 1 change place."""
+    """A view, if only axes of length 1 are moved."""
     found = _shape(args["self"])
     order = [axis % len(found) for axis in args["dims"] if found[axis] > 1]
     if order != sorted(order):
@@ -507,7 +511,7 @@ OPERATORS: dict[str, Callable[[Reader, Node, Args], Value]] = {
         ("view", "reshape", "flatten", "squeeze", "unsqueeze", "clone", "alias", "dropout"), _view
     ),
 }
-"""What reads each operator, by its ATen name."""
+"""The function that reads each operator, by ATen name."""
 
 WORDS = {
     "cat": "concat",
@@ -515,7 +519,7 @@ WORDS = {
     "max_pool3d_with_indices": "max_pool3d",
     "max_pool2d_with_indices": "max_pool2d",
 }
-"""Where ATen's name for an operator is not the one to call a layer by."""
+"""Layer names for operators whose ATen name is not what users call them."""
 
 INSTEAD = {
     op: instead
@@ -543,4 +547,4 @@ INSTEAD = {
     }.items()
     for op in ops.split()
 }
-"""For operators that people meet, what there is in their place."""
+"""What to use instead of operators that are not supported."""

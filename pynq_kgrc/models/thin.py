@@ -1,6 +1,6 @@
-"""Thin networks for small data and small computers; batch norm everywhere, widths of whole groups.
+"""Thin networks for small data sets and computers, with batch norm and widths of whole groups.
 
-The layers of `thin_c3d` bear C3D's names, so that C3D's recipes fit.
+The layers of `thin_c3d` have C3D's names, so that C3D's recipes fit.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def thin_c3d(classes: int = 27, width: int = 16) -> ThinC3D:
 class ThinC3D(nn.Module):
     """[N, 3, 16, 64, 64] to logits [N, classes].
 
-    The first convolution looks at three frames at once: on small maps motion says more than looks.
-    The last map keeps its four steps of time, so that the fully connected layer knows what came
-    first; actions such as sitting down and standing up differ in nothing else.
+    The first convolution spans three frames: on small maps, motion tells more than appearance.
+    The last map keeps its four time steps, so that the fully connected layer sees their order;
+    sitting down and standing up differ in nothing else.
     """
 
     def __init__(self, classes: int, width: int) -> None:

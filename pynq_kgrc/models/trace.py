@@ -16,36 +16,36 @@ from torch.export import ExportedProgram
 
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import AVERAGE_POOL, CONCAT, CONV, INPUT, ClipSpec, ConvShape, Graph, Layer
-from pynq_kgrc.models.operators import SCALE, Step, read_operators
+from pynq_kgrc.models.operators import SCALE, LayerDraft, read_operators
 
 
 def trace(module: nn.Module, clip: ClipSpec, labels: Sequence[str] = (), name: str = "") -> Graph:
     """The network as plain data: `run_float(trace(m, clip), x)` holds the values of `m(x[None])`.
 
-    The module sees one clip [1, 3, D, H, W]; a network of 2-D layers, with a clip of one frame, may
-    take [1, 3, H, W]. It is traced as in evaluation, and its training flags stay as they were. The
-    weights are copied. `name` is the module's class unless given.
+    The module is called with one clip [1, 3, D, H, W]; with a clip of one frame, it may also take
+    [1, 3, H, W]. It is traced in evaluation mode; its training flags are restored. The weights are
+    copied. `name` is by default the module's class.
 
     Raises:
-        CompileError: an operator the accelerator lacks, with its place in the module and what to
-            use instead; a module that torch cannot export, or with more than one output tensor;
-            labels that are not one for each output.
+        CompileError: an unsupported operator (the message has its place in the module and what to
+            use instead); a module that torch cannot export, or with several output tensors; a
+            number of labels that is not the number of outputs.
     """
     name = name or type(module).__name__
-    steps, output = read_operators(_export(module, clip, name), module, clip, name)
-    steps, output = _fold(steps, output)
+    drafts, output = read_operators(_export(module, clip, name), module, clip, name)
+    drafts, output = _fold(drafts, output)
     outputs = output.channels * math.prod(output.size)
     if labels and len(labels) != outputs:
         raise CompileError(f"{name} has {outputs} outputs, but {len(labels)} labels were given")
-    layers = tuple(_layer(step) for step in steps)
+    layers = tuple(_layer(draft) for draft in drafts)
     return average_first(Graph(name, layers, output.name, clip, tuple(labels)))
 
 
 def average_first(graph: Graph) -> Graph:
-    """Average before a 1x1x1 convolution rather than after it: the same values for less work.
+    """Swap an average pool with the 1x1x1 convolution before it: same values, less work.
 
-    Both are linear. It lets a classifier's logits be the last thing computed, which is the one
-    tensor that is kept at 16 bits.
+    Both are linear, so their order does not matter. A classifier's logits are then written by the
+    last layer, whose output is the one tensor with 16 bits.
     """
     layers = list(graph.layers)
     output = graph.output
@@ -89,20 +89,20 @@ def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
     example = torch.zeros((1, 3, clip.frames, clip.height, clip.width), device=device)
     examples = [example, example[:, :, 0]] if clip.frames == 1 else [example]
     with _evaluation(module), torch.no_grad(), warnings.catch_warnings():
-        # a pruned module sets its masked weight anew in each forward, which is harmless here
+        # torch.nn.utils.prune sets the masked weight in each forward: harmless here
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
-        # a copy that torch makes for padding="same" with an even kernel; nothing is computed here
+        # torch pads a copy for padding="same" with an even kernel; nothing is computed here
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
-        # torch's own use of what torch deprecates
+        # torch itself uses what it deprecates
         warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
         reasons = []
         for attempt in examples:
             try:
                 exported = torch.export.export(module, (attempt,))
-                # no decompositions, but in-place operators become plain ones and dead ones go
+                # decomposes nothing, but replaces in-place operators and removes dead code
                 functional: ExportedProgram = exported.run_decompositions({})
                 return functional
-            except Exception as error:  # torch passes on whatever the module's forward raised
+            except Exception as error:  # whatever the module's forward raised
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 reasons.append(f"for an input of {list(attempt.shape)}: {first}")
     raise CompileError(f"{name}: torch.export fails {'; '.join(reasons)}")
@@ -110,7 +110,7 @@ def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
 
 @contextmanager
 def _evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and every submodule's own flag again after."""
+    """Evaluation mode; afterwards each submodule has its own training flag again."""
     flags = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -120,23 +120,23 @@ def _evaluation(module: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _fold(steps: list[Step], output: Step) -> tuple[list[Step], Step]:
-    """Merge each scale into the step before it where that has no other reader."""
-    readers = Counter(source for step in steps for source in step.inputs)
-    merged: dict[Step, Step] = {}
+def _fold(drafts: list[LayerDraft], output: LayerDraft) -> tuple[list[LayerDraft], LayerDraft]:
+    """Merge each SCALE into the layer before it, unless that layer has another reader."""
+    readers = Counter(source for draft in drafts for source in draft.inputs)
+    merged: dict[LayerDraft, LayerDraft] = {}
     kept = []
-    for step in steps:
-        step.inputs = [merged.get(source, source) for source in step.inputs]
-        if step.op == SCALE and _absorbs(step.inputs[0], step, readers[step.inputs[0]] == 1):
-            merged[step] = step.inputs[0]
-            readers[step.inputs[0]] += readers[step] - 1
+    for draft in drafts:
+        draft.inputs = [merged.get(source, source) for source in draft.inputs]
+        if draft.op == SCALE and _absorbs(draft.inputs[0], draft, readers[draft.inputs[0]] == 1):
+            merged[draft] = draft.inputs[0]
+            readers[draft.inputs[0]] += readers[draft] - 1
         else:
-            kept.append(step)
+            kept.append(draft)
     return kept, merged.get(output, output)
 
 
-def _absorbs(before: Step, scale: Step, alone: bool) -> bool:
-    """Let `before` do the work of `scale` if it can; `alone`: nothing else reads it."""
+def _absorbs(before: LayerDraft, scale: LayerDraft, alone: bool) -> bool:
+    """Merge `scale` into `before` if possible; `alone`: no other layer reads `before`."""
     plain = scale.gain is None
     if plain and scale.activation == "relu" and before.positive:
         return True
@@ -153,8 +153,8 @@ def _absorbs(before: Step, scale: Step, alone: bool) -> bool:
     return True
 
 
-def _rescale(before: Step, scale: Step) -> None:
-    """Fold gain and offset, which are float64, into the convolution or scale before."""
+def _rescale(before: LayerDraft, scale: LayerDraft) -> None:
+    """Fold gain and offset (float64) into the convolution or SCALE before."""
     assert scale.gain is not None and scale.bias is not None
     gain = scale.gain
     if before.weight is not None:
@@ -164,25 +164,25 @@ def _rescale(before: Step, scale: Step) -> None:
     before.bias = scale.bias + gain * (0.0 if before.bias is None else before.bias)
 
 
-def _layer(step: Step) -> Layer:
-    """The finished layer; a scale on its own is a diagonal 1x1x1 convolution."""
-    if step.op == SCALE:
-        channels = step.channels
-        gain = np.ones(channels) if step.gain is None else step.gain
-        step.weight = np.diag(gain).astype(np.float32).reshape(channels, channels, 1, 1, 1)
-        step.shape = ConvShape(channels, step.size, (1, 1, 1), filters=channels)
-        step.op = CONV
-    bias = step.bias
-    if step.op == CONV:
-        bias = np.zeros(step.channels) if bias is None else bias.astype(np.float64)
+def _layer(draft: LayerDraft) -> Layer:
+    """The finished layer; a SCALE that was not merged becomes a diagonal 1x1x1 convolution."""
+    if draft.op == SCALE:
+        channels = draft.channels
+        gain = np.ones(channels) if draft.gain is None else draft.gain
+        draft.weight = np.diag(gain).astype(np.float32).reshape(channels, channels, 1, 1, 1)
+        draft.shape = ConvShape(channels, draft.size, (1, 1, 1), filters=channels)
+        draft.op = CONV
+    bias = draft.bias
+    if draft.op == CONV:
+        bias = np.zeros(draft.channels) if bias is None else bias.astype(np.float64)
     return Layer(
-        name=step.name,
-        op=step.op,
-        inputs=tuple(source.name for source in step.inputs),
-        channels=step.channels,
-        size=step.size,
-        shape=step.shape,
-        weight=step.weight,
+        name=draft.name,
+        op=draft.op,
+        inputs=tuple(source.name for source in draft.inputs),
+        channels=draft.channels,
+        size=draft.size,
+        shape=draft.shape,
+        weight=draft.weight,
         bias=bias,
-        activation=step.activation,
+        activation=draft.activation,
     )

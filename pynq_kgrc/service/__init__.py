@@ -1,5 +1,6 @@
-"""The service: videos in, actions out, over HTTP. `app.py` is where to begin reading.
+"""The HTTP service that recognizes actions in videos. Start reading at `app.py`.
 
-One process answers clients and holds no network; `worker.py` runs in a process of its own and owns
-the device; `decode.py` runs in another, from which every upload gets a child with hard limits.
+One process answers clients and loads no network. `worker.py` runs in processes of its own, which
+own the device. `decode.py` runs in another process, which forks a child with resource limits for
+every upload.
 """

@@ -1,8 +1,9 @@
-"""Strangers' videos are decoded here: `python -m pynq_kgrc.service.decode FD`.
+"""Decodes untrusted videos in forked children: `python -m pynq_kgrc.service.decode FD`.
 
-The process with the socket FD imports what decoding needs, and forks a child for each upload. The
-child gets two descriptors, the upload (a file without a name) and a pipe for the clips, sets its
-limits, decodes, and ends. It opens no file, so that a playlist dressed as a video leads nowhere.
+The process (a zygote) imports what decoding needs, and forks a child for each message on the
+socket FD. A child gets two descriptors: the upload (an unnamed file) and a pipe for the clips. It
+sets its resource limits, decodes, and ends. FFmpeg reads from the descriptor and has no protocol to
+open files with, so that a playlist with the name of a video has no effect.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from pynq_kgrc.errors import VideoError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.wire import DecodeRequest, DecodeReply
+from pynq_kgrc.service.wire import DecodeReply, DecodeRequest
 from pynq_kgrc.video import Limits, TooLarge, TooLong, Video, decode_jpeg, sample
 
 CODECS = (
@@ -34,14 +35,16 @@ CODECS = (
 )
 """Decoders that uploads may use, as FFmpeg calls them."""
 
-SMALLEST_GIF = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+SMALLEST_GIF = (
+    b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
+)
 """A video of one frame of one pixel."""
 
 
 def open_video(
     file: BinaryIO, request: DecodeRequest, check: Callable[[], None] = lambda: None
 ) -> Video:
-    """An upload, within the limits of a request.
+    """An upload, within the limits of a request; `check` is called before each frame.
 
     Raises:
         VideoError: not a video that is accepted, and why.
@@ -51,8 +54,8 @@ def open_video(
 
 
 def send_clips(file: BinaryIO, out: BinaryIO, request: DecodeRequest, timer: Timer) -> None:
-    """Decode an upload; a message for each clip, and one at the end."""
-    video = open_video(file, request, check=stop_without_reader(out))
+    """Decode an upload and send a reply for each clip, then one of kind `end`."""
+    video = open_video(file, request, check=check_reader(out))
     spans = sample(video, request.sampling, request.window, request.stride)
     for number, span in enumerate(spans):
         head = DecodeReply(
@@ -63,7 +66,7 @@ def send_clips(file: BinaryIO, out: BinaryIO, request: DecodeRequest, timer: Tim
             decoded=video.count,
             declared_ms=video.declared_ms,
         )
-        with timer.paused():  # waiting for the device does not count
+        with timer.paused():  # the pipe may block while the device is busy
             wire.send(out, head, np.stack(span.pixels).tobytes())
     end = DecodeReply(
         "end",
@@ -79,10 +82,10 @@ def send_clips(file: BinaryIO, out: BinaryIO, request: DecodeRequest, timer: Tim
     wire.send(out, end)
 
 
-def stop_without_reader(out: BinaryIO) -> Callable[[], None]:
-    """What raises BrokenPipeError once the other end of a pipe is closed."""
+def check_reader(out: BinaryIO) -> Callable[[], None]:
+    """A function that raises BrokenPipeError once the reader of the pipe has closed it."""
     poller = select.poll()
-    poller.register(out, 0)  # POLLERR, which tells of a closed pipe, needs no registration
+    poller.register(out, 0)  # POLLERR is reported without being asked for
 
     def check() -> None:
         if poller.poll(0):
@@ -92,7 +95,7 @@ def stop_without_reader(out: BinaryIO) -> Callable[[], None]:
 
 
 def send_frames(images: BinaryIO, out: BinaryIO, request: DecodeRequest, timer: Timer) -> None:
-    """Decode the JPEG images of a live session, each to a frame [H, W, 3] RGB."""
+    """Decode each JPEG image of a live session to a frame [H, W, 3] RGB."""
     while True:
         with timer.paused():
             message = wire.receive(images, dict)
@@ -111,7 +114,7 @@ def send_frames(images: BinaryIO, out: BinaryIO, request: DecodeRequest, timer: 
 
 
 class Timer:
-    """Wall time for decoding: when it runs out, the system ends the process."""
+    """Time limit on the clock: when it expires, SIGALRM ends the process."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -119,16 +122,16 @@ class Timer:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Start the time limit again."""
         signal.setitimer(signal.ITIMER_REAL, self.seconds)
 
     def paused(self) -> Pause:
-        """A context in which time does not count."""
+        """A context in which the time limit does not run."""
         return Pause()
 
 
 class Pause:
-    """Stops the timer, and sets it going with what was left."""
+    """Stops the timer; afterwards it continues with the time that was left."""
 
     def __enter__(self) -> None:
         self.left = signal.setitimer(signal.ITIMER_REAL, 0)[0]
@@ -138,12 +141,16 @@ class Pause:
 
 
 def limit_process(request: DecodeRequest) -> Timer:
-    """Memory, processor time, files and processes of this process; nothing can be written."""
+    """Set the resource limits of this process: memory, processor time, open files, core dumps.
+
+    RLIMIT_FSIZE forbids to write to files. RLIMIT_NOFILE leaves room for a few files to be opened;
+    neither the file system nor the network is closed off (no seccomp, no Landlock).
+    """
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
     most = used + request.decode_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    # a live session lasts as long as it lasts, each image has the timer
+    # a live session has no limit of processor time, but a timer for each image
     if request.verb == "clips":
         seconds = max(1, round(request.decode_seconds))
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
@@ -154,7 +161,7 @@ def limit_process(request: DecodeRequest) -> Timer:
 
 
 def run_child(source: int, target: int, request: DecodeRequest) -> None:
-    """What a child does from its first instruction to its last."""
+    """The main function of a child."""
     out = os.fdopen(target, "wb")
     verbs: dict[str, Callable[[BinaryIO, BinaryIO, DecodeRequest, Timer], None]] = {
         "clips": send_clips,
@@ -173,19 +180,19 @@ def run_child(source: int, target: int, request: DecodeRequest) -> None:
 
 
 def warm_up() -> None:
-    """Decode a picture, so that a child finds everything imported before its memory is limited."""
+    """Decode a picture, so that all libraries are loaded before a child limits its memory."""
     request = DecodeRequest("clips", ClipSpec(frames=1, height=1, width=1, short_side=1))
     for _ in open_video(io.BytesIO(SMALLEST_GIF), request).frames():
         pass
 
 
 def main() -> None:
-    """Fork a child for each message on the socket, until it is closed."""
+    """Fork a child for each message on the socket, until the socket is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the children
     av.logging.set_level(None)
     warm_up()
-    gc.freeze()  # a child that collects garbage would copy every page
+    gc.freeze()  # a collection in a child would copy every page (copy on write)
     orders = socket.socket(fileno=int(sys.argv[1]))
     while True:
         message, descriptors, _, _ = socket.recv_fds(orders, 1 << 16, 2)
@@ -198,7 +205,7 @@ def main() -> None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 run_child(source, target, msgspec.json.decode(message, type=DecodeRequest))
             except BrokenPipeError:
-                pass  # nobody wants the clips any more
+                pass  # the service has closed the pipe
             except BaseException as error:
                 sys.stderr.write(f"decoding failed: {type(error).__name__}: {error}\n")
             finally:

@@ -1,7 +1,7 @@
-"""What stands before every request: it is named, counted and logged, and refused if it must be.
+"""ASGI middleware before the application: authentication, limits, request ids, metrics and the log.
 
-Plain ASGI, because FastAPI reads a body whole before it asks for a key. A request without a key, of
-a stranger's page, or with too large a body is answered before its body is read.
+Plain ASGI, because FastAPI reads the whole body before it checks a key. A request without a key,
+from a page of another origin, or with a body that is too large is answered before its body is read.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = re.compile(
     r"/(|docs|openapi\.json|page/[a-z.]+|v2/health/(live|ready)|v2/models/[^/]+/ready)"
 )
-"""These ask for no key: they tell nothing but whether the service is there."""
+"""Paths that need no key: the page, the description of the API, and health checks.
+
+A health check of an unknown model names the loaded programs.
+"""
 WORK_PATHS = re.compile(r"/v1/videos:classify|/v2/models/.+/infer")
-"""These need a place in the queue."""
+"""Paths that need a place in the queue."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KEY_PROTOCOL = "kgrc.key."
-"""A browser cannot set the head of a WebSocket; there the key comes as a subprotocol."""
+"""A browser cannot set headers of a WebSocket; it sends the key as a subprotocol."""
 
 SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -61,11 +64,11 @@ class Guard:
     """Wraps an ASGI application.
 
     Args:
-        app: answers what is let through.
+        app: answers the requests that are accepted.
         settings: keys and limits.
         metrics: counts requests.
-        draining: whether the service is about to stop; then connections are closed politely.
-        queue: if it is full, who wants to come in is refused here, which costs least.
+        draining: whether the service is about to stop; answers then close their connection.
+        queue: if it is full, requests for work are refused here, before their body is read.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Guard:
     ) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.draining, self.queue = draining, queue
-        # a page elsewhere may give its name our address; without a key the name must be ours
+        # DNS rebinding: without a key, accept only a Host header that names localhost
         self.local_only = is_loopback(settings.host) and not settings.keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,7 +104,7 @@ class Guard:
             exchange.close()
 
     def check(self, scope: Scope, head: dict[str, str]) -> None:
-        """Refuse what must not reach the application.
+        """Refuse a request that must not reach the application.
 
         Raises:
             Refusal: 400, 401, 403, 413, 421, 429 or 431.
@@ -109,7 +112,7 @@ class Guard:
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         if size + len(scope.get("raw_path", b"")) > self.settings.max_header_bytes:
             most = self.settings.max_header_bytes
-            raise Refusal(431, f"a head of more than the {most} bytes accepted", close=True)
+            raise Refusal(431, f"a header of more than the {most} bytes accepted", close=True)
         host = head.get("host", "")
         if self.local_only and not is_loopback(urlsplit(f"//{host}").hostname or ""):
             raise Refusal(421, "this service answers to localhost only", close=True)
@@ -118,11 +121,11 @@ class Guard:
         if origin is not None and unsafe and urlsplit(origin).netloc != host:
             raise Refusal(403, "pages of another origin may not use this service", close=True)
         path = scope["path"]
-        if self.settings.keys and not OPEN_PATHS.fullmatch(path) and not self.knows(head):
+        if self.settings.keys and not OPEN_PATHS.fullmatch(path) and not self.has_valid_key(head):
             raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=True)
         length = head.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
-            raise Refusal(400, "a Content-Length that is no number", close=True)
+            raise Refusal(400, "a Content-Length that is not a number", close=True)
         if len(length) > 18 or int(length) > self.settings.max_bytes:
             raise Refusal(
                 413,
@@ -132,8 +135,8 @@ class Guard:
         if WORK_PATHS.fullmatch(path) and unsafe:
             self.queue.check()
 
-    def knows(self, head: dict[str, str]) -> bool:
-        """Whether a request brings one of the keys; takes as long for each wrong one."""
+    def has_valid_key(self, head: dict[str, str]) -> bool:
+        """Whether a request has one of the keys, compared in constant time."""
         scheme, _, key = head.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = head.get("x-api-key", "")
@@ -152,7 +155,7 @@ class Guard:
 
 
 class Exchange:
-    """One request and its answer on their way through the guard."""
+    """One request and its answer."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
@@ -167,7 +170,9 @@ class Exchange:
         self.ended = False
 
     async def receive(self) -> Message:
-        """The next part of the request, within the limits of time and size.
+        """The next part of the request, within a time limit (token bucket) and a size limit.
+
+        The time limit is `body_seconds` plus a second for every `body_rate` bytes received.
 
         Raises:
             Refusal: 408 or 413.
@@ -175,8 +180,8 @@ class Exchange:
         if self.body_done:
             return await self._receive()
         settings = self.guard.settings
-        earned = self.received / settings.body_rate
-        left = settings.body_seconds + earned - (time.perf_counter() - self.began)
+        extra = self.received / settings.body_rate
+        left = settings.body_seconds + extra - (time.perf_counter() - self.began)
         try:
             message = await within(self._receive(), max(0.001, left))
         except asyncio.TimeoutError:
@@ -197,12 +202,12 @@ class Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """The next part of the answer, with the headers that all answers have."""
+        """Send the next part of the answer, with the headers that all answers have."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = list(message.get("headers", []))
             headers += [(b"x-request-id", self.id.encode()), *SAFE_HEADERS]
-            if self.body_done:  # the connection is as good as new
+            if self.body_done:  # nothing is left to read: it can be reused
                 headers = [pair for pair in headers if pair != (b"connection", b"close")]
             named = {name for name, _ in headers}
             if b"cache-control" not in named:
@@ -216,15 +221,15 @@ class Exchange:
             self.status = 101
         elif message["type"] == "websocket.close" and not self.status:
             self.status = 403
-        if self.scope["type"] == "websocket":  # else the connection has a timer for this
+        if self.scope["type"] == "websocket":  # HTTP connections have a timer in server.py
             await within(self._send(message), self.guard.settings.send_seconds)
         else:
             await self._send(message)
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Answer with a refusal."""
+        """Answer with an error."""
         if self.scope["type"] == "websocket":
-            await self._receive()  # the connection's beginning
+            await self._receive()  # websocket.connect comes before any answer
             self.status = refusal.status
             await self._send({"type": "websocket.close", "code": 1008, "reason": refusal.text})
             return
@@ -236,13 +241,13 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": body})
 
     def close(self) -> None:
-        """Count and log it."""
+        """Count and log the request."""
         seconds = time.perf_counter() - self.began
         route = getattr(self.scope.get("route"), "path", "other")
         method = self.scope.get("method", "WEBSOCKET")
         status = self.status or 499
         metrics = self.guard.metrics
-        # a method is the client's word: unknown ones must not each become a series
+        # bounded label cardinality: unknown methods share one time series
         known = method if method in ("GET", "POST", "DELETE", "HEAD", "WEBSOCKET") else "other"
         metrics.requests.labels(route, known, str(status)).inc()
         metrics.request_seconds.labels(route).observe(seconds)

@@ -16,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+
 import msgspec
 
 from pynq_kgrc.errors import KgrcError

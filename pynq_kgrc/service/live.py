@@ -1,8 +1,8 @@
-"""Webcams: JPEG frames come over a WebSocket, predictions over the last frames go back.
+"""Webcams: JPEG images arrive over a WebSocket, predictions for the last frames are sent back.
 
-Nothing is queued: of the frames that come while one is decoded only the newest is kept, and the
-others are counted as dropped. A prediction is made whenever the device is free and there is a new
-frame.
+Images are not queued: of the images that arrive while one is decoded, only the newest is kept and
+the others are counted as dropped. A prediction is made whenever a worker is idle and there is a
+new frame.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import deque
 from typing import Any
 
+import msgspec
 import numpy as np
 from fastapi import WebSocket, WebSocketDisconnect
 
@@ -24,18 +25,20 @@ from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.videos import Decoder, Options, best, decode_request
+from pynq_kgrc.service.videos import Decoder, Options, best_labels, decode_request, probabilities_of
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.service.wire import DecodeReply
 
 IDLE_SECONDS = 30.0
-"""A session in which no frame comes for so long is closed."""
+"""A session is closed after this time without an image."""
 MAX_SECONDS = 4 * 3600.0
-POLICY, TOO_MUCH = 1008, 1013
+"""A session is closed after this time."""
+POLICY_VIOLATION, TRY_AGAIN_LATER = 1008, 1013
+"""Close codes of RFC 6455 and its registry."""
 
 
 class LiveSession:
-    """One webcam."""
+    """The session of one webcam."""
 
     def __init__(
         self,
@@ -59,10 +62,10 @@ class LiveSession:
         self.image_ready, self.frame_ready = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
-        """Until the client leaves.
+        """Serve the client until it disconnects.
 
         Raises:
-            KgrcError: what ended it.
+            KgrcError: why the session ended.
         """
         await self.client.send_json(
             {
@@ -72,7 +75,10 @@ class LiveSession:
                 "backend": self.pool.backend,
             }
         )
-        tasks = [asyncio.ensure_future(part()) for part in (self._receive_images, self._decode_images, self._predict)]
+        tasks = [
+            asyncio.ensure_future(part())
+            for part in (self._receive_images, self._decode_images, self._predict)
+        ]
         try:
             done, _ = await asyncio.wait(
                 tasks, timeout=MAX_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -139,11 +145,11 @@ class LiveSession:
                 continue
             began = time.perf_counter()
             found = await self.pool.run(self.program.key, b"".join(self.clip))
-            scores = np.frombuffer(found.values, "<f4").reshape(2, -1)[1]
+            labels = best_labels(probabilities_of(found), self.program.labels, self.top_k)
             await self.client.send_json(
                 {
                     "type": "prediction",
-                    "labels": best(scores, self.program.labels, self.top_k),
+                    "labels": msgspec.to_builtins(labels),
                     "run_ms": round(1e3 * found.seconds, 1),
                     "latency_ms": round(1e3 * (time.perf_counter() - began), 1),
                     "received": self.received,
@@ -153,7 +159,7 @@ class LiveSession:
 
 
 async def serve_live(session: LiveSession) -> None:
-    """Run a session that was accepted, and tell the client how it ended."""
+    """Run a session, and send the client the reason if it ends with an error."""
     try:
         await session.run()
     except (WebSocketDisconnect, ConnectionError):
@@ -165,8 +171,8 @@ async def serve_live(session: LiveSession) -> None:
 
 
 async def refuse_live(client: WebSocket, refusal: Refusal) -> None:
-    """Say why a session ends, if the client is still there to hear it."""
+    """Send the client the reason and close; nothing if it has disconnected."""
     with contextlib.suppress(WebSocketDisconnect, ConnectionError, RuntimeError):
         text = {"type": "error", "status": refusal.status, "error": refusal.text}
         await client.send_json(text)
-        await client.close(TOO_MUCH if refusal.status in (429, 503) else POLICY)
+        await client.close(TRY_AGAIN_LATER if refusal.status in (429, 503) else POLICY_VIOLATION)

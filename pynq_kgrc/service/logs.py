@@ -1,6 +1,7 @@
-"""One JSON object a line on standard error, so that a machine can read what happened.
+"""Structured logging: one JSON object per line on standard error.
 
-Keys, headers and query strings are never written: a key may stand in them.
+The guard logs no keys, headers or query strings, because they may contain a key. uvicorn itself
+logs the query string of a WebSocket.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "co
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; what was given as `extra` becomes fields."""
+    """A log record as one line of JSON; the names in `extra` become fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """The line, without a line break."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{moment}.{int(record.msecs):03d}Z",
@@ -32,7 +33,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def start_logging(level: int = logging.INFO) -> None:
-    """Send the service's and the server's log to standard error."""
+    """Send the logs of the service and of uvicorn to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     for name in ("pynq_kgrc.service", "uvicorn.error"):
@@ -40,5 +41,5 @@ def start_logging(level: int = logging.INFO) -> None:
         logger.handlers = [handler]
         logger.setLevel(level)
         logger.propagate = False
-    # a client that sends no form is told so; it is no news for us
+    # python_multipart logs malformed forms, which are errors of clients
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)

@@ -138,11 +138,6 @@ class Pool:
         """Set while no worker runs and the last attempt to start one failed."""
 
     @property
-    def ready(self) -> bool:
-        """Whether a worker runs that has answered its last command."""
-        return not self.unavailable_reason
-
-    @property
     def idle(self) -> int:
         """Number of workers that execute no command."""
         return self._idle.qsize()
@@ -163,10 +158,6 @@ class Pool:
             task.cancel()
         await asyncio.gather(*self._restarts, return_exceptions=True)
         await asyncio.gather(*(worker.stop(seconds=2.0) for worker in self._workers))
-
-    def pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return [worker.process.pid for worker in self._workers]
 
     async def run(self, key: str, frames: bytes) -> ClipRun:
         """Run a clip on the next idle worker.

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2, as KServe and Triton clients speak it over HTTP.
+"""The Open Inference Protocol, version 2, over HTTP, as KServe and Triton clients use it.
 
 A model has one input, `frames`, UINT8 [-1, D, H, W, 3] (RGB), and two outputs, `probabilities` and
 `logits`, FP32 [-1, classes]. Extensions: binary tensors, classification, model repository.
@@ -11,7 +11,6 @@ import gzip
 import struct
 import time
 import zlib
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -19,11 +18,12 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from pynq_kgrc.quant import Array
 from pynq_kgrc.service.catalogue import Catalogue, ServedProgram
-from pynq_kgrc.service.jobs import Admission
+from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
-from pynq_kgrc.service.schemas import ERRORS, GONE, ErrorDocument
+from pynq_kgrc.service.schemas import ERRORS, NOT_FOUND
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.waiting import within
 
@@ -36,7 +36,7 @@ EXTENSIONS = ["classification", "binary_tensor_data", "model_repository"]
 
 
 class Tensor(msgspec.Struct):
-    """An input of a request."""
+    """An input tensor of a request."""
 
     name: str
     shape: list[int]
@@ -45,24 +45,24 @@ class Tensor(msgspec.Struct):
     data: msgspec.Raw = msgspec.Raw()
 
 
-class Wanted(msgspec.Struct):
-    """An output that a request asks for."""
+class RequestedOutput(msgspec.Struct):
+    """An output tensor that a request asks for."""
 
     name: str
     parameters: dict[str, Any] = {}
 
 
-class Inference(msgspec.Struct):
-    """The JSON of a request."""
+class InferRequest(msgspec.Struct):
+    """The JSON part of a request."""
 
     inputs: list[Tensor]
     id: str = ""
-    outputs: list[Wanted] = []
+    outputs: list[RequestedOutput] = []
     parameters: dict[str, Any] = {}
 
 
 def metadata(program: ServedProgram) -> dict[str, Any]:
-    """A model's inputs and outputs."""
+    """The names, types and shapes of a model's inputs and outputs."""
     outputs = [
         {"name": name, "datatype": "FP32", "shape": [-1, len(program.labels)]} for name in OUTPUTS
     ]
@@ -75,8 +75,10 @@ def metadata(program: ServedProgram) -> dict[str, Any]:
     }
 
 
-def read_request(body: bytes, head: dict[str, str], settings: Settings) -> tuple[Inference, bytes]:
-    """The JSON and the binary part of a body.
+def read_request(
+    body: bytes, head: dict[str, str], settings: Settings
+) -> tuple[InferRequest, bytes]:
+    """Split a body into its JSON part and its binary part.
 
     Raises:
         Refusal: 400, 413 or 415.
@@ -94,16 +96,16 @@ def read_request(body: bytes, head: dict[str, str], settings: Settings) -> tuple
             f"JSON of {size} bytes; accepted are {settings.max_json_bytes}: send tensors binary",
         )
     try:
-        return msgspec.json.decode(body[:size], type=Inference), body[size:]
+        return msgspec.json.decode(body[:size], type=InferRequest), body[size:]
     except msgspec.MsgspecError as error:
         raise Refusal(400, f"not an inference request: {error}") from error
 
 
 def inflate(body: bytes, encoding: str, most: int) -> bytes:
-    """A body without its compression.
+    """Decompress a body, to at most `most` bytes (a zip bomb is refused).
 
     Raises:
-        Refusal: 400 damaged, 413 too large, 415 another encoding.
+        Refusal: 400 damaged, 413 too large, 415 unknown encoding.
     """
     kinds = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
     encoding = encoding.strip().lower()
@@ -123,11 +125,11 @@ def inflate(body: bytes, encoding: str, most: int) -> bytes:
     return plain
 
 
-def read_clips(program: ServedProgram, request: Inference, binary: bytes) -> list[bytes]:
+def read_clips(program: ServedProgram, request: InferRequest, binary: bytes) -> list[bytes]:
     """The clips of a request, uint8 [D, H, W, 3] each.
 
     Raises:
-        Refusal: 400, names the input, what it is, and what the model takes.
+        Refusal: 400, names the input, its value, and what the model accepts.
     """
     if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
         named = ", ".join(tensor.name[:30] for tensor in request.inputs[:5]) or "none"
@@ -173,16 +175,16 @@ def _from_json(tensor: Tensor, size: int) -> bytes:
 
 
 def write_answer(
-    program: ServedProgram, request: Inference, results: dict[str, Any], head: dict[str, str]
+    program: ServedProgram, request: InferRequest, results: dict[str, Any], head: dict[str, str]
 ) -> Response:
-    """The answer, as the request wants it: JSON or binary, values or classes, plain or gzip.
+    """Encode the answer as the request asks: JSON or binary, values or classes, plain or gzip.
 
     Raises:
-        Refusal: 400, an output that there is not.
+        Refusal: 400, the model has no such output.
     """
     everything = bool(request.parameters.get("binary_data_output", False))
     outputs, binaries = [], []
-    for wanted in request.outputs or [Wanted(name) for name in OUTPUTS]:
+    for wanted in request.outputs or [RequestedOutput(name) for name in OUTPUTS]:
         if wanted.name not in results:
             there = ", ".join(results)
             raise Refusal(400, f"no output {wanted.name[:50]!r}; there are {there}")
@@ -227,96 +229,93 @@ def _classes(row: Any, labels: list[str], best: int) -> list[str]:
     return [f"{row[i]:.6f}:{i}:{labels[i]}" for i in order]
 
 
-def make_router(
-    settings: Settings,
-    catalogue: Catalogue,
-    pool: Pool,
-    queue: Admission,
-    ready: Callable[[], str],
-    watched: Callable[[Request, Awaitable[Any]], Awaitable[Any]],
-) -> APIRouter:
-    """The routes below /v2.
-
-    Args:
-        settings: limits of bodies.
-        catalogue: the models.
-        pool: runs them.
-        queue: lets requests in.
-        ready: why no request can be served; empty if they can.
-        watched: awaits something for as long as the client is there.
-    """
+def make_router(service: Service) -> APIRouter:
+    """The routes below /v2."""
     router = APIRouter(prefix="/v2", responses=ERRORS)
-    json_body = {"content": {"application/json": {"schema": {"type": "object"}}}}
+    add_server_routes(router, service)
+    add_model_routes(router, service)
+    add_repository_routes(router, service.catalogue)
+    return router
+
+
+def add_server_routes(router: APIRouter, service: Service) -> None:
+    """Health and metadata of the server."""
 
     @router.get("/health/live", tags=[OIP])
     async def live() -> dict[str, bool]:
         """Whether the service answers."""
         return {"live": True}
 
-    @router.get("/health/ready", tags=[OIP], responses={503: {"model": ErrorDocument}})
-    async def is_ready() -> Response:
-        """Whether requests are served: a worker is there, with a program that it has run."""
-        why = ready()
-        if why:
-            return JSONResponse({"ready": False, "error": why}, 503, headers={"retry-after": "5"})
+    @router.get("/health/ready", tags=[OIP], responses={503: ERRORS[503]})
+    async def ready() -> Response:
+        """Whether requests can be served: a worker runs, and a program is loaded."""
+        reason = service.unavailable_reason()
+        if reason:
+            document = {"ready": False, "error": reason}
+            return JSONResponse(document, 503, headers={"retry-after": "5"})
         return JSONResponse({"ready": True})
 
     @router.get("", tags=[OIP])
     async def server() -> dict[str, Any]:
-        """What this server is."""
+        """Name, version and extensions of this server."""
         return {"name": "pynq_kgrc", "version": "2", "extensions": EXTENSIONS}
 
-    @router.get("/models/{name}/versions/{version}/ready", tags=[OIP], responses=GONE)
-    @router.get("/models/{name}/ready", tags=[OIP], responses=GONE)
+
+def add_model_routes(router: APIRouter, service: Service) -> None:
+    """Readiness, metadata and inference of a model, with and without its version."""
+    catalogue = service.catalogue
+    body = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
+
+    @router.get("/models/{name}/versions/{version}/ready", tags=[OIP], responses=NOT_FOUND)
+    @router.get("/models/{name}/ready", tags=[OIP], responses=NOT_FOUND)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model is served."""
         program = catalogue.find(name, version)
-        if ready():
-            raise Refusal(503, ready(), 5)
+        if reason := service.unavailable_reason():
+            raise Refusal(503, reason, 5)
         return {"name": program.name, "ready": True}
 
-    @router.get("/models/{name}/versions/{version}", tags=[OIP], responses=GONE)
-    @router.get("/models/{name}", tags=[OIP], responses=GONE)
+    @router.get("/models/{name}/versions/{version}", tags=[OIP], responses=NOT_FOUND)
+    @router.get("/models/{name}", tags=[OIP], responses=NOT_FOUND)
     async def model(name: str, version: str | None = None) -> dict[str, Any]:
-        """A model's inputs and outputs."""
+        """The inputs and outputs of a model."""
         return metadata(catalogue.find(name, version))
 
-    @router.post(
-        "/models/{name}/versions/{version}/infer",
-        tags=[OIP],
-        openapi_extra={"requestBody": json_body},
-    )
-    @router.post(
-        "/models/{name}/infer",
-        tags=[OIP],
-        openapi_extra={"requestBody": json_body},
-    )
+    @router.post("/models/{name}/versions/{version}/infer", tags=[OIP], openapi_extra=body)
+    @router.post("/models/{name}/infer", tags=[OIP], openapi_extra=body)
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
         """Run a model on clips of frames."""
-        with queue.enter(), catalogue.lease(name, version) as program:
+        with service.queue.enter(), catalogue.lease(name, version) as program:
             head = dict(request.headers)
-            inference, binary = read_request(await request.body(), head, settings)
+            inference, binary = read_request(await request.body(), head, service.settings)
             clips = read_clips(program, inference, binary)
-            timeout = inference.parameters.get("timeout", 0)
+            timeout = inference.parameters.get("timeout", 0)  # microseconds, as Triton has it
             usable = isinstance(timeout, int) and timeout > 0
-            seconds = timeout / 1e6 if usable else settings.job_seconds
-
-            async def run() -> list[Any]:
-                found = [await pool.run(program.key, clip) for clip in clips]
-                return [np.frombuffer(run.values, "<f4").reshape(2, -1) for run in found]
-
+            seconds = timeout / 1e6 if usable else service.settings.job_seconds
             began = time.perf_counter()
             try:
-                values = np.stack(await watched(request, within(run(), seconds)))
+                running = within(run_clips(service.pool, program.key, clips), seconds)
+                scores = await service.while_connected(request, running)
             except asyncio.TimeoutError:
                 waited = time.perf_counter() - began
                 raise Refusal(504, f"not done within the {waited:.3f} s asked for") from None
-            results = {"logits": values[:, 0], "probabilities": values[:, 1]}
+            results = {"logits": scores[:, 0], "probabilities": scores[:, 1]}
             return write_answer(program, inference, results, head)
+
+
+async def run_clips(pool: Pool, key: str, clips: list[bytes]) -> Array:
+    """Logits and probabilities of clips, one after the other: float32 [clips, 2, classes]."""
+    found = [await pool.run(key, clip) for clip in clips]
+    scores: Array = np.stack([np.frombuffer(run.scores, "<f4").reshape(2, -1) for run in found])
+    return scores
+
+
+def add_repository_routes(router: APIRouter, catalogue: Catalogue) -> None:
+    """The model repository extension: list, load and unload programs."""
 
     @router.post("/repository/index", tags=["Model repository"])
     async def index() -> list[dict[str, str]]:
-        """Every program that is loaded or may be, and why one is not."""
+        """Every program that is loaded or may be loaded, and why it is not loaded."""
         rows = []
         for name in {**catalogue.sources(), **catalogue.served}:
             program = catalogue.served.get(name)
@@ -330,16 +329,17 @@ def make_router(
             )
         return rows
 
-    @router.post("/repository/models/{name}/load", tags=["Model repository"], responses=GONE)
+    @router.post("/repository/models/{name}/load", tags=["Model repository"], responses=NOT_FOUND)
     async def load(name: str) -> dict[str, Any]:
-        """Load a program, or its file anew; the old one serves until the new one has run a clip."""
+        """Load a program, or reload its file.
+
+        The old version is served until the new one has run a clip in every worker.
+        """
         program = await catalogue.load(name)
         return {"name": program.name, "version": program.version}
 
-    @router.post("/repository/models/{name}/unload", tags=["Model repository"], responses=GONE)
+    @router.post("/repository/models/{name}/unload", tags=["Model repository"], responses=NOT_FOUND)
     async def unload(name: str) -> dict[str, Any]:
-        """Stop serving a program; requests that use it are finished."""
+        """Stop serving a program; requests that use it still finish."""
         await catalogue.unload(name)
         return {"name": name}
-
-    return router

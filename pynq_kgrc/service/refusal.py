@@ -1,4 +1,4 @@
-"""A request that is refused: the status, why, and when it may be sent again."""
+"""Errors as HTTP answers: status, text, and Retry-After."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError, VideoError
 
 
 class Refusal(KgrcError):
-    """Becomes the answer ``{"error": text}`` with that status.
+    """An error that becomes the answer ``{"error": text}`` with that status.
 
     Args:
-        status: of HTTP, 400 to 599.
+        status: HTTP status, 400 to 599.
         text: what was wrong, which value, what would be accepted.
-        retry_after: seconds after which it is worth another try; none: never.
-        close: whether the connection is of no more use (part of the body was not read).
+        retry_after: seconds after which the client may try again; None: trying again is no use.
+        close: whether to close the connection, because part of the body was not read.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Refusal(KgrcError):
 
 
 def refusal_of(error: KgrcError) -> Refusal:
-    """How a client hears of an error of this package."""
+    """The HTTP answer for an error of this package."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, VideoError):
@@ -38,5 +38,5 @@ def refusal_of(error: KgrcError) -> Refusal:
     if isinstance(error, ProgramError):
         return Refusal(400, str(error))
     if isinstance(error, DeviceError):
-        return Refusal(503, f"the device did not answer as it should: {error}", retry_after=5)
+        return Refusal(503, f"the device failed: {error}", retry_after=5)
     return Refusal(500, str(error))

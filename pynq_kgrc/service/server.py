@@ -1,9 +1,10 @@
-"""uvicorn with what it lacks: limits of time, an open ear in a crowd, and a polite end.
+"""uvicorn with timeouts per connection, a throttle for bursts of requests, and graceful shutdown.
 
-uvicorn waits for ever for a request's head, and for a client that does not read its answer; its
-limit of connections counts those that send nothing. So each connection has timers here. And the
-loop reads whatever has arrived before it goes on: a thousand requests in one turn would hold up
-everybody else for half a second. So those that bring a body wait at a `RequestThrottle`.
+uvicorn has no timeout for a request's header (slow-loris) or for a client that does not read its
+answer, and its connection limit counts idle connections. So each connection has timers here.
+asyncio reads all sockets that have data before it runs anything else (head-of-line blocking): a
+thousand requests in one iteration of the loop would delay all others for half a second. So
+requests with a body wait in a `RequestThrottle`.
 """
 
 from __future__ import annotations
@@ -35,42 +36,43 @@ REQUEST_TIMEOUT = (
     b'connection: close\r\n\r\n{"error": "the head of the request did not arrive in time"}'
 )
 BACKLOG = 4096
-"""Connections that may wait to be accepted."""
+"""Connections that the kernel queues until they are accepted."""
 ACCEPTS_PER_TURN = 32
-"""Connections accepted in one turn of the loop."""
+"""Connections accepted in one iteration of the event loop."""
 REQUESTS_PER_TURN = 8
-"""Requests with a body that are let in in one turn of the loop; each takes about 1 ms."""
+"""Requests with a body that start in one iteration of the event loop; each takes about 1 ms."""
 HEAD_BYTES = 1 << 14
-"""So much is read of a request before it is let in."""
+"""Bytes that are read of a request before the throttle lets it proceed."""
 READ_BYTES = 1 << 18
+"""Size of the read buffer that all connections share."""
 LINGER_SECONDS = 5.0
 LINGER_BYTES = 10_000_000
-"""So much of a refused body is taken."""
+"""A lingering close reads the rest of a refused body for at most this time and size."""
 MAX_WEBSOCKET_MESSAGE = 4_000_000
-"""Of a message on a WebSocket: a JPEG image."""
+"""Largest message on a WebSocket (a JPEG image), in bytes."""
 
 
 class LingeringTransport:
-    """A transport that, told to close, first takes what the client is still sending.
+    """A transport with a lingering close: it reads what the client still sends, then closes.
 
-    A client that sends its whole body before it listens would otherwise hear of a reset instead of
-    the answer. What arrives is thrown away before anything looks at it.
+    If it closed at once, a client that sends its whole body before it reads would get a connection
+    reset instead of the answer. The bytes that arrive are discarded unparsed.
     """
 
     def __init__(self, transport: asyncio.Transport, body_arrived: Callable[[], bool]) -> None:
         self._transport, self._body_arrived = transport, body_arrived
         self.discarded: int | None = None
-        """Bytes since the answer; none before it."""
+        """Bytes discarded since the close began; None before it."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        """Whether nothing more can be said."""
+        """Whether nothing more can be sent."""
         return self.discarded is not None or self._transport.is_closing()
 
     def close(self) -> None:
-        """Close; if the client is still sending, say so and wait until it is done."""
+        """Close; if the body has not arrived, send EOF and discard input for a limited time."""
         if self.is_closing():
             return
         if self._body_arrived():
@@ -82,20 +84,20 @@ class LingeringTransport:
         asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.close)
 
     def discard(self, count: int) -> None:
-        """Bytes that nobody wants."""
+        """Count discarded bytes; abort the connection if they are too many."""
         self.discarded = (self.discarded or 0) + count
         if self.discarded > LINGER_BYTES:
             self._transport.abort()
 
 
 class RequestThrottle:
-    """Lets requests in, a few in each turn of the loop, first come first served."""
+    """A FIFO queue of requests, of which a few proceed in each iteration of the event loop."""
 
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
 
     def wait(self, enter: Callable[[], None]) -> None:
-        """Have this called when it is its turn."""
+        """Queue a callback that lets a request proceed."""
         self._waiting.append(enter)
         if len(self._waiting) == 1:
             asyncio.get_running_loop().call_soon(self._open)
@@ -109,37 +111,41 @@ class RequestThrottle:
 
 
 class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
-    """HTTP/1.1 whose heads arrive and whose answers leave in time, or the connection is closed."""
+    """HTTP/1.1 with time limits for a request's header and for a client that does not read.
+
+    A connection that exceeds a limit is closed.
+    """
 
     header_seconds = 10.0
     send_seconds = 30.0
     throttle: RequestThrottle
     buffer: memoryview
-    """One for all connections: what is read into it is copied before the next one reads."""
+    """Shared by all connections: the data is copied out before another connection reads."""
     _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _held_data: bytes | None = None
     _lingering: LingeringTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the time for the first head."""
-        self._lingering = LingeringTransport(cast(asyncio.Transport, transport), self._body_has_arrived)
+        """Start the timer for the first header."""
+        self._lingering = LingeringTransport(cast(asyncio.Transport, transport), self._body_arrived)
         super().connection_made(cast(asyncio.Transport, self._lingering))
         self._start_timer()
 
-    def _body_has_arrived(self) -> bool:
+    def _body_arrived(self) -> bool:
+        """Whether the request's body has arrived completely, or it has none."""
         return self.conn.their_state is not h11.SEND_BODY
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the next bytes go: few of them before the request is let in."""
-        outside = self._is_idle() and self._lingering.discarded is None
-        return self.buffer[:HEAD_BYTES] if outside else self.buffer
+        """The buffer for the next read: a small one until the throttle lets the request proceed."""
+        waiting = self._is_idle() and self._lingering.discarded is None
+        return self.buffer[:HEAD_BYTES] if waiting else self.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So many bytes have arrived; those that begin a request with a body wait at the throttle."""
+        """Process `nbytes` new bytes; a new request other than GET waits in the throttle."""
         if self._lingering.discarded is not None:
             self._lingering.discard(nbytes)
             return
@@ -158,7 +164,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
             self.data_received(data)
 
     def data_received(self, data: bytes) -> None:
-        """Stop the time if the head is whole, start it if another one begins."""
+        """Stop the timer when the header is complete; start it when another request begins."""
         super().data_received(data)
         if not self._is_idle():
             self._stop_timer()
@@ -166,44 +172,44 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
             self._start_timer()
 
     def shutdown(self) -> None:
-        """Who is at the door is still let in."""
+        """Let a waiting request proceed, then shut down."""
         self._proceed()
         super().shutdown()
 
     def pause_writing(self) -> None:
-        """The client reads too slowly: start its time."""
+        """The write buffer is full (back-pressure): start the timer for the client to read."""
         super().pause_writing()
         self._send_timer = self.loop.call_later(self.send_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """The client reads again: stop its timer."""
         super().resume_writing()
         if self._send_timer is not None:
             self._send_timer.cancel()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """The connection is no longer HTTP."""
+        """The connection becomes a WebSocket: stop the timer for the header."""
         super().handle_websocket_upgrade(event)
         self._stop_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing to wait for."""
+        """Stop the timers."""
         self._stop_timer()
         if self._send_timer is not None:
             self._send_timer.cancel()
         super().connection_lost(exc)
 
     def _start_timer(self) -> None:
-        self._head_timer = self.loop.call_later(self.header_seconds, self._head_is_late)
+        self._head_timer = self.loop.call_later(self.header_seconds, self._header_timed_out)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _head_is_late(self) -> None:
+    def _header_timed_out(self) -> None:
         self._head_timer = None
-        if self._held_data is not None:  # not the client's fault
+        if self._held_data is not None:  # the throttle delayed it, not the client
             self._start_timer()
         elif self._is_idle() and not self.transport.is_closing():
             if self.conn.trailing_data[0]:
@@ -212,7 +218,11 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
 
 
 class Server(uvicorn.Server):
-    """On SIGTERM not ready at once, deaf after `drain_seconds`, gone when all is answered."""
+    """A server with connection draining.
+
+    SIGTERM makes the service not ready at once. After `drain_seconds` it accepts no connections,
+    and it ends when all requests are answered.
+    """
 
     def __init__(self, config: uvicorn.Config, drain_seconds: float) -> None:
         super().__init__(config)
@@ -220,19 +230,22 @@ class Server(uvicorn.Server):
         self._stop_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept a few connections a turn, though many may wait: who is there already goes on."""
+        """Listen with a long queue, but accept only a few connections per iteration of the loop.
+
+        uvicorn takes one number for both.
+        """
         await super().startup(sockets)
         for bound in sockets or []:
             bound.listen(BACKLOG)
 
     @property
     def draining(self) -> bool:
-        """Whether the end is near."""
+        """Whether the service is shutting down."""
         return self._stop_at is not None or self.should_exit
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the service, not the process: there is more to close than this."""
+        """On SIGTERM and SIGINT stop the server, not the process: other parts must be closed."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.handle_exit, number, None)
@@ -243,28 +256,28 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the end, a second one hurries it."""
+        """The first signal starts draining, a second one stops at once."""
         if self._stop_at is None:
             self._stop_at = time.monotonic() + self.drain_seconds
         else:
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to stop; asked ten times a second."""
+        """Whether to stop; uvicorn calls this ten times a second."""
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to.
+    """Open a listening socket.
 
     Raises:
-        ConfigError: the address is taken, or not ours.
+        ConfigError: the address is in use, or does not belong to this machine.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # asyncio sends small answers at once only where the protocol is named
+        # asyncio sets TCP_NODELAY only on a socket whose protocol is given explicitly
         bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))

@@ -1,17 +1,18 @@
-"""What a person can set of the service, and the limits that hold for everybody."""
+"""The settings of the service; some have an option of `serve`, the others are fixed limits."""
 
 from __future__ import annotations
 
 import hashlib
 import ipaddress
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.places import shipped_programs
 
 MIN_KEY = 16
-"""Characters of a key, at least."""
+"""Smallest length of a key, in characters."""
 
 
 @dataclass(frozen=True)
@@ -19,75 +20,82 @@ class Settings:
     """Times are in seconds, sizes in bytes."""
 
     programs: tuple[Path, ...] = ()
-    """Loaded at the start; each is named after its file."""
+    """Program files that are loaded at the start; each program is named after its file."""
     repository: Path | None = None
-    """A folder of programs that may be loaded while the service runs."""
+    """A folder of further programs, which clients may load while the service runs."""
     backend: str = "emulate"
     workers: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
     keys: tuple[bytes, ...] = ()
-    """SHA-256 of each key; none: no key is asked for."""
+    """SHA-256 of each key; empty: no key is needed."""
     state: Path = Path("state")
-    """Folder of the finished jobs and of copies of the programs."""
+    """Folder of the jobs' database, of copies of the programs, and of uploads."""
 
     queue: int = 16
-    """Videos and inferences that are waiting or running; more are refused with 429."""
+    """Videos and inferences that may wait or run at a time; further ones get 429."""
     uploads: int = 64
-    """Bodies being received at a time."""
+    """Request bodies that may be received at a time; further ones get 429."""
     live: int = 4
-    """Live sessions at a time."""
+    """Live sessions that may run at a time."""
     max_bytes: int = 200_000_000
-    """Of a body."""
+    """Largest request body, and largest body after decompression."""
     max_json_bytes: int = 32_000_000
-    """Of the JSON of a body."""
+    """Largest JSON part of an inference request."""
     max_header_bytes: int = 32_768
     max_pixels: int = 1920 * 1088
-    """Of a frame."""
+    """Largest frame, in pixels."""
     max_seconds: float = 600.0
-    """Of a video."""
+    """Longest video."""
     max_window: int = 1024
-    """Frames of a video that one window may span."""
+    """Most frames of a video that one window may span."""
 
     header_seconds: float = 10.0
-    """For the head of a request."""
+    """Time limit for the header of a request (slow-loris)."""
     body_seconds: float = 30.0
-    """For a body, plus a second for every `body_rate` bytes that arrived."""
+    """Time limit for a body, plus a second for every `body_rate` bytes that arrived."""
     body_rate: int = 50_000
+    """Bytes per second."""
     send_seconds: float = 30.0
-    """A client that reads nothing of its answer for so long is gone."""
+    """A connection is closed after this time in which the client does not read its answer."""
     wait_seconds: float = 25.0
-    """A request waits so long for its result; then it becomes a job."""
+    """A request waits at most this time for its result; then it is answered with a job."""
     clip_seconds: float = 120.0
-    """The device may take so long for a clip; then it counts as hung."""
+    """Time limit of a clip on the device; then the worker counts as hung and is replaced."""
     job_seconds: float = 3600.0
+    """Time limit of a job, or of an inference without a timeout of its own."""
     decode_seconds: float = 120.0
-    """Processor time to decode a video."""
+    """Time limit to decode a video: processor time, and time on the clock without the device's."""
     decode_bytes: int = 1_000_000_000
-    """Memory that decoding may add."""
+    """Address space that a decoder child may add."""
     drain_seconds: float = 1.0
-    """After SIGTERM: not ready, but still answering."""
+    """Time after SIGTERM in which the service is not ready, but still accepts requests."""
     grace_seconds: float = 30.0
-    """After that: accepted work is finished."""
+    """Time after that to finish accepted requests and jobs."""
     keep_seconds: float = 3600.0
-    """Results of jobs are kept so long."""
-    free_bytes: int = field(default=100_000_000)
-    """Left free on the disk; an upload that would take them is refused with 507."""
+    """How long results of jobs are kept."""
+    free_bytes: int = 100_000_000
+    """An upload is refused with 507 if, when it begins, the disk has less than this free besides
+    its announced size. The space is not reserved."""
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The SHA-256 of each key of a file, one key a line; `#` begins a comment.
+    """The SHA-256 of each key in a file with one key per line; `#` begins a comment line.
 
     Raises:
-        ConfigError: no such file, no key in it, or one that is too short.
+        ConfigError: the file cannot be read, has no key, or a key is too short.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: no file of keys, one a line ({error})") from error
+        raise ConfigError(
+            f"{path}: cannot be read as a file of keys, one per line ({error})"
+        ) from error
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not keys:
-        raise ConfigError(f"{path}: holds no key; write one a line, {MIN_KEY} characters or more")
+        raise ConfigError(
+            f"{path}: has no key; write one per line, of {MIN_KEY} characters or more"
+        )
     for number, key in enumerate(keys, 1):
         if len(key) < MIN_KEY:
             raise ConfigError(
@@ -97,7 +105,7 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether an address can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -107,18 +115,16 @@ def is_loopback(host: str) -> bool:
 
 
 def check_settings(settings: Settings, insecure: bool) -> None:
-    """Refuse what would be dangerous or cannot work.
+    """Refuse settings that are insecure or cannot work.
 
     Raises:
-        ConfigError: says which setting, and what would be accepted.
+        ConfigError: names the setting, and what would be accepted.
     """
     if not is_loopback(settings.host) and not settings.keys and not insecure:
         raise ConfigError(
-            f"--host {settings.host} can be reached from outside: give --api-key-file, or "
-            f"--insecure if everybody there may use the device"
+            f"--host {settings.host} can be reached from other machines: give --api-key-file, or "
+            f"--insecure to serve everyone without a key"
         )
-    if settings.backend == "board" and settings.workers > 1:
-        raise ConfigError(f"--workers {settings.workers}: a board takes one")
     if not 0 <= settings.port < 65536:
         raise ConfigError(f"--port {settings.port}; accepted are 0 to 65535")
     if settings.repository is not None and not settings.repository.is_dir():
@@ -126,24 +132,19 @@ def check_settings(settings: Settings, insecure: bool) -> None:
 
 
 def state_folder(port: int) -> Path:
-    """Where a service keeps its jobs if nobody says: one folder a port."""
+    """The default of --state: one folder for each port, below $XDG_STATE_HOME."""
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(base) / "pynq_kgrc" / f"serve-{port}"
 
 
-def shipped_programs() -> tuple[Path, ...]:
-    """The programs that come with this package."""
-    return tuple(sorted((Path(__file__).parent.with_name("programs")).glob("*.kgrc")))
-
-
 def shipped_program() -> Path:
-    """The one program that comes with this package.
+    """The program that comes with this package.
 
     Raises:
-        ConfigError: there is none, or more than one.
+        ConfigError: no program comes with it, or several.
     """
     programs = shipped_programs()
     if len(programs) != 1:
         names = ", ".join(str(path) for path in programs) or "none"
-        raise ConfigError(f"say which program: --program FILE (shipped are: {names})")
+        raise ConfigError(f"give a program: --program FILE (this package comes with: {names})")
     return programs[0]

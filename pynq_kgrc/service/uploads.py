@@ -1,7 +1,7 @@
-"""Videos as they come in: the body of a request, raw or multipart, into a file without a name.
+"""Uploads: the body of a request, raw or multipart, is stored in an unnamed temporary file.
 
-A file without a name is gone when the last process that has it open ends, whatever happens, and
-nothing that another upload says can refer to it.
+The kernel deletes an unnamed file when the last process that has it open ends, however it ends.
+No path leads to it, so another upload cannot refer to it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from pynq_kgrc.service.refusal import Refusal
 
 VIDEO_FIELDS = ("video", "file")
 MAX_FIELD = 1000
-"""Bytes of a field of a form that is not the video."""
+"""Largest field of a form other than the video, in bytes."""
 MAX_PARTS = 16
 
 
 class Upload:
-    """A video on disk, without a name; closing it deletes it.
+    """A video in an unnamed temporary file; closing it deletes it.
+
+    Args:
+        folder: the file system on which the file is.
+        expected: bytes that the client announced; 0 if it did not.
+        free_bytes: what must be free besides, when the upload begins.
 
     Raises:
         Refusal: 507, the disk is full.
@@ -40,7 +45,7 @@ class Upload:
         self.fields: dict[str, str] = {}
 
     def write(self, data: bytes) -> None:
-        """Append.
+        """Append data.
 
         Raises:
             Refusal: 507, the disk is full.
@@ -56,16 +61,16 @@ class Upload:
             raise
 
     def open(self) -> int:
-        """A descriptor of its own that reads from the beginning."""
+        """A new descriptor of the file, with a read position of its own."""
         return os.open(f"/proc/self/fd/{self.file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Delete it."""
+        """Close and delete the file."""
         self.file.close()
 
 
 class _Form:
-    """The parts of a multipart body: one video, and small fields."""
+    """Parses a multipart body: one video, and small fields."""
 
     def __init__(self, upload: Upload, boundary: bytes) -> None:
         self.upload = upload
@@ -131,10 +136,10 @@ class _Form:
 async def receive_upload(
     chunks: AsyncIterator[bytes], content_type: str, expected: int, folder: Path, free_bytes: int
 ) -> Upload:
-    """The body of a request as a file.
+    """Store the body of a request in a file.
 
     Raises:
-        Refusal: 400 a form that is none, or without a video; 415 another type of body; 507.
+        Refusal: 400 a malformed form, or one without a video; 415 another type of body; 507.
     """
     kind, options = parse_options_header(content_type)
     text = kind.decode("latin-1").lower()

@@ -97,7 +97,9 @@ class Decoder:
         raise DeviceError("the process that decodes videos does not start")
 
     @contextlib.asynccontextmanager
-    async def clips(self, upload: Upload, request: DecodeRequest, clip_bytes: int) -> AsyncIterator[Clips]:
+    async def clips(
+        self, upload: Upload, request: DecodeRequest, clip_bytes: int
+    ) -> AsyncIterator[Clips]:
         """The clips of an upload; the last reply, of kind `end`, has the properties of the video.
 
         The pipe's buffer gives back-pressure: while a clip runs on the device, the child decodes
@@ -142,7 +144,9 @@ async def _replies(stream: asyncio.StreamReader, request: DecodeRequest, clip_by
             if time.monotonic() - began >= 0.9 * request.decode_seconds:
                 why = f"took longer than the {request.decode_seconds:g} s accepted"
             else:
-                why = f"failed, or took more than the {request.decode_bytes} bytes of memory accepted"
+                why = (
+                    f"failed, or took more than the {request.decode_bytes} bytes of memory accepted"
+                )
             raise Refusal(422, f"decoding this video {why}")
         reply, payload = message
         if reply.kind == "error":
@@ -164,7 +168,9 @@ class Options(msgspec.Struct, frozen=True):
     sampling: Literal["windows", "uniform"] = "windows"
 
 
-def decode_request(program: ServedProgram, settings: Settings, options: Options, verb: str = "clips") -> DecodeRequest:
+def decode_request(
+    program: ServedProgram, settings: Settings, options: Options, verb: str = "clips"
+) -> DecodeRequest:
     """The request to a decoder child for this program."""
     return DecodeRequest(
         verb,
@@ -260,8 +266,8 @@ async def classify(
 
 def probabilities_of(run: ClipRun) -> Array:
     """The probabilities [classes] of a clip, float32."""
-    scores: Array = np.frombuffer(run.scores, "<f4").reshape(2, -1)
-    return scores[1]
+    probabilities: Array = np.frombuffer(run.scores, "<f4").reshape(2, -1)[1]
+    return probabilities
 
 
 def video_facts(end: DecodeReply) -> VideoFacts:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from pynq_kgrc.analysis.documents import ProgramDescription, TaskDescription
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.graph import ClipSpec
 
@@ -43,39 +44,16 @@ class LayerRun(msgspec.Struct, frozen=True, kw_only=True):
     ms: float
 
 
-class TaskDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """One task of a program; sizes are [C, D, H, W] or [D, H, W]. Pools have no weights."""
+class TimedTask(TaskDescription, frozen=True, kw_only=True):
+    """One task of a program, with its modelled time."""
 
-    name: str
-    in_: list[int] = msgspec.field(name="in")
-    out: list[int]
-    kernel: list[int]
-    stride: list[int]
-    mode: str
-    kept_rows: int | msgspec.UnsetType = msgspec.UNSET
-    kept_columns: int | msgspec.UnsetType = msgspec.UNSET
-    macs_dense: int | msgspec.UnsetType = msgspec.UNSET
-    macs_kept: int | msgspec.UnsetType = msgspec.UNSET
-    weight_bytes: int | msgspec.UnsetType = msgspec.UNSET
-    rides: list[str] | msgspec.UnsetType = msgspec.UNSET
     modelled_ms: float
 
 
-class ProgramDocument(msgspec.Struct, frozen=True, kw_only=True):
-    """What a program holds (`analysis.description.describe`), with labels and modelled latency."""
+class ProgramDocument(ProgramDescription, frozen=True, kw_only=True):
+    """A program as it is described to clients: with labels and modelled latency."""
 
-    name: str
-    format_version: int
-    accelerator: str
-    accelerator_digest: str
-    bits: int
-    clip: ClipSpec
-    classes: int
-    activation_peak_bytes: int
-    weight_bytes: int
-    macs_dense: int
-    macs_kept: int
-    tasks: list[TaskDocument]
+    tasks: tuple[TimedTask, ...]
     labels: list[str]
     """One per class; empty if the program has none."""
     modelled_ms: float

@@ -25,7 +25,7 @@ from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.wire import Answer, Command, LayerRun, ProgramDocument
+from pynq_kgrc.service.wire import Answer, Command, LayerRun, ProgramDocument, TimedTask
 
 
 class DeviceSessions:
@@ -119,18 +119,23 @@ class DeviceSessions:
 
 def describe_for_clients(program: Program) -> ProgramDocument:
     """A description with labels, the sampling of frames, and modelled latencies in ms."""
-    document = describe(program)
-    clip = program.clip
-    chosen = ("frames", "height", "width", "short_side", "step")
-    document["clip"] = {name: getattr(clip, name) for name in chosen}
-    document["classes"] = program.tasks[-1].shape.out_channels
-    document["labels"] = list(program.labels)
-    for task, row in zip(program.tasks, document["tasks"], strict=True):
+    description = describe(program)
+    tasks = []
+    for task, row in zip(program.tasks, description.tasks, strict=True):
         cycles = task_cost(program.config, program.work(task)).cycles
-        row["modelled_ms"] = round(cycles / (PUBLISHED_CLOCK_MHZ * 1e3), 4)
-    document["modelled_ms"] = round(sum(row["modelled_ms"] for row in document["tasks"]), 3)
-    document["modelled_clock_mhz"] = PUBLISHED_CLOCK_MHZ
-    return msgspec.convert(document, ProgramDocument)
+        modelled_ms = round(cycles / (PUBLISHED_CLOCK_MHZ * 1e3), 4)
+        tasks.append(TimedTask(**msgspec.structs.asdict(row), modelled_ms=modelled_ms))
+    fields = {
+        **msgspec.structs.asdict(description),
+        "classes": program.tasks[-1].shape.out_channels,
+        "tasks": tuple(tasks),
+    }
+    return ProgramDocument(
+        **fields,
+        labels=list(program.labels),
+        modelled_ms=round(sum(task.modelled_ms for task in tasks), 3),
+        modelled_clock_mhz=PUBLISHED_CLOCK_MHZ,
+    )
 
 
 def serve(sessions: DeviceSessions, commands: BinaryIO, answers: BinaryIO) -> None:

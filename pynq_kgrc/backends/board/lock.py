@@ -1,4 +1,4 @@
-"""One process to a device: a lock that the system gives back even if its holder is killed."""
+"""One process per device: a file lock (flock), which ends even if its process is killed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pynq_kgrc.errors import DeviceError
 
 
 def lock_path(device: str) -> Path:
-    """The lock file of a device; the file stays, the lock on it comes and goes."""
+    """The lock file of a device. The file is never deleted; only the lock on it is released."""
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", device)
     return Path(tempfile.gettempdir()) / f"pynq_kgrc-{name}.lock"
 
 
 class DeviceLock:
-    """Held until `release`, or until the process ends in whatever way.
+    """The lock on a device, held until `release` or the end of the process.
 
     Raises:
-        DeviceError: another holds it; names its process.
+        DeviceError: the device is locked already; names the process that holds it.
     """
 
     def __init__(self, device: str) -> None:
@@ -42,7 +42,7 @@ class DeviceLock:
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Let another have it; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

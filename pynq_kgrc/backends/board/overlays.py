@@ -1,7 +1,7 @@
-"""Overlays on disk: a bitstream, what Vivado says about it, and a manifest that says what it is.
+"""Overlays on disk: folders with `manifest.json`, `kgrc.bit` and Vivado's `kgrc.hwh`.
 
-An overlay is a folder with `manifest.json`, `kgrc.bit` and `kgrc.hwh`. No bitstream is shipped:
-what is in `overlays` are manifests of designs that can be built.
+The manifest says which design and clock the bitstream was built for. No bitstream is shipped: the
+folder `overlays` has only manifests, of designs that can be built.
 
 ``python -m pynq_kgrc.backends.board.overlays overlays`` writes those that are missing or stale.
 """
@@ -28,32 +28,32 @@ BIT, HWH, MANIFEST = "kgrc.bit", "kgrc.hwh", "manifest.json"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a bitstream is, written when it is built."""
+    """The design, clock and files of an overlay; written when it is built."""
 
     config: AcceleratorConfig
     digest: str
-    """The config's own; also in the digest register of the hardware."""
+    """`config.digest`, which the kernel also reports in its digest register."""
     clock_mhz: float
-    """What the timing was met at; where nothing is built, what it is to be met at."""
+    """Clock in MHz for which timing was met; if nothing is built, the target."""
     sha256: dict[str, str]
-    """Hex SHA-256 of `kgrc.bit` and `kgrc.hwh`; empty where nothing is built."""
+    """File name -> hex SHA-256, of `kgrc.bit` and `kgrc.hwh`; empty if nothing is built."""
     tool: str
-    """Name and version of what built it."""
+    """Name and version of the tool that built it."""
     board: str = "zcu102"
     program_version: int = 1
     """Version of the program format that the hardware reads."""
     pl_clock: int = 0
-    """Which of the four clocks to the programmable logic drives it."""
+    """Which of the clocks pl_clk0 to pl_clk3 drives the kernel."""
 
     @property
     def built(self) -> bool:
-        """Whether there is, or was, a bitstream of it."""
+        """Whether the manifest was written for a bitstream."""
         return bool(self.sha256)
 
 
 @dataclass(frozen=True)
 class FoundOverlay:
-    """An overlay whose manifest was read."""
+    """An overlay's folder and its manifest."""
 
     folder: Path
     manifest: Manifest
@@ -63,7 +63,7 @@ class FoundOverlay:
         return self.folder / BIT
 
     def check_files(self) -> None:
-        """Refuse files that are missing or are not those of the manifest.
+        """Check that both files exist and have the SHA-256 of the manifest.
 
         Raises:
             DeviceError: names the file, and what to do.
@@ -89,14 +89,14 @@ def read_overlay(folder: Path) -> FoundOverlay:
     """The overlay in a folder.
 
     Raises:
-        DeviceError: no manifest, or one that does not hold together; names the field.
+        DeviceError: there is no manifest, or it is invalid; names the field.
     """
     path = folder / MANIFEST
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
         raise DeviceError(
-            f"{path} is missing; it lies beside each {BIT} and says what it is"
+            f"{path} is missing; each {BIT} needs one beside it, which says how it was built"
         ) from None
     except (msgspec.DecodeError, ConfigError, OSError) as error:
         raise DeviceError(f"{path}: {error}") from error
@@ -106,17 +106,17 @@ def read_overlay(folder: Path) -> FoundOverlay:
         )
     if not manifest.clock_mhz > 0 or manifest.pl_clock not in range(4):
         raise DeviceError(
-            f"{path}: clock_mhz={manifest.clock_mhz} of pl_clock={manifest.pl_clock}; "
-            f"use more than 0 of one of the clocks 0 to 3"
+            f"{path}: clock_mhz={manifest.clock_mhz}, pl_clock={manifest.pl_clock}; "
+            f"use a clock_mhz above 0 and a pl_clock of 0 to 3"
         )
     return FoundOverlay(folder, manifest)
 
 
 def list_overlays(place: Path) -> list[FoundOverlay]:
-    """The overlay that a bitstream or folder is, or those in the folders of a folder.
+    """The overlay of a bitstream or of its folder, or all overlays in the folders of a folder.
 
     Raises:
-        DeviceError: one of them is damaged.
+        DeviceError: a manifest is invalid.
     """
     if place.suffix == ".bit":
         place = place.parent
@@ -126,14 +126,15 @@ def list_overlays(place: Path) -> list[FoundOverlay]:
 
 
 def find_overlay(config: AcceleratorConfig, place: Path | None = None) -> FoundOverlay:
-    """The overlay of a design, its files checked.
+    """The overlay of a design, with its files checked.
 
     Args:
-        config: the design; it is its digest that counts, not its name.
-        place: a bitstream, its folder, or a folder of folders; else KGRC_OVERLAY; else `overlays`.
+        config: the design; overlays are matched by its digest, not by its name.
+        place: a bitstream, its folder, or a folder of such folders; default KGRC_OVERLAY, else
+            the folder `overlays`.
 
     Raises:
-        DeviceError: there is none; names the designs that there are.
+        DeviceError: there is none (names the designs found), or its files are not as built.
     """
     named = os.environ.get(OVERLAY)
     place = place or (Path(named) if named else find_folder("overlays"))
@@ -150,13 +151,13 @@ def find_overlay(config: AcceleratorConfig, place: Path | None = None) -> FoundO
 
 
 def describe_unbuilt(config: AcceleratorConfig, clock_mhz: float = 150.0) -> bytes:
-    """The manifest of a design that nobody has built, as the text of its file."""
+    """The manifest of a design that is not built, as the bytes of its file."""
     manifest = Manifest(config, config.digest, clock_mhz, {}, "none: not built")
     return msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
 
 
 def write_manifests(place: Path) -> None:
-    """Write the manifests of the published designs into their folders; those of built ones stay."""
+    """Write a manifest for each preset, one folder each; manifests of built overlays stay."""
     for config in PRESETS.values():
         path = place / config.name / MANIFEST
         if path.is_file() and read_overlay(path.parent).manifest.built:

@@ -1,4 +1,4 @@
-"""What a board takes from its rails while something runs, by the sensors that pynq finds."""
+"""Power of a board's supply rails while something runs, from the sensors that pynq finds."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array
 
 INTERVAL = 0.02
-"""Seconds between two readings; the chips on a ZCU102 average over some milliseconds."""
+"""Seconds between two readings. The sensors of a ZCU102 average over some milliseconds."""
 
 LIMIT = 120.0
-"""Seconds after which a recording ends, whatever still runs."""
+"""Seconds after which a recording ends, even if the work has not."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Readings of all rails, taken one after the other."""
+    """Power of all rails over time; the rails of a reading are read one after the other."""
 
     seconds: Array
-    """[readings], from the start."""
+    """[readings]: when each was begun, from the start."""
     watts: Mapping[str, Array]
-    """[readings] of each rail."""
+    """Rail -> [readings]."""
 
     @property
     def mean_watts(self) -> dict[str, float]:
@@ -37,7 +37,7 @@ class Recording:
 
 
 def find_rails() -> dict[str, Callable[[], float]]:
-    """The power in watts of each rail that has a sensor; none on most computers."""
+    """Rail -> a function that reads its power in watts. Empty on most computers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -49,7 +49,7 @@ def find_rails() -> dict[str, Callable[[], float]]:
 
 
 def _reader(rail: Any) -> Callable[[], float] | None:
-    """Watts of a rail: its own sensor's, or voltage times current."""
+    """Reads watts from the rail's power sensor, else voltage x current; None if it has neither."""
     if rail.power is not None:
         return lambda: float(rail.power.value)
     if rail.voltage is not None and rail.current is not None:
@@ -62,15 +62,15 @@ def record_power(
     work: Callable[[], object],
     interval: float = INTERVAL,
 ) -> Recording:
-    """Read the rails while `work` runs, at least once.
+    """Read the rails every `interval` seconds while `work` runs; at least once.
 
     Raises:
-        DeviceError: there is no rail, or a sensor fails.
+        DeviceError: `rails` is empty, or a sensor fails.
     """
     if not rails:
         raise DeviceError("power is not measured: there are no sensors here")
     times: list[float] = []
-    rows: list[list[float]] = []
+    readings: list[list[float]] = []
     failed: list[Exception] = []
     done = threading.Event()
     began = time.perf_counter()
@@ -79,10 +79,10 @@ def record_power(
         try:
             while True:
                 times.append(time.perf_counter() - began)
-                rows.append([read() for read in rails.values()])
+                readings.append([read() for read in rails.values()])
                 if done.wait(interval) or times[-1] > LIMIT:
                     return
-        except Exception as error:  # told below, in the thread that asked
+        except Exception as error:  # raised below, in the calling thread
             failed.append(error)
 
     sampler = threading.Thread(target=sample, name="power", daemon=True)
@@ -92,7 +92,8 @@ def record_power(
     finally:
         done.set()
         sampler.join(LIMIT)
-    if failed or not rows:
-        raise DeviceError(f"a power sensor fails: {failed[0] if failed else 'it does not answer'}")
-    columns = np.array(rows).T
-    return Recording(np.array(times[: len(rows)]), dict(zip(rails, columns, strict=True)))
+    if failed or not readings:
+        cause = failed[0] if failed else f"no reading within {LIMIT:g} s"
+        raise DeviceError(f"a power sensor fails: {cause}")
+    columns = np.array(readings).T
+    return Recording(np.array(times[: len(readings)]), dict(zip(rails, columns, strict=True)))

@@ -1,16 +1,14 @@
-"""A ZCU102 made of Python, for the real pynq: memory, registers, interrupt, and faults on demand.
+"""A simulated ZCU102 under the real pynq: memory, registers, interrupt, and fault injection.
 
-Its kernel is the C-simulation: it finds descriptors, weights and maps by physical address in the
-accelerator's view of memory, which differs from the processor's until it is flushed. It keeps no
-time: what it computes takes as long as this host needs, and shows as done `latency` seconds later.
+Its kernel is the C-simulation. It reads descriptors, weights and maps by physical address from the
+accelerator's copy of memory, which differs from the processor's copy until a flush. Time is not
+simulated: a run takes as long as this host computes, and CTRL shows DONE `latency` seconds later.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
-import hashlib
-import json
 import os
 import shutil
 import struct
@@ -18,10 +16,9 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import quoteattr
 
 import msgspec
 import numpy as np
@@ -42,75 +39,74 @@ from pynq_kgrc.accelerator.header import (
     REGISTERS,
     START,
     STATUS,
-    VLNV,
     register_of,
 )
+from pynq_kgrc.accelerator.plan import ITEM_BITS
 from pynq_kgrc.accelerator.tiling import beats_of_row
-from pynq_kgrc.backends.board.overlays import BIT, HWH, MANIFEST, Manifest
+from pynq_kgrc.backends.board.simulated_overlay import CONTROLLER_AT, KERNEL_AT, write_overlay
 from pynq_kgrc.backends.csim import build_library
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array, ceil_div
 
 MEMORY_BASE = 0x8_0000_0000
-"""Above 4 GiB, so that a forgotten high word shows."""
+"""Above 4 GiB, so that a driver that forgets the high half of an address fails."""
 
 MEMORY_BYTES = 512 << 20
 PAGE = 4096
 
-KERNEL_AT, CONTROLLER_AT = 0xA000_0000, 0xA001_0000
 CRL_AT, CRF_AT = 0xFF5E_0000, 0xFD1A_0000
+"""Physical addresses of the clock registers: CRL_APB and CRF_APB."""
+
+READY = 8
+"""Bit of CTRL: the kernel accepts a new start; the driver does not use it. Clears on read."""
 
 PS_INTERRUPT = 121
-"""The processor's number of the first interrupt line of the programmable logic."""
+"""Interrupt number (GIC) of pl_ps_irq0, the first line from the programmable logic."""
 
 FAULTS = (
     "never_done",  # the kernel hangs
     "late",  # done after `delay` seconds
-    "error_status",  # a task reports something else than done
+    "error_status",  # the status of a task is not 1 (done)
     "wrong_digest",  # hardware of another design
-    "decode_error",  # a word of an address is lost
-    "bad_table",  # a descriptor in memory points outside
+    "decode_error",  # the high half of an address register is lost
+    "bad_table",  # a descriptor in memory points outside its buffer
     "interrupt_lost",
     "cma_full",
-    "reprogrammed",  # somebody else loads the device while the kernel runs
+    "reprogrammed",  # another user programs the device while the kernel runs
     "power_cycle",  # the logic loses its power while the kernel runs
 )
 
 
 class BusError(RuntimeError):
-    """An access that nothing answers."""
+    """A bus decode error: no register or buffer at the address."""
 
 
 # ---- memory ---------------------------------------------------------------------------------
 
 
-class Weak(np.ndarray):  # type: ignore[type-arg]
-    """An array whose end can be watched for."""
-
-
-class Buffer:
-    """A piece of contiguous memory, as the processor sees it and as the logic does."""
+class SimulatedBuffer:
+    """Contiguous memory: the processor's copy (`host`) and the accelerator's copy (`logic`)."""
 
     def __init__(self, address: int, size: int) -> None:
         self.address, self.size = address, size
         self.span = ceil_div(size, PAGE) * PAGE
-        self.host: Array = np.zeros(size, np.uint8).view(Weak)
+        self.host: Array = np.zeros(size, np.uint8)
         self.logic: Array = np.zeros(size, np.uint8)
 
 
 class Memory:
-    """Finite contiguous memory; plays the part of pynq's memory of a device."""
+    """Contiguous memory of a fixed size; has the interface of pynq's memory of a device."""
 
     def __init__(self, device: SimulatedDevice, size: int) -> None:
         self.device, self.size, self.base_address = device, size, MEMORY_BASE
-        self.buffers: dict[int, Buffer] = {}
+        self.buffers: dict[int, SimulatedBuffer] = {}
 
     @property
     def free(self) -> int:
         return self.size - sum(buffer.span for buffer in self.buffers.values())
 
     def allocate(self, shape: Any, dtype: Any = "u4", **_: Any) -> Any:
-        """A pynq buffer at the first gap that is large enough."""
+        """A PynqBuffer at the first gap that is large enough (first fit)."""
         kind = np.dtype(dtype)
         size = max(1, int(np.prod(shape)) * kind.itemsize)
         if self.device.take("cma_full"):
@@ -120,7 +116,7 @@ class Memory:
             if buffer.address - at >= size:
                 break
             at = buffer.address + buffer.span
-        made = Buffer(at, size)
+        made = SimulatedBuffer(at, size)
         if at + made.span > self.base_address + self.size:
             raise RuntimeError("BO allocation failed: Cannot allocate memory")
         self.buffers[at] = made
@@ -133,24 +129,24 @@ class Memory:
             device_address=made.address,
             coherent=False,
         )
-        # pynq's own way to give back what is kept in a pool; the other one unmaps memory
+        # With `return_to` set, freebuffer() calls our return_pointer; else it would unmap memory.
         array.memory, array.pointer, array.return_to, array.freed = self, made, self, True
         weakref.finalize(made.host, self.buffers.pop, made.address, None)
         return array
 
-    def return_pointer(self, buffer: Buffer) -> None:
-        """pynq gives a buffer back."""
+    def return_pointer(self, buffer: SimulatedBuffer) -> None:
+        """Free a buffer; called by pynq."""
         self.buffers.pop(buffer.address, None)
 
-    def at(self, address: int) -> tuple[Buffer, int]:
-        """The live buffer that holds an address, and how far in."""
+    def at(self, address: int) -> tuple[SimulatedBuffer, int]:
+        """The allocated buffer that contains an address, and the offset within it."""
         for buffer in self.buffers.values():
             if buffer.address <= address < buffer.address + buffer.size:
                 return buffer, address - buffer.address
         raise BusError(f"no buffer at {address:#x}")
 
     def bytes_at(self, address: int, count: int) -> Array:
-        """The bytes that the logic reads or writes there."""
+        """The accelerator's copy of `count` bytes, as a view."""
         buffer, start = self.at(address)
         if start + count > buffer.size:
             raise BusError(f"{count} bytes at {address:#x} pass the end of their buffer")
@@ -161,7 +157,7 @@ class Memory:
 
 
 class Registers:
-    """A block of registers that keep what is written."""
+    """A block of read-write registers; offset -> value."""
 
     def __init__(self, values: dict[int, int] | None = None) -> None:
         self.values = dict(values or {})
@@ -174,21 +170,26 @@ class Registers:
 
 
 class Controller(Registers):
-    """The AXI interrupt controller, and the file by which pynq hears of it.
+    """The AXI interrupt controller, and the UIO device by which pynq waits for its interrupt.
 
-    pynq disables a line that fired, and enables it when it is next waited for.
+    pynq disables a line after its interrupt, and enables it again when it next waits for it.
     """
 
     PENDING, ENABLED, ACKNOWLEDGE, ENABLE, DISABLE, MASTER = 0x04, 0x08, 0x0C, 0x10, 0x14, 0x1C
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
-        self.kernel, self.enabled, self.seen = kernel, 0, 0
+        self.kernel, self.enabled, self.latched = kernel, 0, 0
         self.waiting: list[Any] = []
+        """asyncio.Events of pynq to set at the next interrupt."""
 
     def read(self, offset: int) -> int:
-        self.seen |= self.kernel.line()
-        known = {0: self.seen, self.PENDING: self.seen & self.enabled, self.ENABLED: self.enabled}
+        self.latched |= self.kernel.line()
+        known = {
+            0: self.latched,
+            self.PENDING: self.latched & self.enabled,
+            self.ENABLED: self.enabled,
+        }
         return known.get(offset, super().read(offset))
 
     def write(self, offset: int, value: int) -> None:
@@ -200,45 +201,46 @@ class Controller(Registers):
         elif offset == self.DISABLE:
             self.enabled &= ~value
         elif offset == self.ACKNOWLEDGE:
-            self.seen &= ~value
+            self.latched &= ~value
 
     def add_event(self, event: Any, _number: int) -> None:
-        """pynq waits; called inside its loop."""
+        """Set `event` at the next interrupt; called by pynq inside its event loop."""
         self.waiting.append(event)
-        self._look(asyncio.get_running_loop())
+        self._deliver(asyncio.get_running_loop())
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Set the waiting events if an interrupt is pending, else try again when a run is due."""
         due = self.kernel.due
         if self.read(self.PENDING) and self.read(self.MASTER) == 3:
             events, self.waiting = self.waiting, []
             for event in events:
                 loop.call_soon(event.set)
         elif self.waiting and due is not None:
-            loop.call_later(max(1e-4, due - time.monotonic()), self._look, loop)
+            loop.call_later(max(1e-4, due - time.monotonic()), self._deliver, loop)
 
 
 class Kernel(Registers):
-    """The kernel's registers as Vitis HLS makes them, and what a start does."""
+    """The kernel: its control registers as Vitis HLS makes them, and its runs."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         super().__init__()
         self.device = device
         self.config: AcceleratorConfig | None = None
         self.due: float | None = None
-        """When a run shows as done; none if none runs, or if it never will."""
+        """time.monotonic() at which CTRL shows DONE; None if nothing runs or the run never ends."""
         self.error = ""
-        """What the bus refused in the last run."""
+        """The bus decode error of the last run, or ""."""
         self.starts = 0
         self.busy_seconds = 0.0
-        """Time that starts took, which stands for the device's own."""
+        """Seconds that this host spent computing runs; benchmarks subtract them."""
         self._control = 0
         self._library: Any = None
-        self._quiet = False
+        self._interrupt_lost = False
 
     def program(self, config: AcceleratorConfig | None) -> None:
-        """Become the kernel of a design; without one, nothing, as without power."""
+        """Become the kernel of a design; with None, registers that keep nothing (no power)."""
         self.values.clear()
-        self.due, self._quiet = None, False
+        self.due, self._interrupt_lost = None, False
         self.config, self._control = config, IDLE if config else 0
         if config is not None:
             try:
@@ -249,16 +251,16 @@ class Kernel(Registers):
             self._library.kgrc_run.restype = None
 
     def line(self) -> int:
-        """The interrupt line."""
-        self._settle()
+        """The level of the interrupt line."""
+        self._finish_if_due()
         on = self.values.get(REGISTERS["GIER"], 0) & self.values.get(REGISTERS["IP_ISR"], 0)
-        return on & 1 and not self._quiet
+        return on & 1 and not self._interrupt_lost
 
     def read(self, offset: int) -> int:
-        self._settle()
+        self._finish_if_due()
         if offset == REGISTERS["CTRL"]:
             value = self._control
-            self._control &= ~(DONE | 8)  # both clear on read
+            self._control &= ~(DONE | READY)  # both clear on read
             return value
         if offset == REGISTERS["IP_ISR"] and self.device.clears_on_read:
             return self.values.pop(offset, 0)
@@ -277,24 +279,23 @@ class Kernel(Registers):
         else:
             super().write(offset, value)
 
-    def _settle(self) -> None:
+    def _finish_if_due(self) -> None:
         if self.due is not None and time.monotonic() >= self.due:
-            self.due, self._control = None, DONE | IDLE | 8
+            self.due, self._control = None, DONE | IDLE | READY
             self.values[REGISTERS["IP_ISR"]] = self.values.get(REGISTERS["IP_IER"], 0) & 1
 
     def _start(self) -> None:
         device = self.device
         first, count = self._number("first_task"), self._number("task_count")
         self.starts += 1
-        self._control, self.due, self.error, self._quiet = START, None, "", False
-        # a start without tasks only asks for the digest
+        self._control, self.due, self.error, self._interrupt_lost = START, None, "", False
+        # No fault happens in a start without tasks, by which the driver asks for the digest.
         take: Callable[[str], bool] = device.take if count else lambda _: False
         if take("decode_error"):
             self.values[REGISTERS["weights_2"]] = 0
         if take("bad_table"):
-            self._words("tables")[first * len(FIELDS) // 2] |= np.uint64(
-                0x7FFF_FFFF << 32
-            )  # its source
+            # The high half of a descriptor's first 64-bit word is its field `source`.
+            self._words64("tables")[first * len(FIELDS) // 2] |= np.uint64(0x7FFF_FFFF << 32)
         if take("never_done"):
             return
         latency = device.latency + (device.delay if take("late") else 0.0)
@@ -315,14 +316,14 @@ class Kernel(Registers):
         if take("error_status"):
             status = device.memory.bytes_at(self._address("status"), 8 * len(STATUS) * count)
             status.view(np.uint64)[(count // 2) * len(STATUS)] = 0xDEAD
-        self._quiet = take("interrupt_lost")
+        self._interrupt_lost = take("interrupt_lost")
         self.due = time.monotonic() + latency
 
     def _run(self, first: int, count: int) -> None:
         assert self.config is not None
         pointers = [ctypes.c_void_p()] * len(ADDRESSES)
         if count:
-            self._check_reach(self.config, first, count)
+            self._check_accesses(self.config, first, count)
             pointers = [self._pointer(name) for name in ADDRESSES]
         digest = ctypes.c_uint64()
         self._library.kgrc_run(*pointers, ctypes.byref(digest), first, count)
@@ -341,31 +342,34 @@ class Kernel(Registers):
         buffer, start = self.device.memory.at(self._address(name))
         return ctypes.c_void_p(buffer.logic.ctypes.data + start)
 
-    def _words(self, name: str) -> Array:
-        """The words from an address to the end of its buffer."""
+    def _words64(self, name: str) -> Array:
+        """The 64-bit words from a port's address to the end of its buffer."""
         buffer, start = self.device.memory.at(self._address(name))
         return buffer.logic[start : start + (buffer.size - start) // 8 * 8].view(np.uint64)
 
-    def _check_reach(self, config: AcceleratorConfig, first: int, count: int) -> None:
-        """Refuse what would leave its buffer; C++ would read on, the bus does not."""
-        memory, tables, half = self.device.memory, self._words("tables"), len(FIELDS) // 2
+    def _check_accesses(self, config: AcceleratorConfig, first: int, count: int) -> None:
+        """Raise BusError if a task leaves its buffers; the C-simulation itself does not check."""
+        memory, tables, half = self.device.memory, self._words64("tables"), len(FIELDS) // 2
         memory.bytes_at(self._address("status"), 8 * len(STATUS) * (first + count))
         for number in range(first, first + count):
-            words = tables[number * half : (number + 1) * half]
-            if words.size < half:
+            descriptor = tables[number * half : (number + 1) * half]
+            if descriptor.size < half:
                 raise BusError(f"no descriptor {number} in the tables")
-            fields = words.view(np.int32).tolist()
-            field = dict(zip(FIELDS, fields, strict=True))
-            for name, start, size in _reach(config, field, self._words("items")):
+            field = dict(zip(FIELDS, descriptor.view(np.int32).tolist(), strict=True))
+            for name, start, size in _accesses(config, field, self._words64("items")):
                 if start < 0:
-                    raise BusError(f"task {number} reads {name} before its beginning")
+                    raise BusError(f"task {number} accesses {name} before its start")
                 memory.bytes_at(self._address(name) + start, size)
 
 
-def _reach(
+def _accesses(
     config: AcceleratorConfig, field: dict[str, int], items: Array
 ) -> list[tuple[str, int, int]]:
-    """What a task touches: port, first byte and bytes; a descriptor without sense is refused."""
+    """The memory that a task accesses: port, first byte and number of bytes.
+
+    Raises:
+        BusError: the fields of the descriptor or its plan are out of range.
+    """
     positive = [n for n in FIELDS if n[-2:] in ("_d", "_h", "_w") and n[:3] not in ("pad", "sho")]
     wrong = [name for name in positive if field[name] < 1]
     if wrong or not 0 <= field["kind"] < len(KINDS):
@@ -379,13 +383,14 @@ def _reach(
     if start < 0 or count < 1 or start + count > items.size:
         raise BusError("a plan outside the tables")
     items = items[start : start + count]
-    sources = int(items.astype(np.int64).__and__(0xFFFF).max()) + 1
-    targets = int((items >> np.uint64(48)).sum())
-    groups = sum(int(word >> 24 & 0xFFFF).bit_count() for word in items.tolist())
+    sources = int(ITEM_BITS["channel_tile"].get(items).max()) + 1
+    targets = int(ITEM_BITS["vectors"].get(items).sum())
+    groups = sum(mask.bit_count() for mask in ITEM_BITS["mask"].get(items).tolist())
     steps = field["tap_tiles"] * field["col_steps"] * field["row_steps"]
     chunks = groups * steps if KINDS[field["kind"]] == "convolution" else 0
     if field["chunks"] != chunks:
-        raise BusError(f"{field['chunks']} chunks in a descriptor, {chunks} in its plan")
+        raise BusError(f"{field['chunks']} chunks in the descriptor, {chunks} in its plan")
+    # The max pool is fused into the task, so the output in memory is smaller by it.
     stored = dict(field)
     for axis in "dhw":
         stored[f"out_{axis}"] = field[f"out_{axis}"] // field[f"pool_{axis}"]
@@ -407,8 +412,8 @@ def _reach(
 
 
 @dataclass
-class Hook:
-    """What pynq's array of registers reads and writes through."""
+class RegisterHook:
+    """Redirects the accesses of pynq's register array (tinynumpy) to the simulated registers."""
 
     device: SimulatedDevice
     base: int
@@ -421,14 +426,14 @@ class Hook:
 
 
 class SimulatedDevice(pynq.Device):  # type: ignore[misc]
-    """A board as a pynq device.
+    """A simulated board as a pynq device.
 
     Args:
-        tag: its name; one process at a time can drive a device of a name.
-        memory_bytes: contiguous memory.
-        latency: seconds from the end of computing to where a run shows as done.
-        interrupt: whether its overlays wire the interrupt.
-        clears_on_read: IP_ISR of Vitis HLS from 2022.1 on; earlier ones toggle by a write.
+        tag: the device's name; one process at a time can hold the device of a name.
+        memory_bytes: size of the contiguous memory.
+        latency: seconds from the end of computing until CTRL shows DONE.
+        interrupt: whether its overlays connect the kernel's interrupt.
+        clears_on_read: a read clears IP_ISR (Vitis HLS from 2022.1 on); else a write toggles it.
     """
 
     def __init__(
@@ -440,19 +445,19 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         clears_on_read: bool = True,
     ) -> None:
         super().__init__(tag or f"simulated-{os.getpid()}")
-        # what pynq's own device of such a board says, so that it takes the same ways
+        # The capabilities of pynq's own embedded device, so that pynq runs the same code.
         self.capabilities = {"REGISTER_RW": False, "MEMORY_MAPPED": True, "CALLABLE": False}
         self.name, self.arch = "zcu102-simulated", "aarch64"
         self.latency, self.delay = latency, 0.05
         self.interrupt, self.clears_on_read = interrupt, clears_on_read
         self.faults: list[str] = []
-        """Faults to happen, each once, at the first occasion (FAULTS)."""
+        """Faults (of FAULTS) to inject, each once, at the next opportunity."""
         self.downloads = 0
         self.memory = Memory(self, memory_bytes)
         self.kernel = Kernel(self)
         self.controller = Controller(self.kernel)
         _InterruptController._uio_devices[PS_INTERRUPT] = self.controller
-        # every PLL at 33.333 MHz * 90 / 2
+        # Every PLL runs at 33.333 MHz * 90 / 2 = 1500 MHz.
         plls = dict.fromkeys((0x20, 0x24, 0x2C, 0x30, 0x38), 90 << 8 | 1 << 16)
         dividers = {0xC0 + 4 * i: 1 << 24 | 1 << 16 | 15 << 8 for i in range(4)}
         self._blocks: dict[int, tuple[int, Registers]] = {
@@ -462,16 +467,16 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
             CRF_AT: (0x1000, Registers({**plls, 0x60: 0x100})),
         }
         self._overlays: Path | None = None
-        # pynq keeps the clocks of the first device that it meets
+        # pynq caches the clocks of the first device: drop that cache.
         if "_real_instance" in vars(pynq.Clocks):
             del pynq.Clocks._real_instance
         if not hasattr(pynq.Clocks, "set_device"):
-            # 3.0 looks at the processor that it runs on, and at the active device
+            # pynq 3.0 chooses the class by the host's processor; it reads the active device.
             pynq.Device.active_device = self
             pynq.Clocks._real_instance = pynq.ps._ClocksUltrascale()
 
     def take(self, fault: str) -> bool:
-        """Whether that fault happens now."""
+        """Whether to inject that fault now; it is removed from `faults`."""
         if fault not in self.faults:
             return False
         self.faults.remove(fault)
@@ -479,11 +484,11 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
 
     @property
     def cma_free(self) -> int:
-        """Bytes of contiguous memory that are free."""
+        """Free contiguous memory in bytes."""
         return self.memory.free
 
     def supply_overlay(self, config: AcceleratorConfig) -> Path:
-        """The folder of an overlay of that design, made when it is first asked for."""
+        """The folder of an overlay of that design; written on first use, deleted at exit."""
         if self._overlays is None:
             self._overlays = Path(tempfile.mkdtemp(prefix="pynq_kgrc-overlays-"))
             weakref.finalize(self, shutil.rmtree, self._overlays, ignore_errors=True)
@@ -492,7 +497,7 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
             write_overlay(folder, config, interrupt=self.interrupt)
         return folder
 
-    # registers
+    # ---- registers (called by pynq)
 
     def _block(self, address: int) -> tuple[Registers, int]:
         for base, (size, block) in self._blocks.items():
@@ -501,7 +506,7 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         raise BusError(f"no register at {address:#x}")
 
     def read_registers(self, address: int, length: int) -> bytes:
-        """pynq reads registers."""
+        """Read 32-bit registers at a physical address, little-endian."""
         words = [
             block.read(offset) & 0xFFFF_FFFF
             for block, offset in (self._block(a) for a in range(address, address + length, 4))
@@ -509,16 +514,18 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         return struct.pack(f"<{len(words)}I", *words)
 
     def write_registers(self, address: int, data: bytes) -> None:
-        """pynq writes registers."""
+        """Write 32-bit registers at a physical address, little-endian."""
         for i, (word,) in enumerate(struct.iter_unpack("<I", data)):
             block, offset = self._block(address + 4 * i)
             block.write(offset, word)
 
     def mmap(self, base_addr: int, length: int) -> Any:
-        """Registers as an array."""
-        return tinynumpy.ndarray(shape=(length // 4,), dtype="u4", hook=Hook(self, base_addr))
+        """The registers from a physical address on, as an array."""
+        return tinynumpy.ndarray(
+            shape=(length // 4,), dtype="u4", hook=RegisterHook(self, base_addr)
+        )
 
-    # memory
+    # ---- memory (called by pynq)
 
     @property
     def default_memory(self) -> Memory:
@@ -527,22 +534,22 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
     def get_memory(self, _description: Any) -> Memory:
         return self.memory
 
-    def flush(self, buffer: Buffer, _offset: int, _address: int, _size: int) -> None:
-        """All of the buffer, whatever part is asked for: so does pynq since 3.1."""
-        self._live(buffer).logic[:] = buffer.host
+    def flush(self, buffer: SimulatedBuffer, _offset: int, _address: int, _size: int) -> None:
+        """Copy the whole buffer to the accelerator: pynq since 3.1 ignores offset and size."""
+        self._allocated(buffer).logic[:] = buffer.host
 
-    def invalidate(self, buffer: Buffer, _offset: int, _address: int, _size: int) -> None:
-        self._live(buffer).host[:] = buffer.logic
+    def invalidate(self, buffer: SimulatedBuffer, _offset: int, _address: int, _size: int) -> None:
+        self._allocated(buffer).host[:] = buffer.logic
 
-    def _live(self, buffer: Buffer) -> Buffer:
+    def _allocated(self, buffer: SimulatedBuffer) -> SimulatedBuffer:
         if self.memory.buffers.get(buffer.address) is not buffer:
-            raise BusError("not, or no longer, a buffer of pynq.allocate")
+            raise BusError("not a buffer of pynq.allocate, or already freed")
         return buffer
 
-    # bitstreams
+    # ---- bitstreams (called by pynq)
 
     def get_bitfile_metadata(self, bitfile_name: str, partial: bool = False) -> Any:
-        """What the .hwh beside a bitstream says."""
+        """The parsed .hwh beside a bitstream, with the simulated memory added."""
         path = Path(bitfile_name).with_suffix(".hwh")
         if not path.is_file():
             raise RuntimeError("Unable to find metadata for bitstream")
@@ -560,7 +567,7 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         return parser
 
     def download(self, bitstream: Any, parser: Any = None) -> None:
-        """Become what the bitstream says, which here is a design as JSON."""
+        """Become the design in the "bitstream" (its JSON)."""
         design = msgspec.json.decode(
             Path(bitstream.bitfile_name).read_bytes(), type=AcceleratorConfig
         )
@@ -569,132 +576,18 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         self.post_download(bitstream, parser, self.name)
 
     def gen_cache(self, bitstream: Any, parser: Any = None) -> None:
-        """pynq wants it; there is nothing to keep."""
+        """Required by pynq; nothing to cache."""
 
     def close(self) -> None:
-        """pynq wants it."""
+        """Required by pynq; nothing to close."""
 
 
 _shared: list[SimulatedDevice] = []
 
 
 def shared_device() -> SimulatedDevice:
-    """The one simulated board of this process, now pynq's active device."""
+    """The simulated board of this process, made pynq's active device."""
     if not _shared:
         _shared.append(SimulatedDevice())
     pynq.Device.active_device = _shared[0]
     return _shared[0]
-
-
-# ---- overlays -------------------------------------------------------------------------------
-
-
-def write_overlay(
-    folder: Path, config: AcceleratorConfig, clock_mhz: float = 150.0, interrupt: bool = True
-) -> Path:
-    """An overlay for the simulated board; the path of its bitstream.
-
-    The .hwh is the least that pynq needs, made from the driver's list of registers. It is no
-    output of Vivado, and the bitstream is no bitstream.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / BIT).write_text(json.dumps(asdict(config)))
-    (folder / HWH).write_text(hardware_handoff(clock_mhz, interrupt))
-    sums = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in (BIT, HWH)}
-    manifest = Manifest(config, config.digest, clock_mhz, sums, "simulated, no bitstream")
-    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-    return folder / BIT
-
-
-def hardware_handoff(clock_mhz: float, interrupt: bool) -> str:
-    """The text of a .hwh with the kernel, the processor, and the interrupt between them."""
-    registers = "".join(
-        f'<REGISTER NAME="{name}"><PROPERTY NAME="ADDRESS_OFFSET" VALUE="{offset:#x}"/>'
-        f'<PROPERTY NAME="SIZE" VALUE="32"/><PROPERTY NAME="ACCESS" VALUE="read-write"/></REGISTER>'
-        for name, offset in REGISTERS.items()
-    )
-    block = f"""<ADDRESSBLOCKS><ADDRESSBLOCK ACCESS="read-write" INTERFACE="s_axi_control"
-      NAME="Reg" RANGE="65536" USAGE="register"><REGISTERS>{registers}</REGISTERS></ADDRESSBLOCK>
-      </ADDRESSBLOCKS>"""
-    kernel = block + _ports("O", "interrupt", "xlconcat_0", "In0", interrupt) + _slave("control")
-    modules = [_module("kgrc_run_0", "kgrc_run", VLNV, kernel)]
-    ranges = [("kgrc_run_0", "s_axi_control", KERNEL_AT)]
-    if interrupt:
-        wires = _ports("I", "In0", "kgrc_run_0", "interrupt") + _ports(
-            "O", "dout", "axi_intc_0", "intr"
-        )
-        lines = _ports("I", "intr", "xlconcat_0", "dout") + _ports(
-            "O", "irq", "zynq_ultra_ps_e_0", "pl_ps_irq0"
-        )
-        both = (
-            wires.replace("</PORTS><PORTS>", ""),
-            lines.replace("</PORTS><PORTS>", ""),
-        )
-        modules += [
-            _module("xlconcat_0", "xlconcat", "xilinx.com:ip:xlconcat:2.1", both[0]),
-            _module(
-                "axi_intc_0",
-                "axi_intc",
-                "xilinx.com:ip:axi_intc:4.1",
-                both[1] + _slave(""),
-                'MODCLASS="INTERRUPT_CNTLR"',
-            ),
-        ]
-        ranges.append(("axi_intc_0", "s_axi", CONTROLLER_AT))
-    modules.append(_processor(clock_mhz, ranges, interrupt))
-    return (
-        '<?xml version="1.0" encoding="UTF-8"?>\n'
-        "<!-- The least that pynq needs; for the simulated board only. -->\n"
-        '<EDKSYSTEM EDWVERSION="1.2" TIMESTAMP="simulated" VIVADOVERSION="simulated">\n'
-        '<SYSTEMINFO ARCH="zynquplus" DEVICE="xczu9eg" NAME="kgrc" PACKAGE="ffvb1156"/>\n'
-        f"<EXTERNALPORTS/><EXTERNALINTERFACES/>\n<MODULES>\n{''.join(modules)}</MODULES>\n"
-        "</EDKSYSTEM>\n"
-    )
-
-
-def _module(name: str, kind: str, vlnv: str, inside: str, more: str = "") -> str:
-    return (
-        f'<MODULE FULLNAME="/{name}" HWVERSION="1.0" INSTANCE="{name}" IPTYPE="PERIPHERAL" '
-        f'IS_ENABLE="1" MODTYPE="{kind}" VLNV={quoteattr(vlnv)} {more}>\n{inside}\n</MODULE>\n'
-    )
-
-
-def _ports(direction: str, name: str, instance: str, port: str, wired: bool = True) -> str:
-    wire = f'<CONNECTION INSTANCE="{instance}" PORT="{port}"/>' if wired else ""
-    return (
-        f'<PORTS><PORT DIR="{direction}" NAME="{name}" SIGIS="INTERRUPT">'
-        f"<CONNECTIONS>{wire}</CONNECTIONS></PORT></PORTS>"
-    )
-
-
-def _slave(name: str) -> str:
-    return (
-        f'<BUSINTERFACES><BUSINTERFACE NAME="s_axi{"_" * bool(name)}{name}" TYPE="SLAVE" '
-        f'VLNV="xilinx.com:interface:aximm:1.0"/></BUSINTERFACES>'
-    )
-
-
-def _processor(clock_mhz: float, ranges: list[tuple[str, str, int]], interrupt: bool) -> str:
-    values: dict[str, object] = {}
-    for i in range(4):
-        values[f"PSU__FPGA_PL{i}_ENABLE"] = int(i == 0)
-        clock = f"PSU__CRL_APB__PL{i}_REF_CTRL__"
-        values |= {f"{clock}DIVISOR0": round(1500 / clock_mhz), f"{clock}DIVISOR1": 1}
-        values[f"{clock}SRCSEL"] = "IOPLL"
-        values[f"{clock}ACT_FREQMHZ"] = clock_mhz
-    parameters = "".join(f'<PARAMETER NAME="{n}" VALUE="{v}"/>' for n, v in values.items())
-    memory = "".join(
-        f'<MEMRANGE ADDRESSBLOCK="Reg" BASENAME="C_BASEADDR" BASEVALUE="{base:#x}" '
-        f'HIGHNAME="C_HIGHADDR" HIGHVALUE="{base + 0xFFFF:#x}" INSTANCE="{name}" '
-        f'MASTERBUSINTERFACE="M_AXI_HPM0_FPD" MEMTYPE="REGISTER" SLAVEBUSINTERFACE="{port}"/>'
-        for name, port, base in ranges
-    )
-    inside = (
-        f"<PARAMETERS>{parameters}</PARAMETERS>"
-        + _ports("I", "pl_ps_irq0", "axi_intc_0", "irq", interrupt)
-        + '<BUSINTERFACES><BUSINTERFACE NAME="M_AXI_HPM0_FPD" TYPE="MASTER" '
-        'VLNV="xilinx.com:interface:aximm:1.0"/></BUSINTERFACES>'
-        f"<MEMORYMAP>{memory}</MEMORYMAP>"
-    )
-    vlnv = "xilinx.com:ip:zynq_ultra_ps_e:3.5"
-    return _module("zynq_ultra_ps_e_0", "zynq_ultra_ps_e", vlnv, inside)

@@ -1,4 +1,4 @@
-"""Which exact form of a convolution is the fastest: an estimate of the work of each."""
+"""Choose the fastest exact form of a convolution (GEMM, planar or Winograd) by estimated work."""
 
 from __future__ import annotations
 
@@ -11,25 +11,33 @@ from pynq_kgrc.backends.emulation.exact import (
     GemmConvolution,
     Interval,
     PlanarConvolution,
-    is_small,
+    fits_small_matrix_kernel,
 )
-from pynq_kgrc.backends.emulation.winograd import WIDTH, Inexact, WinogradConvolution, three_taps
+from pynq_kgrc.backends.emulation.winograd import (
+    WIDTH,
+    Inexact,
+    WinogradConvolution,
+    axes_of_three_taps,
+)
 from pynq_kgrc.graph import ConvShape
 from pynq_kgrc.quant import Array, ceil_div
 
-FEW_CHANNELS = 4
-"""Up to so many channels a pixel's run is too short to copy, and the planar form is faster."""
+PLANAR_CHANNELS = 4
+"""Up to this many channels the planar form is faster: a position's channels are too short to copy
+one by one."""
 
 ExactConvolution = GemmConvolution | PlanarConvolution | WinogradConvolution
 
-ELEMENT_COST = 22
-"""An element-wise operation on one value takes about as long as this many MACs of a GEMM."""
+# Costs in MACs of a GEMM: what takes as much time as this many MACs.
 
-SMALL_COST = 0.85
-"""A MAC of a product with small weights takes about this part of another's time."""
+ELEMENT_COST = 22
+"""An element-wise operation on one value."""
+
+SMALL_MATRIX_COST = 0.85
+"""A MAC of a product that small matrix kernels compute."""
 
 WEIGHT_COST = 120
-"""So does this many the reading of a weight from memory, once for all outputs of a small map."""
+"""Reading one weight from memory. It is paid once per layer, so it matters for small maps only."""
 
 
 def choose_convolution(
@@ -39,16 +47,20 @@ def choose_convolution(
     dtype: np.dtype[np.generic],
     cores: int,
 ) -> ExactConvolution:
-    """The faster exact form of a convolution, by an estimate of its work."""
-    if shape.channels <= FEW_CHANNELS and shape.taps > 1 and shape.out_size[2] >= 16:
+    """The exact form of a convolution with the least estimated work.
+
+    Args are those of `GemmConvolution`. Winograd is considered for stride 1, kernels of 3 (and 1)
+    along each axis, and at least 16 channels and 16 outputs.
+    """
+    if shape.channels <= PLANAR_CHANNELS and shape.taps > 1 and shape.out_size[2] >= 16:
         return PlanarConvolution(weight, shape, interval, dtype, cores)
-    axes = three_taps(shape)
+    axes = axes_of_three_taps(shape)
     others = [axis for axis in range(3) if shape.kernel[axis] != 3]
-    plain = all(shape.kernel[axis] == 1 for axis in others) and shape.stride == (1, 1, 1)
-    if axes and plain and math.prod(shape.out_size) >= 16 and shape.channels >= 16:
+    suits_winograd = all(shape.kernel[axis] == 1 for axis in others) and shape.stride == (1, 1, 1)
+    if axes and suits_winograd and math.prod(shape.out_size) >= 16 and shape.channels >= 16:
         direct = _gemm_work(shape)
         works = {tuple(axes): _winograd_work(shape, axes)}
-        if len(axes) > 1 and WIDTH in axes:
+        if len(axes) > 1 and WIDTH in axes:  # or transform all axes but the width
             works[tuple(axes[:-1])] = _winograd_work(shape, axes[:-1])
         best = min(works, key=lambda axes: works[axes])
         if works[best] < direct:
@@ -60,29 +72,31 @@ def choose_convolution(
 
 
 def _gemm_work(shape: ConvShape) -> float:
-    """MACs for an output, and as many as its share of moving memory takes the time of."""
+    """Cost of one output by im2col: its MACs, and its share of the memory traffic."""
     n, m = shape.channels, shape.filters
     reading = WEIGHT_COST * n * m / math.prod(shape.out_size)
-    # a tap's channels are copied, or its products written and added up
+    # unfolding copies the channels of a tap; without it, the products of a tap along depth are
+    # written and added
     moved = 2 * m if shape.kernel[1:] == (1, 1) else n
     return shape.taps * (_product_work(n, m) + reading + ELEMENT_COST * moved)
 
 
 def _winograd_work(shape: ConvShape, axes: list[int]) -> float:
-    """The same for F(2,3) along these axes."""
+    """Cost of one output by F(2,3) along these axes."""
     n, m, a = shape.channels, shape.filters, len(axes)
-    length = shape.taps // 3**a
+    width_taps = shape.taps // 3**a
     width = shape.out_size[WIDTH]
-    wasted = ceil_div(width + length - 1, length) * length / width
-    reading = length * WEIGHT_COST * n * m / math.prod(shape.out_size)
-    # an axis doubles the values: all are made on the way in, written, and added up on the way out
+    rounding_up = ceil_div(width + width_taps - 1, width_taps) * width_taps / width
+    reading = width_taps * WEIGHT_COST * n * m / math.prod(shape.out_size)
+    # each transformed axis doubles the values: 2 + 4 + ... + 2^a input values are computed and as
+    # many sums are added; 2^a products are written
     moved = (2 ** (a + 1) - 2) * (n + m) + 2**a * m
-    products = 2**a * _product_work(length * n, m)
-    work: float = wasted * (products + ELEMENT_COST * moved) + 4**a * reading
+    products = 2**a * _product_work(width_taps * n, m)
+    work: float = rounding_up * (products + ELEMENT_COST * moved) + 4**a * reading
     return work
 
 
 def _product_work(channels: int, filters: int) -> float:
-    """MACs for a row of a product; small ones take less time each."""
-    small = is_small(channels, filters, FLOAT32)
-    return channels * filters * (SMALL_COST if small else 1)
+    """Cost of one row of a product."""
+    small = fits_small_matrix_kernel(channels, filters, FLOAT32)
+    return channels * filters * (SMALL_MATRIX_COST if small else 1)

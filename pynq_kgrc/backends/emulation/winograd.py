@@ -1,7 +1,33 @@
 """F(2,3) along axes of three taps, exact (Winograd 1980, Lavin and Gray 2016).
 
-2^a instead of 3^a multiplications an output, for `a` transformed axes. The values are multiples of
-2^-a, and the bounds of `exact` count in that unit.
+F(2,3) computes two neighbouring outputs of a filter of three taps with four multiplications
+instead of six. Along `a` axes an output takes 2^a multiplications instead of 3^a.
+
+In one dimension, with four inputs d, three taps g and two outputs y, all products element by
+element::
+
+    y = A^T [(G g) * (B^T d)]
+
+    B^T = 1  0 -1  0        G =  1    0    0        A^T = 1  1  1  0
+          0  1  1  0            1/2  1/2  1/2             0  1 -1 -1
+          0 -1  1  0            1/2 -1/2  1/2
+          0  1  0 -1             0    0    1
+
+    d = (1, 2, 3, 4)    B^T d = (1 - 3, 2 + 3, 3 - 2, 2 - 4)      = (-2, 5, 1, -2)
+    g = (1, 0, 2)       G g = (1, (1 + 0 + 2)/2, (1 - 0 + 2)/2, 2) = (1, 3/2, 3/2, 2)
+                        m = (-2, 15/2, 3/2, -4)
+    y = (m0 + m1 + m2, m1 - m2 - m3) = (7, 10)    as 1*1 + 2*0 + 3*2 = 7, 2*1 + 3*0 + 4*2 = 10
+
+In more dimensions each axis is transformed like this. The words here:
+
+- Winograd tile: two outputs along each transformed axis (and one along the others), made from four
+  inputs along each of these axes.
+- position: which of the four elements of m, along each transformed axis: 0 to 4^a - 1 in base 4.
+  The products of all tiles at one position are one GEMM over the channels.
+- phase: which of the two outputs, along each transformed axis: 2^a phases.
+
+G g holds halves: the products of a position are multiples of 2^-f, where f is the number of its
+axes at element 1 or 2 (`fraction_bits`). The bounds of `exact` count in these units.
 """
 
 from __future__ import annotations
@@ -17,50 +43,51 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from pynq_kgrc.backends.emulation.exact import (
-    WIDE,
-    Finish,
+    FLOAT64,
     Interval,
+    StoreSums,
     largest_integer,
     largest_reach,
-    lay_out_jobs,
     lay_out_weights,
+    list_jobs,
     multiply,
     scratch,
-    scratch_moves,
+    scratch_reallocations,
     split_evenly,
 )
 from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import Array, ceil_div
 
 BLOCK_TILES = 800
-"""Winograd tiles of a block; a compromise as that of BLOCK_BYTES."""
+"""Winograd tiles of a block: the same compromise between caches and numpy calls as BLOCK_BYTES."""
 
-FEW_TILES = 400
-"""With so few tiles the cores share out the filters instead."""
+MAX_SPLIT_TILES = 400
+"""With no more Winograd tiles than this, the cores split the filters, not the outputs."""
 
 WIDTH = 2
-"""The axis along which the channels of neighbours are contiguous."""
+"""The width axis, along which the channels of neighbouring positions are contiguous."""
 
 
 class WinogradConvolution:
     """F(2,3) along axes whose kernel is 3, for stride 1; the other axes have kernel 1.
 
-    Works through the positions depth first, so that what is alive fits the caches: at each axis a
-    position's input is one sum or difference of two slabs, and its result is added to or taken
-    from the two outputs of that axis. Where exactness is not proved for every input, it is
-    measured on the values at hand, and a block that fails is done again in float64.
+    Works through the positions depth first, so that all intermediate arrays fit the caches. At each
+    axis a position's input is one sum or difference of two slices of the map, and its result is
+    added to or subtracted from the two outputs of that axis. If exactness is not proved for every
+    input, the actual values are checked at run time. A block that fails is computed again in
+    float64.
 
-    The width may be left out: its three taps then lie side by side in a channel-last row and are
-    one run of 3 N channels of the product. Every third output starts such a run, so that three
-    products, each a pixel further on, give them all; a row is as wide as 3 goes into.
+    The width need not be transformed: three neighbouring pixels form one row of 3N inputs. Three
+    GEMMs, shifted by one pixel each, produce outputs 0,3,6.., 1,4,7.. and 2,5,8..; the width is
+    rounded up to a multiple of 3.
 
     Takes the arguments of `GemmConvolution`, and
 
     Args:
-        axes: the axes to transform; by default all that have a kernel of 3.
+        axes: the axes to transform; by default all with a kernel of 3.
 
     Raises:
-        Inexact: not even float64 is exact for every input; use the GEMM.
+        Inexact: for some input not even float64 is exact; use `GemmConvolution`.
     """
 
     def __init__(
@@ -73,55 +100,56 @@ class WinogradConvolution:
         axes: list[int] | None = None,
     ) -> None:
         self.shape, self.dtype = shape, dtype
-        self.axes = three_taps(shape) if axes is None else axes
-        self.run_length = 1 if WIDTH in self.axes else shape.kernel[WIDTH]
-        widest = max(-interval[0], interval[1]) << len(self.axes)
-        # the transform of the input moves memory more than it computes: the narrower the better
-        self.map_dtype = np.dtype(np.int16) if widest < 1 << 15 else dtype
+        self.axes = axes_of_three_taps(shape) if axes is None else axes
+        self.width_taps = 1 if WIDTH in self.axes else shape.kernel[WIDTH]
+        largest_input = max(-interval[0], interval[1]) << len(self.axes)
+        # the input transform is limited by memory bandwidth, so it runs in int16 if that holds it
+        self.map_dtype = np.dtype(np.int16) if largest_input < 1 << 15 else dtype
         taps = weight.transpose(2, 3, 4, 0, 1).astype(dtype)  # [kd, kh, kw, M, N]
-        if self.run_length > 1:
+        if self.width_taps > 1:
             taps = taps.transpose(0, 1, 3, 2, 4).reshape(*taps.shape[:2], 1, shape.filters, -1)
         transformed = transform_weights(taps, self.axes)
         bounds = winograd_bounds(taps, transformed, self.axes, interval)
-        if max(bounds.partial.max(), bounds.later) >= largest_integer(WIDE):
+        if max(bounds.products.max(), bounds.output_transform) >= largest_integer(FLOAT64):
             raise Inexact
         limit = largest_integer(dtype)
-        suspects = np.flatnonzero(bounds.partial >= limit)
-        self.proved = suspects.size == 0 and bounds.later < limit
+        unproved = np.flatnonzero(bounds.products >= limit)
+        self.proved = unproved.size == 0 and bounds.output_transform < limit
         d, h, w = self.tiles
-        few = d * h * w <= FEW_TILES and cores > 1 and shape.filters >= 32 * cores
-        self.filters = split_evenly(shape.filters, cores if few else 1)
+        split_filters = d * h * w <= MAX_SPLIT_TILES and cores > 1 and shape.filters >= 32 * cores
+        self.filters = split_evenly(shape.filters, cores if split_filters else 1)
         flat = transformed.reshape(-1, *transformed.shape[3:])
-        by_row = flat.swapaxes(1, 2)  # [positions, N, M]
-        self.weights = [lay_out_weights(by_row[:, :, part]) for part in self.filters]
-        self.norms = [
-            {int(i): _longest_filters(part[i].T) for i in suspects} for part in self.weights
+        matrices = flat.swapaxes(1, 2)  # [positions, N, M]
+        self.weights = [lay_out_weights(matrices[:, :, part]) for part in self.filters]
+        self.weight_norms = [
+            {int(i): _filter_norms(part[i].T) for i in unproved} for part in self.weights
         ]
-        wanted = BLOCK_TILES * self.run_length  # each product of a run has its share of them
+        wanted = BLOCK_TILES * self.width_taps  # each of the shifted GEMMs gets BLOCK_TILES rows
         nh = ceil_div(h, max(1, round(h * w / wanted)))  # blocks of equal height
         nd = max(1, wanted // (h * w)) if nh == h else 1
-        if not few:  # a block for every core
+        if not split_filters:  # at least one block for every core
             nd = min(nd, ceil_div(d, cores))
             nh = min(nh, ceil_div(h, cores)) if d == 1 else nh
         self.block = (nd, nh)
-        self.plans: dict[tuple[int, Size, int, np.dtype[np.generic]], _WinogradPlan] = {}
+        self.sequences: dict[tuple[int, Size, int, np.dtype[np.generic]], _CallSequence] = {}
 
     @property
     def tiles(self) -> Size:
-        """Tiles of outputs along each axis: 2 outputs a tile on a transformed axis.
+        """Number of Winograd tiles along each axis; a tile has 2 outputs along a transformed axis.
 
-        With runs along the width the last two or more outputs of a row are no outputs.
+        If the width is not transformed, the last two or more outputs of a row are padding and are
+        dropped.
         """
         d, h, w = (
             ceil_div(size, 2) if axis in self.axes else size
             for axis, size in enumerate(self.shape.out_size)
         )
-        length = self.run_length
+        length = self.width_taps
         return d, h, ceil_div(w + length - 1, length) * length
 
     @property
     def in_size(self) -> Size:
-        """Size of the padded map that `run` wants."""
+        """Size of the padded map that `run` takes."""
         d, h, w = (
             2 * size + 2 if axis in self.axes else size for axis, size in enumerate(self.tiles)
         )
@@ -129,19 +157,19 @@ class WinogradConvolution:
 
     @property
     def jobs(self) -> list[tuple[int, int, int]]:
-        """First tile in depth and height, and part of the filters, of each block."""
-        return lay_out_jobs(self.tiles, self.block, len(self.filters))
+        """First tile along depth and height, and number of the filter part, of each job."""
+        return list_jobs(self.tiles, self.block, len(self.filters))
 
-    def pools(self, size: Size) -> bool:
-        """Whether a pool's window of `size` outputs lies within a tile, or within a row."""
-        whole_rows = [WIDTH] if self.run_length > 1 else []
+    def can_pool(self, size: Size) -> bool:
+        """Whether no window of a pool crosses the edge of a tile, or of a row if it is not cut."""
+        whole_rows = [WIDTH] if self.width_taps > 1 else []
         return all(
             window == 1 or (window == 2 and axis in [*self.axes, *whole_rows])
             for axis, window in enumerate(size)
         )
 
-    def run(self, padded: Array, job: tuple[int, int, int], finish: Finish, pool: Size) -> None:
-        """The sums of one block of tiles, the largest of each window of a pool that `pools`."""
+    def run(self, padded: Array, job: tuple[int, int, int], store: StoreSums, pool: Size) -> None:
+        """Compute the sums of one block, max-pool them by `pool`, and pass them to `store`."""
         d0, h0, part = job
         nd, nh = (min(b, t - f) for b, t, f in zip(self.block, self.tiles, (d0, h0), strict=False))
         tiles, first = (nd, nh, self.tiles[2]), (d0, h0, 0)
@@ -151,67 +179,71 @@ class WinogradConvolution:
                 for axis, (f, n) in enumerate(zip(first, tiles, strict=True))
             )
         ]
-        phases = self._plan(tiles, part, self.dtype).compute(slab)
+        phases = self._sequence(tiles, part, self.dtype).compute(slab)
         if phases is None:
-            phases = self._plan(tiles, part, WIDE).compute(slab)
+            phases = self._sequence(tiles, part, FLOAT64).compute(slab)
             assert phases is not None
-        self._finish(phases, first, tiles, self.filters[part], finish, pool)
+        self._pool_and_store(phases, first, tiles, self.filters[part], store, pool)
 
-    def _plan(self, tiles: Size, part: int, dtype: np.dtype[np.generic]) -> _WinogradPlan:
-        """The plan for blocks of this size, made anew when this thread's scratch has moved."""
+    def _sequence(self, tiles: Size, part: int, dtype: np.dtype[np.generic]) -> _CallSequence:
+        """The calls for blocks of this size; a new sequence if this thread's scratch has moved."""
         key = threading.get_ident(), tiles, part, dtype
-        plan = self.plans.get(key)
-        if plan is None or plan.moved != scratch_moves():
-            plan = self.plans[key] = _WinogradPlan(self, tiles, part, dtype)
-        return plan
+        sequence = self.sequences.get(key)
+        if sequence is None or sequence.reallocations != scratch_reallocations():
+            sequence = self.sequences[key] = _CallSequence(self, tiles, part, dtype)
+        return sequence
 
-    def _finish(
+    def _pool_and_store(
         self,
         phases: Array,
         first: Size,
         tiles: Size,
         filters: slice,
-        finish: Finish,
+        store: StoreSums,
         pool: Size,
     ) -> None:
-        """Pool over the phases of the tiles, and hand each remaining phase on with its place."""
+        """Max-pool over the phases of each tile, and pass each pooled phase to `store`."""
         shape = [2 if axis in self.axes else 1 for axis in range(3)]
-        along_rows = pool[WIDTH] > shape[WIDTH]
-        if along_rows:
+        pools_width = pool[WIDTH] > shape[WIDTH]  # a window spans two tiles of one output each
+        if pools_width:
             pool = (pool[0], pool[1], 1)
         merged: dict[tuple[int, ...], Array] = {}
-        # phases vary slowest along the last axis, which is the outermost of the recursion
+        # the last axis is the outermost of the recursion, so its phase varies slowest
         for phase, sums in zip(np.ndindex(*reversed(shape)), phases, strict=True):
-            place = tuple(p // size for p, size in zip(reversed(phase), pool, strict=True))
-            if place in merged:
-                np.maximum(merged[place], sums, out=merged[place])
+            pooled = tuple(p // size for p, size in zip(reversed(phase), pool, strict=True))
+            if pooled in merged:
+                np.maximum(merged[pooled], sums, out=merged[pooled])
             else:
-                merged[place] = sums
-        for place, sums in merged.items():
+                merged[pooled] = sums
+        for pooled, sums in merged.items():
             step = [shape[axis] // pool[axis] for axis in range(3)]
             d, h, w = (
-                slice(first[i] * step[i] + place[i], (first[i] + tiles[i]) * step[i], step[i])
+                slice(first[i] * step[i] + pooled[i], (first[i] + tiles[i]) * step[i], step[i])
                 for i in range(3)
             )
             sums = sums.reshape(*tiles, -1)
-            if along_rows:
+            if pools_width:
                 pairs = sums[:, :, : tiles[WIDTH] // 2 * 2]
                 sums = np.maximum(pairs[:, :, ::2], pairs[:, :, 1::2])
                 w = slice(0, sums.shape[WIDTH])
-            finish(sums, (d, h, w), filters)
+            store(sums, (d, h, w), filters)
 
 
-class _WinogradPlan:
-    """The sums of one block of tiles: every call of numpy, laid out once, and the proof.
+class _CallSequence:
+    """The numpy calls that compute one block of tiles, prepared once, and the run-time proof.
 
-    Between two calls of numpy a thread holds the interpreter, and another that comes back from
-    one must wait, and be woken. So nothing but the calls is left to do while a block is computed:
-    their operands lie in this thread's scratch and never move.
+    Between two numpy calls a thread holds the GIL, and other threads have to wait for it. So all
+    operands are prepared beforehand, as views of this thread's scratch: computing a block is
+    nothing but the calls.
 
-    The proof on values, where the one for every input fails: a partial sum of ``u . v`` is at most
-    |u| |v| (Cauchy-Schwarz; channels are halved until that suffices). What the first axis undone
-    makes of exact products is exact if it is below the limit, and it is looked at: m1 + m2 is, and
-    to that one product is added. Later sums are at most the sums of the largest that were seen.
+    The proof at run time, for a convolution that is not exact for every input:
+
+    1. Products: a partial sum of ``u . v`` is at most |u| |v| (Cauchy-Schwarz). If that is not
+       below the limit, the channels are cut into 2, 4 or 8 parts.
+    2. The innermost axis: m1 + m2 and m1 - m2 are computed first, then one more product is added
+       to or subtracted from each. We check the largest result. If it is below the limit, then
+       m1 + m2 (m1 - m2), and that with one more product, were exact.
+    3. The other axes: their sums are at most the sums of the largest results of step 2.
     """
 
     def __init__(
@@ -225,170 +257,174 @@ class _WinogradPlan:
         self.weights = convolution.weights[part]
         filters = self.weights.shape[2]
         self.limit = largest_integer(dtype)
-        proved = convolution.proved or dtype == WIDE
-        self.norms = {} if proved else convolution.norms[part]
-        # of the two results of the first axis undone, at each position of the others
+        proved = convolution.proved or dtype == FLOAT64
+        self.weight_norms = {} if proved else convolution.weight_norms[part]
+        # the largest of the two results of the innermost axis, at each position of the other axes
         self.largest = None if proved else np.zeros((2, 4 ** (len(self.axes) - 1)))
-        self.run_length = convolution.run_length
+        self.width_taps = convolution.width_taps
         channels, count = convolution.shape.channels, math.prod(tiles)
         values = convolution.map_dtype
         size = [2 * n + 2 if axis in self.axes else n for axis, n in enumerate(tiles)]
         self.slab = scratch("slab", (*size, channels), values)
-        self.components, self.others = {}, {}
+        self.transformed, self.partial_sums = {}, {}
         for inner, axis in reversed(list(enumerate(self.axes))):
             size[axis] = tiles[axis]
-            kind = dtype if inner == 0 else values
-            # the last runs of a block, which give no outputs, end behind it
-            beyond = (self.run_length - 1) * channels if inner == 0 else 0
-            place = scratch(f"component{axis}", (math.prod(size) * channels + beyond,), kind)
-            self.beyond = place[place.size - beyond :]
-            self.components[axis] = place[: place.size - beyond].reshape(*size, channels)
-            self.others[axis] = scratch(f"other{axis}", (2**inner, count, filters), dtype)
+            kind = dtype if inner == 0 else values  # the innermost is the GEMM's operand
+            # the last shifted GEMM rows read past the end; they belong to outputs that are dropped
+            tail = (self.width_taps - 1) * channels if inner == 0 else 0
+            room = scratch(f"transformed{axis}", (math.prod(size) * channels + tail,), kind)
+            self.tail = room[room.size - tail :]
+            self.transformed[axis] = room[: room.size - tail].reshape(*size, channels)
+            self.partial_sums[axis] = scratch(f"partial{axis}", (2**inner, count, filters), dtype)
         self.phases = scratch("phases", (2 ** len(self.axes), count, filters), dtype)
-        self.moved = scratch_moves()
+        self.reallocations = scratch_reallocations()
         self.calls: list[Callable[[], object]] = []
-        self._sum(self.slab, self.axes, self.phases, 0)
+        self._add_calls(self.slab, self.axes, self.phases, 0)
 
     def compute(self, slab: Array) -> Array | None:
-        """The phases [2^a, tiles, M], the last axis slowest; none if they may not be exact."""
-        self.exact = True  # until a sum is seen that may not be
+        """The phases [2^a, tiles, M], the last axis slowest; None if they may be inexact."""
+        self.exact = True  # until a check fails
         np.copyto(self.slab, slab)
-        self.beyond[:] = 0
+        self.tail[:] = 0
         for call in self.calls:
             call()
         if self.largest is not None and self.exact:
-            self.exact = self._later_sums() < self.limit
+            self.exact = self._output_transform_bound() < self.limit
         return self.phases if self.exact else None
 
-    def _sum(self, slab: Array, axes: list[int], out: Array, position: int) -> None:
-        """Lay out the phases of the sums over `axes`, the last one outermost.
+    def _add_calls(self, slab: Array, axes: list[int], out: Array, position: int) -> None:
+        """Append the calls that write the phases of `axes` [2^axes, tiles, M] to `out`.
 
-        m1 + m2 and m1 - m2 come first: they are multiples of a unit twice as coarse, so that they
-        are exact whenever m1 and m2 are; the proof counts on this order.
+        Recursive: the last axis is the outermost. The names are those of the head of this file.
+        m1 + m2 and m1 - m2 come first: they are multiples of a unit twice as large, and therefore
+        exact whenever m1 and m2 are. The proof relies on this order.
         """
         if not axes:
-            self._multiply(slab, out[0], position)
+            self._add_product_call(slab, out[0], position)
             return
         *inner, axis = axes
         lead = (slice(None),) * axis
         span = slab.shape[axis] - 3
-        row0, row1, row2, row3 = (slab[(*lead, slice(i, i + span, 2))] for i in range(4))
-        component, other = self.components[axis], self.others[axis]
-        half = len(other)
-        near, far = out[:half], out[half:]
-        # positions count in the order of the weights, [d, h, w]: the last axis varies fastest
+        d0, d1, d2, d3 = (slab[(*lead, slice(i, i + span, 2))] for i in range(4))
+        transformed, product_sums = self.transformed[axis], self.partial_sums[axis]
+        half = len(product_sums)
+        first, second = out[:half], out[half:]  # the two outputs of this axis
+        # positions are numbered as in the weights [d, h, w]: the last axis varies fastest
         step = 4 ** (len(self.axes) - len(axes))
-        # the innermost axis goes straight from the map's integers to the floats of the product
-        narrow = {"dtype": slab.dtype}
-        self._call(np.add, row1, row2, out=component, **narrow)
-        self._sum(component, inner, near, position + step)
-        self._call(np.subtract, row2, row1, out=component, **narrow)
-        self._sum(component, inner, other, position + 2 * step)
-        self._call(np.subtract, near, other, out=far)
-        self._call(np.add, near, other, out=near)
-        self._call(np.subtract, row0, row2, out=component, **narrow)
-        self._sum(component, inner, other, position)
-        self._call(np.add, near, other, out=near)
-        self._call(np.subtract, row1, row3, out=component, **narrow)
-        self._sum(component, inner, other, position + 3 * step)
-        self._call(np.subtract, far, other, out=far)
+        # compute in the type of the input; `out` of the innermost axis converts to float
+        input_type = {"dtype": slab.dtype}
+        self._call(np.add, d1, d2, out=transformed, **input_type)
+        self._add_calls(transformed, inner, first, position + step)  # m1
+        self._call(np.subtract, d2, d1, out=transformed, **input_type)
+        self._add_calls(transformed, inner, product_sums, position + 2 * step)  # m2
+        self._call(np.subtract, first, product_sums, out=second)
+        self._call(np.add, first, product_sums, out=first)
+        self._call(np.subtract, d0, d2, out=transformed, **input_type)
+        self._add_calls(transformed, inner, product_sums, position)  # m0
+        self._call(np.add, first, product_sums, out=first)
+        self._call(np.subtract, d1, d3, out=transformed, **input_type)
+        self._add_calls(transformed, inner, product_sums, position + 3 * step)  # m3
+        self._call(np.subtract, second, product_sums, out=second)
         if self.largest is not None and not inner:
-            self._call(self._see, near, 0, position)
-            self._call(self._see, far, 1, position)
+            self._call(self._record_largest, first, 0, position)
+            self._call(self._record_largest, second, 1, position)
 
     def _call(self, function: Callable[..., object], *operands: object, **how: object) -> None:
         self.calls.append(partial(function, *operands, **how))
 
-    def _multiply(self, slab: Array, out: Array, position: int) -> None:
-        """Lay out one product of the block, or those of its runs as one."""
+    def _add_product_call(self, slab: Array, out: Array, position: int) -> None:
+        """Append the call of one position's GEMM, or of its three shifted GEMMs as one."""
         weight = self.weights[position].astype(self.dtype, copy=False)
-        channels, length = slab.shape[-1], self.run_length
+        channels, length = slab.shape[-1], self.width_taps
         values = slab.reshape(-1, channels)
         if length > 1:
             rows, pixel, item = len(values) // length, *values.strides
             shape, strides = (length, rows, length * channels), (pixel, length * pixel, item)
             values = as_strided(values, shape, strides)
             out = out.reshape(rows, length, -1).transpose(1, 0, 2)
-        if position in self.norms:
+        if position in self.weight_norms:
             self._call(self._multiply_in_parts, values, weight, out, position)
         else:
             self.calls.append(multiply(values, weight, out))
 
     def _multiply_in_parts(self, values: Array, weight: Array, out: Array, position: int) -> None:
-        """A product over as few parts of the channels as the values at hand need."""
-        parts = self._parts(values, position)
+        """A product over the fewest parts of the channels that are exact for these values."""
+        parts = self._count_parts(values, position)
         if parts == 1:
             multiply(values, weight, out)()
             return
         out[...] = 0
         for part in split_evenly(values.shape[-1], parts):
             out += values[..., part] @ weight[part]
-            # each part was proved, their sum was not
-            if _largest_magnitude(out) * 2.0 ** middle_positions(position) >= self.limit:
+            # each part is proved exact, their sum is not
+            if _largest_magnitude(out) * 2.0 ** fraction_bits(position) >= self.limit:
                 self.exact = False
                 return
 
-    def _see(self, sums: Array, result: int, position: int) -> None:
-        """Note the largest of the sums of one axis, at a position of the others."""
+    def _record_largest(self, sums: Array, result: int, position: int) -> None:
+        """Keep the largest sum of the innermost axis, at a position of the other axes."""
         assert self.largest is not None
         self.largest[result, position] = _largest_magnitude(sums)
 
-    def _parts(self, values: Array, position: int) -> int:
-        """In how many parts of the channels every partial sum is exact; notes it if in none."""
-        unit = 2.0 ** middle_positions(position)
-        for parts, norms in self.norms[position].items():
+    def _count_parts(self, values: Array, position: int) -> int:
+        """How many channel parts make every partial sum exact; sets `exact` False if 8 do not."""
+        unit = 2.0 ** fraction_bits(position)
+        for parts, weight_norms in self.weight_norms[position].items():
             slices = split_evenly(values.shape[-1], parts)
-            lengths = [_longest(values[..., part]) for part in slices]
-            if max(a * b for a, b in zip(lengths, norms, strict=True)) * unit < self.limit:
+            value_norms = [_largest_norm(values[..., part]) for part in slices]
+            products = [v * w for v, w in zip(value_norms, weight_norms, strict=True)]
+            if max(products) * unit < self.limit:
                 return parts
         self.exact = False
         return 1
 
-    def _later_sums(self) -> float:
-        """Bound of the output transform's sums, in units; each step undoes the first axis left."""
+    def _output_transform_bound(self) -> float:
+        """Bound of the sums of the output transform, in units of 2^-`fraction_bits`.
+
+        Each turn of the loop transforms one more axis.
+        """
         assert self.largest is not None
         largest, worst = self.largest, 0.0
-        units = 2.0 ** np.array([middle_positions(i) for i in range(largest.shape[1])])
+        units = 2.0 ** np.array([fraction_bits(i) for i in range(largest.shape[1])])
         while True:
             count = largest.shape[1]
             worst = max(worst, float((largest * units[:count]).max()))
             if count == 1:
                 return worst
-            # outputs of one axis are bounded alike, whichever of its two they are
-            left = largest.max(axis=0).reshape(4, -1)
-            largest = np.stack([left[:3].sum(axis=0), left[1:].sum(axis=0)])
+            products = largest.max(axis=0).reshape(4, -1)  # one bound for both outputs of an axis
+            largest = np.stack([products[:3].sum(axis=0), products[1:].sum(axis=0)])
 
 
 def _largest_magnitude(sums: Array) -> float:
     return max(float(sums.max()), -float(sums.min()))
 
 
-def _longest(rows: Array) -> float:
-    """The largest length of a row; the factor covers the rounding of squares and their sums."""
+def _largest_norm(rows: Array) -> float:
+    """The largest L2 norm of a row; the factor covers the rounding of squares and their sums."""
     return math.sqrt(float(np.einsum("...j,...j", rows, rows).max())) * 1.001
 
 
-def _longest_filters(weight: Array) -> dict[int, list[float]]:
-    """For a cut into 1, 2, 4, 8 parts of the channels, the longest row of [M, N] in each."""
+def _filter_norms(weight: Array) -> dict[int, list[float]]:
+    """For 1, 2, 4 and 8 parts of the channels: the largest norm of a row of [M, N] in each part."""
     channels = weight.shape[1]
     return {
-        parts: [_longest(weight[:, part]) for part in split_evenly(channels, parts)]
+        parts: [_largest_norm(weight[:, part]) for part in split_evenly(channels, parts)]
         for parts in (1, 2, 4, 8)
         if parts <= channels
     }
 
 
-def middle_positions(position: int) -> int:
-    """How many axes of a position are in one of the two middle places, whose unit is a half."""
-    count = 0
+def fraction_bits(position: int) -> int:
+    """How many axes of a position are at element 1 or 2: its products are multiples of 2^-this."""
+    bits = 0
     while position:
-        position, place = divmod(position, 4)
-        count += place in (1, 2)
-    return count
+        position, element = divmod(position, 4)
+        bits += element in (1, 2)
+    return bits
 
 
 def transform_weights(taps: Array, axes: list[int]) -> Array:
-    """[kd, kh, kw, M, N] with each axis of 3 taps in `axes` turned into 4 positions."""
+    """G g along `axes`: [kd, kh, kw, M, N] with 4 elements instead of 3 taps along each of them."""
     for axis in axes:
         first, middle, last = np.moveaxis(taps, axis, 0)
         half = (first + last) / 2
@@ -398,42 +434,44 @@ def transform_weights(taps: Array, axes: list[int]) -> Array:
 
 
 class Inexact(Exception):
-    """The arithmetic is not exact for every input."""
+    """Float64 would not be exact for every input."""
 
 
 class Bounds(NamedTuple):
-    """Largest possible numbers in a transformed convolution, in units of 2^-(middle places)."""
+    """Largest possible numbers in a transformed convolution, in units of 2^-`fraction_bits`."""
 
-    partial: Array
-    """Of the partial sums of each position's GEMM."""
-    later: float
-    """Of the output transform, over all its stages."""
+    products: Array
+    """For each position: of any partial sum of its GEMM."""
+    output_transform: float
+    """Of any number in the output transform."""
 
 
 def winograd_bounds(taps: Array, transformed: Array, axes: list[int], interval: Interval) -> Bounds:
     """Bound every number that F(2,3) forms, for any input in the interval.
 
-    After the output transform of some axes, the result is the sum over their taps directly and
-    over the positions of the axes left: each stage has its own bound.
+    The output transform handles one axis after the other. After some axes, a number is what direct
+    convolution along these axes, and the products along the remaining ones, give. Each of these
+    stages has its own bound.
     """
     worst = []
     for stage in range(len(axes) + 1):
-        left = axes[stage:]
-        sums = transformed if stage == 0 else transform_weights(taps, left)
-        summed = tuple(axis for axis in (0, 1, 2, 4) if axis not in left)
+        remaining = axes[stage:]
+        sums = transformed if stage == 0 else transform_weights(taps, remaining)
+        summed = tuple(axis for axis in (0, 1, 2, 4) if axis not in remaining)
         total = np.abs(sums).sum(axis=summed, dtype=np.float64).reshape(-1, taps.shape[3])
         signed = np.abs(sums.sum(axis=summed, dtype=np.float64)).reshape(total.shape)
         bound = np.zeros(len(total))
-        for i, position in enumerate(product(range(4), repeat=len(left))):
+        for i, position in enumerate(product(range(4), repeat=len(remaining))):
             low, high = interval
-            for place in position:
-                low, high = (2 * low, 2 * high) if place == 1 else (low - high, high - low)
+            for element in position:
+                # B^T d: element 1 is a sum of two inputs, the others are differences
+                low, high = (2 * low, 2 * high) if element == 1 else (low - high, high - low)
             reach = largest_reach(total[i], signed[i], (low, high))
-            bound[i] = reach.max() * 2.0 ** middle_positions(i)
+            bound[i] = reach.max() * 2.0 ** fraction_bits(i)
         worst.append(bound)
     return Bounds(worst[0], max(float(bound.max()) for bound in worst[1:]))
 
 
-def three_taps(shape: ConvShape) -> list[int]:
+def axes_of_three_taps(shape: ConvShape) -> list[int]:
     """The axes along which the kernel is 3."""
     return [axis for axis in range(3) if shape.kernel[axis] == 3]

@@ -1,4 +1,4 @@
-// The routes of openapi.json, as a list to read; works offline.
+// Lists the routes of openapi.json; needs no network but the service.
 "use strict";
 
 for (const box of document.querySelectorAll(".origin")) box.textContent = location.origin;

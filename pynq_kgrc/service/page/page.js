@@ -1,4 +1,4 @@
-// The page: a video goes up, its timeline comes back. No library, no build step.
+// The page: uploads a video and shows its timeline. No library, no build step.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -9,7 +9,7 @@ let colours = new Map();
 let segments = [];
 let windows = [];
 let duration = 0;
-let running = null; // what can be cancelled
+let running = null; // the request and job that can be cancelled
 let camera = null;
 
 function colour(label) {
@@ -29,18 +29,18 @@ function element(tag, text, parent, name) {
   return made;
 }
 
-function say(text, wrong = false) {
+function showStatus(text, wrong = false) {
   $("status").textContent = text;
   $("status").classList.toggle("wrong", wrong);
 }
 
-function heads(more = {}) {
+function withKey(more = {}) {
   const key = $("key").value.trim();
   return key ? { ...more, Authorization: `Bearer ${key}` } : more;
 }
 
-async function ask(path, options = {}) {
-  const answer = await fetch(path, { ...options, headers: heads(options.headers) });
+async function request(path, options = {}) {
+  const answer = await fetch(path, { ...options, headers: withKey(options.headers) });
   if (answer.status === 401) $("key-box").hidden = false;
   let document = null;
   try {
@@ -56,7 +56,7 @@ async function ask(path, options = {}) {
 
 async function listPrograms() {
   try {
-    const { document: listed } = await ask("/v1/programs");
+    const { document: listed } = await request("/v1/programs");
     programs = listed.programs;
     const chosen = $("program").value;
     $("program").replaceChildren();
@@ -64,9 +64,9 @@ async function listPrograms() {
     if (programs.some((program) => program.name === chosen)) $("program").value = chosen;
     $("backend").textContent = `on ${listed.backend}`;
     showLayers();
-    say(programs.length ? "" : "No program is loaded.", !programs.length);
+    showStatus(programs.length ? "" : "No program is loaded.", !programs.length);
   } catch (error) {
-    say(error.message, true);
+    showStatus(error.message, true);
   }
 }
 
@@ -110,12 +110,12 @@ function showFacts(result) {
   const facts = [
     ["Program", `${result.program.name} (${result.program.version})`],
     ["Video", `${(video.duration_ms / 1000).toFixed(1)} s, ${video.width} × ${video.height}, ${video.codec}`],
-    ["Clips looked at", result.windows.length],
+    ["Clips classified", result.windows.length],
     ["On the device", `${times.run.toFixed(0)} ms (${result.backend}, this host)`],
-    ["Waiting for it", `${times.wait_for_device.toFixed(0)} ms`],
+    ["Waiting for the device", `${times.wait_for_device.toFixed(0)} ms`],
     ["Decoding and the rest", `${times.decode_and_rest.toFixed(0)} ms`],
-    ["In all", `${times.total.toFixed(0)} ms`],
-    ["A clip on the board", `${board.latency_ms.toFixed(2)} ms at ${board.clock_mhz} MHz (${board.kind})`],
+    ["Total", `${times.total.toFixed(0)} ms`],
+    ["One clip on the board", `${board.latency_ms.toFixed(2)} ms at ${board.clock_mhz} MHz (${board.kind})`],
     ...video.notes.map((note) => ["Note", note]),
   ];
   $("facts").replaceChildren();
@@ -166,7 +166,7 @@ function showResult(result) {
   showBars(result.labels, "Best labels over the whole video");
   showFacts(result);
   showLayers(result.layers);
-  say(`Looked at ${result.windows.length} clips in ${(result.timings_ms.total / 1000).toFixed(1)} s.`);
+  showStatus(`Classified ${result.windows.length} clips in ${(result.timings_ms.total / 1000).toFixed(1)} s.`);
 }
 
 // ---- a video --------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ function clear() {
   $("facts").replaceChildren();
 }
 
-async function look(file) {
+async function classify(file) {
   stopCamera();
   clear();
   $("drop").hidden = true;
@@ -191,7 +191,7 @@ async function look(file) {
   player.controls = true;
   player.src = URL.createObjectURL(file);
   player.hidden = false;
-  say(`Sending ${file.name} (${(file.size / 1e6).toFixed(1)} MB)…`);
+  showStatus(`Sending ${file.name} (${(file.size / 1e6).toFixed(1)} MB)…`);
   $("progress").hidden = false;
   $("progress").removeAttribute("value");
   $("cancel").hidden = false;
@@ -202,7 +202,7 @@ async function look(file) {
   if ($("program").value) query.set("program", $("program").value);
   if ($("stride").value) query.set("stride", $("stride").value);
   try {
-    const { status, document: answer } = await ask(`/v1/videos:classify?${query}`, {
+    const { status, document: answer } = await request(`/v1/videos:classify?${query}`, {
       method: "POST",
       body: file,
       signal: stop.signal,
@@ -210,7 +210,7 @@ async function look(file) {
     });
     showResult(status === 202 ? await wait(answer) : answer);
   } catch (error) {
-    say(error.name === "AbortError" ? "Cancelled." : error.message, error.name !== "AbortError");
+    showStatus(error.name === "AbortError" ? "Cancelled." : error.message, error.name !== "AbortError");
   } finally {
     running = null;
     $("progress").hidden = true;
@@ -224,10 +224,10 @@ async function wait(job) {
   running.place = place;
   while (!["done", "failed", "cancelled", "lost"].includes(job.state)) {
     const { windows: seen, frames, share } = job.progress;
-    say(job.state === "queued" ? "Waiting for its turn…" : `${seen} clips, ${frames} frames…`);
+    showStatus(job.state === "queued" ? "Waiting in the queue…" : `${seen} clips, ${frames} frames…`);
     if (share !== null) $("progress").value = share;
     await new Promise((done) => setTimeout(done, 300));
-    job = (await ask(place, { signal: running.stop.signal })).document;
+    job = (await request(place, { signal: running.stop.signal })).document;
   }
   if (job.state !== "done") throw new Error(job.error || job.state);
   return job.result;
@@ -237,7 +237,7 @@ async function cancel() {
   if (!running) return;
   const { place, stop } = running;
   stop.abort();
-  if (place) await ask(place, { method: "DELETE" }).catch(() => {});
+  if (place) await request(place, { method: "DELETE" }).catch(() => {});
 }
 
 function again() {
@@ -248,7 +248,7 @@ function again() {
   $("drop").hidden = false;
   $("another").hidden = true;
   clear();
-  say("");
+  showStatus("");
 }
 
 // ---- the webcam -----------------------------------------------------------------------------
@@ -263,7 +263,7 @@ async function startCamera() {
     const stream = await navigator.mediaDevices.getUserMedia({ video: { width: 320, height: 240 } });
     camera = { stream, socket: null, timer: null };
   } catch (error) {
-    say(`The webcam cannot be used: ${error.message}`, true);
+    showStatus(`The webcam cannot be used: ${error.message}`, true);
     return;
   }
   const player = $("player");
@@ -287,7 +287,7 @@ async function startCamera() {
   canvas.height = player.videoHeight || 240;
   socket.onopen = () => {
     camera.timer = setInterval(() => {
-      if (socket.bufferedAmount > 200000) return; // the line is slower than the camera
+      if (socket.bufferedAmount > 200000) return; // back-pressure: skip a frame
       canvas.getContext("2d").drawImage(player, 0, 0, canvas.width, canvas.height);
       canvas.toBlob((image) => image && socket.readyState === 1 && socket.send(image),
         "image/jpeg", 0.85);
@@ -295,21 +295,21 @@ async function startCamera() {
   };
   socket.onmessage = (event) => {
     const message = JSON.parse(event.data);
-    if (message.type === "filling") say(`Frames for the first clip: ${message.have} of ${message.need}`);
+    if (message.type === "filling") showStatus(`Frames for the first clip: ${message.have} of ${message.need}`);
     if (message.type === "prediction") {
       showBars(message.labels, "Now");
-      say(`${message.run_ms.toFixed(0)} ms a clip; ${message.received} frames, ` +
+      showStatus(`${message.run_ms.toFixed(0)} ms a clip; ${message.received} frames, ` +
         `${message.dropped} dropped`);
     }
     if (message.type === "error") {
       stopCamera();
-      say(message.error, true);
+      showStatus(message.error, true);
     }
   };
   socket.onclose = () => {
     if (camera && camera.socket === socket) {
       stopCamera();
-      say("The live session ended.", true);
+      showStatus("The live session ended.", true);
     }
   };
 }
@@ -327,14 +327,14 @@ function stopCamera() {
   $("webcam").textContent = "Use the webcam";
 }
 
-// ---- what a person does ---------------------------------------------------------------------
+// ---- events of the page ---------------------------------------------------------------------
 
 $("drop").addEventListener("click", () => $("file").click());
 $("drop").addEventListener("keydown", (event) => {
   if (event.key === "Enter" || event.key === " ") $("file").click();
 });
 $("file").addEventListener("change", () => {
-  if ($("file").files.length) look($("file").files[0]);
+  if ($("file").files.length) classify($("file").files[0]);
   $("file").value = "";
 });
 document.addEventListener("dragover", (event) => {
@@ -345,7 +345,7 @@ document.addEventListener("dragleave", () => $("drop").classList.remove("over"))
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   $("drop").classList.remove("over");
-  if (event.dataTransfer.files.length && !running) look(event.dataTransfer.files[0]);
+  if (event.dataTransfer.files.length && !running) classify(event.dataTransfer.files[0]);
 });
 $("timeline").addEventListener("click", (event) => {
   const box = $("timeline").getBoundingClientRect();

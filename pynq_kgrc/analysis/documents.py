@@ -1,0 +1,62 @@
+"""The document of a program as structs. It imports no program, so that a client can decode it."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from pynq_kgrc.graph import ClipSpec
+
+
+class TaskDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """One task. Sizes are [C, D, H, W] or [D, H, W]. Fields of convolutions are unset for pools."""
+
+    name: str
+    in_: list[int] = msgspec.field(name="in")
+    out: list[int]
+    kernel: list[int]
+    stride: list[int]
+    mode: str
+    """Of a convolution: dense, KGR, KGC or KGRC. Of a pool: max pool or average pool."""
+    kept_rows: int | UnsetType = UNSET
+    kept_columns: int | UnsetType = UNSET
+    """Rows and columns that every kernel group of the layer keeps."""
+    macs_dense: int | UnsetType = UNSET
+    macs_kept: int | UnsetType = UNSET
+    """Multiply-accumulates for one clip: of the dense layer, and of its non-zero weights."""
+    weight_bytes: int | UnsetType = UNSET
+    """Bytes of the compact weights in memory."""
+    rides: list[str] | UnsetType = UNSET
+    """What is fused into the convolution: shortcut, pool."""
+
+
+class FidelityDescription(msgspec.Struct, frozen=True):
+    """How close the program is to its float network on some clips (`fidelity.Fidelity`)."""
+
+    clips: int
+    agreeing: int
+    """Clips on which both name the same first label."""
+    snr_db: dict[str, float]
+    """Signal to noise by the name of the task."""
+
+
+class ProgramDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """A program: sizes in bytes, operations in multiply-accumulates for one clip."""
+
+    name: str
+    format_version: int
+    accelerator: str
+    accelerator_digest: str
+    bits: int
+    clip: ClipSpec
+    """The clip that it takes, and how a video is sampled for it."""
+    classes: int
+    """Number of its labels."""
+    activation_peak_bytes: int
+    weight_bytes: int
+    macs_dense: int
+    macs_kept: int
+    tasks: tuple[TaskDescription, ...]
+    fidelity: FidelityDescription | UnsetType = UNSET
+    path: str | UnsetType = UNSET
+    """The file that it was written to."""

@@ -1,0 +1,126 @@
+"""What pruning a layer saves: cycles of the compiled program, with fewer weights kept.
+
+The cycles are those of `accelerator/cost.py`, which also judges the finished program. They are
+modelled without memory stalls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.compiler.pack import pack
+from pynq_kgrc.compress.patterns import prune
+from pynq_kgrc.compress.recipes import (
+    NEARER,
+    TOLERANCE,
+    LayerRecipe,
+    build_patterns,
+    choose_rates,
+)
+from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.graph import Graph, Layer
+from pynq_kgrc.program import ConvTask, Program, Task
+from pynq_kgrc.quant import Array
+
+
+def program_cycles(program: Program) -> int:
+    """Modelled cycles of one clip: all tasks, pools and copies included, one after the other."""
+    return sum(_cycles(program, task) for task in program.tasks)
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedCycles:
+    """A cost for `compress.recipes.choose_rates`: cycles of the task that a layer becomes.
+
+    The task keeps what the compiler fused into it: its max pool, its shortcut.
+    """
+
+    program: Program
+    """The network before pruning, compiled for the design."""
+
+    def __call__(self, layer: Layer, kept: Array) -> float:
+        """Cycles of `layer` if the weights `kept` (bool, as its weight) are all it has.
+
+        Raises:
+            ConfigError: the program has no convolution of that name.
+        """
+        for task in self.program.tasks:
+            if isinstance(task, ConvTask) and task.name == layer.name:
+                codes = kept.reshape(*kept.shape[:2], -1).astype(np.int8)
+                weights = pack(codes, self.program.config)
+                return _cycles(self.program, msgspec.structs.replace(task, weights=weights))
+        raise ConfigError(f"{self.program.name} has no convolution {layer.name!r}")
+
+    def rest(self, layers: list[Layer]) -> float:
+        """Cycles of the tasks that none of these layers becomes: pools and copies."""
+        names = {layer.name for layer in layers}
+        return sum(_cycles(self.program, t) for t in self.program.tasks if t.name not in names)
+
+
+@dataclass(frozen=True)
+class LatencySearch:
+    """Rates that were searched for a latency, and what the compiled program gains by them."""
+
+    layers: dict[str, LayerRecipe]
+    design: str
+    asked: float
+    """Wanted reduction of the modelled cycles."""
+    dense_cycles: int
+    cycles: int
+
+    @property
+    def reached(self) -> float:
+        """The reduction that the compiled program has."""
+        return self.dense_cycles / self.cycles
+
+    def __str__(self) -> str:
+        """What was asked and reached, in one sentence."""
+        told = (
+            f"asked for {self.asked:.2f}x fewer cycles, reached {self.reached:.2f}x on "
+            f"{self.design} (modelled by accelerator/cost.py, without memory stalls)"
+        )
+        if abs(self.reached / self.asked - 1) <= TOLERANCE:
+            return told
+        return f"{told}; the rates that eq. (9) allows these layers give nothing nearer"
+
+
+def choose_rates_by_latency(
+    graph: Graph,
+    names: Iterable[str],
+    pattern: str,
+    reduction: float,
+    compile_graph: Callable[[Graph], Program],
+) -> LatencySearch:
+    """As `choose_rates`, for `reduction` times fewer modelled cycles of the whole program.
+
+    All tasks count: pools, copies, and the layers that are not pruned. The pruned graph is
+    compiled at the end, so that `reached` is a count and not a prediction.
+
+    Args:
+        graph: traced and dense.
+        names: layers that may be pruned.
+        pattern: one of `recipes.NAMES`.
+        reduction: how many times fewer cycles.
+        compile_graph: gives the program of a float graph on the design; called twice.
+
+    Raises:
+        ConfigError: as `choose_rates`.
+    """
+    dense = compile_graph(graph)
+    cost = PrunedCycles(dense)
+    rest = cost.rest(graph.convolutions())
+    design = dense.config
+    layers = choose_rates(graph, names, pattern, reduction, design, cost, rest, NEARER)
+    pruned = compile_graph(prune(graph, build_patterns(layers, design), design.group_size))
+    return LatencySearch(
+        layers, design.name, reduction, program_cycles(dense), program_cycles(pruned)
+    )
+
+
+def _cycles(program: Program, task: Task) -> int:
+    return task_cost(program.config, program.work(task)).cycles
