@@ -223,8 +223,11 @@ def sample(
     spec = video.spec
     offsets = frame_offsets(spec.frames, spec.step, window)
     if sampling == "windows":
-        yield from cut_windows(video.frames(), offsets, stride or spec.stride or offsets[-1] + 1)
-        video.note_repeats(offsets[-1] + 1)
+        length = offsets[-1] + 1
+        for span in cut_windows(video.frames(), offsets, stride or spec.stride or length):
+            if video.count < length:  # all of the video is known: it is shorter than the window
+                video.note_repeats(length)
+            yield span
         return
     for _ in video.frames(wanted=()):
         pass  # count them: the number that a container declares may be wrong
@@ -390,9 +393,15 @@ class Video:
         self._reset()
 
     def _declared_ms(self) -> float:
-        """How long the container says that it is, all of its streams; 0 if it does not say."""
-        duration = self._container.duration
-        return duration / 1000 if duration is not None and duration > 0 else 0.0
+        """The length that the container declares for all of its streams; 0 if it declares none.
+
+        FFmpeg shortens the duration of an AVI file that is cut off; the count in its header stays.
+        (In MP4 the count includes frames that an edit list hides.)
+        """
+        duration = (self._container.duration or 0) / 1000
+        if self.format == "avi":
+            duration = max(duration, self._stream.frames * self._frame_ms)
+        return max(0.0, duration)
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > self.limits.max_pixels:
@@ -438,8 +447,8 @@ class Video:
         """Note that a video of fewer frames than a clip needs is repeated."""
         if self.count < needed:
             self.notes.append(
-                f"the video has {self.count} frames, a clip needs {needed}: "
-                f"it is repeated to fill the clip"
+                f"the video has {self.count} frames, a clip spans {needed}: "
+                f"the video is repeated to fill the clip"
             )
 
     def _shown(self) -> Iterator[tuple[float, float, Any]]:
