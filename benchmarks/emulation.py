@@ -64,7 +64,8 @@ examples:
 how to read it:
   A ratio of 2 means: twice as fast as torch eager in fp32 with as many threads. On a busy computer
   ratios are still valid, seconds are not: the report gives the load average.
-  The emulation is timed from uint8 frames to labels; its peers from a prepared tensor to logits.
+  The emulation is timed from uint8 frames to probabilities; its peers from a prepared tensor to
+  logits.
 
 what is kept:
   Compiled programs and ONNX files are cached in ~/.cache/pynq_kgrc/bench (or $XDG_CACHE_HOME), in a
@@ -479,8 +480,8 @@ def markdown(doc: dict[str, Any], tasks: bool) -> str:
             "1.00 means: time grows in proportion to frames."
             if scaling
             else "A ratio is torch's time divided by the engine's in the same round; shown is "
-            "the median. The emulation is timed from uint8 frames to labels, its peers from a "
-            "tensor to logits. Peak memory counts loading too."
+            "the median. The emulation is timed from uint8 frames to probabilities, its peers "
+            "from a tensor to logits. Peak memory counts loading too."
         ),
     ]
     for found in doc["networks"]:

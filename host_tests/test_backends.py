@@ -268,7 +268,7 @@ def test_the_range_of_a_run(name):
     net.conv(net.conv("clip", 4), 4)
     program, _ = compiled(net)
     backend = open_backend(name, program.config)
-    assert backend.name == name
+    assert (backend.name, backend.exclusive) == (name, name == "board")
     backend.load(program)
     backend.write(program.source, random_codes(program))
     wanted = [task.name for task in program.tasks]

@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import asdict, fields
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 import pytest
 from networks import Net, compiled, random_codes, small_config
@@ -382,6 +383,13 @@ def test_a_number_that_does_not_fit_its_bits_is_refused():
     for held_tile in (256, -1):
         with pytest.raises(ProgramError, match=rf"held_tile={held_tile} does not .*; use 0 to 255"):
             item_words64([item, Item(3, 300, held_tile, 5, True, False, 0)])
+
+
+def test_a_field_that_does_not_fit_its_bits_is_refused():
+    program = program_of(8, True)
+    tasks = [msgspec.structs.replace(program.tasks[0], hi=1 << 31), *program.tasks[1:]]
+    with pytest.raises(ProgramError, match=r"conv1: high=2147483648 does not fit the 32 bits"):
+        image.build_image(msgspec.structs.replace(program, tasks=tuple(tasks)))
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------

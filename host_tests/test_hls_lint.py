@@ -86,8 +86,8 @@ STATEMENTS_GO_BEFORE = "  const int row_beats = beats_of_row(task[kShortcutW]);\
 """A line of read_shortcut in memory.cpp, behind `maps` and `count`."""
 
 
-def test_what_hardware_cannot_do_is_found(tmp_path):
-    """One statement a line, and a fault for each at its line."""
+def test_constructs_that_cannot_be_synthesized_are_found(tmp_path):
+    """A fault is found at the line of each statement."""
     include = '#include <cstdlib>\n#include <vector>\n#include "design.h"'
     changes = [
         ("memory.cpp", '#include "design.h"', include),
@@ -257,7 +257,7 @@ SLIPS = {
 
 
 @pytest.mark.parametrize("rule", SLIPS)
-def test_slips_are_found_and_nothing_else(tmp_path, rule):
+def test_planted_faults_are_found_and_nothing_else(tmp_path, rule):
     sources = planted(tmp_path / "src", [slip[:3] for slip in SLIPS[rule]])
     found = [re.sub(r":\d+:", ":", fault) for fault in lint.lint(sources, tmp_path / "design")]
     assert sorted(found) == sorted(fault for slip in SLIPS[rule] for fault in slip[3:])
@@ -299,11 +299,11 @@ def test_the_linter_runs_by_hand(tmp_path):
 
 
 ALLOWED = {"memcpy", "memset", "memmove", "memcmp"}
-"""gcc makes these out of loops and of copies of structs; they are no call of the sources."""
+"""gcc replaces loops and copies of structs by calls of these; the sources do not call them."""
 
 
 def undefined_symbols(sources, folder, design):
-    """What the linked objects of the synthesis view want from elsewhere."""
+    """The undefined symbols of the linked objects, compiled as for synthesis."""
     folder.mkdir(exist_ok=True)
     flags = lint.synthesis_flags(sources, folder, design)
     whole = folder / "whole.o"
@@ -316,7 +316,7 @@ def undefined_symbols(sources, folder, design):
     return {line.split()[-1] for line in done.stdout.splitlines() if line.strip()}
 
 
-def test_the_objects_want_nothing_from_a_library(tmp_path):
+def test_the_objects_need_nothing_from_a_library(tmp_path):
     for design in ("16-dense", "8-sparse"):
         assert undefined_symbols(HLS, tmp_path / design, design) <= ALLOWED
 

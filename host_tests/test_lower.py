@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from networks import Net, compiled, small_config
 
 from pynq_kgrc.analysis.fidelity import written_tensor
 from pynq_kgrc.compiler.lower import clamp_codes, lower, quantize_weight
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.compress.calibrate import choose_quant
+from pynq_kgrc.compress.fake_quant import FakeQuantNetwork
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ACTIVATIONS, INPUT, ConvShape, Layer, activate, run_float
 from pynq_kgrc.quant import QuantParams
@@ -178,13 +180,19 @@ def test_a_new_activation_is_one_line_of_a_table(bits, backend, monkeypatch):
     net.dense(net.add(total, alone, act="hardtanh"), 2)  # the output has 16 bits: not compared
     for name in (alone, ridden, total):
         net.layers[name].weight[...] *= 4  # so that the bounds bind
-    program, graph = compiled(net, small_config(bits))
+    network = FakeQuantNetwork(choose_quant(net.graph(), net.clips(), bits))
+    graph = network.to_graph()
+    program = lower(graph, small_config(bits))
     assert len(program.tasks) == 4
     frames = np.random.default_rng(1).integers(0, 256, (2, 6, 8, 3), dtype=np.uint8)
     reals = quantized_reals(graph, program, frames)
+    pixels = np.stack([graph.clip.pixel_values()[c][frames[..., c]] for c in range(3)])
+    trained = network.codes(torch.from_numpy(pixels)[None])
     with Session(program, backend) as session:
         for task, (_, codes, _) in zip(program.tasks[:3], session.trace(frames), strict=False):
             name = written_tensor(graph, task)
+            ours = trained[name][0].detach().numpy() + task.out.zero_point
+            np.testing.assert_array_equal(codes, ours, name)
             wanted = graph[name].out_quant.quantize(reals[name])
             assert np.abs(codes.astype(int) - wanted).max() <= 1 + name.startswith("add")
             low, high = task.out.dequantize(np.array([codes.min(), codes.max()]))

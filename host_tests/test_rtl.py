@@ -317,14 +317,14 @@ def test_the_readme_has_the_counts_that_yosys_finds(top, values, each, counts, t
 
 
 def products_of(top, values):
-    """Products in a step."""
+    """Products per step."""
     if top == "dot":
         return PRODUCTS[values["BITS"]] * values["TN"]
     return values["PM"] * values["PK"] * values["PF"] * values["TN"]
 
 
 def test_two_and_four_products_a_dsp():
-    """The table says what packing promises; the test above that yosys finds the table's counts."""
+    """The table's counts are those of packing; the test above compares them with yosys's."""
     rows = table()
     assert {(row[0], row[1]["BITS"]) for row in rows} >= {("dot", 16), ("dot", 8), ("dot", 4)}
     for top, values, each, products, (dsps, *_) in rows:
@@ -336,7 +336,7 @@ def test_two_and_four_products_a_dsp():
 
 
 def test_tools_can_be_had():
-    """The target that a skip points at is there."""
+    """The make target that the reason of a skip names exists."""
     makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text("utf-8")
     assert re.search(r"^rtl-tools:", makefile, re.M)
     assert re.search(r"^test-all:.*rtl-tools", makefile, re.M)

@@ -177,11 +177,11 @@ def test_checkpoints_of_others_and_damaged_ones_are_refused(clips, tmp_path):
         assert path.read_bytes() == damaged
 
 
-def test_a_loss_that_is_no_number_stops_the_run(clips, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path):
     module = network()
     with torch.no_grad():
         module.fc.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match="epoch 1: the loss is no number; use a lower lr"):
+    with pytest.raises(ModelError, match="epoch 1: the loss is not finite; use a lower lr"):
         train(module, *clips, CLIP, SHORT, tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
 

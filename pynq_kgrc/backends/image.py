@@ -34,8 +34,7 @@ def build_image(program: Program) -> Image:
 
     Raises:
         ProgramError: the hardware cannot address something: too many taps, a slot that begins
-            within a vector, or a number that does not fit its bits. The message names the task,
-            and the program where a descriptor does not fit 32 bits.
+            within a vector, or a number that does not fit its bits. The message names the task.
     """
     config = program.config
     fields = np.zeros((len(program.tasks), len(FIELDS)), np.int64)
@@ -61,8 +60,11 @@ def build_image(program: Program) -> Image:
         tables += [items, scales, indices]
         next_weight += chunks.size
         next_table += items.size + scales.size + indices.size
-    if np.abs(fields).max() >= 1 << 31:
-        raise ProgramError(f"{program.name}: a descriptor does not fit 32 bits")
+    for number, field in np.argwhere(np.abs(fields) >= 1 << 31)[:1].tolist():
+        raise ProgramError(
+            f"{program.tasks[number].name}: {FIELDS[field]}={fields[number, field]} does not fit "
+            f"the 32 bits that the accelerator has for it; use less than {1 << 31}"
+        )
     halves = fields.astype(np.int32).view(np.uint32).astype(np.uint64)
     descriptors = (halves[:, 0::2] | halves[:, 1::2] << np.uint64(32)).ravel()
     no_weights = np.zeros(config.weight_port_words, np.uint64)
@@ -227,11 +229,11 @@ def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[Array, A
 def _chunk_parts(
     config: AcceleratorConfig, weights: KgrcWeights, beats: int
 ) -> tuple[Array, Array]:
-    """The chunks of every kernel group, as uint64: weights [P, Q, W, chunk] and indices
-    [P, Q, W, index], where W counts the weight words of an item and the last axis the 64-bit words.
+    """The weights [P, Q, W, N] and the indices [P, Q, W, I] of all chunks, uint64.
 
-    The weights of a chunk are [P_K columns][rows][T_N]: a chunk with fewer columns is cut to fewer
-    beats. Its indices are one byte for each column (KGC), then one for each row (KGR).
+    W counts the weight words of an item, N and I the 64-bit words of a chunk. The weights of a
+    chunk are [P_K columns][rows][T_N]; a chunk with fewer columns is cut to fewer beats. The
+    indices of a chunk are one byte for each column (KGC), then one for each row (KGR).
     """
     p, q, t, kr, gn, kc = weights.values.shape
     rows, pk = config.rows_per_cycle, config.pk

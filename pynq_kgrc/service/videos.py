@@ -248,12 +248,7 @@ async def classify(
             )
             for start, stop, probabilities in spans
         ],
-        timings_ms=Timings(
-            wait_for_device=round(1e3 * waited, 2),
-            run=round(1e3 * run, 2),
-            decode_and_rest=round(1e3 * (total - run - waited), 2),
-            total=round(1e3 * total, 2),
-        ),
+        timings_ms=timings_of(total, run, waited),
         layers=layer_facts(layers, program.description),
         board=BoardFacts(
             latency_ms=program.description.modelled_ms,
@@ -280,6 +275,16 @@ def video_facts(end: DecodeReply) -> VideoFacts:
         codec=end.codec,
         container=end.container,
         notes=end.notes,
+    )
+
+
+def timings_of(total: float, run: float, waited: float) -> Timings:
+    """The document of times that are given in seconds."""
+    return Timings(
+        wait_for_device=round(1e3 * waited, 2),
+        run=round(1e3 * run, 2),
+        decode_and_rest=round(1e3 * (total - run - waited), 2),
+        total=round(1e3 * total, 2),
     )
 
 
