@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -72,6 +73,11 @@ class Prediction:
 class Session:
     """A program loaded on a backend; a context manager.
 
+    Threads may share a session, and sessions a backend: each clip is written, run and read under
+    the backend's lock, and the others wait. In the child of a fork a session works on with a device
+    of its own (emulation, C-simulation) or raises DeviceError (board); the parent is undisturbed.
+    A session cannot be pickled: open one in each process.
+
     Args:
         program: the program to load.
         backend: the name of a backend ("emulate"), which the session opens and closes; or an open
@@ -107,17 +113,19 @@ class Session:
         """
         start = time.perf_counter()
         codes = self.program.encode_clip(frames)
-        encoded = time.perf_counter()
-        self.backend.write(self.program.source, codes)
-        copied = time.perf_counter()
-        layers = tuple(self.backend.run())
-        done = time.perf_counter()
-        last = self.program.tasks[-1]
-        found = self.backend.read(last.target, last.shape.out_channels, last.out_size)
+        encode = time.perf_counter() - start
+        with self._device():
+            encoded = time.perf_counter()
+            self._write(codes, object())
+            copied = time.perf_counter()
+            layers = tuple(self.backend.run())
+            done = time.perf_counter()
+            last = self.program.tasks[-1]
+            found = self.backend.read(last.target, last.shape.out_channels, last.out_size)
         logits = self.program.output.dequantize(found).reshape(-1)
         probabilities = softmax(logits)
         end = time.perf_counter()
-        seconds = Seconds(encoded - start, copied - encoded, done - copied, end - done)
+        seconds = Seconds(encode, copied - encoded, done - copied, end - done)
         return Scores(logits, probabilities, layers, seconds)
 
     def classify(self, frames: Array, top: int = 5) -> Prediction:
@@ -130,12 +138,42 @@ class Session:
         return Prediction(labels, scores.layers, self.backend_name, scores.seconds)
 
     def trace(self, frames: Array) -> Iterator[tuple[str, Array, Counters]]:
-        """Run task by task: the name, output codes [C, D, H, W] and counters of each."""
-        self.backend.write(self.program.source, self.program.encode_clip(frames))
+        """Run task by task: the name, output codes [C, D, H, W] and counters of each.
+
+        The device is free for others between two tasks. If they used it, the tasks so far are run
+        again.
+
+        Args and errors are those of `run`.
+        """
+        codes, clip = self.program.encode_clip(frames), object()
         for i, task in enumerate(self.program.tasks):
-            (counters,) = self.backend.run(i, i + 1)
-            codes = self.backend.read(task.target, task.shape.out_channels, task.out_size)
-            yield task.name, codes, counters
+            with self._device():
+                if self.backend.clip is not clip:
+                    self._write(codes, clip)
+                    self.backend.run(0, i)
+                (counters,) = self.backend.run(i, i + 1)
+                found = self.backend.read(task.target, task.shape.out_channels, task.out_size)
+            yield task.name, found, counters
+
+    @contextmanager
+    def _device(self) -> Iterator[None]:
+        """The backend for this session alone, with its program loaded."""
+        with self.backend.lock:
+            if self.backend.program is not self.program:  # another session loaded another one
+                self.backend.load(self.program)
+                self.backend.clip = None
+            yield
+
+    def _write(self, codes: Array, clip: object) -> None:
+        self.backend.clip = None  # of the old one nothing is left, should the write fail
+        self.backend.write(self.program.source, codes)
+        self.backend.clip = clip
+
+    def __reduce__(self) -> str:
+        raise ProgramError(
+            "a session cannot be pickled, its device belongs to this process; open a session in "
+            "each process"
+        )
 
     def close(self) -> None:
         """Close the backend, if the session opened it."""

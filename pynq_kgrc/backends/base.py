@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -108,9 +112,43 @@ def check_size(program: Program, slot: Slot, size: Size) -> None:
 
 
 class Loaded:
-    """What every backend shares: the loaded program and the checks that need it."""
+    """What every backend shares: the loaded program, its lock, and the checks that need them."""
 
+    name = ""
     _program: Program | None = None
+    _maps_lost: str | None = None
+    """What left the maps undefined; None once a clip has been written since."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.clip: object | None = None
+        self._pid = os.getpid()
+        _OPEN.add(self)
+
+    def after_fork(self) -> None:
+        """In the child of a fork: another thread of the parent may have held the lock."""
+        self.lock = threading.RLock()
+        self.clip = None
+
+    def enter_child(self) -> None:
+        """The first call in the child of a fork; what was opened belongs to the parent.
+
+        Raises:
+            DeviceError: this backend cannot go on here.
+        """
+        raise DeviceError(
+            f"process {os.getpid()} is a fork of process {self._pid}, which opened the backend "
+            f"{self.name}; open a backend in this process"
+        )
+
+    def check_maps(self) -> None:
+        """Refuse to run or read when the maps hold no clip.
+
+        Raises:
+            DeviceError: what happened to them.
+        """
+        if self._maps_lost is not None:
+            raise DeviceError(f"there is no result; write the clip again after: {self._maps_lost}")
 
     @property
     def program(self) -> Program:
@@ -139,6 +177,33 @@ class Loaded:
         return first, end
 
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def locked(verb: Verb) -> Verb:
+    """A verb of a backend that waits for its lock, and that a forked child enters on its own."""
+
+    @wraps(verb)
+    def alone(self: Loaded, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            if os.getpid() != self._pid:
+                self.enter_child()
+            return verb(self, *args, **kwargs)
+
+    return cast(Verb, alone)
+
+
+_OPEN: weakref.WeakSet[Loaded] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for backend in list(_OPEN):
+        backend.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class Backend(Protocol):
     """Runs programs that are compiled for one accelerator.
 
@@ -150,8 +215,13 @@ class Backend(Protocol):
     `write`, `run` and `read` before a `load` raise ProgramError. After `close` only `close` may
     be called: open another backend instead.
 
-    **Threads.** A backend is not thread-safe. Calls must not overlap, and one thread at a time
-    must own the backend. Use one process for each backend that shall run at the same time.
+    **Threads.** Each call is safe by itself: it takes `lock`. But `write`, `run` and `read` of one
+    clip belong together; who shares a backend between threads holds `lock` from the first to the
+    last, as `Session` does. Use one process for each backend that shall run at the same time.
+
+    **Forks.** In the child of a fork a backend holds no clip. The emulation and the C-simulation
+    load the program again there, and need the clip to be written; until then, and on a board
+    always, calls raise DeviceError. The parent goes on undisturbed.
 
     **Failure.** A ProgramError means that the arguments were refused: nothing has changed, and
     the backend goes on with the program and the maps that it had. A DeviceError from `run`, or an
@@ -168,6 +238,16 @@ class Backend(Protocol):
 
     config: AcceleratorConfig
     """The accelerator that this backend is."""
+
+    lock: threading.RLock
+    """Held during each call, and by who needs several calls without others in between."""
+
+    clip: object | None
+    """Names the clip whose maps the backend holds; set by who writes, under `lock`."""
+
+    @property
+    def program(self) -> Program:
+        """The loaded program; ProgramError if there is none."""
 
     def load(self, program: Program) -> None:
         """Allocate the maps and transfer all weights.

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pynq_kgrc.backends.base import (
     check_codes,
     check_design,
     check_size,
+    locked,
     reported_counters,
 )
 from pynq_kgrc.backends.image import (
@@ -104,6 +106,15 @@ def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> P
     return library
 
 
+_LOCKS: dict[Path, threading.Lock] = {}
+os.register_at_fork(after_in_child=_LOCKS.clear)  # another thread of the parent may hold one
+
+
+def library_lock(path: Path) -> threading.Lock:
+    """The lock of a library: its memories are static, one set for the whole process."""
+    return _LOCKS.setdefault(path, threading.Lock())
+
+
 def _processor() -> str:
     """The processor's features: a library built with -march=native depends on them."""
     try:
@@ -114,16 +125,22 @@ def _processor() -> str:
 
 
 class CSimulation(Loaded):
-    """The accelerator `config`, simulated by its own C++ sources."""
+    """The accelerator `config`, simulated by its own C++ sources.
+
+    A forked child has its own copy of the memory; it goes on once a clip is written.
+    """
 
     name = "csim"
     exclusive = False
 
     def __init__(self, config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> None:
+        super().__init__()
         self.config = config
-        self._library = ctypes.CDLL(str(build_library(config, flags)))
+        self._path = build_library(config, flags)
+        self._library = ctypes.CDLL(str(self._path))
         self._library.kgrc_simulate.restype = ctypes.c_char_p
 
+    @locked
     def load(self, program: Program) -> None:
         """Lay out the program's memory, in place of any program loaded before.
 
@@ -135,7 +152,9 @@ class CSimulation(Loaded):
         self._maps = np.zeros(ceil_div(program.arena_bytes, 64) * 64 + 64, np.uint8)
         self._status = np.zeros((len(program.tasks), len(STATUS)), np.uint64)
         self._program = program
+        self._maps_lost = None
 
+    @locked
     def write(self, slot: Slot, codes: Array) -> None:
         """Copy codes [C, D, H, W] to a slot."""
         check_codes(self.program, slot, codes)
@@ -143,15 +162,19 @@ class CSimulation(Loaded):
         raw = encode_map(self.config, codes, buffer.bits)
         start = slot_beat(self.program, slot, "write") * self.config.beat_bytes
         self._maps[start : start + raw.size] = raw
+        self._maps_lost = None
 
+    @locked
     def read(self, slot: Slot, channels: int, size: Size) -> Array:
         """The codes [C, D, H, W] in a slot."""
         check_size(self.program, slot, size)
+        self.check_maps()
         bits = self.program.buffers[slot.buffer].bits
         start = slot_beat(self.program, slot, "read") * self.config.beat_bytes
         raw = self._maps[start : start + map_bytes(self.config, channels, size, bits)]
         return decode_map(self.config, raw, channels, size, bits)
 
+    @locked
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
         """Run the tasks [first, last) in order; the counters of each.
 
@@ -161,6 +184,7 @@ class CSimulation(Loaded):
                 stream that is empty.
         """
         first, last = self.task_range(first, last)
+        self.check_maps()
         found = []
         for number in range(first, last):
             began = time.perf_counter()
@@ -168,6 +192,11 @@ class CSimulation(Loaded):
             seconds = time.perf_counter() - began
             found.append(self._counters(number, seconds))
         return found
+
+    def enter_child(self) -> None:
+        """The first call in the child of a fork: the maps may be those of an unfinished run."""
+        self._pid = os.getpid()
+        self._maps_lost = f"a fork of process {os.getppid()}"
 
     def status(self, number: int) -> dict[str, int]:
         """The status words of a task by name (accelerator.header.STATUS)."""
@@ -183,9 +212,11 @@ class CSimulation(Loaded):
         memory |= {name: at(self._maps) for name in MAP_PORTS}
         memory |= {"weights": at(self._image.weights), "status": at(self._status)}
         pointers = (*(memory[name] for name in ADDRESSES), ctypes.byref(digest))
-        fault = self._library.kgrc_simulate(*pointers, first, count)
+        with library_lock(self._path):
+            fault = self._library.kgrc_simulate(*pointers, first, count)
+            text = fault.decode() if fault else ""
         if fault:
-            raise DeviceError(f"{self.program.name}, task {first}: {fault.decode()}")
+            raise DeviceError(f"{self.program.name}, task {first}: {text}")
         if f"{digest.value:016x}" != self.config.digest:
             raise DeviceError(
                 f"the library is of design {digest.value:016x}, not {self.config.digest}"
@@ -198,4 +229,5 @@ class CSimulation(Loaded):
 
     def close(self) -> None:
         """Release the program's memory."""
-        self._program = None
+        with self.lock:
+            self._program = None

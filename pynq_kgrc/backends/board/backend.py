@@ -35,6 +35,7 @@ from pynq_kgrc.backends.base import (
     check_codes,
     check_design,
     check_size,
+    locked,
     reported_counters,
 )
 from pynq_kgrc.backends.board.device import (
@@ -66,7 +67,7 @@ log = logging.getLogger(__name__)
 
 
 class BoardBackend(Loaded):
-    """The accelerator `config` on a PYNQ board; a context manager. Use it from one thread.
+    """The accelerator `config` on a PYNQ board; a context manager.
 
     `run` starts the kernel once for all its tasks. After a failed run the device is programmed
     again at once and the maps are lost: `read` and `run` raise until `write` or `load` has
@@ -99,6 +100,7 @@ class BoardBackend(Loaded):
         floor_seconds: float = FLOOR_SECONDS,
         cacheable: bool = False,
     ) -> None:
+        super().__init__()
         self.config = config
         self._device = find_device() if device is None else device
         self._margin, self._floor, self._cacheable = margin, floor_seconds, cacheable
@@ -108,8 +110,6 @@ class BoardBackend(Loaded):
         self._found_overlay: FoundOverlay = find_overlay(config, overlay)
         self._failure: str | None = None
         """Why the device was stopped; None once it has been restored."""
-        self._maps_lost: str | None = None
-        """The failure that left the maps undefined; None once a clip has been written since."""
         self._maps_stale = False
         """Whether the device may have written maps that the host has not invalidated yet."""
         self._interrupts = False
@@ -208,6 +208,7 @@ class BoardBackend(Loaded):
 
     # ---- the program ------------------------------------------------------------------------
 
+    @locked
     def load(self, program: Program) -> None:
         """Allocate the buffers, write weights and tables. A second call replaces the program.
 
@@ -283,6 +284,7 @@ class BoardBackend(Loaded):
 
     # ---- maps -------------------------------------------------------------------------------
 
+    @locked
     def write(self, slot: Slot, codes: Array) -> None:
         """Write the codes [C, D, H, W] of a map into a slot; they are copied.
 
@@ -306,6 +308,7 @@ class BoardBackend(Loaded):
             self._resources.buffers["maps"].flush()
         self._maps_lost = None
 
+    @locked
     def read(self, slot: Slot, channels: int, size: Size) -> Array:
         """A copy of the codes [C, D, H, W] in a slot.
 
@@ -315,7 +318,7 @@ class BoardBackend(Loaded):
         """
         program = self.program
         check_size(program, slot, size)
-        self._check_maps_valid()
+        self.check_maps()
         bits = program.buffers[slot.buffer].bits
         start = slot_beat(program, slot, "read") * self.config.beat_bytes
         with device_errors("read"):
@@ -335,12 +338,9 @@ class BoardBackend(Loaded):
         plain: Array = np.asarray(maps).view(np.uint8)
         return plain
 
-    def _check_maps_valid(self) -> None:
-        if self._maps_lost is not None:
-            raise DeviceError(f"there is no result; write the clip again after: {self._maps_lost}")
-
     # ---- running ----------------------------------------------------------------------------
 
+    @locked
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
         """Run the tasks [first, last) in one start of the kernel.
 
@@ -355,7 +355,7 @@ class BoardBackend(Loaded):
         first, last = self.task_range(first, last)
         if first == last:
             return []
-        self._check_maps_valid()
+        self.check_maps()
         try:
             with device_errors("run"):
                 return self._run_tasks(first, last)
@@ -522,8 +522,9 @@ class BoardBackend(Loaded):
 
     def close(self) -> None:
         """Stop the kernel if it runs, free its memory, release the lock. Closing twice is fine."""
-        self._program = None
-        self._release()
+        with self.lock:
+            self._program = None
+            self._release()
 
     def __enter__(self) -> BoardBackend:
         return self

@@ -44,7 +44,7 @@ from pynq_kgrc.accelerator.header import (
 from pynq_kgrc.accelerator.plan import ITEM_BITS
 from pynq_kgrc.accelerator.tiling import beats_of_row
 from pynq_kgrc.backends.board.simulated_overlay import CONTROLLER_AT, KERNEL_AT, write_overlay
-from pynq_kgrc.backends.csim import build_library
+from pynq_kgrc.backends.csim import build_library, library_lock
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array, ceil_div
 
@@ -244,7 +244,7 @@ class Kernel(Registers):
         self.config, self._control = config, IDLE if config else 0
         if config is not None:
             try:
-                library = build_library(config)
+                self._library_path = library = build_library(config)
             except DeviceError as error:
                 raise DeviceError(f"the simulated board runs the C-simulation: {error}") from error
             self._library = ctypes.CDLL(str(library))
@@ -326,7 +326,8 @@ class Kernel(Registers):
             self._check_accesses(self.config, first, count)
             pointers = [self._pointer(name) for name in ADDRESSES]
         digest = ctypes.c_uint64()
-        self._library.kgrc_run(*pointers, ctypes.byref(digest), first, count)
+        with library_lock(self._library_path):
+            self._library.kgrc_run(*pointers, ctypes.byref(digest), first, count)
         found = digest.value ^ (1 if self.device.take("wrong_digest") else 0)
         self.values[REGISTERS["digest_1"]] = found & 0xFFFF_FFFF
         self.values[REGISTERS["digest_2"]] = found >> 32

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from pynq_kgrc.backends.base import (
     check_design,
     check_size,
     count_task,
+    locked,
 )
 from pynq_kgrc.backends.emulation.choice import ExactConvolution, choose_convolution
 from pynq_kgrc.backends.emulation.crew import (
@@ -72,6 +74,7 @@ class Emulation(Loaded):
     def __init__(
         self, config: AcceleratorConfig, cores: int | None = None, fork: bool | None = None
     ) -> None:
+        super().__init__()
         self.config = config
         self._requested_cores, self._fork = cores, fork
         self.cores = 1
@@ -80,6 +83,7 @@ class Emulation(Loaded):
         self._steps: list[ConvStep | PoolStep] = []
         self._maps: list[Array] = []
 
+    @locked
     def load(self, program: Program) -> None:
         """Allocate the maps in one arena and prepare the weights of every task.
 
@@ -88,6 +92,7 @@ class Emulation(Loaded):
         """
         check_design(program, self.config)
         self._stop_crew()
+        self._maps_lost = None
         self._program = program
         # the program packs two 4-bit codes a byte, a numpy map holds one: twice the bytes
         bytes_per_byte = 2 if self.config.bits == 4 else 1
@@ -119,6 +124,7 @@ class Emulation(Loaded):
         self._steps = [steps[number] for number in sorted(steps)]
         self._crew = self._start_crew()
 
+    @locked
     def write(self, slot: Slot, codes: Array) -> None:
         """Copy codes [C, D, H, W] into a slot.
 
@@ -129,7 +135,9 @@ class Emulation(Loaded):
         check_codes(self.program, slot, codes)
         target = _slot_view(self._maps, slot, codes.shape[0]).transpose(3, 0, 1, 2)
         target[...] = codes
+        self._maps_lost = None
 
+    @locked
     def read(self, slot: Slot, channels: int, size: Size) -> Array:
         """A copy of the codes [C, D, H, W] in a slot.
 
@@ -137,9 +145,11 @@ class Emulation(Loaded):
             ProgramError: no program is loaded, or the slot's buffer has another size.
         """
         check_size(self.program, slot, size)
+        self.check_maps()
         view = _slot_view(self._maps, slot, channels)
         return view.transpose(3, 0, 1, 2).copy()
 
+    @locked
     def run(self, first: int = 0, last: int | None = None) -> list[Counters]:
         """Run the tasks [first, last) in order.
 
@@ -149,6 +159,7 @@ class Emulation(Loaded):
                 starts new ones.
         """
         first, last = self.task_range(first, last)
+        self.check_maps()
         if first == last:
             return []
         crew = self._crew = self._crew or self._start_crew()
@@ -168,9 +179,20 @@ class Emulation(Loaded):
 
     def close(self) -> None:
         """Release memory, threads and processes."""
-        self._stop_crew()
-        self._program, self._steps, self._maps = None, [], []
-        forget_scratch()
+        with self.lock:
+            self._stop_crew()
+            self._program, self._steps, self._maps = None, [], []
+            forget_scratch()
+
+    def enter_child(self) -> None:
+        """The first call in the child of a fork: the crew and the maps are the parent's.
+
+        The program is loaded again, with a crew and maps of this process.
+        """
+        self._pid, self._crew = os.getpid(), None
+        if self._program is not None:
+            self.load(self._program)
+        self._maps_lost = f"a fork of process {os.getppid()}"
 
     def _start_crew(self) -> Crew:
         """Forked processes, or threads if forking is not wanted, not safe or not possible."""
