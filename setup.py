@@ -67,6 +67,7 @@ setup(
         "safetensors>=0.4",
         "threadpoolctl>=3.1",
         "tqdm>=4.60",
+        "av>=15",  # FFmpeg: decodes videos; the newest for Python 3.10 is 17
         # provides the module cv2 as opencv-python does, but needs no X11 libraries
         "opencv-python-headless>=4.8",
     ],
@@ -79,7 +80,6 @@ setup(
             "uvicorn>=0.40",
             "h11>=0.16",
             "websockets>=15",
-            "av>=17",
             "prometheus-client>=0.20",
             # older versions do not limit the headers of a part (CVE-2026-42561)
             "python-multipart>=0.0.32",
@@ -98,6 +98,7 @@ setup(
             *("matplotlib", "onnx", "onnxruntime"),
             # host_tests/test_notebooks.py executes the notebooks
             *("nbclient", "nbformat", "ipykernel"),
+            "gunicorn",  # forks workers after it has loaded the application
             # host_tests/test_hls_lint.py parses hls_src; make check-cpp compares its format
             *("libclang", "clang-format"),
             # host_tests/test_docs.py parses the Markdown files

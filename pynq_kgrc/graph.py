@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pynq_kgrc.errors import CompileError
+from pynq_kgrc.errors import CompileError, ConfigError
 from pynq_kgrc.quant import Array, QuantParams, WeightQuant
 
 Size = tuple[int, int, int]
@@ -129,14 +129,12 @@ class Layer:
             )
 
 
-SAMPLINGS = ("centre", "uniform")
-"""How one clip is taken from a video: consecutive frames of its middle, or spread over all of it.
+SAMPLINGS = ("centre", "uniform", "windows")
+"""How the frames of a video are chosen: one clip from its middle, one spread over all of it, or
+clips one after the other over all of it."""
 
-`video.load_clip` implements them.
-"""
-
-DEFAULT_SAMPLING = "centre"
-"""The sampling of every command that takes one clip of a video, unless its help names another."""
+DEFAULT_SAMPLING = "windows"
+"""The sampling of a program that does not say."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,32 @@ class ClipSpec:
     step: int = 1
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    sampling: str = DEFAULT_SAMPLING
+    """One of `SAMPLINGS`. Every command samples a video in this way unless it is told otherwise."""
+    stride: int | None = None
+    """For "windows": frames from one clip to the next; the length of a clip if None."""
+    rate: float | None = None
+    """Frames a second at which the network was trained. A video is resampled to this rate; its own
+    frames are used if None."""
+    temperature: float = 1.0
+    """The logits are divided by it before soft-max, so that confidences are calibrated (Guo et al.,
+    ICML 2017)."""
+    threshold: float = 0.0
+    """Below this confidence of the best label the answer is "unsure"."""
+
+    def __post_init__(self) -> None:
+        if self.sampling not in SAMPLINGS:
+            raise ConfigError(
+                f"sampling={self.sampling!r} of a clip; accepted are {', '.join(SAMPLINGS)}"
+            )
+        for name in ("frames", "height", "width", "short_side", "step", "stride", "rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e6:
+                raise ConfigError(f"{name}={value} of a clip; accepted is above 0, up to a million")
+        if not 0 < self.temperature < 1e6:
+            raise ConfigError(f"temperature={self.temperature}; accepted is above 0")
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"threshold={self.threshold}; accepted is 0 to below 1")
 
     def pixel_values(self) -> Array:
         """[3, 256] float64: the input value of each of the 256 levels of R, G, B."""

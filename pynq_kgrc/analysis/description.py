@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 
 from pynq_kgrc.analysis.documents import (
-    ClipSize,
     FidelityDescription,
     ProgramDescription,
     TaskDescription,
@@ -16,7 +15,6 @@ from pynq_kgrc.program import ConvTask, Program, Task
 
 def describe(program: Program) -> ProgramDescription:
     """Describe a program and its tasks."""
-    clip = program.clip
     convolutions = [task for task in program.tasks if isinstance(task, ConvTask)]
     return ProgramDescription(
         name=program.name,
@@ -24,7 +22,7 @@ def describe(program: Program) -> ProgramDescription:
         accelerator=program.config.name,
         accelerator_digest=program.config.digest,
         bits=program.config.bits,
-        clip=ClipSize(clip.frames, clip.height, clip.width),
+        clip=program.clip,
         classes=len(program.labels),
         activation_peak_bytes=program.arena_bytes,
         weight_bytes=sum(map(program.weight_bytes, convolutions)),

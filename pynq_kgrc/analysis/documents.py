@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from pynq_kgrc.graph import ClipSpec
+
 
 class TaskDescription(msgspec.Struct, frozen=True, kw_only=True):
     """One task. Sizes are [C, D, H, W] or [D, H, W]. Fields of convolutions are unset for pools."""
@@ -28,14 +30,6 @@ class TaskDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What is fused into the convolution: shortcut, pool."""
 
 
-class ClipSize(msgspec.Struct, frozen=True):
-    """Frames, and pixels of a frame."""
-
-    frames: int
-    height: int
-    width: int
-
-
 class FidelityDescription(msgspec.Struct, frozen=True):
     """How close the program is to its float network on some clips (`fidelity.Fidelity`)."""
 
@@ -54,7 +48,8 @@ class ProgramDescription(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str
     accelerator_digest: str
     bits: int
-    clip: ClipSize
+    clip: ClipSpec
+    """The clip that it takes, and how a video is sampled for it."""
     classes: int
     """Number of its labels."""
     activation_peak_bytes: int

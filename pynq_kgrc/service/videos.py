@@ -172,17 +172,12 @@ def decode_request(
     program: ServedProgram, settings: Settings, options: Options, verb: str = "clips"
 ) -> DecodeRequest:
     """The request to a decoder child for this program."""
-    clip = program.description.clip
     return DecodeRequest(
         verb,
-        frames=clip.frames,
-        height=clip.height,
-        width=clip.width,
-        short_side=clip.short_side,
-        step=clip.step,
+        program.description.clip,
+        sampling=options.sampling,
         window=options.window,
         stride=options.stride,
-        uniform=options.sampling == "uniform",
         max_pixels=settings.max_pixels,
         max_seconds=settings.max_seconds,
         decode_seconds=settings.decode_seconds,
@@ -234,7 +229,7 @@ async def classify(
             found = await pool.run(program.key, payload)
             windows.append((reply, probabilities_of(found)))
             layers, run, waited = found.layers, run + found.seconds, waited + found.waited
-            share = min(1.0, reply.decoded / reply.declared) if reply.declared else None
+            share = min(1.0, reply.end_ms / reply.declared_ms) if reply.declared_ms else None
             report(Progress(len(windows), reply.decoded, share))
     total = time.perf_counter() - began
     mean: Array = np.mean([probabilities for _, probabilities in windows], axis=0)

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from pynq_kgrc.analysis.documents import ClipSize, ProgramDescription, TaskDescription
+from pynq_kgrc.analysis.documents import ProgramDescription, TaskDescription
 from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.graph import ClipSpec
 
 LENGTHS = struct.Struct("<IQ")
 MAX_HEAD = 4_000_000
@@ -43,13 +44,6 @@ class LayerRun(msgspec.Struct, frozen=True, kw_only=True):
     ms: float
 
 
-class ClipFormat(ClipSize, frozen=True):
-    """The frames that a program takes, and how they are sampled and scaled (`graph.ClipSpec`)."""
-
-    short_side: int
-    step: int
-
-
 class TimedTask(TaskDescription, frozen=True, kw_only=True):
     """One task of a program, with its modelled time."""
 
@@ -59,7 +53,6 @@ class TimedTask(TaskDescription, frozen=True, kw_only=True):
 class ProgramDocument(ProgramDescription, frozen=True, kw_only=True):
     """A program as it is described to clients: with labels and modelled latency."""
 
-    clip: ClipFormat
     tasks: tuple[TimedTask, ...]
     labels: list[str]
     """One per class; empty if the program has none."""
@@ -84,15 +77,11 @@ class DecodeRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     verb: str
     """`clips` of a video, or `frames` of a live session."""
-    frames: int
-    height: int
-    width: int
-    short_side: int
-    step: int
+    clip: ClipSpec
+    sampling: str = "windows"
+    """One of `graph.SAMPLINGS`."""
     window: int | None = None
     stride: int | None = None
-    uniform: bool = False
-    """One clip whose frames are spread over the whole video."""
     max_pixels: int = 1920 * 1088
     max_seconds: float = 600.0
     decode_seconds: float = 120.0
@@ -107,7 +96,7 @@ class DecodeReply(msgspec.Struct):
     start_ms: float = 0.0
     end_ms: float = 0.0
     decoded: int = 0
-    declared: int = 0
+    declared_ms: float = 0.0
     duration_ms: float = 0.0
     width: int = 0
     height: int = 0

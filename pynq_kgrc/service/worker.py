@@ -25,7 +25,7 @@ from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.wire import Answer, ClipFormat, Command, LayerRun, ProgramDocument, TimedTask
+from pynq_kgrc.service.wire import Answer, Command, LayerRun, ProgramDocument, TimedTask
 
 
 class DeviceSessions:
@@ -120,7 +120,6 @@ class DeviceSessions:
 def describe_for_clients(program: Program) -> ProgramDocument:
     """A description with labels, the sampling of frames, and modelled latencies in ms."""
     description = describe(program)
-    clip = program.clip
     tasks = []
     for task, row in zip(program.tasks, description.tasks, strict=True):
         cycles = task_cost(program.config, program.work(task)).cycles
@@ -128,7 +127,6 @@ def describe_for_clients(program: Program) -> ProgramDocument:
         tasks.append(TimedTask(**msgspec.structs.asdict(row), modelled_ms=modelled_ms))
     fields = {
         **msgspec.structs.asdict(description),
-        "clip": ClipFormat(clip.frames, clip.height, clip.width, clip.short_side, clip.step),
         "classes": program.tasks[-1].shape.out_channels,
         "tasks": tuple(tasks),
     }
