@@ -154,10 +154,19 @@ def test_an_unknown_design(capsys):
     assert "no accelerator named '2-sparse'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", [None, "{}", '{"name": "best"'])
-def test_a_file_that_is_no_design(capsys, tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (None, "cannot be read as a design"),
+        ("{}", "missing required field `name`"),
+        ('{"name": "best"', "truncated"),
+    ],
+)
+def test_a_file_that_is_no_design(capsys, tmp_path, text, wanted):
     path = tmp_path / "best.json"
     if text is not None:
         path.write_text(text)
     assert main(["doctor", "--design", str(path)]) == 2
-    assert f"{path}: no design of an accelerator (" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(f"pynq-kgrc: {path}: ")
+    assert wanted in said

@@ -43,7 +43,7 @@ WALLS = {
     "fastapi": ("service",),
     "starlette": ("service", "cluster"),
     "uvicorn": ("service",),
-    "av": ("service",),
+    "av": ("video", "service"),
     "prometheus_client": ("service",),
     "ray": ("cluster",),
     "pyarrow": ("cluster",),
@@ -134,7 +134,7 @@ def test_the_import_graph_stays_small():
     assert level <= {("graph", "quant"), ("groups", "quant")}  # one way: so there is no circle
 
 
-ASLEEP = ("torch", "pynq", "cv2", "fastapi", "matplotlib", "ray")
+ASLEEP = ("torch", "pynq", "cv2", "av", "fastapi", "matplotlib", "ray")
 
 
 @pytest.mark.parametrize(

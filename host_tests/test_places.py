@@ -1,5 +1,6 @@
 """Folders: what ships with the package, and one cache for everything that is cached."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from pynq_kgrc.samples import cached_program
 
 def cached_paths(monkeypatch):
     """Where each part of the project caches, by its name. Nothing is fetched or compiled."""
-    found = {"programs": cached_program("x"), "clips": train._clip_cache()}
+    found = {
+        "programs": cached_program("x"),
+        "clips": train._clip_cache(argparse.Namespace(cache=None)),
+    }
 
     def build(command, **_):
         Path(command[command.index("-o") + 1]).write_bytes(b"")
