@@ -53,7 +53,7 @@ demo: $(VENV)/base ## classify real clips with a pretrained I3D at 8 bits, in th
 notebooks: $(VENV)/jupyter ## open the notebooks in a browser
 	$(BIN)/jupyter notebook notebooks
 
-check: $(VENV)/dev ## format, lint and types
+check: check-cpp ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
