@@ -73,11 +73,11 @@ struct State {
   bool full[2];  // whether a region buffer holds a whole region
   int load_into;
 
-  // hand on
+  // drain
   bool draining;
   int vectors_left;
   int settling;  // trips still to wait after the last word
-  int vector, d, h, j;
+  int vector, depth, height, beat;
   int sum_row, sum_lane;  // of the next sum within its vector
   int drain_size[3];      // outputs of the tile along each axis
 };
@@ -99,7 +99,7 @@ static inline void begin_drain(State& s) {
   // reads row r at least r trips after it. Wait so that no row is read within kMinFeatureRows trips
   // of being cleared.
   s.settling = larger(0, kMinFeatureRows + 1 - s.tile.feature_rows);
-  s.vector = s.d = s.h = s.j = s.sum_row = s.sum_lane = 0;
+  s.vector = s.depth = s.height = s.beat = s.sum_row = s.sum_lane = 0;
   for (int axis = 0; axis < 3; ++axis) s.drain_size[axis] = s.tile.size[axis];
 }
 
@@ -283,7 +283,7 @@ static inline void drain(State& s, Stream<SumWord>& sums) {
     return;
   }
   SumWord out;
-  const int count = smaller(kPortPositions, s.drain_size[2] - s.j * kPortPositions);
+  const int count = smaller(kPortPositions, s.drain_size[2] - s.beat * kPortPositions);
   const int filter = s.vector % kTileVectors * kTn;
   const int row = s.vector / kTileVectors * kFeatureRows + s.sum_row;
 handed_on:
@@ -305,12 +305,12 @@ handed_on:
   s.sum_lane += count;
   s.sum_row += s.sum_lane / kPf;
   s.sum_lane %= kPf;
-  if (++s.j == ceil_div(s.drain_size[2], kPortPositions)) {
-    s.j = 0;
-    if (++s.h == s.drain_size[1]) {
-      s.h = 0;
-      if (++s.d == s.drain_size[0]) {
-        s.d = s.sum_row = s.sum_lane = 0;
+  if (++s.beat == ceil_div(s.drain_size[2], kPortPositions)) {
+    s.beat = 0;
+    if (++s.height == s.drain_size[1]) {
+      s.height = 0;
+      if (++s.depth == s.drain_size[0]) {
+        s.depth = s.sum_row = s.sum_lane = 0;
         ++s.vector;
         if (--s.vectors_left == 0) s.draining = s.settling > 0;
       }

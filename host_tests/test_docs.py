@@ -126,10 +126,8 @@ def dangling_names(text):
     for found in re.findall(rf"[\w./-]+(?:{'|'.join(map(re.escape, SUFFIXES))})\b", text):
         tail = re.sub(r"^(\.{0,2}/)+", "", found)
         known = any(path == tail or path.endswith("/" + tail) for path in FILES)
-        # Verilator puts a V before the name of a module; _x.cpp is a suffix of names, s.h a member
-        # s.h is a member
-        name = Path(tail).name
-        generated = name in OTHERS or re.match(r"V\w+\.h$|_|\w\.h$", name)
+        # Verilator names its headers after a module, with a V in front; _x.cpp is a suffix of names
+        generated = Path(tail).name in OTHERS or re.match(r"V\w+\.h$|_", Path(tail).name)
         if not known and not generated:
             yield found
 
