@@ -22,10 +22,11 @@ from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.service import wire
 from pynq_kgrc.service.catalogue import ServedProgram
 from pynq_kgrc.service.metrics import Metrics
+from pynq_kgrc.service.options import Options
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.videos import Decoder, Options, best_labels, decode_request, probabilities_of
+from pynq_kgrc.service.videos import Decoder, best_labels, decode_request, probabilities_of
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.service.wire import DecodeReply
 
@@ -48,11 +49,12 @@ class LiveSession:
         pool: Pool,
         decoder: Decoder,
         metrics: Metrics,
-        top_k: int,
+        options: Options,
     ) -> None:
-        self.client, self.program, self.pool, self.top_k = client, program, pool, top_k
+        self.client, self.program, self.pool = client, program, pool
+        self.top_k = options.top_k
         self.metrics = metrics
-        self.request = decode_request(program, settings, Options(), "frames")
+        self.request = decode_request(program, settings, options, "frames")
         self.decoder = decoder
         frames, *picture = program.clip_shape
         self.frame_bytes = int(np.prod(picture))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -21,6 +20,7 @@ from pynq_kgrc.results import Label, Segment, WindowLabels
 from pynq_kgrc.service import wire
 from pynq_kgrc.service.catalogue import ServedProgram
 from pynq_kgrc.service.jobs import Report
+from pynq_kgrc.service.options import Options
 from pynq_kgrc.service.pool import ClipRun, Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.schemas import (
@@ -156,16 +156,6 @@ async def _replies(stream: asyncio.StreamReader, request: DecodeRequest, clip_by
         yield reply, payload
         if reply.kind == "end":
             return
-
-
-class Options(msgspec.Struct, frozen=True):
-    """Options of a request."""
-
-    top_k: int = 5
-    window: int | None = None
-    stride: int | None = None
-    program: str | None = None
-    sampling: Literal["windows", "uniform"] = "windows"
 
 
 def decode_request(
