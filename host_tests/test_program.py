@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -282,3 +284,32 @@ def test_every_conv_field_is_checked_against_its_shape(program):
     for task in program.tasks:
         if isinstance(task, ConvTask):
             assert task.kept_macs <= task.shape.macs
+
+
+SAVE = """
+import sys
+from networks import compiled, small_config
+from test_program import small_net
+compiled(small_net(), small_config(8))[0].save(sys.argv[1])
+"""
+
+
+def test_the_same_program_gives_the_same_bytes(tmp_path):
+    """Saved often in one process (safetensors draws an order each time), loaded, and in others."""
+    program = compiled(small_net(), small_config(8))[0]
+    path = tmp_path / "0.kgrc"
+    found = set()
+    for _ in range(20):
+        program.save(path)
+        found.add(path.read_bytes())
+    load(path).save(path)
+    found.add(path.read_bytes())
+    for seed in ("1", "2"):
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
+        }
+        subprocess.run([sys.executable, "-c", SAVE, str(path)], env=environment, check=True)
+        found.add(path.read_bytes())
+    assert len(found) == 1

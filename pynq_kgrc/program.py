@@ -265,7 +265,10 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the container atomically: to a temporary file that is renamed to `path`."""
+        """Write the container atomically: to a temporary file that is renamed to `path`.
+
+        The same program gives the same bytes, in every process.
+        """
         tensors = self._tensors()
         names = {id(array): name for name, array in tensors.items()}
         document = msgspec.json.encode(self, enc_hook=lambda array: names[id(array)])
@@ -274,7 +277,7 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
             DOCUMENT_KEY: document.decode(),
             DIGEST_KEY: _digest(document, stored),
         }
-        payload = to_safetensors(stored, metadata)
+        payload = _sorted_metadata(to_safetensors(stored, metadata))
         with written_beside(Path(path)) as beside:
             beside.write_bytes(payload)
 
@@ -293,6 +296,19 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         if self.config.bits == 4 and array.dtype == np.int8:
             return pack_int4(array)
         return np.ascontiguousarray(array)
+
+
+def _sorted_metadata(payload: bytes) -> bytes:
+    """A safetensors file with its metadata in order; safetensors writes them in a random order.
+
+    Format: 8 bytes, the length of the header; the header, JSON; the tensors.
+    """
+    end = 8 + int.from_bytes(payload[:8], "little")
+    header = msgspec.json.decode(payload[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + payload[end:]
 
 
 def load(path: str | Path) -> Program:
