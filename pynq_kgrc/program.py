@@ -44,8 +44,13 @@ from pynq_kgrc.quant import (
 )
 from pynq_kgrc.storage import written_beside
 
-VERSION = 1
-"""Version of the container that this module reads and writes."""
+VERSION = 2
+"""Version of the container that this module writes. The hardware does not depend on it: what that
+reads has a version of its own, `accelerator.header.IMAGE_VERSION`."""
+
+READABLE = (1, VERSION)
+"""Versions that `load` reads. Version 1 does not say how a video is sampled and how confidences are
+calibrated: such a program has the defaults of `ClipSpec`."""
 
 DOCUMENT_KEY = "pynq_kgrc"
 DIGEST_KEY = "sha256"
@@ -200,6 +205,7 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
     tasks: tuple[Task, ...]
     format: str = DOCUMENT_KEY
     version: int = VERSION
+    """Version of the file that it was read from."""
 
     @cached_property
     def input_codes(self) -> Array:
@@ -267,11 +273,13 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
     def save(self, path: str | Path) -> None:
         """Write the container atomically: to a temporary file that is renamed to `path`.
 
-        The same program gives the same bytes, in every process.
+        The same program gives the same bytes, in every process. Of whatever version the file was
+        that it was read from, version `VERSION` is written.
         """
         tensors = self._tensors()
         names = {id(array): name for name, array in tensors.items()}
-        document = msgspec.json.encode(self, enc_hook=lambda array: names[id(array)])
+        written = msgspec.structs.replace(self, version=VERSION)
+        document = msgspec.json.encode(written, enc_hook=lambda array: names[id(array)])
         stored = {name: self._store(array) for name, array in tensors.items()}
         metadata = {
             DOCUMENT_KEY: document.decode(),
@@ -357,10 +365,11 @@ def _check_version(path: Path, document: bytes) -> None:
         header = msgspec.json.decode(document, type=_Header)
     except msgspec.MsgspecError as error:
         raise ProgramError(f"{path}: its document cannot be read ({error})") from error
-    if header.format != DOCUMENT_KEY or header.version != VERSION:
+    if header.format != DOCUMENT_KEY or header.version not in READABLE:
         raise ProgramError(
-            f"{path}: format {header.format!r} version {header.version}; "
-            f"this release reads {DOCUMENT_KEY!r} version {VERSION}: compile it again"
+            f"{path}: format {header.format!r} version {header.version}; this release reads "
+            f"{DOCUMENT_KEY!r} of the versions {', '.join(map(str, READABLE))}: compile the "
+            f"network again, or use a newer release"
         )
 
 
