@@ -31,7 +31,6 @@ from pynq_kgrc.runtime import Session
 from pynq_kgrc.service.decode import Frame, cut_windows, frame_offsets
 from pynq_kgrc.service.schemas import Classification
 from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
-from pynq_kgrc.service.videos import merge_windows
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.video import load_clip, load_windows
 
@@ -358,17 +357,6 @@ def test_offsets_of_a_window():
     assert frame_offsets(4, 1, 10) == [0, 3, 6, 9]
     assert frame_offsets(1, 1, 9) == [4]
     assert frame_offsets(3, 5, None) == [0, 5, 10]
-
-
-def test_overlapping_windows_give_segments_that_meet_in_the_middle():
-    a, b = np.array([0.9, 0.1]), np.array([0.2, 0.8])
-    windows = [(0, 100, a), (50, 150, a), (100, 200, b)]
-    assert msgspec.to_builtins(merge_windows(windows, ["a", "b"])) == [
-        {"label": "a", "confidence": 0.9, "start_ms": 0, "end_ms": 125.0},
-        {"label": "b", "confidence": 0.8, "start_ms": 125.0, "end_ms": 200},
-    ]
-    gap = merge_windows([(0, 100, a), (300, 400, b)], ["a", "b"])
-    assert [(s.start_ms, s.end_ms) for s in gap] == [(0, 100), (300, 400)]
 
 
 # ---- jobs -----------------------------------------------------------------------------------

@@ -224,6 +224,7 @@ def run_prune(options: argparse.Namespace) -> int:
 
 def run_quantize(options: argparse.Namespace) -> int:
     import copy
+    from dataclasses import replace
 
     import msgspec
 
@@ -233,6 +234,7 @@ def run_quantize(options: argparse.Namespace) -> int:
     from pynq_kgrc.compress.augment import calibration_clips
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.train_quantized import QUANTIZE, approach_codes, train_quantized
+    from pynq_kgrc.graph import TRAINING_SAMPLING
     from pynq_kgrc.models.trace import trace
 
     design = read_design(options.design)
@@ -250,6 +252,7 @@ def run_quantize(options: argparse.Namespace) -> int:
     if options.admm:
         settings = msgspec.structs.replace(config, epochs=options.admm)
         approach_codes(network, design.bits, settings, setup, options.out / "admm", teacher)
+    spec = replace(spec, sampling=TRAINING_SAMPLING)
     graph = trace(network.cpu(), spec, videos.classes, options.network)
     few = calibration_clips(setup.clips, spec)
     graph = choose_quant(graph, few, design.bits, options.method or DEFAULT_METHOD)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pynq_kgrc.errors import DataError, VideoError
-from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.graph import TRAINING_SAMPLING, ClipSpec
 from pynq_kgrc.quant import Array
 from pynq_kgrc.storage import written_beside
 from pynq_kgrc.video import load_clip
@@ -137,7 +137,7 @@ def load_clips(
     videos: VideoSet,
     spec: ClipSpec,
     cache: str | Path,
-    sampling: str = "uniform",
+    sampling: str = TRAINING_SAMPLING,
     workers: int = 2,
     say: Callable[[str], None] = lambda message: None,
 ) -> Clips:

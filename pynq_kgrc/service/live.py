@@ -19,6 +19,7 @@ import numpy as np
 from fastapi import WebSocket, WebSocketDisconnect
 
 from pynq_kgrc.errors import KgrcError
+from pynq_kgrc.results import best_labels, is_unsure
 from pynq_kgrc.service import wire
 from pynq_kgrc.service.catalogue import ServedProgram
 from pynq_kgrc.service.metrics import Metrics
@@ -26,7 +27,7 @@ from pynq_kgrc.service.options import Options
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.videos import Decoder, best_labels, decode_request, probabilities_of
+from pynq_kgrc.service.videos import DIGITS, Decoder, decode_request, probabilities_of
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.service.wire import DecodeReply
 
@@ -147,11 +148,14 @@ class LiveSession:
                 continue
             began = time.perf_counter()
             found = await self.pool.run(self.program.key, b"".join(self.clip))
-            labels = best_labels(probabilities_of(found), self.program.labels, self.top_k)
+            probabilities = probabilities_of(found)
+            labels = best_labels(probabilities, self.program.labels, self.top_k, DIGITS)
+            threshold = self.program.description.clip.threshold
             await self.client.send_json(
                 {
                     "type": "prediction",
                     "labels": msgspec.to_builtins(labels),
+                    "unsure": is_unsure(probabilities, threshold),
                     "run_ms": round(1e3 * found.seconds, 1),
                     "latency_ms": round(1e3 * (time.perf_counter() - began), 1),
                     "received": self.received,

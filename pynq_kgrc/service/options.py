@@ -27,8 +27,11 @@ ProgramName = Annotated[
     str, Meta(min_length=1, max_length=200, description="name of a loaded program")
 ]
 Sampling = Annotated[
-    Literal["windows", "uniform"],
-    Meta(description="clips one after the other, or one spread over the whole video"),
+    Literal["windows", "centre", "uniform"],
+    Meta(
+        description="clips one after the other, one from the middle of the video, or one spread "
+        "over all of it; by default as the program says"
+    ),
 ]
 
 
@@ -39,7 +42,7 @@ class Options(msgspec.Struct, frozen=True):
     window: Window | None = None
     stride: Stride | None = None
     program: ProgramName | None = None
-    sampling: Sampling = "windows"
+    sampling: Sampling | None = None
 
 
 def read_whole(text: str, name: str, least: int, most: int) -> int:
@@ -95,7 +98,7 @@ def make_options(values: dict[str, Any]) -> Options:
         Refusal: 422, a window or stride beside a sampling that has no windows.
     """
     options = Options(**values)
-    if options.sampling != "windows":
+    if options.sampling not in (None, "windows"):
         for name in ("window", "stride"):
             if getattr(options, name) is not None:
                 raise Refusal(

@@ -1,7 +1,8 @@
 """The Open Inference Protocol, version 2, over HTTP, as KServe and Triton clients use it.
 
 A model has one input, `frames`, UINT8 [-1, D, H, W, 3] (RGB), and two outputs, `probabilities` and
-`logits`, FP32 [-1, classes]. Extensions: binary tensors, classification, model repository.
+`logits`, FP32 [-1, classes]. Probabilities are the soft-max of the logits divided by the
+program's temperature. Extensions: binary tensors, classification, model repository.
 """
 
 from __future__ import annotations
