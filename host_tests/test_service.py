@@ -28,11 +28,10 @@ from serving import LABELS, Serving, write_program, write_video
 from pynq_kgrc.cli import _parser, main
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
-from pynq_kgrc.service.decode import Frame, cut_windows, frame_offsets
 from pynq_kgrc.service.schemas import Classification
 from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
 from pynq_kgrc.service.waiting import within
-from pynq_kgrc.video import load_clip, load_windows
+from pynq_kgrc.video import Frame, cut_windows, frame_offsets, load_clip, load_windows
 
 KEY = "correct-horse-battery"
 
@@ -294,7 +293,7 @@ def test_what_is_no_video_is_refused_with_a_reason(service, video, tmp_path, fol
         "empty video": b"",
         "not a video that can": b"\x89PNG\r\n\x1a\n" + bytes(100),
         "accepted are MP4": np.random.default_rng(0).bytes(50_000),
-        "can be read": video[:2000],
+        "without its index": video[:2000],
         "be read": b"<html>no</html>",
     }
     for text, data in cases.items():
@@ -341,7 +340,7 @@ def test_pixels_and_bytes_have_limits(service, tmp_path):
 @pytest.mark.parametrize("stride", [1, 3, 8, 20])
 def test_windows_are_those_of_the_video_module(count, stride):
     """The rule of video.load_windows: every stride, and one that ends with the video."""
-    frames = [Frame(40.0 * i, np.full(1, i)) for i in range(count)]
+    frames = [Frame(40.0 * i, 40.0 * (i + 1), np.full(1, i)) for i in range(count)]
     offsets = frame_offsets(4, 2, None)
     assert offsets == [0, 2, 4, 6]
     last = max(0, count - 7)

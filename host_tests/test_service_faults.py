@@ -24,6 +24,7 @@ import av
 import msgspec
 from serving import Serving, write_program, write_video
 
+from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.uploads import Upload
 from pynq_kgrc.service.videos import Decoder
@@ -493,7 +494,7 @@ def test_a_bomb_runs_out_of_time_and_others_do_not_wait(folder, video):
 
 def test_a_decoder_beyond_its_limits_ends_with_the_reason(folder):
     """Limits of memory and time of a decoder child, without the service."""
-    job = DecodeRequest("clips", frames=8, height=32, width=32, short_side=32, step=1)
+    job = DecodeRequest("clips", ClipSpec(8, 32, 32, 32))
 
     async def decode(decoder, **limits):
         upload = Upload(folder, 0, 0)

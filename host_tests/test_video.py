@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
+from pynq_kgrc import video as video_module
 from pynq_kgrc.errors import VideoError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.video import Limits, Video, fit, load_clip, load_windows
@@ -452,10 +453,6 @@ class Picture:
     def __init__(self, number, ms):
         self.number, self.pts, self.time = number, ms, None if ms is None else ms / 1000
 
-    def to_ndarray(self, **wanted):
-        assert wanted == {"format": "rgb24"}
-        return numbered(self.number)
-
 
 def show(monkeypatch, *passes):
     """Let the first decoding of a video give pictures at the first times, and so on."""
@@ -465,6 +462,7 @@ def show(monkeypatch, *passes):
         yield from (Picture(number, ms) for number, ms in enumerate(next(left)))
 
     monkeypatch.setattr(Video, "_decoded", decoded)
+    monkeypatch.setattr(video_module, "upright", lambda picture, _: numbered(picture.number))
 
 
 @pytest.mark.parametrize(
@@ -646,7 +644,7 @@ def test_colours_are_those_that_were_encoded(tmp_path, tags, pixels):
     assert np.abs(frames - truth).mean() < 3.5
 
 
-@pytest.mark.parametrize("tags", [(1, 1), (9, 1), (5, 2)], ids=str)
+@pytest.mark.parametrize("tags", [(1, 1), (9, 1)], ids=str)
 def test_a_decoder_that_ignores_the_tags_would_be_seen(tmp_path, tags):
     """The bound above is one that is not met by reading everything as BT.601, limited range."""
     import av

@@ -25,6 +25,7 @@ import av
 import av.error
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from pynq_kgrc.errors import VideoError
 from pynq_kgrc.graph import SAMPLINGS, ClipSpec
@@ -333,6 +334,7 @@ class Video:
     ) -> None:
         self.file, self.spec, self.limits = file, spec, limits
         self._threads, self._codecs, self._check = threads, codecs, check
+        self._converter = VideoReformatter()
         self._open()
         codec = self._stream.codec_context
         self.codec = str(codec.name)
@@ -439,7 +441,7 @@ class Video:
             pixels = NO_PIXELS
             if wanted is None or number in wanted:
                 if last[0] is not picture:
-                    last = (picture, fit(upright(picture), self.spec))
+                    last = (picture, fit(upright(picture, self._converter), self.spec))
                 pixels = last[1]
             yield Frame(start, end, pixels)
 
@@ -547,14 +549,15 @@ class Video:
             self.notes.append(f"{problem}: the file is cut off or damaged")
 
 
-def upright(picture: Any) -> Array:
+def upright(picture: Any, converter: VideoReformatter) -> Array:
     """A decoded picture as RGB [H, W, 3] uint8, rotated and mirrored as the file asks.
 
     FFmpeg's display matrix maps a point (x, y) to (a x + c y, b x + d y); it is rounded to one of
     the eight symmetries of a rectangle. Colours are converted by the matrix and range that the
     picture is tagged with, or BT.601 if it has no tag.
     """
-    pixels: Array = picture.to_ndarray(format="rgb24")
+    # one thread: swscale would start some for each picture
+    pixels: Array = converter.reformat(picture, format="rgb24", threads=1).to_ndarray()
     matrix = _display_matrix(picture)
     if matrix is None:
         return pixels
@@ -610,7 +613,7 @@ def decode_jpeg(image: bytes, spec: ClipSpec, max_pixels: int) -> Array:
         raise VideoError("a JPEG without an image")
     if pictures[0].width * pictures[0].height > max_pixels:
         raise VideoError(f"an image of more than {max_pixels} pixels")
-    return fit(upright(pictures[0]), spec)
+    return fit(upright(pictures[0], VideoReformatter()), spec)
 
 
 # ---- messages -------------------------------------------------------------------------------
