@@ -82,7 +82,9 @@ def test_a_damaged_cache_is_said_and_made_again(movies, tmp_path, harm):
 def test_a_broken_video_leaves_no_cache(copied, tmp_path):
     (copied / "m09.avi").write_bytes(b"no video")
     cache = tmp_path / "cache"
-    with pytest.raises(DataError, match=r"m09\.avi: not a video that can be read .*accepted are MP4"):
+    with pytest.raises(
+        DataError, match=r"m09\.avi: not a video that can be read .*accepted are MP4"
+    ):
         load_clips(read_index(copied), SPEC, cache)
     assert list(cache.iterdir()) == []
 

@@ -20,7 +20,7 @@ from pynq_kgrc.errors import DataError, VideoError
 from pynq_kgrc.graph import TRAINING_SAMPLING, ClipSpec
 from pynq_kgrc.quant import Array
 from pynq_kgrc.storage import written_beside
-from pynq_kgrc.video import load_clip
+from pynq_kgrc.video import load_clip, load_windows
 
 INDEX = "index.csv"
 COLUMNS = ("file", "label", "split")
@@ -131,6 +131,17 @@ class Clips:
     def __iter__(self) -> Iterator[tuple[Array, int]]:
         for frames, label in zip(self.frames, self.labels, strict=True):
             yield np.ascontiguousarray(frames), int(label)
+
+
+def video_windows(videos: VideoSet, spec: ClipSpec) -> Iterator[tuple[Iterator[Array], int]]:
+    """The windows of each video, as frames [D, H, W, 3] that are decoded one by one, and its label.
+
+    Raises:
+        VideoError: while the windows are taken: a video that cannot be decoded.
+    """
+    for sample in videos.samples:
+        windows = load_windows(videos.folder / sample.file, spec)
+        yield (clip.frames for clip in windows), sample.label
 
 
 def load_clips(
