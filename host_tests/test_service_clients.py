@@ -407,7 +407,7 @@ def test_the_shipped_program_recognizes_unseen_subjects(folder, shared_data):
         assert serving.started["programs"] == ["utd_mhad27"]
         for sample in chosen:
             data = (videos.folder / sample.file).read_bytes()
-            document = serving.classify(data, "?sampling=uniform&top_k=1").json
+            document = serving.classify(data, "?top_k=1").json
             right += document["labels"][0]["label"] == videos.classes[sample.label]
     assert len(chosen) == 27
     assert right / len(chosen) > 0.7
@@ -423,7 +423,7 @@ def test_the_simulated_board_answers_as_the_emulation(folder):
     for backend in ("emulate", "board"):
         arguments = ["--backend", backend, "--program", folder / "twin.kgrc"]
         with Serving(*arguments, state=folder / backend, program=shipped) as serving:
-            answers = [serving.classify(data, f"?program={name}").json
+            answers = [serving.classify(data, f"?program={name}&sampling=windows").json
                        for name in ("utd_mhad27", "twin", "utd_mhad27")]  # fmt: skip
         assert [answer["backend"] for answer in answers] == [backend] * 3
         assert len(answers[0]["windows"]) == 3

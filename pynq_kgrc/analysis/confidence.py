@@ -33,11 +33,25 @@ def negative_log_likelihood(
     videos: Sequence[Array], labels: Sequence[int], temperature: float
 ) -> float:
     """Mean over videos of -log p(label); each video is the logits [W, classes] of its windows."""
-    found = [
-        video_probabilities(windows, temperature)[label]
-        for windows, label in zip(videos, labels, strict=True)
-    ]
-    return float(-np.log(np.maximum(found, 1e-300)).mean())
+    return _Likelihood(videos, labels)(temperature)
+
+
+class _Likelihood:
+    """The negative log likelihood as a function of the temperature, over all windows at once."""
+
+    def __init__(self, videos: Sequence[Array], labels: Sequence[int]) -> None:
+        self._counts = np.array([len(windows) for windows in videos])
+        self._starts = np.cumsum(self._counts) - self._counts
+        rows = np.concatenate(videos)
+        # relative to the right class: its probability is 1 / sum(exp(differences / temperature))
+        right = rows[np.arange(len(rows)), np.repeat(labels, self._counts)]
+        self._differences = rows - right[:, None]
+
+    def __call__(self, temperature: float) -> float:
+        with np.errstate(over="ignore"):  # a probability of 0
+            windows = 1 / np.exp(self._differences / temperature).sum(axis=1)
+        found = np.add.reduceat(windows, self._starts) / self._counts
+        return float(-np.log(np.maximum(found, 1e-300)).mean())
 
 
 def fit_temperature(videos: Sequence[Array], labels: Sequence[int]) -> float:
@@ -55,8 +69,10 @@ def fit_temperature(videos: Sequence[Array], labels: Sequence[int]) -> float:
     if not len(videos):
         raise DataError("there is no clip to fit a temperature on")
 
+    likelihood = _Likelihood(videos, labels)
+
     def loss(log_temperature: float) -> float:
-        return negative_log_likelihood(videos, labels, float(np.exp(log_temperature)))
+        return likelihood(float(np.exp(log_temperature)))
 
     grid = np.linspace(np.log(RANGE[0]), np.log(RANGE[1]), 49)
     best = int(np.argmin([loss(each) for each in grid]))

@@ -187,7 +187,7 @@ def load_clips(
 
 def _key(videos: VideoSet, spec: ClipSpec, sampling: str) -> str:
     """The cache file's name, 20 hex digits; without mean and std: the cache holds pixels."""
-    window = (spec.frames, spec.height, spec.width, spec.short_side, spec.step)
+    window = (spec.frames, spec.height, spec.width, spec.short_side, spec.step, spec.rate)
     listing = [(s.file, (videos.folder / s.file).stat().st_size) for s in videos.samples]
     document = json.dumps([CACHE_VERSION, str(videos.folder.resolve()), window, sampling, listing])
     return hashlib.sha256(document.encode()).hexdigest()[:20]
