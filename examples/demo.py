@@ -37,9 +37,7 @@ def demo() -> int:
     steps.append(["classify", "--program", str(PROGRAM), *CLIPS])
     if all(path.is_file() for path in UNSEEN):
         unseen = [str(path) for path in UNSEEN]
-        steps.append(
-            ["classify", "--program", str(OWN), "--sampling", "uniform", "--top", "3", *unseen]
-        )
+        steps.append(["classify", "--program", str(OWN), "--top", "3", *unseen])
     else:
         print(f"{DEPTH} does not exist, so {OWN.name} is not run")
     for step in steps:

@@ -17,20 +17,28 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
+from conftest import ROOT
 from networks import Net, compiled, random_codes, small_config
 from reference import run_program
 
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
 
-from pynq_kgrc.accelerator.header import ADDRESSES, REGISTERS, register_of  # noqa: E402
+from pynq_kgrc.accelerator.header import (  # noqa: E402
+    ADDRESSES,
+    IMAGE_VERSION,
+    REGISTERS,
+    register_of,
+)
 from pynq_kgrc.backends.base import count_task, open_backend  # noqa: E402
 from pynq_kgrc.backends.board import backend as driver  # noqa: E402
 from pynq_kgrc.backends.board import overlays, simulated, simulated_overlay  # noqa: E402
 from pynq_kgrc.backends.board.backend import BoardBackend  # noqa: E402
 from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay  # noqa: E402
 from pynq_kgrc.backends.board.lock import DeviceLock, lock_path  # noqa: E402
+from pynq_kgrc.backends.board.overlays import Manifest  # noqa: E402
 from pynq_kgrc.backends.csim import CSimulation, source_folder  # noqa: E402
 from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError  # noqa: E402
+from pynq_kgrc.program import VERSION  # noqa: E402
 
 QUICK = dict(floor_seconds=0.03, margin=1.0)
 """Short timeouts: the simulated kernel has computed before the driver begins to wait."""
@@ -202,8 +210,26 @@ def test_a_refused_program_leaves_the_loaded_one(board, program, clips):
     other, _ = compiled(net, small_config(4))
     with pytest.raises(ProgramError, match=r"made for small-4 \(.*this is small-8"):
         board.load(other)
-    with pytest.raises(ProgramError, match="format version 2, the overlay reads 1"):
-        board.load(msgspec.structs.replace(program, version=2))
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_the_file_may_be_newer_than_the_overlay_but_not_the_memory_image(
+    board, program, clips, monkeypatch
+):
+    """A manifest's `program_version` is about what the hardware reads."""
+    assert program.version == VERSION == 2
+    manifests = sorted((ROOT / "overlays").glob("*/manifest.json"))
+    assert len(manifests) >= 6
+    for path in manifests:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        assert manifest.program_version == IMAGE_VERSION, path
+    for version in (1, 2):
+        board.load(msgspec.structs.replace(program, version=version))
+        np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+    older = msgspec.structs.replace(board._found_overlay.manifest, program_version=9)
+    monkeypatch.setattr(board, "_found_overlay", replace(board._found_overlay, manifest=older))
+    with pytest.raises(ProgramError, match="image of version 1, the overlay reads version 9"):
+        board.load(program)
     np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
 
 

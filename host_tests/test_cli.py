@@ -10,7 +10,9 @@ import pytest
 
 from pynq_kgrc.accelerator.config import preset, write_design
 from pynq_kgrc.cli import _parser, main
-from pynq_kgrc.graph import DEFAULT_SAMPLING, SAMPLINGS
+from pynq_kgrc.graph import SAMPLINGS
+from pynq_kgrc.recognition import recognize, sample_clips
+from pynq_kgrc.results import Recognition
 from pynq_kgrc.video import load_clip
 
 NETWORK = '''
@@ -82,23 +84,34 @@ def test_classify_prints_bars_and_labels(program, clips, capsys):
     assert main(["classify", *clips, "-p", program, "--top", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count("emulate") == 2
-    assert sum(out.count(f" {label}\n") for label in ("run", "jump", "wave")) == 4
+    lines = out.splitlines()
+    bars = [line for line in lines if "%" in line and " to " not in line]
+    assert len(bars) == 4 and all(line.split()[-1] in ("run", "jump", "wave") for line in bars)
+    segments = [line for line in lines if "%" in line and " to " in line]
+    assert len(segments) >= 2, "no timeline of a video of several clips"
+    assert "unsure" not in out
     assert "█" in out
 
 
 def test_classify_json_and_windows(program, clips, capsys):
     document = run_json(capsys, "classify", clips[0], "-p", program)
-    (clip,) = document["videos"][0]["clips"]
-    assert {label["label"] for label in clip["labels"]} == {"run", "jump", "wave"}
-    assert sum(label["confidence"] for label in clip["labels"]) == pytest.approx(1)
-    document = run_json(capsys, "classify", clips[0], "-p", program, "--stride", "16")
-    windows = document["videos"][0]["clips"]
+    (video,) = document["videos"]
+    assert video.keys() - {"video", "seconds"} == set(Recognition.__struct_fields__)
+    assert video["video"] == clips[0] and video["backend"] == "emulate" and not video["unsure"]
+    assert {label["label"] for label in video["labels"]} == {"run", "jump", "wave"}
+    assert sum(label["confidence"] for label in video["labels"]) == pytest.approx(1)
+    adjoining = video["windows"]
+    document = run_json(capsys, "classify", clips[0], "-p", program, "--stride", "4")
+    windows = document["videos"][0]["windows"]
     starts = [window["start_ms"] for window in windows]
-    assert len(windows) > 3
+    assert len(windows) > 1.8 * len(adjoining) > 3
     assert starts == sorted(starts)
-    document = run_json(capsys, "classify", clips[0], "-p", program, "--sampling", "uniform")
-    (spread,) = document["videos"][0]["clips"]
-    assert spread["end_ms"] - spread["start_ms"] > clip["end_ms"] - clip["start_ms"]
+    assert document["videos"][0]["segments"][0]["start_ms"] == 0
+    arguments = ["classify", clips[0], "-p", program, "--sampling"]
+    (spread,) = run_json(capsys, *arguments, "uniform")["videos"][0]["windows"]
+    (centre,) = run_json(capsys, *arguments, "centre")["videos"][0]["windows"]
+    assert spread["end_ms"] - spread["start_ms"] > centre["end_ms"] - centre["start_ms"]
+    assert spread["start_ms"] < centre["start_ms"]
 
 
 def test_info(program, capsys):
@@ -154,10 +167,11 @@ def test_an_accelerator_is_chosen_by_one_option():
 def test_commands_that_take_one_clip_sample_alike():
     for command in ("classify", "batch"):
         sampling = options_of(command)["--sampling"]
-        assert sampling.default == DEFAULT_SAMPLING
+        assert sampling.default is None
         assert tuple(sampling.choices) == SAMPLINGS
-        assert f"default: {DEFAULT_SAMPLING}" in sampling.help
-    assert inspect.signature(load_clip).parameters["sampling"].default == DEFAULT_SAMPLING
+        assert "default: as the program says" in sampling.help
+    for road in (load_clip, recognize, sample_clips):
+        assert inspect.signature(road).parameters["sampling"].default is None
 
 
 def test_compare(program, clips, capsys):

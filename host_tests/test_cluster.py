@@ -41,7 +41,7 @@ from pynq_kgrc.cluster.archive import (
 )
 from pynq_kgrc.errors import ConfigError, DataError, DeviceError, KgrcError
 from pynq_kgrc.runtime import Session
-from pynq_kgrc.video import load_clip, load_windows
+from pynq_kgrc.video import load_windows
 
 needs_ray = pytest.mark.skipif(
     find_spec("ray") is None, reason="Ray is not installed: run make cluster"
@@ -100,10 +100,8 @@ def one_process(archive, path, stride=None):
             if name.startswith("."):
                 continue
             try:
-                if stride:
-                    clips = list(load_windows(file, program.clip, stride=stride))
-                else:
-                    clips = [load_clip(file, program.clip)]
+                assert program.clip.sampling == "windows"
+                clips = list(load_windows(file, program.clip, stride=stride))
                 found[name] = [session.classify(clip.frames, 5).labels for clip in clips]
             except KgrcError:
                 found[name] = None
@@ -191,7 +189,7 @@ def test_whatever_a_decoder_raises_becomes_a_row(archive, program, monkeypatch):
     def broken(*_, **__):
         raise MemoryError("too large")
 
-    monkeypatch.setattr("pynq_kgrc.cluster.archive.load_clip", broken)
+    monkeypatch.setattr("pynq_kgrc.recognition.load_windows", broken)
     with Session(load(program)) as session:
         row = classify_file(session, find_files(archive)[1], ArchiveSettings(""))
     assert row.error == "cannot be decoded: MemoryError: too large"

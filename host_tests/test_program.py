@@ -3,6 +3,9 @@
 import json
 import os
 import struct
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -202,8 +205,12 @@ def first_element(value):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (set_in("version", value=2), r"version 2; this release reads 'pynq_kgrc' version 1"),
-        (set_in("format", value="onnx"), r"format 'onnx' version 1; this release reads"),
+        (set_in("version", value=3), r"version 3; this release reads 'pynq_kgrc' of .* 1, 2"),
+        (set_in("version", value=0), r"version 0; this release reads 'pynq_kgrc' of .* 1, 2"),
+        (set_in("clip", "sampling", value="some"), r"sampling='some' .* accepted are centre"),
+        (set_in("clip", "temperature", value=0), r"temperature=0.0; accepted is above 0"),
+        (set_in("clip", "threshold", value=1), r"threshold=1.0; accepted is 0 to below 1"),
+        (set_in("format", value="onnx"), r"format 'onnx' version 2; this release reads"),
         (set_in("tasks", value=[]), "the program has no task"),
         (set_in("tasks", 0, "target", "buffer", value=99), r"conv1: buffer is 99, accepted are 0"),
         (set_in("tasks", 0, "source", "channel", value=-1), r"conv1: channel offset is -1"),
@@ -223,7 +230,7 @@ def first_element(value):
         (set_in("buffers", 0, "offset", value=1), r"buffer 0: offset 1 is not a multiple of 64"),
         (set_in("buffers", 0, "offset", value=64 << 20), r"buffer 0: its end is .* accepted are"),
         (set_in("arena_bytes", value=1 << 60), r"arena_bytes is \d+, accepted"),
-        (set_in("clip", "frames", value=0), r"clip of 0 frames"),
+        (set_in("clip", "frames", value=0), r"frames=0 of a clip"),
         (set_in("clip", "std", value=[0, 1, 1]), r"std .* do not normalise"),
         (set_in("labels", value=["a"]), r"1 labels for 5 outputs"),
         (set_in("target", "buffer", value=0), r"target of the program is"),
@@ -245,6 +252,37 @@ def test_inconsistent_documents_are_refused_by_name(change, text, tmp_path):
     with_document(path, change)
     with pytest.raises(ProgramError, match=text):
         load(path)
+
+
+CLIP_FIELDS_OF_VERSION_2 = ("sampling", "stride", "rate", "temperature", "threshold")
+
+
+def test_a_file_of_version_1_is_read_and_written_as_version_2(tmp_path):
+    """Version 1 has no fields that say how a video is sampled: the program has the defaults."""
+    path = tmp_path / "old.kgrc"
+    program, _ = compiled(small_net())
+    clip = replace(
+        program.clip, sampling="uniform", stride=3, rate=12.5, temperature=1.5, threshold=0.25
+    )
+    msgspec.structs.replace(program, clip=clip).save(path)
+    assert load(path).clip == clip and load(path).version == 2
+
+    def to_version_1(document, _):
+        document["version"] = 1
+        assert document["clip"].keys() >= set(CLIP_FIELDS_OF_VERSION_2)
+        for name in CLIP_FIELDS_OF_VERSION_2:
+            del document["clip"][name]
+
+    with_document(path, to_version_1)
+    old = load(path)
+    assert old.version == 1
+    assert old.clip == program.clip
+    assert (old.clip.sampling, old.clip.temperature, old.clip.threshold) == ("windows", 1.0, 0.0)
+    np.testing.assert_array_equal(outputs(old), outputs(program))
+    old.save(path)
+    new = load(path)
+    assert new.version == 2 and new.clip == old.clip
+    np.testing.assert_array_equal(outputs(new), outputs(program))
 
 
 def test_files_that_are_no_program(tmp_path):
@@ -282,3 +320,32 @@ def test_every_conv_field_is_checked_against_its_shape(program):
     for task in program.tasks:
         if isinstance(task, ConvTask):
             assert task.kept_macs <= task.shape.macs
+
+
+SAVE = """
+import sys
+from networks import compiled, small_config
+from test_program import small_net
+compiled(small_net(), small_config(8))[0].save(sys.argv[1])
+"""
+
+
+def test_the_same_program_gives_the_same_bytes(tmp_path):
+    """Saved often in one process (safetensors draws an order each time), loaded, and in others."""
+    program = compiled(small_net(), small_config(8))[0]
+    path = tmp_path / "0.kgrc"
+    found = set()
+    for _ in range(20):
+        program.save(path)
+        found.add(path.read_bytes())
+    load(path).save(path)
+    found.add(path.read_bytes())
+    for seed in ("1", "2"):
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
+        }
+        subprocess.run([sys.executable, "-c", SAVE, str(path)], env=environment, check=True)
+        found.add(path.read_bytes())
+    assert len(found) == 1

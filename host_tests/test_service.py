@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import http.client
 import json
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -28,7 +30,6 @@ from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.service.schemas import Classification
 from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
-from pynq_kgrc.service.videos import merge_windows
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.video import Frame, cut_windows, frame_offsets, load_clip, load_windows
 
@@ -156,6 +157,47 @@ def test_window_and_stride(service, video):
         assert query[1:].split("=")[0] in refused.json["error"]
 
 
+WRONG_OPTIONS = [
+    *(("top_k", text) for text in ("0", "-2", "1001", "9" * 5000, "-0", "+5", "1_0", "5.0", " 5")),
+    *(("top_k", text) for text in ("", "\u0665", "\uff15", "nan", "inf", "1e2", "true", "null")),
+    *(("stride", text) for text in ("0", "-1", "1000001", "")),
+    *(("window", text) for text in ("0", "-1", "7", "1025")),
+    *(("sampling", text) for text in ("", "Uniform", "some")),
+    ("program", ""),
+    ("program", "x" * 201),
+    ("topk", "3"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), WRONG_OPTIONS, ids=lambda text: text[:12] or "empty")
+def test_an_option_out_of_bounds_is_refused_in_the_query_and_in_a_form(service, name, text):
+    """The bounds are declared once; the answer names the option and says what is accepted."""
+    query = service.classify(b"x" * 100, "?" + urlencode({name: text}))
+    part = b'--xyz\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    body = part % (name.encode(), text.encode()) + part % (b"video", b"x" * 100) + b"--xyz--\r\n"
+    form = service.classify(body, kind="multipart/form-data; boundary=xyz")
+    if len(text) > 1000:
+        assert form.status == 400
+    else:
+        assert (form.status, form.json) == (422, query.json)
+    assert query.status == 422
+    said = query.json["error"]
+    if name == "topk":
+        assert said == "no option 'topk'; there are top_k, window, stride, program, sampling"
+    else:
+        assert name in said and text[:30] in said and "accepted" in said
+
+
+def test_options_that_contradict_each_other_are_refused(service, video):
+    for query in ("?top_k=1&top_k=2", "?sampling=uniform&stride=4", "?sampling=uniform&window=9"):
+        refused = service.classify(video, query)
+        assert refused.status == 422, query
+        assert query[1:].split("=")[0] in refused.json["error"]
+    refused = service.classify(gzip.compress(video), headers={"Content-Encoding": "gzip"})
+    assert refused.status == 415
+    assert "accepted is identity" in refused.json["error"]
+
+
 def test_uniform_sampling_is_that_of_the_video_module(service, folder, video):
     clip = load(folder / "tiny.kgrc").clip
     wanted = load_clip(folder / "video.mp4", clip, sampling="uniform")
@@ -228,8 +270,10 @@ def test_multipart(service, video):
     for text, wrong in mistakes.items():
         refused = service.classify(wrong, kind=kind)
         assert (refused.status, text in refused.json["error"]) == (400, True), refused.body
-    refused = service.classify(form((b'name="top_k"', b"many"), (b'name="file"', video)), kind=kind)
-    assert refused.status == 422
+    twice = [(b'name="top_k"', b"2")] * 2
+    for fields, text in ((twice, "top_k is given twice"), ([(b'name="note"', b"x")], "'note'")):
+        refused = service.classify(form(*fields, (b'name="file"', video)), kind=kind)
+        assert (refused.status, text in refused.json["error"]) == (422, True), refused.body
     assert service.classify(body, kind="multipart/form-data").status == 400
 
 
@@ -312,17 +356,6 @@ def test_offsets_of_a_window():
     assert frame_offsets(4, 1, 10) == [0, 3, 6, 9]
     assert frame_offsets(1, 1, 9) == [4]
     assert frame_offsets(3, 5, None) == [0, 5, 10]
-
-
-def test_overlapping_windows_give_segments_that_meet_in_the_middle():
-    a, b = np.array([0.9, 0.1]), np.array([0.2, 0.8])
-    windows = [(0, 100, a), (50, 150, a), (100, 200, b)]
-    assert msgspec.to_builtins(merge_windows(windows, ["a", "b"])) == [
-        {"label": "a", "confidence": 0.9, "start_ms": 0, "end_ms": 125.0},
-        {"label": "b", "confidence": 0.8, "start_ms": 125.0, "end_ms": 200},
-    ]
-    gap = merge_windows([(0, 100, a), (300, 400, b)], ["a", "b"])
-    assert [(s.start_ms, s.end_ms) for s in gap] == [(0, 100), (300, 400)]
 
 
 # ---- jobs -----------------------------------------------------------------------------------
@@ -421,6 +454,11 @@ def test_live_frames(service):
         assert "not a JPEG" in last["error"]
     with connect(f"ws://127.0.0.1:{service.port}/v1/live?program=none") as client:
         assert json.loads(client.recv(10))["status"] == 404
+    for query in ("top_k=0", "top_k=-2", "top_k=1001", "top_k=x", "stride=4", "top_k=1&top_k=2"):
+        with connect(f"ws://127.0.0.1:{service.port}/v1/live?{query}") as client:
+            refused = json.loads(client.recv(10))
+            assert refused["status"] == 422, query
+            assert query.split("=")[0] in refused["error"]
     with (
         pytest.raises(Exception, match="403"),
         connect(f"ws://127.0.0.1:{service.port}/v1/live", origin="http://elsewhere.example"),

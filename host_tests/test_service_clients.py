@@ -249,6 +249,99 @@ def test_requests_that_are_wrong_are_refused_with_a_reason(service, frames):
         assert text in answer.json["error"], answer.json
 
 
+def test_a_field_that_is_null_counts_as_absent(service, frames):
+    """MLServer's client sends every field (kserve#3365)."""
+    tensor = {"name": "frames", "shape": list(frames.shape), "datatype": "UINT8"}
+    tensor |= {"data": frames.reshape(-1).tolist(), "parameters": None}
+    answers = []
+    for more in (
+        {},
+        {"id": None, "parameters": None, "outputs": None},
+        {"parameters": {"binary_data_output": None, "timeout": None}},
+        {"outputs": [{"name": n, "parameters": None} for n in ("probabilities", "logits")]},
+        {"outputs": [{"name": n, "parameters": {"classification": None, "binary_data": None}}
+                     for n in ("probabilities", "logits")]},
+    ):  # fmt: skip
+        body = json.dumps({"inputs": [tensor], **more}).encode()
+        answer = service.ask("POST", "/v2/models/tiny/infer", body)
+        assert answer.status == 200, (more, answer.body)
+        answers.append(answer.json)
+    assert "id" not in answers[0]
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_parameters_of_the_protocol_have_types_and_bounds(service, frames):
+    tensor = {"name": "frames", "shape": list(frames.shape), "datatype": "UINT8"}
+    data = frames.reshape(-1).tolist()
+    good = {"inputs": [{**tensor, "data": data}]}
+
+    def asked(name, value):
+        return {**good, "outputs": [{"name": "logits", "parameters": {name: value}}]}
+
+    cases = [
+        *((asked("classification", v), "classification=") for v in (-1, True, 1.0, "2", 1001)),
+        *((asked("binary_data", v), "binary_data=") for v in ("false", 0, 1, "")),
+        *(({**good, "parameters": {"timeout": v}}, "timeout=") for v in (-1, True, "5", 10**30)),
+        ({**good, "parameters": {"binary_data_output": "false"}}, "binary_data_output="),
+        ({"inputs": [{**tensor, "data": [True, *data[1:]]}]}, "whole numbers"),
+        ({"inputs": [{**tensor, "data": [float("nan"), *data[1:]]}]}, "not an inference request"),
+        ({"inputs": [{**tensor, "data": data, "parameters": {"binary_data_size": True}}]}, "True"),
+    ]
+    for body, text in cases:
+        answer = service.ask("POST", "/v2/models/tiny/infer", json.dumps(body).encode())
+        assert answer.status == 400, (text, answer.body)
+        assert text in answer.json["error"], answer.json
+    deep = b'{"inputs": [{"name": "frames", "shape": [1], "datatype": "UINT8", "data": '
+    for body in (b"[" * 100_000, deep + b"[" * 100_000, deep + b"[" * 900 + b"]" * 900 + b"}]}"):
+        assert service.ask("POST", "/v2/models/tiny/infer", body).status == 400
+    head = {"Inference-Header-Content-Length": "1" * 5000}
+    assert service.ask("POST", "/v2/models/tiny/infer", b"{}", head).status == 400
+    body = json.dumps(good).encode()
+    head = {"Inference-Header-Content-Length": str(len(body))}
+    answer = service.ask("POST", "/v2/models/tiny/infer", body + b"rest", head)
+    assert (answer.status, "4 bytes after the JSON" in answer.json["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("header", "wanted"),
+    [
+        ("gzip", True),
+        ("GZIP", True),
+        ("x-gzip", True),
+        ("*", True),
+        ("br, gzip;q=0.5", True),
+        ("gzip ; Q = 1.000 , identity;q=0.5", True),
+        ("identity;q=0, *;q=0.1", True),
+        ("", False),
+        ("identity", False),
+        ("notgzip", False),
+        ("gzipped, xgzip", False),
+        ("gzip;q=0", False),
+        ("gzip;q=0.000", False),
+        ("identity, gzip;q=0", False),
+        ("*;q=0", False),
+        ("gzip;q=0, *", False),
+        ("identity, gzip;q=0.5", False),
+        ("gzip;q=nan", False),
+        ("gzip;q=", False),
+        ("gzip;q=-1", False),
+    ],
+)
+def test_gzip_is_sent_to_those_who_accept_it(service, frames, header, wanted):
+    """RFC 9110, 12.5.3; q=0 refuses a coding."""
+    batch = np.repeat(frames[:1], 32, 0)
+    tensor = {"name": "frames", "shape": list(batch.shape), "datatype": "UINT8"}
+    tensor["parameters"] = {"binary_data_size": batch.nbytes}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head)), "Accept-Encoding": header}
+    answer = service.ask("POST", "/v2/models/tiny/infer", head + batch.tobytes(), headers)
+    assert answer.status == 200
+    assert (answer.headers.get("content-encoding") == "gzip") == wanted
+    assert answer.headers["vary"] == "Accept-Encoding"
+    body = gzip.decompress(answer.body) if wanted else answer.body
+    assert json.loads(body)["model_name"] == "tiny"
+
+
 @pytest.mark.slow
 def test_schemathesis_finds_no_fault(service, tmp_path):
     """Generated requests: every answer conforms to openapi.json, none has status 500."""
@@ -314,7 +407,7 @@ def test_the_shipped_program_recognizes_unseen_subjects(folder, shared_data):
         assert serving.started["programs"] == ["utd_mhad27"]
         for sample in chosen:
             data = (videos.folder / sample.file).read_bytes()
-            document = serving.classify(data, "?sampling=uniform&top_k=1").json
+            document = serving.classify(data, "?top_k=1").json
             right += document["labels"][0]["label"] == videos.classes[sample.label]
     assert len(chosen) == 27
     assert right / len(chosen) > 0.7
@@ -330,7 +423,7 @@ def test_the_simulated_board_answers_as_the_emulation(folder):
     for backend in ("emulate", "board"):
         arguments = ["--backend", backend, "--program", folder / "twin.kgrc"]
         with Serving(*arguments, state=folder / backend, program=shipped) as serving:
-            answers = [serving.classify(data, f"?program={name}").json
+            answers = [serving.classify(data, f"?program={name}&sampling=windows").json
                        for name in ("utd_mhad27", "twin", "utd_mhad27")]  # fmt: skip
         assert [answer["backend"] for answer in answers] == [backend] * 3
         assert len(answers[0]["windows"]) == 3

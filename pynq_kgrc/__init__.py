@@ -2,7 +2,7 @@
 
 >>> import pynq_kgrc
 >>> sorted(pynq_kgrc.__all__)
-['Program', 'Session', 'compile_network', 'load_clip', 'load_program']
+['Program', 'Session', 'compile_network', 'load_clip', 'load_program', 'recognize']
 """
 
 from importlib import import_module
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pynq_kgrc.compiler.network import compile_network
     from pynq_kgrc.program import Program
     from pynq_kgrc.program import load as load_program
+    from pynq_kgrc.recognition import recognize
     from pynq_kgrc.runtime import Session
     from pynq_kgrc.video import load_clip
 
@@ -24,10 +25,11 @@ _EXPORTS = {
     "compile_network": ("pynq_kgrc.compiler.network", "compile_network"),
     "load_clip": ("pynq_kgrc.video", "load_clip"),
     "load_program": ("pynq_kgrc.program", "load"),
+    "recognize": ("pynq_kgrc.recognition", "recognize"),
 }
 """Public name -> (module, attribute); imported on first use, so that a board needs no torch."""
 
-__all__ = ["Program", "Session", "compile_network", "load_clip", "load_program"]
+__all__ = ["Program", "Session", "compile_network", "load_clip", "load_program", "recognize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -136,6 +136,10 @@ clips one after the other over all of it."""
 DEFAULT_SAMPLING = "windows"
 """The sampling of a program that does not say."""
 
+TRAINING_SAMPLING = "uniform"
+"""How `train`, `prune` and `quantize` sample the videos of a data set. `quantize` writes it into
+the program, so that every command samples a video as in training."""
+
 
 @dataclass(frozen=True)
 class ClipSpec:
@@ -179,6 +183,22 @@ class ClipSpec:
             raise ConfigError(f"temperature={self.temperature}; accepted is above 0")
         if not 0 <= self.threshold < 1:
             raise ConfigError(f"threshold={self.threshold}; accepted is 0 to below 1")
+
+    def chosen_sampling(self, sampling: str | None = None, stride: int | None = None) -> str:
+        """How to sample a video: as asked; by windows if only a stride is asked; else `sampling`.
+
+        Raises:
+            ConfigError: an unknown sampling, or a stride beside one that has no windows.
+        """
+        if sampling is not None and sampling not in SAMPLINGS:
+            raise ConfigError(f"sampling={sampling!r}; accepted are {', '.join(SAMPLINGS)}")
+        if stride is None:
+            return sampling or self.sampling
+        if sampling not in (None, "windows"):
+            raise ConfigError(
+                f"stride={stride} beside sampling={sampling!r}; accepted with 'windows' only"
+            )
+        return "windows"
 
     def pixel_values(self) -> Array:
         """[3, 256] float64: the input value of each of the 256 levels of R, G, B."""

@@ -44,8 +44,13 @@ from pynq_kgrc.quant import (
 )
 from pynq_kgrc.storage import written_beside
 
-VERSION = 1
-"""Version of the container that this module reads and writes."""
+VERSION = 2
+"""Version of the container that this module writes. The hardware does not depend on it: what that
+reads has a version of its own, `accelerator.header.IMAGE_VERSION`."""
+
+READABLE = (1, VERSION)
+"""Versions that `load` reads. Version 1 does not say how a video is sampled and how confidences are
+calibrated: such a program has the defaults of `ClipSpec`."""
 
 DOCUMENT_KEY = "pynq_kgrc"
 DIGEST_KEY = "sha256"
@@ -200,6 +205,7 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
     tasks: tuple[Task, ...]
     format: str = DOCUMENT_KEY
     version: int = VERSION
+    """Version of the file that it was read from."""
 
     @cached_property
     def input_codes(self) -> Array:
@@ -265,16 +271,21 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the container atomically: to a temporary file that is renamed to `path`."""
+        """Write the container atomically: to a temporary file that is renamed to `path`.
+
+        The same program gives the same bytes, in every process. Of whatever version the file was
+        that it was read from, version `VERSION` is written.
+        """
         tensors = self._tensors()
         names = {id(array): name for name, array in tensors.items()}
-        document = msgspec.json.encode(self, enc_hook=lambda array: names[id(array)])
+        written = msgspec.structs.replace(self, version=VERSION)
+        document = msgspec.json.encode(written, enc_hook=lambda array: names[id(array)])
         stored = {name: self._store(array) for name, array in tensors.items()}
         metadata = {
             DOCUMENT_KEY: document.decode(),
             DIGEST_KEY: _digest(document, stored),
         }
-        payload = to_safetensors(stored, metadata)
+        payload = _sorted_metadata(to_safetensors(stored, metadata))
         with written_beside(Path(path)) as beside:
             beside.write_bytes(payload)
 
@@ -293,6 +304,19 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         if self.config.bits == 4 and array.dtype == np.int8:
             return pack_int4(array)
         return np.ascontiguousarray(array)
+
+
+def _sorted_metadata(payload: bytes) -> bytes:
+    """A safetensors file with its metadata in order; safetensors writes them in a random order.
+
+    Format: 8 bytes, the length of the header; the header, JSON; the tensors.
+    """
+    end = 8 + int.from_bytes(payload[:8], "little")
+    header = msgspec.json.decode(payload[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = msgspec.json.encode(header)
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + payload[end:]
 
 
 def load(path: str | Path) -> Program:
@@ -341,10 +365,11 @@ def _check_version(path: Path, document: bytes) -> None:
         header = msgspec.json.decode(document, type=_Header)
     except msgspec.MsgspecError as error:
         raise ProgramError(f"{path}: its document cannot be read ({error})") from error
-    if header.format != DOCUMENT_KEY or header.version != VERSION:
+    if header.format != DOCUMENT_KEY or header.version not in READABLE:
         raise ProgramError(
-            f"{path}: format {header.format!r} version {header.version}; "
-            f"this release reads {DOCUMENT_KEY!r} version {VERSION}: compile it again"
+            f"{path}: format {header.format!r} version {header.version}; this release reads "
+            f"{DOCUMENT_KEY!r} of the versions {', '.join(map(str, READABLE))}: compile the "
+            f"network again, or use a newer release"
         )
 
 

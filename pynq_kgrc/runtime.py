@@ -18,7 +18,7 @@ from pynq_kgrc.backends.base import Backend, Counters, open_backend
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.program import Program
 from pynq_kgrc.quant import Array
-from pynq_kgrc.results import Label
+from pynq_kgrc.results import Label, best_labels, is_unsure
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scores:
     logits: Array
     """[classes] float64."""
     probabilities: Array
-    """[classes] float64: the soft-max of the logits."""
+    """[classes] float64: the soft-max of the logits, divided by the temperature of the program."""
     layers: tuple[Counters, ...]
     """The counters of each task, in order."""
     seconds: Seconds
@@ -63,6 +63,8 @@ class Prediction:
     backend: str
     """Name of the backend that ran it."""
     timing: Seconds
+    unsure: bool = False
+    """Whether the best label's confidence is below the threshold of the program."""
 
     @property
     def seconds(self) -> float:
@@ -123,7 +125,7 @@ class Session:
             last = self.program.tasks[-1]
             found = self.backend.read(last.target, last.shape.out_channels, last.out_size)
         logits = self.program.output.dequantize(found).reshape(-1)
-        probabilities = softmax(logits)
+        probabilities = softmax(logits / self.program.clip.temperature)
         end = time.perf_counter()
         seconds = Seconds(encode, copied - encoded, done - copied, end - done)
         return Scores(logits, probabilities, layers, seconds)
@@ -135,7 +137,8 @@ class Session:
         """
         scores = self.run(frames)
         labels = best_labels(scores.probabilities, self.program.labels, top)
-        return Prediction(labels, scores.layers, self.backend_name, scores.seconds)
+        unsure = is_unsure(scores.probabilities, self.program.clip.threshold)
+        return Prediction(labels, scores.layers, self.backend_name, scores.seconds, unsure)
 
     def trace(self, frames: Array) -> Iterator[tuple[str, Array, Counters]]:
         """Run task by task: the name, output codes [C, D, H, W] and counters of each.
@@ -222,15 +225,6 @@ def compare(left: Session, right: Session, frames: Array) -> Difference | None:
             at = (c, d, h, w)
             return Difference(name, at, int(ours[at]), int(theirs[at]), len(differing))
     return None
-
-
-def best_labels(probabilities: Array, names: tuple[str, ...], top: int) -> tuple[Label, ...]:
-    """The `top` (at least 1) most probable classes of [classes] probabilities, in that order.
-
-    Without `names` a class is called by its number.
-    """
-    order = np.argsort(-probabilities, kind="stable")[: max(1, top)]
-    return tuple(Label(names[i] if names else str(i), float(probabilities[i])) for i in order)
 
 
 def softmax(logits: Array) -> Array:

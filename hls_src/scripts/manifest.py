@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from pynq_kgrc.accelerator.config import read_design
-from pynq_kgrc.accelerator.header import REGISTERS, VLNV
+from pynq_kgrc.accelerator.header import IMAGE_VERSION, REGISTERS, VLNV
 from pynq_kgrc.accelerator.reports import SYNTHESIS, read_synthesis
 from pynq_kgrc.backends.board.overlays import BIT, HWH, MANIFEST, Manifest
 from pynq_kgrc.errors import DeviceError, KgrcError
@@ -69,6 +69,7 @@ def main() -> None:
         sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         tool=f"Vitis HLS {synthesis.version}, {vivado}",
         board=chosen.board,
+        program_version=IMAGE_VERSION,
     )
     chosen.output.mkdir(parents=True, exist_ok=True)
     encoded = msgspec.json.format(msgspec.json.encode(manifest))

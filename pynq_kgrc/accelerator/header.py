@@ -19,6 +19,11 @@ from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.quant import ACCUMULATOR_BITS
 from pynq_kgrc.storage import written_beside
 
+IMAGE_VERSION = 1
+"""Version of what the hardware reads from memory: maps, tables, weights (docs/format.md). It grows
+when a layout below changes so that an older bitstream would read it wrongly. The `program_version`
+of an overlay's manifest is compared with it."""
+
 FIELDS = (
     "kind",
     *("source", "target", "shortcut", "weights", "indices", "items", "scales"),

@@ -12,8 +12,8 @@ from pynq_kgrc.program import Program
 from pynq_kgrc.quant import Array
 from pynq_kgrc.runtime import Session
 
-LabelledClip = tuple[Array, int]
-"""uint8 frames [D, H, W, 3] and the number of their class."""
+LabelledClip = tuple[Array | Iterable[Array], int]
+"""uint8 frames [D, H, W, 3], or the windows of a video, and the number of their class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +55,18 @@ def measure_accuracy(
         for frames, label in bar(clips):
             if not 0 <= label < classes:
                 raise ProgramError(f"label {label} is not one of the {classes} of {program.name}")
-            order = np.argsort(-session.run(frames).logits, kind="stable")
+            order = np.argsort(-_scores(session, frames), kind="stable")
             confusion[label, order[0]] += 1
             among_five += int(label in order[:5])
     count = int(confusion.sum())
     if not count:
         raise ProgramError("there is no clip to measure on")
     return Accuracy(count, float(np.trace(confusion) / count), among_five / count, confusion)
+
+
+def _scores(session: Session, frames: Array | Iterable[Array]) -> Array:
+    """The logits [classes] of a clip; the mean of the windows' probabilities of a video."""
+    if isinstance(frames, np.ndarray):
+        return session.run(frames).logits
+    mean: Array = np.mean([session.run(window).probabilities for window in frames], axis=0)
+    return mean

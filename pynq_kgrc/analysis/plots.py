@@ -16,8 +16,8 @@ from pynq_kgrc.analysis.timing import LayerTime
 from pynq_kgrc.backends.board.power import Recording
 from pynq_kgrc.groups import GroupSize, split
 from pynq_kgrc.quant import Array
+from pynq_kgrc.results import Recognition, WindowLabels
 from pynq_kgrc.runtime import Prediction
-from pynq_kgrc.video import Clip
 
 PROCESSES = {
     "array": "tab:blue",
@@ -33,8 +33,8 @@ MOST_GROUPS = (4, 6)
 """The most kernel groups that `plot_groups` shows, along filters and along channels."""
 
 
-def plot_labels(prediction: Prediction) -> Figure:
-    """A bar for the probability of each label of a prediction."""
+def plot_labels(prediction: Prediction | Recognition) -> Figure:
+    """A bar for the probability of each label of a clip or a video."""
     names = [each.label for each in prediction.labels]
     confidences = [each.confidence for each in prediction.labels]
     figure = Figure(figsize=(6, 0.4 * len(names) + 0.8), layout="constrained")
@@ -47,18 +47,18 @@ def plot_labels(prediction: Prediction) -> Figure:
     return figure
 
 
-def plot_timeline(found: Sequence[tuple[Clip, Prediction]], top: int = 4) -> Figure:
+def plot_timeline(windows: Sequence[WindowLabels], top: int = 4) -> Figure:
     """Probabilities over the time of a video: a line per label, a step per window.
 
     Args:
-        found: the windows in order, each with its prediction.
+        windows: in order, each with the probabilities of all labels.
         top: number of lines: the labels with the highest sum of probabilities.
     """
-    confidences = [{e.label: e.confidence for e in prediction.labels} for _, prediction in found]
+    confidences = [{e.label: e.confidence for e in window.labels} for window in windows]
     total: Counter[str] = Counter()
     for window in confidences:
         total.update(window)
-    edges = [clip.start_ms / 1e3 for clip, _ in found] + [found[-1][0].end_ms / 1e3]
+    edges = [each.start_ms / 1e3 for each in windows] + [windows[-1].end_ms / 1e3]
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.subplots()
     for name in sorted(total, key=lambda name: -total[name])[:top]:

@@ -6,7 +6,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pynq_kgrc.cli import build, classify, cluster, doctor, explore, info, serve, train
+from pynq_kgrc.cli import (
+    build,
+    calibrate,
+    classify,
+    cluster,
+    doctor,
+    explore,
+    info,
+    serve,
+    train,
+)
 from pynq_kgrc.cli.arguments import Run
 from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.version import VERSION
@@ -63,6 +73,6 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON for a script to read")
         return added
 
-    for family in (classify, build, train, info, explore, doctor, serve, cluster):
+    for family in (classify, build, train, calibrate, info, explore, doctor, serve, cluster):
         family.declare(command)
     return parser

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from pynq_kgrc.graph import DEFAULT_SAMPLING, SAMPLINGS
+from pynq_kgrc.graph import SAMPLINGS
 
 DEFAULT_DESIGN = "8-sparse"
 """The preset that commands take without `--design`."""
@@ -56,20 +56,19 @@ def add_design(command: argparse.ArgumentParser, purpose: str, *old_names: str) 
 
 
 def add_sampling(command: argparse.ArgumentParser) -> None:
-    """Add the options that choose the frames of a video."""
+    """Add the options that choose the frames of a video, instead of the program."""
     command.add_argument(
         "--stride",
         type=positive,
         metavar="FRAMES",
-        help="cover the whole video with clips that start every FRAMES frames; without, take one "
-        "clip by --sampling",
+        help="cover the whole video with clips that start every FRAMES frames",
     )
     command.add_argument(
         "--sampling",
         choices=SAMPLINGS,
-        default=DEFAULT_SAMPLING,
-        help="the one clip: consecutive frames from the middle of the video (centre), or frames "
-        f"spread over all of it (uniform); default: {DEFAULT_SAMPLING}",
+        help="one clip of consecutive frames from the middle of the video (centre), one spread "
+        "over all of it (uniform), or clips one after the other (windows); default: as the program "
+        "says",
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pynq_kgrc.cli.arguments import Declare, add_design, positive, progress
 from pynq_kgrc.cli.info import print_description, summary
 from pynq_kgrc.errors import ModelError
+from pynq_kgrc.graph import SAMPLINGS
 
 if TYPE_CHECKING:
     from pynq_kgrc.graph import Graph
@@ -26,8 +27,8 @@ def declare(command: Declare) -> None:
         run_compile,
         "compile a PyTorch network to a program",
         "The network is traced, pruned if a recipe is given, quantized on the clips and lowered\n"
-        "to tasks of the accelerator. It is calibrated on one clip of consecutive frames from the\n"
-        "middle of each video.\n"
+        "to tasks of the accelerator. It is calibrated on one clip of each video: spread over the\n"
+        "video for --sampling uniform, else from its middle.\n"
         "NETWORK is c3d, r2plus1d_18 or i3d, or MODULE:FUNCTION for your own: the function\n"
         "returns a torch module, and the module has a ClipSpec named CLIP.",
     )
@@ -47,6 +48,20 @@ def declare(command: Declare) -> None:
         help="a few real videos to calibrate on",
     )
     add_design(compile_, "the accelerator to compile for", "--config")
+    compile_.add_argument(
+        "--sampling",
+        choices=SAMPLINGS,
+        help="how the program samples a video: one clip of consecutive frames from its middle "
+        "(centre), one spread over all of it (uniform), or clips one after the other (windows); "
+        "default: as CLIP says. For weights of train or prune: uniform",
+    )
+    compile_.add_argument(
+        "--rate",
+        type=float,
+        metavar="FPS",
+        help="frames a second to which the program resamples a video, 0 for the video's own "
+        "(default: as CLIP says)",
+    )
     compile_.add_argument("--recipe", help="prune at the paper's rates: kgr, kgc or kgrc")
     compile_.add_argument(
         "--method", default=None, help="how ranges are chosen: minmax, percentile or mse"
@@ -98,6 +113,8 @@ def run_compile(options: argparse.Namespace) -> int:
 
 def _trace(options: argparse.Namespace) -> Graph:
     """Build the network, load its weights, and trace it to a graph."""
+    from dataclasses import replace
+
     import torch
 
     from pynq_kgrc.models import find_network
@@ -113,6 +130,10 @@ def _trace(options: argparse.Namespace) -> Graph:
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
     release = RELEASES.get(options.weights)
     labels = _labels(options.labels or (release.labels if release else None))
+    if options.sampling is not None:
+        clip = replace(clip, sampling=options.sampling)
+    if options.rate is not None:
+        clip = replace(clip, rate=options.rate or None)
     return trace(network, clip, labels, options.network)
 
 

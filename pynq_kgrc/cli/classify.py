@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from pynq_kgrc.cli.arguments import Declare, add_sampling, positive, progress
 
 if TYPE_CHECKING:
-    from pynq_kgrc.runtime import Prediction
-    from pynq_kgrc.video import Clip
+    from pynq_kgrc.results import Recognition
 
 
 def declare(command: Declare) -> None:
@@ -22,8 +23,9 @@ def declare(command: Declare) -> None:
         "classify",
         run_classify,
         "name the actions in videos",
-        "By default one clip of consecutive frames from the middle of each video is classified.\n"
-        "With --stride the whole video is covered with clips, and each is printed with its time.",
+        "A video is sampled as the program says: one clip, or clips one after the other, whose\n"
+        "probabilities are averaged; then the timeline is printed, too. If the best label's\n"
+        "confidence is below the program's threshold, the answer is marked as unsure.",
     )
     classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     classify.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
@@ -37,8 +39,8 @@ def declare(command: Declare) -> None:
         "compare",
         run_compare,
         "run a video on two backends and name the first difference",
-        "One clip of consecutive frames from the middle of the video is run. Exit status 1 if the\n"
-        "backends differ.",
+        "One clip is run: spread over the video if the program says so, else from its middle.\n"
+        "Exit status 1 if the backends differ.",
     )
     compare.add_argument("video", metavar="VIDEO")
     compare.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
@@ -48,50 +50,45 @@ def declare(command: Declare) -> None:
 
 def run_classify(options: argparse.Namespace) -> int:
     from pynq_kgrc.program import load
+    from pynq_kgrc.recognition import recognize
     from pynq_kgrc.runtime import Session
-    from pynq_kgrc.video import load_clip, load_windows
 
     program = load(options.program)
     documents = []
     with Session(program, options.backend) as session:
         for video in options.videos:
-            if options.stride:
-                clips = list(load_windows(video, program.clip, stride=options.stride))
-            else:
-                clips = [load_clip(video, program.clip, sampling=options.sampling)]
-            found = [
-                (clip, session.classify(clip.frames, options.top))
-                for clip in progress(clips, Path(video).name)
-            ]
+            began = time.perf_counter()
+            bar = partial(progress, text=Path(video).name)
+            found = recognize(
+                session, video, options.sampling, options.stride, options.top, bar=bar
+            )
+            seconds = time.perf_counter() - began
             if options.json:
-                documents.append({"video": str(video), "clips": [_document(*f) for f in found]})
+                document = {"video": str(video), "seconds": seconds}
+                documents.append(document | msgspec.to_builtins(found))
             else:
-                _print_predictions(video, found)
+                _print_recognition(video, found, seconds, program.clip.threshold)
     if options.json:
         print(json.dumps({"program": program.name, "videos": documents}, indent=2))
     return 0
 
 
-def _document(clip: Clip, prediction: Prediction) -> dict[str, Any]:
-    return {
-        "start_ms": clip.start_ms,
-        "end_ms": clip.end_ms,
-        "notes": list(clip.notes),
-        "labels": [msgspec.to_builtins(label) for label in prediction.labels],
-        "backend": prediction.backend,
-        "seconds": prediction.seconds,
-    }
-
-
-def _print_predictions(video: str, found: list[tuple[Clip, Prediction]]) -> None:
-    for clip, prediction in found:
-        span = f"{clip.start_ms / 1e3:.1f} to {clip.end_ms / 1e3:.1f} s"
-        print(f"{video}  {span}  ({prediction.backend}, {prediction.seconds:.2f} s)")
-        for note in clip.notes:
-            print(f"  note: {note}")
-        for label in prediction.labels:
-            bar = "█" * round(20 * label.confidence)
-            print(f"  {label.confidence:6.1%} {bar:20} {label.label}")
+def _print_recognition(video: str, found: Recognition, seconds: float, threshold: float) -> None:
+    windows = found.windows
+    span = f"{windows[0].start_ms / 1e3:.1f} to {windows[-1].end_ms / 1e3:.1f} s"
+    count = f"{len(windows)} clips, " if len(windows) > 1 else ""
+    print(f"{video}  {span}  ({count}{found.backend}, {seconds:.2f} s)")
+    for note in found.notes:
+        print(f"  note: {note}")
+    if found.unsure:
+        print(f"  unsure: the best label is below the program's threshold of {threshold:.1%}")
+    for label in found.labels:
+        bar = "█" * round(20 * label.confidence)
+        print(f"  {label.confidence:6.1%} {bar:20} {label.label}")
+    for segment in found.segments if len(windows) > 1 else ():
+        span = f"{segment.start_ms / 1e3:8.1f} to {segment.end_ms / 1e3:6.1f} s"
+        unsure = "  (unsure)" if segment.confidence < threshold else ""
+        print(f"  {span}  {segment.confidence:6.1%} {segment.label}{unsure}")
 
 
 def run_compare(options: argparse.Namespace) -> int:

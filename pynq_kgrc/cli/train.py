@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pynq_kgrc.accelerator.config import AcceleratorConfig
+    from pynq_kgrc.analysis.accuracy import LabelledClip
     from pynq_kgrc.compiler.latency import LatencySearch
     from pynq_kgrc.compress.dataset import VideoSet
     from pynq_kgrc.compress.recipes import LayerRecipe
@@ -114,8 +115,9 @@ def declare(command: Declare) -> None:
         "evaluate",
         run_evaluate,
         "measure the accuracy of a program or of a float network",
-        "--program runs on a backend, bit for bit as on the accelerator. --network and --weights\n"
-        "name a float network, which runs in torch.",
+        "--program runs on a backend, bit for bit as on the accelerator; videos are sampled as\n"
+        "the program says. --network and --weights name a float network, which runs in torch;\n"
+        "of each video it gets one clip that is spread over all of it, as in training.",
     )
     evaluate.add_argument("--data", type=Path, required=True, help="folder with index.csv")
     evaluate.add_argument("-p", "--program", type=Path, help="a compiled .kgrc")
@@ -224,6 +226,7 @@ def run_prune(options: argparse.Namespace) -> int:
 
 def run_quantize(options: argparse.Namespace) -> int:
     import copy
+    from dataclasses import replace
 
     import msgspec
 
@@ -233,6 +236,7 @@ def run_quantize(options: argparse.Namespace) -> int:
     from pynq_kgrc.compress.augment import calibration_clips
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.train_quantized import QUANTIZE, approach_codes, train_quantized
+    from pynq_kgrc.graph import TRAINING_SAMPLING
     from pynq_kgrc.models.trace import trace
 
     design = read_design(options.design)
@@ -250,6 +254,7 @@ def run_quantize(options: argparse.Namespace) -> int:
     if options.admm:
         settings = msgspec.structs.replace(config, epochs=options.admm)
         approach_codes(network, design.bits, settings, setup, options.out / "admm", teacher)
+    spec = replace(spec, sampling=TRAINING_SAMPLING)
     graph = trace(network.cpu(), spec, videos.classes, options.network)
     few = calibration_clips(setup.clips, spec)
     graph = choose_quant(graph, few, design.bits, options.method or DEFAULT_METHOD)
@@ -284,13 +289,20 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def _evaluate_program(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
     from pynq_kgrc.analysis.accuracy import measure_accuracy
-    from pynq_kgrc.compress.dataset import load_clips
+    from pynq_kgrc.compress.dataset import load_clips, video_windows
     from pynq_kgrc.program import load
 
     program = load(options.program)
-    clips = load_clips(videos, program.clip, _clip_cache(options), say=_say)
+    clips: Iterable[LabelledClip]
+    if program.clip.sampling == "windows":  # not cached: there may be many of a video
+        clips = video_windows(videos, program.clip)
+    else:
+        clips = load_clips(
+            videos, program.clip, _clip_cache(options), program.clip.sampling, say=_say
+        )
+    count = len(videos.samples)
     accuracy = measure_accuracy(
-        program, clips, options.backend, lambda c: progress(c, "evaluate", len(clips))
+        program, clips, options.backend, lambda c: progress(c, "evaluate", count)
     )
     found: dict[str, Any] = {
         "program": program.name,

@@ -15,18 +15,15 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
-import numpy as np
 
-from pynq_kgrc.errors import ConfigError, DataError, KgrcError, VideoError
-from pynq_kgrc.graph import DEFAULT_SAMPLING, ClipSpec
-from pynq_kgrc.quant import Array
-from pynq_kgrc.results import Label, WindowLabels
-from pynq_kgrc.runtime import Session, best_labels
-from pynq_kgrc.video import Clip, load_clip, load_windows
+from pynq_kgrc.errors import ConfigError, DataError, VideoError
+from pynq_kgrc.recognition import recognize
+from pynq_kgrc.results import Label, Segment, WindowLabels
+from pynq_kgrc.runtime import Session
 
-VERSION = 2
+VERSION = 3
 """Version of `FileResult`; results of another version are not mixed with these. Version 1 had
-`labels` and `scores` as two lists."""
+`labels` and `scores` as two lists, version 2 no `unsure` and no `segments`."""
 
 
 class ArchiveSettings(msgspec.Struct, frozen=True):
@@ -37,8 +34,9 @@ class ArchiveSettings(msgspec.Struct, frozen=True):
     backend: str = "emulate"
     top: int = 5
     stride: int | None = None
-    """Frames between the starts of two clips; None: one clip per video."""
-    sampling: str = DEFAULT_SAMPLING
+    """Frames between the starts of two clips, instead of what the program says."""
+    sampling: str | None = None
+    """How videos are sampled, instead of what the program says."""
     version: int = VERSION
 
     def differences(self, other: ArchiveSettings) -> str:
@@ -68,6 +66,9 @@ class FileResult(msgspec.Struct, frozen=True):
     modified_ns: int
     labels: tuple[Label, ...] = ()
     """The best labels of the whole video, by the mean of its clips' probabilities."""
+    unsure: bool = False
+    """Whether the best label's confidence is below the threshold of the program."""
+    segments: tuple[Segment, ...] = ()
     windows: tuple[WindowLabels, ...] = ()
     notes: tuple[str, ...] = ()
     error: str | None = None
@@ -127,35 +128,20 @@ def classify_file(session: Session, file: File, settings: ArchiveSettings) -> Fi
         KgrcError: the device or the program failed, not the file.
     """
     path = Path(os.fsdecode(file.place))
-    clips: list[tuple[Clip, Array]] = []
     try:
-        for clip in _clips(path, session.program.clip, settings):
-            # keep the times, not the frames: a long video has many windows
-            kept = Clip(clip.frames[:0], clip.start_ms, clip.end_ms, clip.notes)
-            clips.append((kept, session.run(clip.frames).probabilities))
+        found = recognize(session, path, settings.sampling, settings.stride, settings.top)
     except VideoError as error:
         return failed(file, str(error).removeprefix(f"{path}: "))
-    names = session.program.labels
-    labels = best_labels(np.mean([p for _, p in clips], axis=0), names, settings.top)
-    windows = tuple(
-        WindowLabels(clip.start_ms, clip.end_ms, best_labels(p, names, settings.top))
-        for clip, p in clips
+    return FileResult(
+        file.path,
+        file.size,
+        file.modified_ns,
+        found.labels,
+        found.unsure,
+        found.segments,
+        found.windows,
+        found.notes,
     )
-    notes = tuple(dict.fromkeys(note for clip, _ in clips for note in clip.notes))
-    return FileResult(file.path, file.size, file.modified_ns, labels, windows, notes)
-
-
-def _clips(path: Path, spec: ClipSpec, settings: ArchiveSettings) -> Iterator[Clip]:
-    """The clips of a video; every exception of a decoder becomes a VideoError of this file."""
-    try:
-        if settings.stride:
-            yield from load_windows(path, spec, stride=settings.stride)
-        else:
-            yield load_clip(path, spec, sampling=settings.sampling)
-    except KgrcError:
-        raise
-    except Exception as error:
-        raise VideoError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 def failed(file: File, why: str) -> FileResult:

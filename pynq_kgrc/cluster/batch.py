@@ -39,7 +39,6 @@ from pynq_kgrc.cluster.archive import (
 )
 from pynq_kgrc.cluster.local import ray_started
 from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
-from pynq_kgrc.graph import DEFAULT_SAMPLING
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.storage import written_beside
@@ -61,10 +60,20 @@ _LABELS = pyarrow.list_(
 _WINDOW = pyarrow.struct(
     {"start_ms": pyarrow.float64(), "end_ms": pyarrow.float64(), "labels": _LABELS}
 )
+_SEGMENT = pyarrow.struct(
+    {
+        "label": pyarrow.string(),
+        "confidence": pyarrow.float64(),
+        "start_ms": pyarrow.float64(),
+        "end_ms": pyarrow.float64(),
+    }
+)
 SCHEMA = pyarrow.schema(
     {
         "path": pyarrow.string(),
         "labels": _LABELS,
+        "unsure": pyarrow.bool_(),
+        "segments": pyarrow.list_(_SEGMENT),
         "windows": pyarrow.list_(_WINDOW),
         "notes": pyarrow.list_(pyarrow.string()),
         "error": pyarrow.string(),
@@ -88,7 +97,7 @@ class Batch:
     backend: str = "emulate"
     top: int = 5
     stride: int | None = None
-    sampling: str = DEFAULT_SAMPLING
+    sampling: str | None = None
     workers: int = 1
     file_seconds: float = 600.0
     """Time limit of a worker for one file."""

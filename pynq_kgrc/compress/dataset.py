@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from pynq_kgrc.errors import DataError, VideoError
-from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.graph import TRAINING_SAMPLING, ClipSpec
 from pynq_kgrc.quant import Array
 from pynq_kgrc.storage import written_beside
-from pynq_kgrc.video import load_clip
+from pynq_kgrc.video import load_clip, load_windows
 
 INDEX = "index.csv"
 COLUMNS = ("file", "label", "split")
@@ -133,11 +133,22 @@ class Clips:
             yield np.ascontiguousarray(frames), int(label)
 
 
+def video_windows(videos: VideoSet, spec: ClipSpec) -> Iterator[tuple[Iterator[Array], int]]:
+    """The windows of each video, as frames [D, H, W, 3] that are decoded one by one, and its label.
+
+    Raises:
+        VideoError: while the windows are taken: a video that cannot be decoded.
+    """
+    for sample in videos.samples:
+        windows = load_windows(videos.folder / sample.file, spec)
+        yield (clip.frames for clip in windows), sample.label
+
+
 def load_clips(
     videos: VideoSet,
     spec: ClipSpec,
     cache: str | Path,
-    sampling: str = "uniform",
+    sampling: str = TRAINING_SAMPLING,
     workers: int = 2,
     say: Callable[[str], None] = lambda message: None,
 ) -> Clips:
@@ -176,7 +187,7 @@ def load_clips(
 
 def _key(videos: VideoSet, spec: ClipSpec, sampling: str) -> str:
     """The cache file's name, 20 hex digits; without mean and std: the cache holds pixels."""
-    window = (spec.frames, spec.height, spec.width, spec.short_side, spec.step)
+    window = (spec.frames, spec.height, spec.width, spec.short_side, spec.step, spec.rate)
     listing = [(s.file, (videos.folder / s.file).stat().st_size) for s in videos.samples]
     document = json.dumps([CACHE_VERSION, str(videos.folder.resolve()), window, sampling, listing])
     return hashlib.sha256(document.encode()).hexdigest()[:20]

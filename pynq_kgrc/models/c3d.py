@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from pynq_kgrc.graph import ClipSpec
 
-CLIP = ClipSpec(frames=16, height=112, width=112, short_side=128)
+CLIP = ClipSpec(frames=16, height=112, width=112, short_side=128, sampling="windows", rate=25.0)
+"""16 consecutive frames, averaged over the clips of a video (section 3 of the paper). UCF101, whose
+classes are the default, has 25 frames a second."""
 
 
 def c3d(classes: int = 101) -> C3D:

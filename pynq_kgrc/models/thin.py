@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.models.r2plus1d import Block
 
-CLIP = ClipSpec(frames=16, height=64, width=64, short_side=64)
+CLIP = ClipSpec(frames=16, height=64, width=64, short_side=64, sampling="uniform")
+"""There are no published weights: these networks see what `train` gives them, one clip that is
+spread over the whole video (`graph.TRAINING_SAMPLING`)."""
 
 
 def thin_c3d(classes: int = 27, width: int = 16) -> ThinC3D:

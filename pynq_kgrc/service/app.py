@@ -10,10 +10,10 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Header, Query, Request, WebSocket
+from fastapi import FastAPI, Header, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
@@ -26,6 +26,7 @@ from pynq_kgrc.service.guard import KEY_PROTOCOL, Guard
 from pynq_kgrc.service.jobs import FINAL
 from pynq_kgrc.service.live import LiveSession, refuse_live, serve_live
 from pynq_kgrc.service.logs import start_logging
+from pynq_kgrc.service.options import Options, make_options, query_parameters, read_options
 from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.schemas import (
@@ -42,7 +43,6 @@ from pynq_kgrc.service.schemas import (
 from pynq_kgrc.service.server import listen, make_server
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.uploads import Upload
-from pynq_kgrc.service.videos import Options
 
 log = logging.getLogger("pynq_kgrc.service")
 
@@ -133,7 +133,7 @@ def add_video_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/videos:classify",
         tags=["Videos"],
-        openapi_extra=VIDEO_BODY,
+        openapi_extra={**VIDEO_BODY, "parameters": query_parameters()},
         responses={
             200: answer_of(Classification, "The labels of the video"),
             202: answer_of(JobDocument, "The job, whose address is in Location"),
@@ -141,21 +141,6 @@ def add_video_routes(app: FastAPI, service: Service) -> None:
     )
     async def classify_video(
         request: Request,
-        top_k: Annotated[int, Query(ge=1, le=1000, description="number of labels")] = 5,
-        window: Annotated[
-            int | None, Query(ge=1, le=100_000, description="frames of the video that a clip spans")
-        ] = None,
-        stride: Annotated[
-            int | None,
-            Query(ge=1, le=1_000_000, description="frames between the starts of two clips"),
-        ] = None,
-        sampling: Annotated[
-            Literal["windows", "uniform"],
-            Query(description="clips one after the other, or one spread over the whole video"),
-        ] = "windows",
-        program: Annotated[
-            str | None, Query(max_length=200, description="name of a loaded program")
-        ] = None,
         prefer: Annotated[str | None, Header(description="respond-async, or wait=SECONDS")] = None,
     ) -> Response:
         """Recognize the actions in a video.
@@ -164,14 +149,8 @@ def add_video_routes(app: FastAPI, service: Service) -> None:
         form may give the options. If the result takes longer than the service waits, the answer is
         202 with the address of a job.
         """
+        chosen = read_options(request.query_params.multi_items())
         upload = await service.receive(request)
-        chosen: dict[str, Any] = {
-            "top_k": top_k,
-            "window": window,
-            "stride": stride,
-            "sampling": sampling,
-            "program": program,
-        }
         job = service.submit(upload, form_options(upload, chosen))
         seconds = preferred_seconds(prefer, service.settings.wait_seconds)
         return await service.answer(request, job, seconds)
@@ -181,20 +160,19 @@ def form_options(upload: Upload, query: dict[str, Any]) -> Options:
     """The options of a request; a field of its form overrides the query.
 
     Raises:
-        Refusal: 422, a field has the wrong type; the upload is closed.
+        Refusal: 422, a field that is not accepted; the upload is closed.
     """
-    fields = {k: v for k, v in upload.fields.items() if k in query and v}
     try:
-        return msgspec.convert({**query, **fields}, Options, strict=False)
-    except msgspec.ValidationError as error:
+        return make_options({**query, **read_options(upload.fields)})
+    except BaseException:
         upload.close()
-        raise Refusal(422, f"a field of the form: {error}") from error
+        raise
 
 
 def preferred_seconds(prefer: str | None, most: float) -> float:
     """How long to wait for a result: ``respond-async`` or ``wait=SECONDS`` of RFC 7240."""
     for preference in (prefer or "").replace(";", ",").split(","):
-        name, _, value = preference.strip().partition("=")
+        name, _, value = preference.strip().lower().partition("=")
         if name == "respond-async":
             return 0.0
         if name == "wait" and value.isascii() and value.isdigit():
@@ -270,12 +248,14 @@ def add_live_routes(app: FastAPI, service: Service) -> None:
     """The WebSocket of webcams."""
 
     @app.websocket("/v1/live")
-    async def live(client: WebSocket, program: str | None = None, top_k: int = 5) -> None:
+    async def live(client: WebSocket) -> None:
         offered = client.scope.get("subprotocols", [])
         chosen = next((name for name in offered if name.startswith(KEY_PROTOCOL)), None)
         await client.accept(chosen)
         try:
-            with service.live.enter(), service.catalogue.lease(program) as served:
+            given = client.query_params.multi_items()
+            options = make_options(read_options(given, ("program", "top_k")))
+            with service.live.enter(), service.catalogue.lease(options.program) as served:
                 session = LiveSession(
                     client,
                     served,
@@ -283,7 +263,7 @@ def add_live_routes(app: FastAPI, service: Service) -> None:
                     service.pool,
                     service.decoder,
                     service.metrics,
-                    min(1000, max(1, top_k)),
+                    options,
                 )
                 await serve_live(session)
         except Refusal as refusal:

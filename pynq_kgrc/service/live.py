@@ -19,13 +19,15 @@ import numpy as np
 from fastapi import WebSocket, WebSocketDisconnect
 
 from pynq_kgrc.errors import KgrcError
+from pynq_kgrc.results import best_labels, is_unsure
 from pynq_kgrc.service import wire
 from pynq_kgrc.service.catalogue import ServedProgram
 from pynq_kgrc.service.metrics import Metrics
+from pynq_kgrc.service.options import Options
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.videos import Decoder, Options, best_labels, decode_request, probabilities_of
+from pynq_kgrc.service.videos import DIGITS, Decoder, decode_request, probabilities_of
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.service.wire import DecodeReply
 
@@ -48,11 +50,12 @@ class LiveSession:
         pool: Pool,
         decoder: Decoder,
         metrics: Metrics,
-        top_k: int,
+        options: Options,
     ) -> None:
-        self.client, self.program, self.pool, self.top_k = client, program, pool, top_k
+        self.client, self.program, self.pool = client, program, pool
+        self.top_k = options.top_k
         self.metrics = metrics
-        self.request = decode_request(program, settings, Options(), "frames")
+        self.request = decode_request(program, settings, options, "frames")
         self.decoder = decoder
         frames, *picture = program.clip_shape
         self.frame_bytes = int(np.prod(picture))
@@ -145,11 +148,14 @@ class LiveSession:
                 continue
             began = time.perf_counter()
             found = await self.pool.run(self.program.key, b"".join(self.clip))
-            labels = best_labels(probabilities_of(found), self.program.labels, self.top_k)
+            probabilities = probabilities_of(found)
+            labels = best_labels(probabilities, self.program.labels, self.top_k, DIGITS)
+            threshold = self.program.description.clip.threshold
             await self.client.send_json(
                 {
                     "type": "prediction",
                     "labels": msgspec.to_builtins(labels),
+                    "unsure": is_unsure(probabilities, threshold),
                     "run_ms": round(1e3 * found.seconds, 1),
                     "latency_ms": round(1e3 * (time.perf_counter() - began), 1),
                     "received": self.received,

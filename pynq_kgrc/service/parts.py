@@ -17,13 +17,14 @@ from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.service.catalogue import Catalogue
 from pynq_kgrc.service.jobs import Admission, Job, Jobs, Report
 from pynq_kgrc.service.metrics import Metrics
+from pynq_kgrc.service.options import Options
 from pynq_kgrc.service.pool import ClipRun, Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.schemas import Classification, StructResponse
 from pynq_kgrc.service.server import Server
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.uploads import Upload, receive_upload
-from pynq_kgrc.service.videos import Decoder, Options, check_options, classify
+from pynq_kgrc.service.videos import Decoder, check_options, classify
 
 PROBE_SECONDS = 10.0
 """Seconds between two health checks of idle workers."""
@@ -149,9 +150,17 @@ class Service:
         If the queue is full, the request is refused before its body is read.
 
         Raises:
-            Refusal: 429, 507, or what is wrong with the body.
+            Refusal: 415, 429, 507, or what is wrong with the body.
         """
         self.queue.check()
+        encoding = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
+        if encoding not in ("", "identity"):
+            raise Refusal(
+                415,
+                f"Content-Encoding {encoding[:30]!r} of a video; accepted is identity: send the "
+                f"file as it is",
+                close=True,
+            )
         with self.uploads.enter():
             expected = int(request.headers.get("content-length", "0") or 0)
             kind = request.headers.get("content-type", "")

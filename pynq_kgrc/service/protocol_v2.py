@@ -1,13 +1,15 @@
 """The Open Inference Protocol, version 2, over HTTP, as KServe and Triton clients use it.
 
 A model has one input, `frames`, UINT8 [-1, D, H, W, 3] (RGB), and two outputs, `probabilities` and
-`logits`, FP32 [-1, classes]. Extensions: binary tensors, classification, model repository.
+`logits`, FP32 [-1, classes]. Probabilities are the soft-max of the logits divided by the
+program's temperature. Extensions: binary tensors, classification, model repository.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gzip
+import re
 import struct
 import time
 import zlib
@@ -32,6 +34,10 @@ INPUT = "frames"
 OUTPUTS = ("probabilities", "logits")
 MAX_BATCH = 32
 HEADER_LENGTH = "inference-header-content-length"
+WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
+"""A weight (qvalue) of RFC 9110, 12.4.2."""
+MAX_CLASSES = 1000
+"""Most classes of an output that is asked for as a classification."""
 EXTENSIONS = ["classification", "binary_tensor_data", "model_repository"]
 
 
@@ -41,7 +47,7 @@ class Tensor(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
     data: msgspec.Raw = msgspec.Raw()
 
 
@@ -49,16 +55,16 @@ class RequestedOutput(msgspec.Struct):
     """An output tensor that a request asks for."""
 
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class InferRequest(msgspec.Struct):
-    """The JSON part of a request."""
+    """The JSON part of a request. A field that is null counts as absent."""
 
     inputs: list[Tensor]
-    id: str = ""
-    outputs: list[RequestedOutput] = []
-    parameters: dict[str, Any] = {}
+    id: str | None = None
+    outputs: list[RequestedOutput] | None = None
+    parameters: dict[str, Any] | None = None
 
 
 def metadata(program: ServedProgram) -> dict[str, Any]:
@@ -75,6 +81,61 @@ def metadata(program: ServedProgram) -> dict[str, Any]:
     }
 
 
+def whole_parameter(
+    parameters: dict[str, Any] | None, name: str, least: int, most: int, default: int
+) -> int:
+    """A parameter of the protocol that is a whole number; the default if it is absent or null.
+
+    Raises:
+        Refusal: 400, another type or out of bounds.
+    """
+    value = (parameters or {}).get(name)
+    if value is None:
+        return default
+    if type(value) is not int or not least <= value <= most:  # True is an int, too
+        raise Refusal(
+            400, f"{name}={_shown(value)}; accepted are whole numbers from {least} to {most}"
+        )
+    return value
+
+
+def flag_parameter(parameters: dict[str, Any] | None, name: str, default: bool) -> bool:
+    """A parameter of the protocol that is true or false; the default if it is absent or null.
+
+    Raises:
+        Refusal: 400, another type.
+    """
+    value = (parameters or {}).get(name)
+    if value is None:
+        return default
+    if type(value) is not bool:
+        raise Refusal(400, f"{name}={_shown(value)}; accepted are true and false")
+    return value
+
+
+def _shown(value: Any) -> str:
+    return msgspec.json.encode(value)[:40].decode("utf-8", "replace")
+
+
+def accepts_gzip(header: str) -> bool:
+    """Whether an Accept-Encoding header asks for gzip (RFC 9110, 12.4.2 and 12.5.3).
+
+    A coding that is not named has the weight of `*`. gzip is not used where the client prefers
+    `identity`, and a coding with a malformed weight counts as refused.
+    """
+    weights: dict[str, float] = {}
+    for part in header.lower().split(","):
+        coding, *parameters = (piece.strip() for piece in part.split(";"))
+        weight = 1.0
+        for parameter in parameters:
+            name, _, value = parameter.partition("=")
+            if name.strip() == "q":
+                weight = float(value) if WEIGHT.fullmatch(value := value.strip()) else 0.0
+        weights[coding.removeprefix("x-")] = weight
+    gzip_weight = weights.get("gzip", weights.get("*", 0.0))
+    return gzip_weight > 0 and gzip_weight >= weights.get("identity", 0.0)
+
+
 def read_request(
     body: bytes, head: dict[str, str], settings: Settings
 ) -> tuple[InferRequest, bytes]:
@@ -87,7 +148,8 @@ def read_request(
     length = head.get(HEADER_LENGTH)
     size = len(body)
     if length is not None:
-        if not length.isascii() or not length.isdigit() or int(length) > len(body):
+        digits = length.isascii() and length.isdigit() and len(length) < 19
+        if not digits or int(length) > len(body):
             raise Refusal(400, f"{HEADER_LENGTH}: {length[:30]} of a body of {size} bytes")
         size = int(length)
     if size > settings.max_json_bytes:
@@ -97,7 +159,7 @@ def read_request(
         )
     try:
         return msgspec.json.decode(body[:size], type=InferRequest), body[size:]
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise Refusal(400, f"not an inference request: {error}") from error
 
 
@@ -108,7 +170,7 @@ def inflate(body: bytes, encoding: str, most: int) -> bytes:
         Refusal: 400 damaged, 413 too large, 415 unknown encoding.
     """
     kinds = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
-    encoding = encoding.strip().lower()
+    encoding = encoding.strip().lower().removeprefix("x-")
     if encoding in ("", "identity"):
         return body
     if encoding not in kinds:
@@ -146,11 +208,16 @@ def read_clips(program: ServedProgram, request: InferRequest, binary: bytes) -> 
             f"{[-1, *wanted]} with 1 to {MAX_BATCH} clips",
         )
     size = int(np.prod(wanted))
-    declared = tensor.parameters.get("binary_data_size")
+    declared = (tensor.parameters or {}).get("binary_data_size")
     if declared is None:
+        if binary:
+            raise Refusal(
+                400, f"{len(binary)} bytes after the JSON; no input declares a binary_data_size"
+            )
         values = _from_json(tensor, count * size)
     else:
-        if declared != len(binary) or len(binary) != count * size:
+        whole = type(declared) is int and declared == len(binary)
+        if not whole or len(binary) != count * size:
             raise Refusal(
                 400,
                 f"input {INPUT}: binary_data_size {str(declared)[:20]}, {len(binary)} bytes "
@@ -161,10 +228,13 @@ def read_clips(program: ServedProgram, request: InferRequest, binary: bytes) -> 
 
 
 def _from_json(tensor: Tensor, size: int) -> bytes:
+    text = bytes(tensor.data) or b"null"
     try:
-        values = np.array(msgspec.json.decode(bytes(tensor.data) or b"null"))
-    except (msgspec.MsgspecError, ValueError) as error:
+        values = np.array(msgspec.json.decode(text))
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise Refusal(400, f"input {INPUT}: data that cannot be read ({error})") from error
+    if b"t" in text or b"f" in text:  # numpy makes integers of true and false beside numbers
+        values = np.array(None)
     if values.dtype.kind not in "iu" or values.size != size:
         raise Refusal(
             400, f"input {INPUT}: data are {values.size} {values.dtype}, not {size} whole numbers"
@@ -182,17 +252,15 @@ def write_answer(
     Raises:
         Refusal: 400, the model has no such output.
     """
-    everything = bool(request.parameters.get("binary_data_output", False))
+    everything = flag_parameter(request.parameters, "binary_data_output", False)
     outputs, binaries = [], []
     for wanted in request.outputs or [RequestedOutput(name) for name in OUTPUTS]:
         if wanted.name not in results:
             there = ", ".join(results)
             raise Refusal(400, f"no output {wanted.name[:50]!r}; there are {there}")
         values = results[wanted.name]
-        best = wanted.parameters.get("classification", 0)
-        if not isinstance(best, int) or best < 0:
-            raise Refusal(400, f"classification={str(best)[:20]}; accepted is 1 or more")
-        as_binary = bool(wanted.parameters.get("binary_data", everything))
+        best = whole_parameter(wanted.parameters, "classification", 0, MAX_CLASSES, 0)
+        as_binary = flag_parameter(wanted.parameters, "binary_data", everything)
         output: dict[str, Any] = {"name": wanted.name}
         if best:
             texts = [_classes(row, program.labels, best) for row in values]
@@ -214,10 +282,10 @@ def write_answer(
         document["id"] = request.id
     text = msgspec.json.encode(document)
     body = b"".join([text, *binaries])
-    headers = {}
+    headers = {"vary": "Accept-Encoding"}
     if binaries:
         headers[HEADER_LENGTH] = str(len(text))
-    if "gzip" in head.get("accept-encoding", "") and len(body) > 1000:
+    if accepts_gzip(head.get("accept-encoding", "")) and len(body) > 1000:
         body = gzip.compress(body, 1)
         headers["content-encoding"] = "gzip"
     kind = "application/octet-stream" if binaries else "application/json"
@@ -286,12 +354,13 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
         """Run a model on clips of frames."""
         with service.queue.enter(), catalogue.lease(name, version) as program:
-            head = dict(request.headers)
+            names = request.headers.keys()
+            head = {name: ", ".join(request.headers.getlist(name)) for name in names}
             inference, binary = read_request(await request.body(), head, service.settings)
             clips = read_clips(program, inference, binary)
-            timeout = inference.parameters.get("timeout", 0)  # microseconds, as Triton has it
-            usable = isinstance(timeout, int) and timeout > 0
-            seconds = timeout / 1e6 if usable else service.settings.job_seconds
+            # microseconds, as Triton has it; 0: no timeout of its own
+            timeout = whole_parameter(inference.parameters, "timeout", 0, 10**15, 0)
+            seconds = timeout / 1e6 if timeout else service.settings.job_seconds
             began = time.perf_counter()
             try:
                 running = within(run_clips(service.pool, program.key, clips), seconds)

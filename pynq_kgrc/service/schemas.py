@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from pynq_kgrc.results import Label, Segment, WindowLabels
+from pynq_kgrc.results import Recognition
 from pynq_kgrc.service.wire import LayerRun, ProgramDocument
 
 
@@ -61,15 +61,11 @@ class BoardFacts(msgspec.Struct, frozen=True):
     note: str
 
 
-class Classification(msgspec.Struct, frozen=True):
-    """The best labels of the whole video, of its segments, and of each window."""
+class Classification(Recognition, frozen=True, kw_only=True):
+    """The best labels of the whole video, of its segments, and of each window, and their cost."""
 
     program: ProgramName
-    backend: str
     video: VideoFacts
-    labels: tuple[Label, ...]
-    segments: list[Segment]
-    windows: list[WindowLabels]
     timings_ms: Timings
     layers: list[LayerFacts]
     board: BoardFacts

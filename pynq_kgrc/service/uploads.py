@@ -42,7 +42,8 @@ class Upload:
             raise Refusal(507, f"no room for an upload of {expected} bytes", 60)
         self.file = cast(BinaryIO, tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
         self.size = 0
-        self.fields: dict[str, str] = {}
+        self.fields: list[tuple[str, str]] = []
+        """Name and text of each further field of a form."""
 
     def write(self, data: bytes) -> None:
         """Append data.
@@ -125,9 +126,8 @@ class _Form:
 
     def _end(self) -> None:
         if not self._in_video and self._field:
-            self.upload.fields[self._field.decode("latin-1")] = self._value.decode(
-                "utf-8", "replace"
-            )
+            name = self._field.decode("utf-8", "replace")
+            self.upload.fields.append((name, self._value.decode("utf-8", "replace")))
 
     def _finished(self) -> None:
         self.ended = True

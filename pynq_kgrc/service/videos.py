@@ -10,17 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from typing import Literal
 
 import msgspec
 import numpy as np
 
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array
-from pynq_kgrc.results import Label, Segment, WindowLabels
+from pynq_kgrc.results import WindowSum
 from pynq_kgrc.service import wire
 from pynq_kgrc.service.catalogue import ServedProgram
 from pynq_kgrc.service.jobs import Report
+from pynq_kgrc.service.options import Options
 from pynq_kgrc.service.pool import ClipRun, Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.schemas import (
@@ -39,6 +39,9 @@ from pynq_kgrc.service.wire import DecodeReply, DecodeRequest, LayerRun, Program
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 """Only a process with one thread may fork safely, so the numeric libraries get one thread."""
+
+DIGITS = 6
+"""Decimals of the confidences in an answer."""
 
 Clips = AsyncIterator[tuple[DecodeReply, bytes]]
 
@@ -158,24 +161,20 @@ async def _replies(stream: asyncio.StreamReader, request: DecodeRequest, clip_by
             return
 
 
-class Options(msgspec.Struct, frozen=True):
-    """Options of a request."""
-
-    top_k: int = 5
-    window: int | None = None
-    stride: int | None = None
-    program: str | None = None
-    sampling: Literal["windows", "uniform"] = "windows"
-
-
 def decode_request(
     program: ServedProgram, settings: Settings, options: Options, verb: str = "clips"
 ) -> DecodeRequest:
-    """The request to a decoder child for this program."""
+    """The request to a decoder child for this program.
+
+    A video is sampled as the program says, unless the options have a sampling, or a window or
+    stride, which imply "windows".
+    """
+    clip = program.description.clip
+    spans = options.window if options.stride is None else options.stride
     return DecodeRequest(
         verb,
-        program.description.clip,
-        sampling=options.sampling,
+        clip,
+        sampling=clip.chosen_sampling(options.sampling, spans),
         window=options.window,
         stride=options.stride,
         max_pixels=settings.max_pixels,
@@ -217,7 +216,8 @@ async def classify(
     began = time.perf_counter()
     clip_bytes = int(np.prod(program.clip_shape))
     request = decode_request(program, settings, options)
-    windows: list[tuple[DecodeReply, Array]] = []
+    clip = program.description.clip
+    windows = WindowSum(program.labels, options.top_k, clip.threshold, DIGITS)
     layers: list[LayerRun] = []
     run = waited = 0.0
     end = DecodeReply("end")
@@ -227,27 +227,17 @@ async def classify(
                 end = reply
                 break
             found = await pool.run(program.key, payload)
-            windows.append((reply, probabilities_of(found)))
+            times = round(reply.start_ms, 1), round(reply.end_ms, 1)
+            windows.add(*times, probabilities_of(found))
             layers, run, waited = found.layers, run + found.seconds, waited + found.waited
             share = min(1.0, reply.end_ms / reply.declared_ms) if reply.declared_ms else None
-            report(Progress(len(windows), reply.decoded, share))
+            report(Progress(len(windows.windows), reply.decoded, share))
     total = time.perf_counter() - began
-    mean: Array = np.mean([probabilities for _, probabilities in windows], axis=0)
-    spans = [(reply.start_ms, reply.end_ms, probabilities) for reply, probabilities in windows]
+    recognition = windows.result(end.notes, pool.backend)
     return Classification(
+        **{name: getattr(recognition, name) for name in recognition.__struct_fields__},
         program=ProgramName(program.name, program.version),
-        backend=pool.backend,
         video=video_facts(end),
-        labels=best_labels(mean, program.labels, options.top_k),
-        segments=merge_windows(spans, program.labels),
-        windows=[
-            WindowLabels(
-                start_ms=round(start, 1),
-                end_ms=round(stop, 1),
-                labels=best_labels(probabilities, program.labels, options.top_k),
-            )
-            for start, stop, probabilities in spans
-        ],
         timings_ms=timings_of(total, run, waited),
         layers=layer_facts(layers, program.description),
         board=BoardFacts(
@@ -295,45 +285,3 @@ def layer_facts(layers: list[LayerRun], description: ProgramDocument) -> list[La
         LayerFacts(**msgspec.structs.asdict(layer), modelled_ms=modelled.get(layer.task, 0.0))
         for layer in layers
     ]
-
-
-def best_labels(probabilities: Array, labels: list[str], count: int) -> tuple[Label, ...]:
-    """The `count` most probable labels, the most probable first, rounded to 6 digits.
-
-    Not `runtime.best_labels`: the answering process must not import the runtime.
-    """
-    order = np.argsort(-probabilities, kind="stable")[:count]
-    return tuple(Label(labels[i], round(float(probabilities[i]), 6)) for i in order)
-
-
-def merge_windows(windows: list[tuple[float, float, Array]], labels: list[str]) -> list[Segment]:
-    """Merge consecutive windows with the same best label into one segment.
-
-    Where the windows of two segments overlap, the border is the middle of the overlap.
-
-    Args:
-        windows: start_ms, end_ms and probabilities [classes] of each window.
-        labels: a name for each class.
-    """
-    runs: list[list[tuple[float, float, float, int]]] = []
-    for start, end, probabilities in windows:
-        top = int(np.argmax(probabilities))
-        if not runs or runs[-1][0][3] != top:
-            runs.append([])
-        runs[-1].append((start, end, float(probabilities[top]), top))
-    segments = []
-    for i, run in enumerate(runs):
-        start, end = run[0][0], run[-1][1]
-        if i > 0:
-            start = max(start, (start + runs[i - 1][-1][1]) / 2)
-        if i + 1 < len(runs):
-            end = min(end, (end + runs[i + 1][0][0]) / 2)
-        segments.append(
-            Segment(
-                label=labels[run[0][3]],
-                confidence=round(sum(window[2] for window in run) / len(run), 6),
-                start_ms=round(start, 1),
-                end_ms=round(end, 1),
-            )
-        )
-    return segments

@@ -22,6 +22,7 @@ from pynq_kgrc.accelerator.header import (
     ADDRESSES,
     DONE,
     IDLE,
+    IMAGE_VERSION,
     MAP_PORTS,
     REGISTERS,
     START,
@@ -213,17 +214,17 @@ class BoardBackend(Loaded):
         """Allocate the buffers, write weights and tables. A second call replaces the program.
 
         Raises:
-            ProgramError: the program is for another design or format version; the program
-                loaded before stays.
+            ProgramError: the program is for another design, or the overlay reads another version of
+                the memory image; the program loaded before stays.
             DeviceError: too little contiguous memory, or the device fails; no program is loaded
                 then.
         """
         check_design(program, self.config)
         version = self._found_overlay.manifest.program_version
-        if program.version != version:
+        if version != IMAGE_VERSION:
             raise ProgramError(
-                f"{program.name} is of format version {program.version}, the overlay reads "
-                f"{version}; compile it again, or use a newer overlay"
+                f"{program.name} becomes a memory image of version {IMAGE_VERSION}, the overlay "
+                f"reads version {version}; use an overlay that was built for this release"
             )
         image = build_image(program)
         costs = [task_cost(self.config, program.work(task)) for task in program.tasks]

@@ -41,7 +41,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Name and version of the tool that built it."""
     board: str = "zcu102"
     program_version: int = 1
-    """Version of the program format that the hardware reads."""
+    """Version of the memory image that the hardware reads (`header.IMAGE_VERSION`). The key is
+    older than that name; it is no version of the program's file."""
     pl_clock: int = 0
     """Which of the clocks pl_clk0 to pl_clk3 drives the kernel."""
 

@@ -163,7 +163,8 @@ function showResult(result) {
   ({ segments, windows } = result);
   duration = result.video.duration_ms || 1;
   showTimeline();
-  showBars(result.labels, "Best labels over the whole video");
+  const title = "Best labels over the whole video";
+  showBars(result.labels, result.unsure ? `${title} (unsure)` : title);
   showFacts(result);
   showLayers(result.layers);
   showStatus(`Classified ${result.windows.length} clips in ${(result.timings_ms.total / 1000).toFixed(1)} s.`);
@@ -198,7 +199,8 @@ async function classify(file) {
   $("another").hidden = true;
   const stop = new AbortController();
   running = { stop, place: null };
-  const query = new URLSearchParams({ top_k: "5", sampling: $("sampling").value });
+  const query = new URLSearchParams({ top_k: "5" });
+  if ($("sampling").value) query.set("sampling", $("sampling").value);
   if ($("program").value) query.set("program", $("program").value);
   if ($("stride").value) query.set("stride", $("stride").value);
   try {
@@ -297,7 +299,7 @@ async function startCamera() {
     const message = JSON.parse(event.data);
     if (message.type === "filling") showStatus(`Frames for the first clip: ${message.have} of ${message.need}`);
     if (message.type === "prediction") {
-      showBars(message.labels, "Now");
+      showBars(message.labels, message.unsure ? "Now (unsure)" : "Now");
       showStatus(`${message.run_ms.toFixed(0)} ms a clip; ${message.received} frames, ` +
         `${message.dropped} dropped`);
     }
