@@ -22,7 +22,7 @@ from pynq_kgrc.graph import DEFAULT_SAMPLING, ClipSpec
 from pynq_kgrc.quant import Array
 from pynq_kgrc.results import Label, WindowLabels
 from pynq_kgrc.runtime import Session, best_labels
-from pynq_kgrc.video import Clip, load_clip, load_windows
+from pynq_kgrc.video import Clip, Limits, load_clip, load_windows
 
 VERSION = 2
 """Version of `FileResult`; results of another version are not mixed with these. Version 1 had
@@ -129,7 +129,8 @@ def classify_file(session: Session, file: File, settings: ArchiveSettings) -> Fi
     path = Path(os.fsdecode(file.place))
     clips: list[tuple[Clip, Array]] = []
     try:
-        for clip in _clips(path, session.program.clip, settings):
+        clips_of_file = read_clips(path, session.program.clip, settings.stride, settings.sampling)
+        for clip in clips_of_file:
             # keep the times, not the frames: a long video has many windows
             kept = Clip(clip.frames[:0], clip.start_ms, clip.end_ms, clip.notes)
             clips.append((kept, session.run(clip.frames).probabilities))
@@ -145,17 +146,26 @@ def classify_file(session: Session, file: File, settings: ArchiveSettings) -> Fi
     return FileResult(file.path, file.size, file.modified_ns, labels, windows, notes)
 
 
-def _clips(path: Path, spec: ClipSpec, settings: ArchiveSettings) -> Iterator[Clip]:
-    """The clips of a video; every exception of a decoder becomes a VideoError of this file."""
+LONG = Limits(max_bytes=1 << 40, max_seconds=1e6)
+"""Limits for local files: memory does not grow with the length of a video."""
+
+
+def read_clips(path: Path, spec: ClipSpec, stride: int | None, sampling: str) -> Iterator[Clip]:
+    """The clips of a local file, decoded one at a time: one by `sampling`, or one every `stride`.
+
+    Raises:
+        VideoError: it cannot be read; every exception of a decoder becomes one of this file.
+    """
     try:
-        if settings.stride:
-            yield from load_windows(path, spec, stride=settings.stride)
+        if stride is not None:
+            yield from load_windows(path, spec, stride=stride, limits=LONG)
         else:
-            yield load_clip(path, spec, sampling=settings.sampling)
+            yield load_clip(path, spec, sampling=sampling, limits=LONG)
     except KgrcError:
         raise
     except Exception as error:
-        raise VideoError(f"cannot be decoded: {type(error).__name__}: {error}") from error
+        why = f"cannot be decoded: {type(error).__name__}: {error}"
+        raise VideoError(f"{path}: {why}") from error
 
 
 def failed(file: File, why: str) -> FileResult:

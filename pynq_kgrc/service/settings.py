@@ -86,7 +86,7 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
         ConfigError: the file cannot be read, has no key, or a key is too short.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: cannot be read as a file of keys, one per line ({error})"
