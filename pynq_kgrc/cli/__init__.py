@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pynq_kgrc.cli.arguments import Run, printable
 from pynq_kgrc.errors import ConfigError, KgrcError
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     removes its temporary files.
     """
     try:
-        with _streams_that_cannot_fail(), _sigterm_as_exit():
+        with _standard_streams(), _sigterm_as_exit():
             return _run(arguments)
     except KgrcError as error:
         return _complain(str(error))
@@ -84,30 +84,35 @@ def _complain(text: str) -> int:
 
 
 def _explain_os_error(error: OSError) -> int:
-    """Name the file of a system error, or standard output; its exit status."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError) as failed:
-        _discard_stdout()
-        if isinstance(failed, BrokenPipeError):  # the reader has read enough, like `| head`
-            return 0
-        return _complain(f"standard output: {getattr(failed, 'strerror', None) or failed}")
+    """Name the file of a system error; its exit status."""
+    if error.filename == STANDARD_OUTPUT and isinstance(error, BrokenPipeError):
+        return 0  # the reader has read enough, like `| head`
     if error.filename is None:
         return _complain(str(error))
     return _complain(f"{os.fsdecode(error.filename)}: {error.strerror}")
 
 
-def _discard_stdout() -> None:
-    """Drop what standard output still buffers, else Python fails to write it when it exits."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+STANDARD_OUTPUT = "standard output"
+
+
+class _Output(io.FileIO):
+    """Standard output that names itself in its errors; it discards what follows an error."""
+
+    _failed = False
+
+    def write(self, data: Any) -> int:
+        if self._failed:
+            return len(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._failed = True
+            raise type(error)(error.errno, error.strerror, STANDARD_OUTPUT) from None
 
 
 @contextlib.contextmanager
-def _streams_that_cannot_fail() -> Iterator[None]:
-    """Standard streams that escape characters which their encoding lacks.
+def _standard_streams() -> Iterator[None]:
+    """Standard output whose errors are named, and that escapes what its encoding lacks.
 
     Raises:
         ConfigError: standard output is closed, so that results would be lost.
@@ -116,10 +121,23 @@ def _streams_that_cannot_fail() -> Iterator[None]:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         raise ConfigError("standard output is closed; to discard the results use >/dev/null")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    yield
+    before = sys.stdout
+    if before is not sys.__stdout__ or not isinstance(before, io.TextIOWrapper):
+        yield  # the caller has replaced it
+        return
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(_Output(before.fileno(), "w", closefd=False)),
+        encoding=before.encoding,
+        errors="backslashreplace",
+        line_buffering=before.line_buffering,
+        write_through=before.write_through,
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        sys.stdout = before
 
 
 @contextlib.contextmanager

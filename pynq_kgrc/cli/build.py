@@ -142,6 +142,9 @@ def _trace(options: argparse.Namespace) -> Graph:
     try:
         build, clip = find_network(options.network)
         network = build(options.classes) if options.classes else build()
+        if not isinstance(network, torch.nn.Module):
+            kind = type(network).__name__
+            raise ModelError(f"{options.network!r} gave {kind}; accepted is a torch.nn.Module")
     except KgrcError:
         raise
     except Exception as error:  # of the user's own module, which runs here
@@ -163,6 +166,9 @@ def _labels(path: Path | None) -> tuple[str, ...]:
         return ()
     try:
         lines = path.read_text("utf-8-sig").split("\n")
-        return tuple(line.strip() for line in lines if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: no list of labels, one a line ({error})") from error
+    labels = tuple(line.strip() for line in lines if line.strip())
+    if not labels or "\0" in "".join(labels):
+        raise ModelError(f"{path}: no list of labels, one a line (it has no text, or NUL bytes)")
+    return labels
