@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from pynq_kgrc.cli.arguments import Declare, add_sampling, positive, progress
+from pynq_kgrc.cli.arguments import (
+    Declare,
+    add_sampling,
+    add_top,
+    draw_bar,
+    printable,
+    progress,
+    readable,
+    say,
+)
 
 if TYPE_CHECKING:
     from pynq_kgrc.results import Recognition
@@ -25,14 +38,16 @@ def declare(command: Declare) -> None:
         "name the actions in videos",
         "A video is sampled as the program says: one clip, or clips one after the other, whose\n"
         "probabilities are averaged; then the timeline is printed, too. If the best label's\n"
-        "confidence is below the program's threshold, the answer is marked as unsure.",
+        "confidence is below the program's threshold, the answer is marked as unsure. A video\n"
+        "that cannot be read does not keep the others from being classified; the exit status is then\n"
+        "2.",
     )
     classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     classify.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
     classify.add_argument(
         "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
     )
-    classify.add_argument("--top", type=positive, default=5, help="labels to print (default: 5)")
+    add_top(classify, "labels to print")
     add_sampling(classify)
 
     compare = command(
@@ -49,46 +64,108 @@ def declare(command: Declare) -> None:
 
 
 def run_classify(options: argparse.Namespace) -> int:
+    from pynq_kgrc.errors import VideoError
     from pynq_kgrc.program import load
     from pynq_kgrc.recognition import recognize
     from pynq_kgrc.runtime import Session
 
     program = load(options.program)
-    documents = []
-    with Session(program, options.backend) as session:
+    report: _Report = _JsonReport() if options.json else _TextReport(program.clip.threshold)
+    status = 0
+    with Session(program, options.backend) as session, report.document(program.name):
         for video in options.videos:
             began = time.perf_counter()
-            bar = partial(progress, text=Path(video).name)
-            found = recognize(
-                session, video, options.sampling, options.stride, options.top, bar=bar
-            )
-            seconds = time.perf_counter() - began
-            if options.json:
-                document = {"video": str(video), "seconds": seconds}
-                documents.append(document | msgspec.to_builtins(found))
+            bar = partial(progress, text=printable(Path(video).name))
+            try:
+                found = recognize(
+                    session, video, options.sampling, options.stride, options.top, bar=bar
+                )
+            except VideoError as error:
+                report.error(readable(video), readable(error))
+                say(f"pynq-kgrc: {printable(error)}", sys.stderr)
+                status = 2
             else:
-                _print_recognition(video, found, seconds, program.clip.threshold)
-    if options.json:
-        print(json.dumps({"program": program.name, "videos": documents}, indent=2))
-    return 0
+                report.video(readable(video), found, time.perf_counter() - began)
+    return status
 
 
-def _print_recognition(video: str, found: Recognition, seconds: float, threshold: float) -> None:
-    windows = found.windows
-    span = f"{windows[0].start_ms / 1e3:.1f} to {windows[-1].end_ms / 1e3:.1f} s"
-    count = f"{len(windows)} clips, " if len(windows) > 1 else ""
-    print(f"{video}  {span}  ({count}{found.backend}, {seconds:.2f} s)")
-    for note in found.notes:
-        print(f"  note: {note}")
-    if found.unsure:
-        print(f"  unsure: the best label is below the program's threshold of {threshold:.1%}")
-    for label in found.labels:
-        bar = "█" * round(20 * label.confidence)
-        print(f"  {label.confidence:6.1%} {bar:20} {label.label}")
-    for segment in found.segments if len(windows) > 1 else ():
-        span = f"{segment.start_ms / 1e3:8.1f} to {segment.end_ms / 1e3:6.1f} s"
-        unsure = "  (unsure)" if segment.confidence < threshold else ""
-        print(f"  {span}  {segment.confidence:6.1%} {segment.label}{unsure}")
+class _Report(Protocol):
+    """Prints the result of each video as soon as it is there."""
+
+    def document(self, program: str) -> AbstractContextManager[None]:
+        """Around all videos."""
+
+    def video(self, name: str, found: Recognition, seconds: float) -> None:
+        """Print what a video shows."""
+
+    def error(self, name: str, text: str) -> None:
+        """Print why a video cannot be read."""
+
+
+class _TextReport:
+    """Results as lines of text. Errors go to standard error only."""
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+
+    @contextlib.contextmanager
+    def document(self, program: str) -> Iterator[None]:
+        yield
+
+    def video(self, name: str, found: Recognition, seconds: float) -> None:
+        windows = found.windows
+        span = f"{windows[0].start_ms / 1e3:.1f} to {windows[-1].end_ms / 1e3:.1f} s"
+        count = f"{len(windows)} clips, " if len(windows) > 1 else ""
+        lines = [f"{printable(name)}  {span}  ({count}{found.backend}, {seconds:.2f} s)"]
+        lines += [f"  note: {printable(note)}" for note in found.notes]
+        if found.unsure:
+            lines.append(
+                f"  unsure: the best label is below the program's threshold of "
+                f"{self._threshold:.1%}"
+            )
+        lines += [
+            f"  {label.confidence:6.1%} {draw_bar(label.confidence)} {printable(label.label)}"
+            for label in found.labels
+        ]
+        for segment in found.segments if len(windows) > 1 else ():
+            span = f"{segment.start_ms / 1e3:8.1f} to {segment.end_ms / 1e3:6.1f} s"
+            unsure = "  (unsure)" if segment.confidence < self._threshold else ""
+            lines.append(f"  {span}  {segment.confidence:6.1%} {printable(segment.label)}{unsure}")
+        say("\n".join(lines))
+
+    def error(self, name: str, text: str) -> None:
+        pass
+
+
+class _JsonReport:
+    """Results as one JSON document, written with a line for each video.
+
+    It is closed even if the command fails: `error` then says why, as it does for a video.
+    """
+
+    def __init__(self) -> None:
+        self._comma = ""
+
+    @contextlib.contextmanager
+    def document(self, program: str) -> Iterator[None]:
+        say(f'{{"program": {json.dumps(program)}, "videos": [')
+        try:
+            yield
+        except BaseException as error:
+            text = readable(error) or type(error).__name__
+            say(f'], "error": {json.dumps(text)}}}')
+            raise
+        say("]}")
+
+    def video(self, name: str, found: Recognition, seconds: float) -> None:
+        self._say({"video": name, "seconds": seconds, **msgspec.to_builtins(found)})
+
+    def error(self, name: str, text: str) -> None:
+        self._say({"video": name, "error": text})
+
+    def _say(self, document: dict[str, Any]) -> None:
+        say(self._comma + json.dumps(document))
+        self._comma = ","
 
 
 def run_compare(options: argparse.Namespace) -> int:
