@@ -1,6 +1,7 @@
 """Training learns and resumes; the commands, from videos to the accuracy of a program."""
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -22,7 +23,8 @@ from pynq_kgrc.cli import main
 from pynq_kgrc.compiler.latency import program_cycles
 from pynq_kgrc.compress.admm import Admm, pruning_projections
 from pynq_kgrc.compress.augment import PLAIN, Augmentation, varied_batches, wide_spec
-from pynq_kgrc.compress.dataset import VideoSet, load_clips, read_index
+from pynq_kgrc.compress.dataset import Clips, VideoSet, load_clips, read_index
+from pynq_kgrc.compress.masks import zero_places
 from pynq_kgrc.compress.patterns import KernelGroups, Rates, Weights, project_pattern
 from pynq_kgrc.compress.pruning import PruneConfig, prune_network
 from pynq_kgrc.compress.recipes import ALGORITHMS, read_recipe
@@ -31,6 +33,7 @@ from pynq_kgrc.compress.train_quantized import approach_codes
 from pynq_kgrc.compress.training import (
     TrainConfig,
     TrainingSetup,
+    average_decay,
     learning_rate,
     measure_top1,
     predict,
@@ -181,19 +184,110 @@ def test_a_loss_that_is_no_number_stops_the_run(clips, tmp_path):
     module = network()
     with torch.no_grad():
         module.fc.weight[0, 0] = torch.nan
-    with pytest.raises(ModelError, match="epoch 1: the loss is no number; use a lower lr"):
+    with pytest.raises(ModelError, match="epoch 1: the loss is not finite; use a lower lr"):
         train(module, *clips, CLIP, SHORT, tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_pruned_weights_stay_pruned_in_training(clips, tmp_path):
+def test_what_is_pruned_stays_zero_and_other_zeros_learn(clips, tmp_path):
     module = network()
+    pruned = {"conv2": torch.zeros(module.conv2.weight.shape, dtype=torch.bool)}
+    pruned["conv2"][:, :, 1] = True
     with torch.no_grad():
         module.conv2.weight[:, :, 1] = 0
+        module.conv3.weight[:, :4] = 0
+        nn.init.zeros_(module.fc.weight)
     config = msgspec.structs.replace(SHORT, average=0.9)
-    train(module, *clips, CLIP, config, tmp_path)
+    said = []
+    train(module, *clips, CLIP, config, tmp_path, pruned=pruned, say=said.append)
     assert (module.conv2.weight[:, :, 1] == 0).all()
     assert (module.conv2.weight[:, :, [0, 2]] != 0).all()
+    assert (module.conv3.weight != 0).all()
+    assert (module.fc.weight != 0).float().mean() > 0.9  # some inputs are 0 for every clip
+    assert said == [f"{tmp_path}: pruned weights, which stay zero: conv2 33.3% of the weights"]
+
+
+def test_a_run_resumes_on_its_own_clips_teacher_and_mask_only(clips, tmp_path):
+    learn, test = clips
+    teacher = network(seed=9)
+    mask = {"conv2": torch.zeros(16, 8, 3, 3, 3, dtype=torch.bool)}
+    mask["conv2"][0] = True
+
+    def again(learn=learn, test=test, teacher=teacher, mask=mask, clip=CLIP):
+        return train(network(), learn, test, clip, SHORT, tmp_path, teacher=teacher, pruned=mask)
+
+    again()
+    again()
+    changed = np.array(learn.frames)
+    changed[3, 0, 0, 0, 0] ^= 1
+    others = np.array(test.frames)
+    others[0, 0, 0, 0, 0] ^= 1
+    for text, different in {
+        "its clips is": {"learn": Clips(changed, learn.labels)},
+        "its test clips is": {"test": Clips(others, test.labels)},
+        "its teacher is": {"teacher": network(seed=8)},
+        "its mask of pruned weights is": {"mask": {}},
+        "its clip is": {"clip": replace(CLIP, mean=(0.4, 0.5, 0.5))},
+    }.items():
+        with pytest.raises(ModelError, match=f"belongs to another run: {text}"):
+            again(**different)
+    # the same bytes, loaded or handed over
+    again(learn=Clips(np.array(learn.frames), learn.labels))
+
+
+def test_labels_beyond_the_network_are_refused(clips, tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(
+        ConfigError, match="has 3 classes; a clip has the label 3; accepted are 0 t"
+    ):
+        train(Small(3), *clips, CLIP, SHORT, tmp_path)
+
+
+def test_an_average_of_few_epochs_is_of_trained_weights(clips, tmp_path):
+    """Six epochs: without a warm-up the average is mostly of the initial weights (chance, 1/4)."""
+    config = msgspec.structs.replace(SHORT, epochs=10, augment=PLAIN, lr=5e-3)
+    plain = network()
+    rows = train(plain, *clips, CLIP, config, tmp_path / "plain")
+    averaged = network()
+    config = msgspec.structs.replace(config, average=0.99)
+    found = train(averaged, *clips, CLIP, config, tmp_path / "averaged")
+    assert rows[-1].test_top1 > 0.6
+    assert found[-1].test_top1 > 0.6
+    # the trained weights are kept: those of the run without an average
+    trained = network()
+    load_state(trained, tmp_path / "averaged" / "trained.safetensors")
+    assert_same(parameters(trained), parameters(plain))
+    assert (averaged.fc.weight != plain.fc.weight).any()
+    assert not (tmp_path / "plain" / "trained.safetensors").exists()
+    assert [average_decay(0.99, t) for t in (0, 1, 10, 10**6)] == [0.1, 2 / 11, 11 / 20, 0.99]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(clips, tmp_path, monkeypatch):
+    whole = network()
+    train(whole, *clips, CLIP, SHORT, tmp_path / "whole")
+    saves = []
+    save = torch.save
+
+    def full(state, path):
+        saves.append(path)
+        if len(saves) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    folder = tmp_path / "run"
+    with pytest.raises(ModelError, match=r"cannot be written .*No space left.*goes on from there"):
+        train(network(), *clips, CLIP, SHORT, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.toml", "log.csv"]
+    assert len((folder / "log.csv").read_text().splitlines()) == 2
+    (folder / ".checkpoint.pt.abc").write_bytes(b"of a process that was killed in writing")
+    said = []
+    again = network()
+    train(again, *clips, CLIP, SHORT, folder, say=said.append)
+    assert f"{folder}: resumes after epoch 1 of 3" in said
+    assert_same(parameters(whole), parameters(again))
+    assert not list(folder.glob(".*"))
 
 
 def test_a_teacher_is_followed(clips, tmp_path):
@@ -385,7 +479,8 @@ def test_weights_are_drawn_to_codes(movies, trained, clips):
     config = msgspec.structs.replace(SHORT, epochs=9, lr=1e-3)
     setup = TrainingSetup(*clips, CLIP)
     before = measure_top1(module, clips[1], CLIP)
-    approach_codes(module, 4, config, setup, movies / "admm")
+    pruned = {"conv2": zero_places(module)["conv2"]}
+    approach_codes(module, 4, config, setup, movies / "admm", pruned=pruned)
     assert (movies / "admm" / "16-bit").is_dir() and (movies / "admm" / "4-bit").is_dir()
     for name in ("conv1", "conv2", "conv3", "fc"):
         for row in getattr(module, name).weight.detach().numpy():
