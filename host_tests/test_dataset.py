@@ -307,7 +307,9 @@ def test_labels_are_matched_by_name(copied):
     for names in (MOVES, tuple("0123"), ()):
         assert [s.label for s in index_of(copied, *numbers).named_by(names, "x").samples] == [1, 3]
     # the network's classes have no names: the numbers count
-    assert index_of(copied, *rows).named_by(tuple("0123"), "x").samples[0].label == 0
+    unnamed = index_of(copied, *rows).named_by(tuple("012"), "x")
+    assert unnamed.samples[0].label == 0 and unnamed.classes == ("down", "left", "up")
+    assert index_of(copied, *rows).named_by(tuple("0123"), "x").classes == tuple("0123")
     with pytest.raises(DataError, match=r"csv, line 3: label 3 of m01.avi is not one of the 2 cl"):
         index_of(copied, *numbers).named_by(("a", "b"), "x.kgrc")
     with pytest.raises(

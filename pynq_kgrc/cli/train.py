@@ -404,7 +404,7 @@ def _evaluate_program(
         program, clips, options.backend, lambda c: progress(c, "evaluate", len(clips))
     )
     found = {"program": program.name, "backend": options.backend}
-    return found, accuracy, _names(program)
+    return found, accuracy, videos.classes
 
 
 def _names(program: Program) -> tuple[str, ...]:

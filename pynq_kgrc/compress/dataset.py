@@ -126,7 +126,8 @@ class VideoSet:
                         f"{self._where(sample)}: label {label} of {sample.file} is not one of the "
                         f"{len(names)} classes of {owner}; accepted are 0 to {len(names) - 1}"
                     )
-            return replace(self, classes=tuple(names) or self.classes)
+            own = not names or (named and len(names) == len(self.classes))
+            return replace(self, classes=self.classes if own else tuple(names))
         unknown = [label for label in named if self.classes[label] not in target]
         if unknown:
             raise DataError("; ".join(self._unknown(used[i], target, owner) for i in unknown[:5]))

@@ -74,7 +74,11 @@ def merged(*masks: Pruned) -> dict[str, Tensor]:
 
 def list_pruned(pruned: Pruned) -> str:
     """The list that is printed when a training starts: each pruned layer and its share of zeros."""
-    parts = [f"{name} {float(places.float().mean()):.1%}" for name, places in pruned.items()]
+    parts = [
+        # the layers of a `FakeQuantNetwork` have this prefix, and slashes for dots
+        f"{name.removeprefix('convolutions.').replace('/', '.')} {float(places.float().mean()):.1%}"
+        for name, places in pruned.items()
+    ]
     if not parts:
         return "pruned weights, which stay zero: none"
     return f"pruned weights, which stay zero: {', '.join(parts)} of the weights"

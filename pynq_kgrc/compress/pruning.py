@@ -118,13 +118,13 @@ def _prune_once(
     elif config.algorithm != "one-shot":
         penalty = _penalty(module, recipe, config, setup)
         setup.say(
-            f"preparation: {config.prepare.epochs} epochs with the penalty of {config.algorithm}; "
-            f"nothing more is pruned yet"
+            f"preparation: epochs 1 to {config.prepare.epochs}, with the penalty of "
+            f"{config.algorithm}; nothing more is pruned yet"
         )
         note = f"{config}{recipe}"
         setup.train(module, config.prepare, folder / "prepare", penalty, note=note, pruned=pruned)
     found = merged(pruned, prune_weights(module, recipe, scores))
-    setup.say(f"retraining: {config.retrain.epochs} epochs of the weights that are kept")
+    setup.say(f"retraining: epochs 1 to {config.retrain.epochs}, of the weights that are kept")
     setup.train(module, config.retrain, folder / "retrain", teacher=teacher, pruned=found)
     return found
 

@@ -19,7 +19,6 @@ import msgspec
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -243,7 +242,7 @@ def _written(folder: Path) -> Iterator[None]:
     """Turns the errors of a full disk or a folder without permission into a ModelError."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise ModelError(
             f"{folder} cannot be written ({error}); what it held before is unchanged, and the same "
             f"command goes on from there"

@@ -51,12 +51,19 @@ class Notes(msgspec.Struct, frozen=True):
 def save_weights(
     module: nn.Module, path: Path, pruned: Pruned, classes: Sequence[str] = ()
 ) -> None:
-    """Write the state dict, the masks and the names of the classes, atomically."""
+    """Write the state dict, the masks and the names of the classes, atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     masks = {name: _Mask(tuple(places.shape), _packed(places)) for name, places in pruned.items()}
     document = msgspec.json.encode(_Document(masks, tuple(classes))).decode()
     state = {name: value.cpu().contiguous() for name, value in module.state_dict().items()}
-    with written_beside(path) as beside:
-        safetensors.torch.save_file(state, beside, {KEY: document})
+    try:
+        with written_beside(path) as beside:
+            safetensors.torch.save_file(state, beside, {KEY: document})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def load_notes(path: str | Path) -> Notes:
