@@ -1,5 +1,6 @@
 """Labelled videos: checks of the index, and a cache that is made again if damaged."""
 
+import errno
 import json
 import os
 import shutil
@@ -380,6 +381,19 @@ def test_a_split_that_is_not_there(movies):
     videos = read_index(movies)
     with pytest.raises(DataError, match="has no split 'val'; it has test, train"):
         videos.only("val")
+
+
+def test_a_full_disk_leaves_nothing_half_written(movies, tmp_path, monkeypatch):
+    def full(*rest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stale = tmp_path / ".decoding-1"
+    stale.mkdir()
+    os.utime(stale, (0, 0))  # of a process that was killed long ago
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(DataError, match=r"the cache cannot be written .*No space left on device"):
+        load_clips(read_index(movies), SPEC, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"contents"}
 
 
 def test_a_cache_that_cannot_be_written(movies, tmp_path):

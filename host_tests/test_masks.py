@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -97,6 +98,15 @@ def test_a_weight_that_overflows_is_set_back():
 def test_a_layer_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match="the recipe names 'conv9'; Sequential has 0, 4"):
         chosen_weights(small_network(), ["conv9"])
+
+
+def test_a_weight_that_torch_computes_is_told_apart():
+    network = small_network()
+    torch.nn.utils.prune.random_unstructured(network[4], "weight", 0.5)
+    with pytest.raises(ConfigError, match="weight of '4' is computed from other parameters"):
+        chosen_weights(network, ["4"])
+    torch.nn.utils.prune.remove(network[4], "weight")
+    assert chosen_weights(network, ["4"]).keys() == {"4"}
 
 
 def test_zeros_that_nobody_pruned_learn():

@@ -85,8 +85,9 @@ class ClassAccuracy:
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """The 95 % interval of a fraction: Wilson's score interval (JASA 1927).
 
-    >>> [round(edge, 3) for edge in wilson_interval(278, 323)]
-    [0.819, 0.894]
+    >>> low, high = wilson_interval(278, 323)
+    >>> f"{low:.1%} to {high:.1%}"
+    '81.9% to 89.4%'
     """
     fraction, z2 = right / count, Z_95**2
     middle = (fraction + z2 / (2 * count)) / (1 + z2 / count)

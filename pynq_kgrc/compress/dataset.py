@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 import time
 import unicodedata
@@ -42,6 +43,12 @@ DELIMITERS = ",;\t|"
 CACHE_VERSION = 2
 CONTENTS = "contents"
 """In the folder of the cache: digests of files that were read before."""
+
+SCRATCH = ".decoding-"
+"""In the folder of the cache: the beginning of the names of folders of unfinished files."""
+
+STALE_SECONDS = 7 * 24 * 3600
+"""An unfinished file of this age is removed."""
 
 ALL = "all"
 """The split that holds every video, unless an index has a split of this name."""
@@ -604,8 +611,11 @@ class _Cache:
                 self.reasons[sample.file] = str(error).removeprefix(f"{place}: ")
                 return None
 
+        for stale in self.folder.glob(f"{SCRATCH}*"):  # of processes that were killed
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(stale, ignore_errors=True)
         good: list[Sample] = []
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".decoding-") as scratch:
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=SCRATCH) as scratch:
             written = Path(scratch) / "clips.npy"
             mapped = _new_array(written, self._shape(len(tried)))
             pool = ThreadPoolExecutor(workers)
@@ -667,9 +677,18 @@ class _Cache:
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
-    mapped: np.memmap[Any, np.dtype[np.uint8]] = np.lib.format.open_memmap(
+    """A new file of clips, mapped to memory.
+
+    Raises:
+        OSError: the disk has no room. All of the file is allocated now, because a full disk would
+            kill the process later, when it writes to the mapped memory (SIGBUS).
+    """
+    mapped: np.memmap[Any, np.dtype[np.uint8]] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
         path, "w+", np.uint8, shape
-    )  # type: ignore[no-untyped-call]
+    )
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return mapped
 
 

@@ -37,12 +37,20 @@ def chosen_weights(module: nn.Module, names: list[str]) -> dict[str, nn.Paramete
     """The weights of these layers.
 
     Raises:
-        ConfigError: no convolution or fully connected layer has that name.
+        ConfigError: no convolution or fully connected layer has that name, or its weight is not a
+            parameter.
     """
     own = weights_of(module)
     chosen = {}
     for name in names:
         weight = own.get(name)
+        layer = dict(module.named_modules()).get(name) if weight is None else None
+        if isinstance(getattr(layer, "weight", None), Tensor):
+            raise ConfigError(
+                f"the weight of {name!r} is computed from other parameters, as by "
+                f"torch.nn.utils.prune or weight_norm; make it permanent first (prune.remove, "
+                f"parametrize.remove_parametrizations)"
+            )
         if weight is None:
             known = ", ".join(list(own)[:6])
             kind = type(module).__name__
