@@ -237,6 +237,8 @@ def test_rates_and_sizes_have_files_of_their_own(movies, tmp_path):
         ("file,label,split\n../m00.avi,0,train\n", r"'../m00.avi' is not a file inside the folder"),
         ("file,label,split\n/m00.avi,0,train\n", "'/m00.avi' is not a file inside the folder"),
         ("file,label,split\nm00.avi\n", "line 2: m00.avi has no label"),
+        (f"file,label,split\n{'x' * 300}.avi,0,test\n", "names 1 videos that are not there: xxx"),
+        ("", r"lacks the columns file, label, split; it has \[\]"),
         (
             "file,label,split\nm00.avi,0,train\nxx.avi,1,train\nyy.avi,1,train\n",
             "names 2 videos that are not there: xx.avi, yy.avi",

@@ -193,7 +193,7 @@ def read_index(
     rows = _rows(path)
     samples, found = _labelled(path, rows, [_normal(name) for name in classes])
     _check_agreement(path, samples)
-    missing = [s for s in samples if not (folder / s.file).is_file()]
+    missing = [s for s in samples if not os.path.isfile(folder / s.file)]  # also a name too long
     if missing:
         first = ", ".join(s.file for s in missing[:3]) + (", ..." if len(missing) > 3 else "")
         told = f"{path} names {len(missing)} videos that are not there: {first}"
