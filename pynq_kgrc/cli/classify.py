@@ -39,8 +39,8 @@ def declare(command: Declare) -> None:
         "A video is sampled as the program says: one clip, or clips one after the other, whose\n"
         "probabilities are averaged; then the timeline is printed, too. If the best label's\n"
         "confidence is below the program's threshold, the answer is marked as unsure. A video\n"
-        "that cannot be read does not keep the others from being classified; the exit status is then\n"
-        "2.",
+        "that cannot be read does not keep the others from being classified; then the exit status\n"
+        "is 2.",
     )
     classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     classify.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
