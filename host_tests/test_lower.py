@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from networks import Net, compiled, small_config
 
 from pynq_kgrc.analysis.fidelity import written_tensor
 from pynq_kgrc.compiler.lower import clamp_codes, lower, quantize_weight
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.compress.calibrate import choose_quant
+from pynq_kgrc.compress.fake_quant import FakeQuantNetwork
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ACTIVATIONS, INPUT, ConvShape, Layer, activate, run_float
 from pynq_kgrc.quant import QuantParams
@@ -70,6 +72,29 @@ def test_a_concat_in_a_concat_is_placement_too():
     net.conv(net.concat(c, net.concat(b, a)), 4)
     program, _ = compiled(net)
     assert [task.target.channel for task in program.tasks[:3]] == [8, 4, 0]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_copy_holds_the_codes_of_its_source(bits):
+    """A concat whose parts do not begin at vectors, a part of two concats, an output concat."""
+    net = Net(size=(2, 4, 5))
+    a, b = net.conv("clip", 5), net.conv("clip", 3)
+    unaligned = net.concat(a, b)
+    c = net.conv(unaligned, 4)
+    shared = net.concat(c, unaligned)
+    twice = net.concat(c, net.conv(shared, 4))
+    net.dense(net.add(twice, twice), 3)
+    program, graph = compiled(net, small_config(bits))
+    frames = np.random.default_rng(1).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    clip = torch.from_numpy(graph.clip.normalise(frames).astype(np.float64))[None]
+    trained = FakeQuantNetwork(graph).codes(clip)
+    with Session(program) as session:
+        codes = {name: codes for name, codes, _ in session.trace(frames)}
+        logits = session.run(frames).logits
+    np.testing.assert_array_equal(codes[unaligned], np.concatenate([codes[a], codes[b]]))
+    np.testing.assert_array_equal(codes[f"{shared}.copy0"], codes[c])
+    trained_logits = trained[graph.output].detach().numpy().ravel() * program.output.scale
+    np.testing.assert_allclose(trained_logits, logits, rtol=1e-12)
 
 
 def test_buffers_that_live_together_do_not_overlap_and_others_share():

@@ -37,7 +37,15 @@ from pynq_kgrc.program import (
     Task,
     check,
 )
-from pynq_kgrc.quant import Array, QuantParams, ceil_div, code_dtype, multiplier, weight_limit
+from pynq_kgrc.quant import (
+    Array,
+    QuantParams,
+    ceil_div,
+    code_dtype,
+    identity_code,
+    multiplier,
+    weight_limit,
+)
 
 SlotOf = Callable[[str], Slot]
 """Finds the slot of a tensor by its name."""
@@ -405,8 +413,8 @@ def build_task(
 def quantize_weight(layer: Layer, bits: int) -> tuple[Array, Array]:
     """Codes [M, N, K] of a layer's weight, and the scale [M] of each filter.
 
-    Zeros stay zeros. An identity convolution has no format of weights: its largest weight gets
-    the largest code.
+    Zeros stay zeros. A copy (`identity_draft`) has no format of weights: its ones get the code
+    `identity_code`.
     """
     assert layer.weight is not None
     weight = layer.weight.reshape(*layer.weight.shape[:2], -1).astype(np.float64)
@@ -414,7 +422,6 @@ def quantize_weight(layer: Layer, bits: int) -> tuple[Array, Array]:
     if layer.weight_quant is not None:
         scale = layer.weight_quant.scale
     else:
-        largest = np.abs(weight).max(axis=(1, 2))
-        scale = np.where(largest > 0, largest, 1) / limit  # any scale represents zeros
+        scale = np.full(len(weight), 1 / identity_code(bits))
     codes = np.floor(weight / scale[:, None, None] + 0.5)
     return np.clip(codes, -limit, limit).astype(code_dtype(bits)), scale
