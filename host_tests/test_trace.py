@@ -1,5 +1,6 @@
 """A traced network computes what torch computes; an unsupported operator is named."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -613,3 +614,50 @@ def test_i3d_on_its_64_frames():
     graph = same_as_torch(i3d.i3d(), i3d.CLIP)
     assert round(sum(layer.shape.macs for layer in graph.convolutions()) / 1e9, 3) == 111.151
     assert graph.output == graph.layers[-1].name == "Logits"
+
+
+class Converting(nn.Module):
+    """Converts its clip to its own precision, and its logits back, as mixed-precision code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.ReLU())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, clip):
+        maps = self.features(clip.to(self.head.weight.dtype))
+        return self.head(maps.float().mean((2, 3, 4)).type_as(self.head.weight)).float()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_modules_of_every_precision_are_traced_in_float32(kind):
+    module = Converting().eval()
+    converted = copy.deepcopy(module).to(kind)
+    rounded = copy.deepcopy(converted).float()
+    clip = ClipSpec(4, 6, 6, 6)
+    graph = trace(converted, clip)
+    assert {layer.weight.dtype for layer in graph.convolutions()} == {np.dtype(np.float32)}
+    assert {parameter.dtype for parameter in converted.parameters()} == {kind}
+    values = torch.randn(3, 4, 6, 6)
+    with torch.no_grad():
+        wanted = rounded(values[None])[0].numpy()
+    np.testing.assert_allclose(
+        run_float(graph, values.numpy()).ravel(), wanted, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_module_that_mixes_precisions_wrongly_is_refused_with_advice():
+    class Mixed(nn.Sequential):
+        def forward(self, clip):
+            return super().forward(clip.float())
+
+    module = Mixed(nn.Conv3d(3, 4, 3)).half()
+    with pytest.raises(CompileError, match=r"should be the same; try Mixed.float\(\), which has"):
+        trace(module, ClipSpec(4, 6, 6, 6))
+
+    class Whole(nn.Sequential):
+        def forward(self, clip):
+            return super().forward(clip).int()
+
+    with pytest.raises(CompileError, match="a conversion to torch.int32 at top level"):
+        trace(Whole(nn.Conv3d(3, 4, 3)), ClipSpec(4, 6, 6, 6))
