@@ -1,15 +1,23 @@
 """A traced network computes what torch computes; an unsupported operator is named."""
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import small_config
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
+from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.analysis.description import describe
+from pynq_kgrc.cli.info import summary
+from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ClipSpec, Graph, run_float
 from pynq_kgrc.models import c3d, i3d, r2plus1d
@@ -659,5 +667,43 @@ def test_a_module_that_mixes_precisions_wrongly_is_refused_with_advice():
         def forward(self, clip):
             return super().forward(clip).int()
 
-    with pytest.raises(CompileError, match="a conversion to torch.int32 at top level"):
+    with pytest.raises(CompileError, match=r"a conversion to torch\.int32 at top level"):
         trace(Whole(nn.Conv3d(3, 4, 3)), ClipSpec(4, 6, 6, 6))
+
+
+def test_operations_are_counted_as_torch_counts_them():
+    """Groups, dilation, a batch norm alone, an add and a concat that become copies."""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv3d(3, 32, 1)
+            self.depthwise = nn.Conv3d(32, 32, 3, padding=1, groups=32)
+            self.grouped = nn.Conv3d(32, 16, 3, stride=2, padding=1, groups=4)
+            self.dilated = nn.Conv3d(16, 5, 3, padding=2, dilation=2)
+            self.head = nn.Linear(21 * 24, 5)
+
+        def forward(self, clip):
+            grouped = self.grouped(F.relu(self.depthwise(self.stem(clip))))
+            joined = torch.cat([self.dilated(grouped), grouped], 1)
+            return self.head((joined + joined).flatten(1))
+
+    module, clip = Counted().eval(), ClipSpec(4, 6, 8, 6)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.zeros(1, 3, 4, 6, 8))
+    wanted = counter.get_total_flops() // 2
+    graph = trace(module, clip)
+    assert sum(layer.shape.own_macs for layer in graph.convolutions()) == wanted
+    config = small_config(8)
+    frames = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
+    program = lower(choose_quant(graph, [clip.normalise(frames)], 8), config)
+    document = describe(program)
+    copies = [t for t in program.tasks if t.name not in {x.name for x in graph.convolutions()}]
+    assert len(copies) == 3
+    copied = sum(t.shape.out_channels * math.prod(t.out_size) for t in copies)
+    assert document.macs_dense <= wanted + copied
+    assert 0.97 < document.macs_kept / document.macs_dense <= 1
+    assert document.macs_array == sum(
+        task_cost(config, program.work(task)).macs for task in program.tasks
+    )
+    assert f"operations {document.macs_dense / 1e6:.2f} MMAC dense" in summary(document)

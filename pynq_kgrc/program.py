@@ -155,7 +155,7 @@ class ConvTask(msgspec.Struct, frozen=True, eq=False, tag="conv", forbid_unknown
 
     @property
     def kept_macs(self) -> int:
-        """Multiply-accumulates whose weight is not zero, for one clip."""
+        """Multiply-accumulates whose weight is not zero, for one clip; at most `own_macs`."""
         return int(np.count_nonzero(self.weights.values)) * math.prod(self.shape.out_size)
 
 
@@ -263,6 +263,12 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
             wide=wide,
             name=task.name,
         )
+
+    def array_macs(self, task: ConvTask) -> int:
+        """Multiply-accumulates that the array computes for one clip, zeros included."""
+        work, config = self.work(task), self.config
+        chunk = config.rows_per_cycle * config.pk * config.tn
+        return work.chunks * chunk * math.prod(work.out_size)
 
     def save(self, path: str | Path) -> None:
         """Write the container atomically: to a temporary file that is renamed to `path`."""
@@ -475,6 +481,9 @@ def _check_buffer(program: Program, i: int, buffer: Buffer) -> None:
 def _check_window(shape: WindowShape, name: str) -> None:
     if shape.channels < 1 or shape.out_channels < 1 or min(shape.in_size) < 1:
         raise ProgramError(f"{name}: {shape} has an empty axis")
+    if isinstance(shape, ConvShape):
+        dense = shape.filters * shape.channels * shape.taps
+        _within(shape.own_weights, 0, dense, f"{name}: own_weights")
     if min(shape.kernel) < 1 or min(shape.stride) < 1:
         raise ProgramError(f"{name}: kernel {shape.kernel}, stride {shape.stride} must be positive")
     pads = zip(shape.pad_before, shape.pad_after, shape.kernel, strict=True)

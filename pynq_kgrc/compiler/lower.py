@@ -196,7 +196,7 @@ def identity_draft(output: Layer, source: str, activation: str = "none") -> Task
         inputs=(source,),
         channels=channels,
         size=output.size,
-        shape=ConvShape(channels, output.size, (1, 1, 1), filters=channels),
+        shape=ConvShape(channels, output.size, (1, 1, 1), filters=channels, own_weights=channels),
         weight=np.eye(channels, dtype=np.float32)[:, :, None, None, None],
         bias=np.zeros(channels),
     )
@@ -215,7 +215,8 @@ def embedding_drafts(graph: Graph, concat: Layer) -> list[TaskDraft]:
         at = np.arange(graph[name].channels)
         weight[channel + at, at] = 1
         assert draft.layer.shape is not None
-        shape = replace(draft.layer.shape, channels=graph[name].channels)
+        copied = graph[name].channels
+        shape = replace(draft.layer.shape, channels=copied, own_weights=copied)
         layer = replace(draft.layer, weight=weight, shape=shape)
         before = drafts[-1].output.name if drafts else None
         drafts.append(replace(draft, layer=layer, shortcut=before))

@@ -256,6 +256,7 @@ def _convolve(reader: Reader, node: Node, args: Args, axes: int) -> Value:
     weight = reader.array(args["weight"], node)
     assert weight is not None
     weight = weight.reshape(*weight.shape[:2], *(1,) * (3 - axes), *weight.shape[2:])
+    own_weights = weight.size
     weight = _dilated(_ungrouped(weight, args["groups"]), _size(args["dilation"], axes, 1))
     _, _, kd, kh, kw = weight.shape
     if args["padding"] == "same":
@@ -271,6 +272,7 @@ def _convolve(reader: Reader, node: Node, args: Args, axes: int) -> Value:
         pad_before=_sum(value.before, before),
         pad_after=_sum(value.after, after),
         filters=weight.shape[0],
+        own_weights=0 if own_weights == weight.size else own_weights,
     )
     bias = reader.array(args["bias"], node)
     return reader.add_window(node, CONV, value.draft, shape, weight=weight, bias=bias)

@@ -111,7 +111,9 @@ def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 kind = "" if attempt.dtype == torch.float32 else f" ({attempt.dtype})"
                 reasons.append(f"for an input of {list(attempt.shape)}{kind}: {first}")
-    hint = "" if kinds in ([], [torch.float32]) else f"; try {name}.float(), which has one precision"
+    hint = (
+        "" if kinds in ([], [torch.float32]) else f"; try {name}.float(), which has one precision"
+    )
     raise CompileError(f"{name}: torch.export fails {'; '.join(reasons)}{hint}")
 
 
@@ -177,7 +179,9 @@ def _layer(draft: LayerDraft) -> Layer:
         channels = draft.channels
         gain = np.ones(channels) if draft.gain is None else draft.gain
         draft.weight = np.diag(gain).astype(np.float32).reshape(channels, channels, 1, 1, 1)
-        draft.shape = ConvShape(channels, draft.size, (1, 1, 1), filters=channels)
+        draft.shape = ConvShape(
+            channels, draft.size, (1, 1, 1), filters=channels, own_weights=channels
+        )
         draft.op = CONV
     bias = draft.bias
     if draft.op == CONV:
