@@ -244,6 +244,18 @@ def test_a_pool_keeps_the_activation_of_the_convolution_it_rides_on():
     assert (program.tasks[0].lo, program.tasks[0].hi) == (-50, 10)
 
 
+def test_a_pool_whose_window_the_buffers_do_not_hold_is_a_task_of_its_own():
+    net = Net(size=(2, 36, 36))
+    convolution = net.conv("clip", 4, act="none")
+    pool = net.pool(convolution, (1, 36, 4), act="relu")
+    net.dense(pool, 2)
+    program, _ = compiled(net, small_config(beat=4))
+    assert [task.name for task in program.tasks][:2] == [convolution, pool]
+    assert program.tasks[0].pool is None
+    assert program.tasks[0].lo == program.tasks[0].out.min
+    assert program.tasks[1].lo == program.tasks[1].out.zero_point
+
+
 def test_a_layer_refuses_what_it_does_not_know():
     with pytest.raises(CompileError, match="conv1: no activation 'sigmoid'; there are none, relu"):
         Net().conv("clip", 4, act="sigmoid")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pynq_kgrc.accelerator.cutting import cut_pools
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import (
     ADD,
@@ -197,7 +198,8 @@ def choose_quant(
     """The graph with a format for every tensor and weight.
 
     Activations are affine and per tensor, weights symmetric and per filter. The logits have 16
-    bits: soft-max needs their resolution, and only the host reads them.
+    bits: soft-max needs their resolution, and only the host reads them. A pool with more taps than
+    the accelerator has becomes several pools (`cutting.cut_pools`).
 
     Args:
         graph: traced network.
@@ -210,6 +212,7 @@ def choose_quant(
     """
     if bits not in BITS or method not in METHODS:
         raise CompileError(f"bits={bits}, method={method!r}; accepted are {BITS} and {METHODS}")
+    graph = cut_pools(graph)
     seen = observe(graph, clips)
     table = graph.clip.pixel_values()  # the input's range is known, whatever the clips contain
     pixels = float(table.min()), float(table.max())
