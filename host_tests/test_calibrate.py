@@ -190,6 +190,28 @@ def test_tensors_and_weights_of_zeros_compile(make, bits, method):
         np.testing.assert_allclose(logits, wanted, atol=error)
 
 
+def concat_of(net, ratio, pooled=False):
+    """A concat of `ratio` times as large values and those of a second part."""
+    small, large = net.conv("clip", 8), net.conv("clip", 8)
+    net.layers[large].weight[...] *= ratio
+    net.layers[large].bias[...] *= ratio
+    joined = net.concat(net.pool(small, 1) if pooled else small, net.pool(large, 1))
+    net.dense(joined, 4)
+    return net
+
+
+@pytest.mark.parametrize(("bits", "ratio"), [(16, 10000), (8, 40), (4, 10)])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_small_part_of_a_concat_is_told(bits, ratio, pooled):
+    net = concat_of(Net(size=(4, 8, 8)), ratio, pooled)
+    part = "pool3" if pooled else "conv1"
+    told = rf"concat\d: its part {part} lies within 0 to [\d.]+, but .*: {part} is coded in .* dB"
+    with pytest.warns(UserWarning, match=told) as warned:
+        choose_quant(net.graph(), net.clips(), bits)
+    assert len(warned) == 1
+    choose_quant(concat_of(Net(size=(4, 8, 8)), 2, pooled).graph(), net.clips(), bits)
+
+
 def test_mistakes_are_named():
     net = branching_net()
     graph = net.graph()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,12 @@ def run_compile(options: argparse.Namespace) -> int:
     graph = prune(graph, rates, config.group_size)
     clips = (graph.clip.normalise(f) for f in progress(frames, "calibrate", len(frames)))
     method = options.method or DEFAULT_METHOD
-    program = lower(choose_quant(graph, clips, config.bits, method), config)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        quantized = choose_quant(graph, clips, config.bits, method)
+    for warning in warned:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    program = lower(quantized, config)
     program.save(options.out)
     document = replace(describe(program), path=str(options.out))
     if options.report:
@@ -111,6 +117,8 @@ def _trace(options: argparse.Namespace) -> Graph:
     if options.weights:
         pulled = options.weights in RELEASES
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
+    else:
+        print("no --weights: the network has random weights, seeded with 0", file=sys.stderr)
     release = RELEASES.get(options.weights)
     labels = _labels(options.labels or (release.labels if release else None))
     return trace(network, clip, labels, options.network)
