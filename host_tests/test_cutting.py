@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from networks import Net, small_config
 
+from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.accelerator.cutting import cut_convolution, cut_pools, cut_window
 from pynq_kgrc.accelerator.header import MAX_TAPS
 from pynq_kgrc.analysis.description import describe
@@ -132,3 +133,48 @@ def test_what_cannot_be_cut_is_named():
         CompileError, match=r"pool1: its window \(1, 1, 521\) has 521 taps, the acc"
     ):
         lower(choose_quant(net.graph(), net.clips(), 8), small_config())
+
+
+@pytest.mark.filterwarnings("ignore:concat.*its part:UserWarning")
+@pytest.mark.parametrize("seed", range(60))
+def test_what_compiles_loads(seed):
+    """Large windows, strides, pools and concats, for a design of the paper and a small one."""
+    rng = np.random.default_rng(seed)
+    size = tuple(int(n) for n in rng.choice([1, 2, 7, 16, 33, 70], 3))
+    net = Net(size=size, seed=seed)
+    source = "clip"
+    for _ in range(int(rng.integers(1, 4))):
+        shape = net.layers[source].size
+        kernel = [int(rng.choice([1, 3, min(n, 11), n])) for n in shape]
+        kernel = [min(k, n) for k, n in zip(kernel, shape, strict=True)]
+        stride = [int(rng.choice([1, 2, k, k + 9])) for k in kernel]
+        pad = [int(rng.integers(0, k // 2 + 1)) for k in kernel]
+        op = rng.choice(["conv", "max_pool", "average_pool", "concat"])
+        if op == "concat":
+            source = net.concat(source, source, net.conv(source, 3, 1, pad=0))
+        elif op == "conv" and np.prod(kernel) < 20000:
+            source = net.conv(source, int(rng.integers(1, 12)), kernel, stride, pad, act="none")
+        elif op != "conv":
+            source = net.pool(source, kernel, stride, pad, op=op)
+    if np.prod(net.layers[source].size) < 20000:
+        source = net.dense(source, 3)
+    if source == "clip":
+        return
+    bits = int(rng.choice([16, 8, 4]))
+    try:
+        quantized = choose_quant(net.graph(), net.clips(1), bits)
+        program = lower(quantized, preset(f"{bits}-sparse") if seed % 2 else small_config(bits))
+    except CompileError as error:
+        named = str(error).startswith(tuple(f"{name}:" for name in net.layers))
+        if not named:
+            raise
+        return
+    build_image(program)
+    if max(np.prod(task.shape.out_size) for task in program.tasks) > 40000:
+        return
+    frames = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    with Session(program) as emulated, Session(program, BACKENDS[-1]) as simulated:
+        for (name, codes, _), (_, same, _) in zip(
+            emulated.trace(frames), simulated.trace(frames), strict=True
+        ):
+            np.testing.assert_array_equal(codes, same, name)

@@ -97,6 +97,21 @@ def test_a_copy_holds_the_codes_of_its_source(bits):
     np.testing.assert_allclose(trained_logits, logits, rtol=1e-12)
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("filters", [4, 5], ids=["aligned", "unaligned"])
+def test_a_concat_may_be_the_result(bits, filters):
+    net = Net(size=(2, 4, 5))
+    a, b = net.conv("clip", filters), net.conv("clip", filters)
+    net.concat(a, b)
+    program, graph = compiled(net, small_config(bits))
+    frames = np.random.default_rng(1).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    with Session(program) as session:
+        found = {name: codes for name, codes, _ in session.trace(frames)}
+        logits = session.run(frames).logits
+    codes = np.concatenate([found[a], found[b]])
+    np.testing.assert_allclose(logits, graph[a].out_quant.dequantize(codes).ravel(), rtol=1e-12)
+
+
 def test_buffers_that_live_together_do_not_overlap_and_others_share():
     net = Net(size=(4, 4, 8))
     name = "clip"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.analysis.description import describe
+from pynq_kgrc.cli import build
 from pynq_kgrc.cli.info import summary
 from pynq_kgrc.compiler.lower import lower
 from pynq_kgrc.compress.calibrate import choose_quant
@@ -707,3 +709,18 @@ def test_operations_are_counted_as_torch_counts_them():
         task_cost(config, program.work(task)).macs for task in program.tasks
     )
     assert f"operations {document.macs_dense / 1e6:.2f} MMAC dense" in summary(document)
+
+
+def test_random_weights_are_told(monkeypatch, capsys, tmp_path):
+    module = nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    monkeypatch.setattr("pynq_kgrc.models.find_network", lambda name: (lambda: module, CLIP))
+    options = Namespace(network="c3d", classes=None, weights=None, labels=None)
+    build._trace(options)
+    assert capsys.readouterr().err == "no --weights: c3d has seeded random weights\n"
+    build._trace(Namespace(**vars(options) | {"network": "mine:network"}))
+    assert capsys.readouterr().err == ""  # its function may have loaded weights
+    for count in (3, 5):
+        labels = tmp_path / "labels.txt"
+        labels.write_text("".join(f"label {i}\n" for i in range(count)))
+        with pytest.raises(CompileError, match=f"c3d has 4 outputs, but {count} labels were given"):
+            build._trace(Namespace(**vars(options) | {"labels": labels}))

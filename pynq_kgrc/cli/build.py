@@ -117,8 +117,8 @@ def _trace(options: argparse.Namespace) -> Graph:
     if options.weights:
         pulled = options.weights in RELEASES
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
-    else:
-        print("no --weights: the network has random weights, seeded with 0", file=sys.stderr)
+    elif ":" not in options.network:
+        print(f"no --weights: {options.network} has seeded random weights", file=sys.stderr)
     release = RELEASES.get(options.weights)
     labels = _labels(options.labels or (release.labels if release else None))
     return trace(network, clip, labels, options.network)

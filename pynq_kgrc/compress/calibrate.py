@@ -222,7 +222,8 @@ def choose_quant(
     """The graph with a format for every tensor and weight.
 
     Activations are affine and per tensor, weights symmetric and per filter. The logits have 16
-    bits: soft-max needs their resolution, and only the host reads them. A pool with more taps than
+    bits: soft-max needs their resolution, and only the host reads them. Only a concat as the result
+    keeps the bits of its parts. A pool with more taps than
     the accelerator has becomes several pools (`cutting.cut_pools`).
 
     Args:
@@ -256,7 +257,7 @@ def choose_quant(
     layers: dict[str, Layer] = {}
     for layer in graph.layers:
         quant = formats[ties[layer.name]]
-        if layer.name == graph.output:
+        if layer.name == graph.output and layer.op != CONCAT:  # a concat copies its parts' codes
             quant = choose_params(last[0] * HEADROOM, last[1] * HEADROOM, 16)
             least = _largest_step(layer, layers, method) / LARGEST_RATIO
             quant = replace(quant, scale=max(quant.scale, least))
