@@ -1,6 +1,7 @@
 """Windows with too many taps are cut into smaller ones that compute the same."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.accelerator.cutting import cut_convolution, cut_pools, cut_window
 from pynq_kgrc.accelerator.header import MAX_TAPS
 from pynq_kgrc.analysis.description import describe
+from pynq_kgrc.analysis.fidelity import measure_fidelity
 from pynq_kgrc.backends.image import build_image
 from pynq_kgrc.compiler.latency import PrunedCycles
 from pynq_kgrc.compiler.lower import lower
@@ -64,12 +66,12 @@ def test_pools_in_steps_pool_the_same(name, op):
 def test_convolutions_in_steps_compute_the_same(name):
     window = {"stride": 1, "pad": 0, **WINDOWS[name]}
     if name == "three steps":
-        window = dict(size=(82, 83, 84), kernel=81, stride=1, pad=0)  # dilation 40, as traced
+        window = dict(size=(42, 43, 44), kernel=41, stride=1, pad=0)  # dilation 20, as traced
     net = Net(size=window.pop("size"), channels=2)
     layer = net.layers[net.conv("clip", 3, act="none", **window)]
     if name == "three steps":
         sparse = np.zeros_like(layer.weight)
-        sparse[:, :, ::40, ::40, ::40] = layer.weight[:, :, ::40, ::40, ::40]
+        sparse[:, :, ::20, ::20, ::20] = layer.weight[:, :, ::20, ::20, ::20]
         layer.weight[...] = sparse
     clip = net.clips(1)[0]
     layers = cut_convolution(layer)
@@ -115,6 +117,29 @@ def test_what_has_too_many_taps_runs(backend, bits, sparse):
     cycles = PrunedCycles(program)(graph[head], graph[head].weight != 0)
     assert cycles > 0
     assert codes[most].shape == (5, 4, 12, 16)
+
+
+def test_the_fidelity_of_a_part_that_is_fused_is_measured():
+    net = Net(size=(8, 16, 16))
+    convolution = net.conv("clip", 4, act="none")
+    pool = net.pool(convolution, (8, 16, 16))
+    net.dense(pool, 3)
+    graph = net.graph()
+    frames = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    program = lower(choose_quant(graph, [graph.clip.normalise(frames)], 8), small_config())
+    assert program.tasks[0].pool is not None  # a part of the pool
+    report = measure_fidelity(graph, program, [frames])
+    assert [task.task for task in report.tasks] == [convolution, pool, "conv3"]
+    assert min(task.snr_db for task in report.tasks) > 20
+
+
+def test_a_cut_is_found_soon():
+    """Axes with many divisors, and a prime one."""
+    began = time.process_time()
+    for kernel in ((512, 112, 112), (521, 121, 120), (720, 96, 96)):
+        layer = pooled("max_pool", kernel, kernel)[0].layers["pool1"]
+        assert cut_window(layer.shape, overlaps=True) is not None
+    assert time.process_time() - began < 5
 
 
 def test_one_window_holds_what_it_can():

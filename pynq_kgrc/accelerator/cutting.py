@@ -68,12 +68,13 @@ def _axis_cuts(shape: WindowShape, axis: int, overlaps: bool) -> Iterator[_AxisC
     if before:
         return
     alone = shape.out_size[axis] == 1
-    for part in range(2, kernel):
+    parts = [part for part in range(2, kernel) if kernel % part == 0 and after < part]
+    if overlaps and kernel > MAX_TAPS and not after:
+        parts += [kernel // count for count in range(2, 17)]
+    for part in parts:
         count = kernel // part
         # where `part` is no divisor, the first windows are longer than their step: they overlap
         first = kernel - (count - 1) * part
-        if after >= part or count == 1 or (first != part and (not overlaps or after)):
-            continue
         if stride % part == 0:  # a first window begins where each window begins
             step = stride // part
         elif alone:
