@@ -18,6 +18,7 @@ from pynq_kgrc.compress.calibrate import (
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import run_float
 from pynq_kgrc.quant import choose_params
+from pynq_kgrc.runtime import Session
 
 
 def branching_net():
@@ -106,6 +107,109 @@ def test_the_program_stays_close_to_float(bits, least_db):
     assert min(task.snr_db for task in report.tasks) > least_db
     if bits == 16:
         assert report.agreeing == 3
+
+
+def dead_relu(net):
+    """All outputs of the first layer are zero."""
+    dead = net.conv("clip", 8)
+    net.layers[dead].bias[...] = -1000
+    net.dense(net.pool(net.conv(dead, 8), 2, op="average_pool"), 4)
+
+
+def dead_part_of_a_concat(net):
+    a, b = net.conv("clip", 8), net.conv("clip", 8)
+    net.layers[a].bias[...] = -1000
+    net.dense(net.concat(a, b), 4)
+
+
+def nearly_dead(net):
+    """One output of thousands is above zero, by next to nothing."""
+    first = net.conv("clip", 8)
+    graph = net.graph()
+    _, highest = net.layers[first], run_float(graph, net.clips(1)[0]).max(axis=(1, 2, 3))
+    net.layers[first].bias[...] -= highest + 1000 * np.arange(8) - 1e-9
+    net.dense(first, 4)
+
+
+def zero_filters(net):
+    first = net.conv("clip", 8)
+    net.layers[first].weight[2:] = 0
+    second = net.conv(first, 8)
+    net.layers[second].weight[...] = 0
+    net.dense(second, 4)
+
+
+def zero_head(net):
+    head = net.dense(net.conv("clip", 8), 4)
+    net.layers[head].weight[...] = 0
+    net.layers[head].bias[...] = 0
+
+
+def sum_that_cancels(net):
+    """A residual block whose branch is the negative of its input."""
+    first = net.conv("clip", 8)
+    branch = net.conv(first, 8, 1, pad=0, act="none")
+    net.layers[branch].weight[...] = -np.eye(8).reshape(8, 8, 1, 1, 1)
+    net.layers[branch].bias[...] = 0
+    net.dense(net.conv(net.add(branch, first), 8, act="none"), 4)
+
+
+def small_logits(net):
+    """Weights of the head that cancel: logits of 16 bits far below the largest sum."""
+    first = net.conv("clip", 8)
+    head = net.dense(first, 4)
+    net.layers[head].weight[...] = 1000
+    net.layers[head].weight[:, 4:] = -1000
+    net.layers[first].weight[4:] = net.layers[first].weight[:4]
+    net.layers[first].bias[4:] = net.layers[first].bias[:4]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(dead_relu, dead_part_of_a_concat, nearly_dead, zero_filters, zero_head),
+        *(sum_that_cancels, small_logits),
+    ],
+)
+def test_tensors_and_weights_of_zeros_compile(make, bits, method):
+    """The logits are those of the float network, up to the design's width."""
+    net = Net(size=(4, 8, 8))
+    make(net)
+    graph = net.graph()
+    frames = np.random.default_rng(3).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    clip = graph.clip.normalise(frames)
+    program = lower(choose_quant(graph, [clip], bits, method), small_config(bits))
+    wanted = run_float(graph, clip).ravel()
+    with Session(program) as session:
+        logits = session.run(frames).logits
+    assert np.isfinite(logits).all()
+    if make not in (sum_that_cancels, small_logits):  # their error is that of what cancels
+        error = {16: 0.001, 8: 0.05, 4: 0.6}[bits] * max(np.abs(wanted).max(), 1e-3)
+        np.testing.assert_allclose(logits, wanted, atol=error)
+
+
+def concat_of(net, ratio, pooled=False):
+    """A concat of `ratio` times as large values and those of a second part."""
+    small, large = net.conv("clip", 8), net.conv("clip", 8)
+    net.layers[large].weight[...] *= ratio
+    net.layers[large].bias[...] *= ratio
+    joined = net.concat(net.pool(small, 1) if pooled else small, net.pool(large, 1))
+    net.dense(joined, 4)
+    return net
+
+
+@pytest.mark.parametrize(("bits", "ratio"), [(16, 10000), (8, 40), (4, 10)])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_small_part_of_a_concat_is_told(bits, ratio, pooled):
+    net = concat_of(Net(size=(4, 8, 8)), ratio, pooled)
+    part = "pool3" if pooled else "conv1"
+    told = rf"concat\d: its part {part} lies within 0 to [\d.]+, but .*: {part} is coded in .* dB"
+    with pytest.warns(UserWarning, match=told) as warned:
+        choose_quant(net.graph(), net.clips(), bits)
+    assert len(warned) == 1
+    choose_quant(concat_of(Net(size=(4, 8, 8)), 2, pooled).graph(), net.clips(), bits)
 
 
 def test_mistakes_are_named():

@@ -74,6 +74,44 @@ def test_a_concat_in_a_concat_is_placement_too():
     assert [task.target.channel for task in program.tasks[:3]] == [8, 4, 0]
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_copy_holds_the_codes_of_its_source(bits):
+    """A concat whose parts do not begin at vectors, a part of two concats, an output concat."""
+    net = Net(size=(2, 4, 5))
+    a, b = net.conv("clip", 5), net.conv("clip", 3)
+    unaligned = net.concat(a, b)
+    c = net.conv(unaligned, 4)
+    shared = net.concat(c, unaligned)
+    twice = net.concat(c, net.conv(shared, 4))
+    net.dense(net.add(twice, twice), 3)
+    program, graph = compiled(net, small_config(bits))
+    frames = np.random.default_rng(1).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    clip = torch.from_numpy(graph.clip.normalise(frames).astype(np.float64))[None]
+    trained = FakeQuantNetwork(graph).codes(clip)
+    with Session(program) as session:
+        codes = {name: codes for name, codes, _ in session.trace(frames)}
+        logits = session.run(frames).logits
+    np.testing.assert_array_equal(codes[unaligned], np.concatenate([codes[a], codes[b]]))
+    np.testing.assert_array_equal(codes[f"{shared}.copy0"], codes[c])
+    trained_logits = trained[graph.output].detach().numpy().ravel() * program.output.scale
+    np.testing.assert_allclose(trained_logits, logits, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("filters", [4, 5], ids=["aligned", "unaligned"])
+def test_a_concat_may_be_the_result(bits, filters):
+    net = Net(size=(2, 4, 5))
+    a, b = net.conv("clip", filters), net.conv("clip", filters)
+    net.concat(a, b)
+    program, graph = compiled(net, small_config(bits))
+    frames = np.random.default_rng(1).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    with Session(program) as session:
+        found = {name: codes for name, codes, _ in session.trace(frames)}
+        logits = session.run(frames).logits
+    codes = np.concatenate([found[a], found[b]])
+    np.testing.assert_allclose(logits, graph[a].out_quant.dequantize(codes).ravel(), rtol=1e-12)
+
+
 def test_buffers_that_live_together_do_not_overlap_and_others_share():
     net = Net(size=(4, 4, 8))
     name = "clip"
@@ -225,6 +263,18 @@ def test_a_pool_keeps_the_activation_of_the_convolution_it_rides_on():
     program = lower(replace(graph, layers=tuple(layers)), small_config())
     assert program.tasks[0].pool is not None
     assert (program.tasks[0].lo, program.tasks[0].hi) == (-50, 10)
+
+
+def test_a_pool_whose_window_the_buffers_do_not_hold_is_a_task_of_its_own():
+    net = Net(size=(2, 36, 36))
+    convolution = net.conv("clip", 4, act="none")
+    pool = net.pool(convolution, (1, 36, 4), act="relu")
+    net.dense(pool, 2)
+    program, _ = compiled(net, small_config(beat=4))
+    assert [task.name for task in program.tasks][:2] == [convolution, pool]
+    assert program.tasks[0].pool is None
+    assert program.tasks[0].lo == program.tasks[0].out.min
+    assert program.tasks[1].lo == program.tasks[1].out.zero_point
 
 
 def test_a_layer_refuses_what_it_does_not_know():

@@ -11,13 +11,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from networks import Net, compiled, random_codes, small_config
+from networks import Net, compiled, random_codes, replace, small_config
 
+from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
 from pynq_kgrc.analysis.timing import modelled_ms
 from pynq_kgrc.backends.base import BACKENDS, open_backend
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.errors import CompileError, ProgramError
-from pynq_kgrc.program import ConvTask, Program, check, load
+from pynq_kgrc.program import ConvTask, Program, Slot, check, load
 
 
 def small_net():
@@ -349,3 +350,54 @@ def test_the_same_program_gives_the_same_bytes(tmp_path):
         subprocess.run([sys.executable, "-c", SAVE, str(path)], env=environment, check=True)
         found.add(path.read_bytes())
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "message"),
+    [
+        ((1, 1, 1100), dict(kernel=1, stride=(1, 1, 1030)), r"conv1: stride along the width is 10"),
+        ((1, 1, 66000), dict(kernel=1, stride=1), r"conv1: width of its input with padding is 660"),
+        ((1, 33000, 1), dict(kernel=1, stride=(1, 1024, 1)), r"conv1: stride along the height is"),
+    ],
+)
+def test_what_the_hardware_cannot_count_is_refused_when_it_is_compiled(size, window, message):
+    net = Net(size=size)
+    net.conv("clip", 4, pad=0, **window)
+    with pytest.raises(CompileError, match=message):
+        compiled(net)
+
+
+def edited(program, number, **fields):
+    tasks = list(program.tasks)
+    tasks[number] = msgspec.structs.replace(tasks[number], **fields)
+    return msgspec.structs.replace(program, tasks=tuple(tasks))
+
+
+def test_every_limit_of_the_hardware_is_checked(monkeypatch):
+    """Each limit is lowered in turn to what a program just exceeds."""
+    program, _ = compiled(small_net(), small_config())
+    check(program)
+    reasons = {
+        ("MAX_TAPS", 26): "conv1: taps of its window .* is 27, accepted are 1 to 26",
+        ("MAX_LENGTH", 6): "conv1: height of its input with padding is 7, accepted are 1 to 6",
+        ("MAX_STRIDE", 1): "pool6: stride along the depth is 2, accepted are 1 to 1",
+        ("MAX_INT32", 60): "conv1: ",
+    }
+    for (name, limit), message in reasons.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pynq_kgrc.program.{name}", limit)
+            with pytest.raises(ProgramError, match=message):
+                check(program)
+    with monkeypatch.context() as patch:
+        narrow = ITEM_BITS | {"channel_tile": BitField(0, 1)}
+        patch.setattr("pynq_kgrc.program.ITEM_BITS", narrow)
+        with pytest.raises(
+            ProgramError, match=r"channel_tile of its plan is 2, accepted are 0 to 1"
+        ):
+            check(program)
+    place = Slot(program.tasks[1].target.buffer, 3)
+    with pytest.raises(ProgramError, match="conv2: channel offset 3 modulo 4 is 3, expected 0"):
+        check(edited(program, 1, target=place))
+    last = program.tasks[0].shape
+    with pytest.raises(ProgramError, match="conv1: own_weights is -1"):
+        check(edited(program, 0, shape=replace(last, own_weights=-1)))

@@ -1,14 +1,25 @@
 """A traced network computes what torch computes; an unsupported operator is named."""
 
+import copy
+import math
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import small_config
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
+from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.analysis.description import describe
+from pynq_kgrc.cli import build
+from pynq_kgrc.cli.info import summary
+from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ClipSpec, Graph, run_float
 from pynq_kgrc.models import c3d, i3d, r2plus1d
@@ -613,3 +624,103 @@ def test_i3d_on_its_64_frames():
     graph = same_as_torch(i3d.i3d(), i3d.CLIP)
     assert round(sum(layer.shape.macs for layer in graph.convolutions()) / 1e9, 3) == 111.151
     assert graph.output == graph.layers[-1].name == "Logits"
+
+
+class Converting(nn.Module):
+    """Converts its clip to its own precision, and its logits back, as mixed-precision code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.ReLU())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, clip):
+        maps = self.features(clip.to(self.head.weight.dtype))
+        return self.head(maps.float().mean((2, 3, 4)).type_as(self.head.weight)).float()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_modules_of_every_precision_are_traced_in_float32(kind):
+    module = Converting().eval()
+    converted = copy.deepcopy(module).to(kind)
+    rounded = copy.deepcopy(converted).float()
+    clip = ClipSpec(4, 6, 6, 6)
+    graph = trace(converted, clip)
+    assert {layer.weight.dtype for layer in graph.convolutions()} == {np.dtype(np.float32)}
+    assert {parameter.dtype for parameter in converted.parameters()} == {kind}
+    values = torch.randn(3, 4, 6, 6)
+    with torch.no_grad():
+        wanted = rounded(values[None])[0].numpy()
+    np.testing.assert_allclose(
+        run_float(graph, values.numpy()).ravel(), wanted, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_module_that_mixes_precisions_wrongly_is_refused_with_advice():
+    class Mixed(nn.Sequential):
+        def forward(self, clip):
+            return super().forward(clip.float())
+
+    module = Mixed(nn.Conv3d(3, 4, 3)).half()
+    with pytest.raises(CompileError, match=r"should be the same; try Mixed.float\(\), which has"):
+        trace(module, ClipSpec(4, 6, 6, 6))
+
+    class Whole(nn.Sequential):
+        def forward(self, clip):
+            return super().forward(clip).int()
+
+    with pytest.raises(CompileError, match=r"a conversion to torch\.int32 at top level"):
+        trace(Whole(nn.Conv3d(3, 4, 3)), ClipSpec(4, 6, 6, 6))
+
+
+def test_operations_are_counted_as_torch_counts_them():
+    """Groups, dilation, a batch norm alone, an add and a concat that become copies."""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv3d(3, 32, 1)
+            self.depthwise = nn.Conv3d(32, 32, 3, padding=1, groups=32)
+            self.grouped = nn.Conv3d(32, 16, 3, stride=2, padding=1, groups=4)
+            self.dilated = nn.Conv3d(16, 5, 3, padding=2, dilation=2)
+            self.head = nn.Linear(21 * 24, 5)
+
+        def forward(self, clip):
+            grouped = self.grouped(F.relu(self.depthwise(self.stem(clip))))
+            joined = torch.cat([self.dilated(grouped), grouped], 1)
+            return self.head((joined + joined).flatten(1))
+
+    module, clip = Counted().eval(), ClipSpec(4, 6, 8, 6)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.zeros(1, 3, 4, 6, 8))
+    wanted = counter.get_total_flops() // 2
+    graph = trace(module, clip)
+    assert sum(layer.shape.own_macs for layer in graph.convolutions()) == wanted
+    config = small_config(8)
+    frames = np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
+    program = lower(choose_quant(graph, [clip.normalise(frames)], 8), config)
+    document = describe(program)
+    copies = [t for t in program.tasks if t.name not in {x.name for x in graph.convolutions()}]
+    assert len(copies) == 3
+    copied = sum(t.shape.out_channels * math.prod(t.out_size) for t in copies)
+    assert document.macs_dense <= wanted + copied
+    assert 0.97 < document.macs_kept / document.macs_dense <= 1
+    assert document.macs_array == sum(
+        task_cost(config, program.work(task)).macs for task in program.tasks
+    )
+    assert f"operations {document.macs_dense / 1e6:.2f} MMAC dense" in summary(document)
+
+
+def test_random_weights_are_told(monkeypatch, capsys, tmp_path):
+    module = nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    monkeypatch.setattr("pynq_kgrc.models.find_network", lambda name: (lambda: module, CLIP))
+    options = Namespace(network="c3d", classes=None, weights=None, labels=None)
+    build._trace(options)
+    assert capsys.readouterr().err == "no --weights: c3d has seeded random weights\n"
+    build._trace(Namespace(**vars(options) | {"network": "mine:network"}))
+    assert capsys.readouterr().err == ""  # its function may have loaded weights
+    for count in (3, 5):
+        labels = tmp_path / "labels.txt"
+        labels.write_text("".join(f"label {i}\n" for i in range(count)))
+        with pytest.raises(CompileError, match=f"c3d has 4 outputs, but {count} labels were given"):
+            build._trace(Namespace(**vars(options) | {"labels": labels}))

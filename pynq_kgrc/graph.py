@@ -83,6 +83,9 @@ class ConvShape(WindowShape):
     """A convolution: `channels` in, `filters` out. Padding may differ before and after."""
 
     filters: int = 1
+    own_weights: int = 0
+    """Weights of the layer as its author wrote it; 0: all filters x channels x taps. The others are
+    zeros that the compiler put between groups, dilated taps or the channels of a copy."""
 
     @property
     def out_channels(self) -> int:
@@ -92,6 +95,11 @@ class ConvShape(WindowShape):
     def macs(self) -> int:
         """Multiply-accumulates of the dense layer, for one clip."""
         return self.filters * self.channels * self.taps * math.prod(self.out_size)
+
+    @property
+    def own_macs(self) -> int:
+        """Multiply-accumulates of the layer as its author wrote it, as torch counts them."""
+        return self.own_weights * math.prod(self.out_size) if self.own_weights else self.macs
 
 
 @dataclass(frozen=True, eq=False)

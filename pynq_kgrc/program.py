@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.header import FIELDS, MAX_TAPS
+from pynq_kgrc.accelerator.plan import ITEM_BITS
 from pynq_kgrc.accelerator.tiling import (
     NO_POOL,
     Work,
@@ -36,6 +38,7 @@ from pynq_kgrc.quant import (
     MULT_BITS,
     Array,
     QuantParams,
+    ceil_div,
     code_dtype,
     pack_int4,
     packed_bytes,
@@ -55,6 +58,12 @@ calibrated: such a program has the defaults of `ClipSpec`."""
 DOCUMENT_KEY = "pynq_kgrc"
 DIGEST_KEY = "sha256"
 ALIGNMENT = 64
+
+MAX_LENGTH, MAX_STRIDE = (1 << 16) - 1, (1 << 10) - 1
+"""Largest coordinate within a region and largest divisor of one: `quotient` of hls_src/design.h."""
+
+MAX_INT32 = (1 << 31) - 1
+"""Largest number in a field of a descriptor, and largest count of a loop in hls_src."""
 
 
 class KgrcWeights(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
@@ -160,7 +169,7 @@ class ConvTask(msgspec.Struct, frozen=True, eq=False, tag="conv", forbid_unknown
 
     @property
     def kept_macs(self) -> int:
-        """Multiply-accumulates whose weight is not zero, for one clip."""
+        """Multiply-accumulates whose weight is not zero, for one clip; at most `own_macs`."""
         return int(np.count_nonzero(self.weights.values)) * math.prod(self.shape.out_size)
 
 
@@ -269,6 +278,12 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
             wide=wide,
             name=task.name,
         )
+
+    def array_macs(self, task: ConvTask) -> int:
+        """Multiply-accumulates that the array computes for one clip, zeros included."""
+        work, config = self.work(task), self.config
+        chunk = config.rows_per_cycle * config.pk * config.tn
+        return work.chunks * chunk * math.prod(work.out_size)
 
     def save(self, path: str | Path) -> None:
         """Write the container atomically: to a temporary file that is renamed to `path`.
@@ -457,10 +472,13 @@ def check(program: Program) -> None:
             _check_conv(program, task)
         else:
             _check_scale(task.mult, task.shift, task.name)
+        _check_reach(task)
         try:
-            program.work(task)
+            work = program.work(task)
         except CompileError as error:
             raise ProgramError(str(error)) from error
+        _check_counts(program.config, task, work)
+    _check_memory(program)
     _check_quant(program.input, "input")
     _check_quant(program.output, "output")
     clip = program.clip
@@ -500,6 +518,8 @@ def _check_buffer(program: Program, i: int, buffer: Buffer) -> None:
 def _check_window(shape: WindowShape, name: str) -> None:
     if shape.channels < 1 or shape.out_channels < 1 or min(shape.in_size) < 1:
         raise ProgramError(f"{name}: {shape} has an empty axis")
+    if isinstance(shape, ConvShape):
+        _within(shape.own_weights, 0, 1 << 48, f"{name}: own_weights")
     if min(shape.kernel) < 1 or min(shape.stride) < 1:
         raise ProgramError(f"{name}: kernel {shape.kernel}, stride {shape.stride} must be positive")
     pads = zip(shape.pad_before, shape.pad_after, shape.kernel, strict=True)
@@ -513,8 +533,54 @@ def _check_slot(program: Program, slot: Slot, channels: int, size: Size, what: s
     _within(slot.buffer, 0, len(program.buffers) - 1, f"{what}: buffer")
     buffer = program.buffers[slot.buffer]
     _within(slot.channel, 0, buffer.channels - channels, f"{what}: channel offset")
+    tn = program.config.tn
+    _expect(slot.channel % tn, 0, f"{what}: channel offset {slot.channel} modulo {tn}")
     _expect(size, buffer.size, f"{what}: size of the map in buffer {slot.buffer}")
     return buffer
+
+
+def _check_reach(task: Task) -> None:
+    """Check a task's windows against the sizes that the accelerator counts with."""
+    shape, name = task.shape, task.name
+    _within(shape.taps, 1, MAX_TAPS, f"{name}: taps of its window {shape.kernel}")
+    pool = NO_POOL
+    if isinstance(task, ConvTask) and task.pool is not None:
+        pool = task.pool.kernel
+    sides = zip(shape.in_size, shape.pad_before, shape.pad_after, strict=True)
+    for axis, padded in zip(("depth", "height", "width"), map(sum, sides), strict=True):
+        _within(padded, 1, MAX_LENGTH, f"{name}: {axis} of its input with padding")
+    for axis, stride, width in zip(("depth", "height", "width"), shape.stride, pool, strict=True):
+        _within(stride, 1, MAX_STRIDE, f"{name}: stride along the {axis}")
+        _within(width, 1, MAX_STRIDE, f"{name}: {axis} of its fused pool")
+
+
+def _check_counts(config: AcceleratorConfig, task: Task, work: Work) -> None:
+    """Check that the numbers in a task's plan and its loop counts have room."""
+    name = task.name
+    for field, bits in ITEM_BITS.items():
+        most = max(int(getattr(item, field)) for item in work.items)
+        _within(most, 0, (1 << bits.width) - 1, f"{name}: {field} of its plan")
+    tiles = math.prod(map(ceil_div, work.out_size, work.tile))
+    counts = {
+        "items": len(work.items) * tiles,
+        "beats of weights": work.chunks * work.chunk_beats(config),
+        "weight words of an item": work.weight_words,
+    }
+    for what, count in counts.items():
+        _within(count, 0, MAX_INT32, f"{name}: {what}")
+
+
+def _check_memory(program: Program) -> None:
+    """Check that every address of weights and tables fits the 32 bits of a descriptor's field."""
+    config = program.config
+    weight_beats, table_words = 0, len(program.tasks) * len(FIELDS) // 2
+    for task in program.tasks:
+        work, channels = program.work(task), task.shape.out_channels
+        weight_beats += work.chunks * work.chunk_beats(config)
+        table_words += len(work.items) + 2 * ceil_div(channels, config.tn) * config.tn
+        table_words += work.chunks * config.index_words
+        _within(weight_beats, 0, MAX_INT32, f"{task.name}: beats of weights up to it")
+        _within(table_words, 0, MAX_INT32, f"{task.name}: 64-bit words of tables up to it")
 
 
 def _check_scale(mult: int, shift: int, what: str) -> None:

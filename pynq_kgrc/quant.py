@@ -85,6 +85,15 @@ def weight_limit(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
+def identity_code(bits: int) -> int:
+    """The code of the weight 1 in a convolution that copies: a power of two.
+
+    A multiplier times a power of two is the same multiplier with another shift. So a copy within
+    one format is exact, and a copy to another format computes what a shortcut computes.
+    """
+    return 1 << (bits - 2)
+
+
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes of `count` codes in memory: 2 each at 16 bits, half a byte each at 4 bits."""
     return -(-count * bits // 8)

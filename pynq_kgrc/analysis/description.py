@@ -26,8 +26,9 @@ def describe(program: Program) -> ProgramDescription:
         classes=len(program.labels),
         activation_peak_bytes=program.arena_bytes,
         weight_bytes=sum(map(program.weight_bytes, convolutions)),
-        macs_dense=sum(task.shape.macs for task in convolutions),
+        macs_dense=sum(task.shape.own_macs for task in convolutions),
         macs_kept=sum(task.kept_macs for task in convolutions),
+        macs_array=sum(map(program.array_macs, convolutions)),
         tasks=tuple(_describe_task(program, task) for task in program.tasks),
     )
 
@@ -50,8 +51,9 @@ def _describe_task(program: Program, task: Task) -> TaskDescription:
         mode=task.weights.mode(program.config.gm, program.group_columns(task)),
         kept_rows=kr,
         kept_columns=kc,
-        macs_dense=task.shape.macs,
+        macs_dense=task.shape.own_macs,
         macs_kept=task.kept_macs,
+        macs_array=program.array_macs(task),
         weight_bytes=program.weight_bytes(task),
         rides=[part for part in ("shortcut", "pool") if getattr(task, part) is not None],
     )

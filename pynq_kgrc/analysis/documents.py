@@ -23,7 +23,10 @@ class TaskDescription(msgspec.Struct, frozen=True, kw_only=True):
     """Rows and columns that every kernel group of the layer keeps."""
     macs_dense: int | UnsetType = UNSET
     macs_kept: int | UnsetType = UNSET
-    """Multiply-accumulates for one clip: of the dense layer, and of its non-zero weights."""
+    macs_array: int | UnsetType = UNSET
+    """Multiply-accumulates for one clip: of the layer before pruning, as torch counts them (a
+    depthwise layer has one channel per filter); of its non-zero weights; and what the array
+    computes, zeros in kernel groups included."""
     weight_bytes: int | UnsetType = UNSET
     """Bytes of the compact weights in memory."""
     rides: list[str] | UnsetType = UNSET
@@ -57,6 +60,7 @@ class ProgramDescription(msgspec.Struct, frozen=True, kw_only=True):
     macs_dense: int
     macs_kept: int
     tasks: tuple[TaskDescription, ...]
+    macs_array: int | UnsetType = UNSET
     fidelity: FidelityDescription | UnsetType = UNSET
     path: str | UnsetType = UNSET
     """The file that it was written to."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pynq_kgrc.accelerator.cutting import cut_pools
 from pynq_kgrc.graph import ADD, Graph, Layer, run_float
 from pynq_kgrc.program import ConvTask, Program, Task
 from pynq_kgrc.quant import Array
@@ -45,6 +46,7 @@ def measure_fidelity(graph: Graph, program: Program, clips: Iterable[Array]) -> 
     Raises:
         ProgramError: frames of another shape or type than `program.clip`.
     """
+    graph = cut_pools(graph)  # as the compiler does: a task may write a part of a large pool
     wanted = {task.name: written_tensor(graph, task) for task in program.tasks}
     signal: dict[str, float] = {}
     noise: dict[str, float] = {}

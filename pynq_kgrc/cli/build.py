@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,12 @@ def run_compile(options: argparse.Namespace) -> int:
     graph = prune(graph, rates, config.group_size)
     clips = (graph.clip.normalise(f) for f in progress(frames, "calibrate", len(frames)))
     method = options.method or DEFAULT_METHOD
-    program = lower(choose_quant(graph, clips, config.bits, method), config)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        quantized = choose_quant(graph, clips, config.bits, method)
+    for warning in warned:
+        print(f"warning: {printable(warning.message)}", file=sys.stderr)
+    program = lower(quantized, config)
     program.save(options.out)
     document = replace(describe(program), path=readable(options.out))
     if options.report:
@@ -173,6 +179,8 @@ def _trace(options: argparse.Namespace) -> Graph:
     if options.weights:
         pulled = options.weights in RELEASES
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
+    elif ":" not in options.network:
+        print(f"no --weights: {options.network} has seeded random weights", file=sys.stderr)
     release = RELEASES.get(options.weights)
     labels = _labels(options.labels or (release.labels if release else None))
     if options.sampling is not None:

@@ -45,8 +45,10 @@ def print_description(document: ProgramDescription, as_json: bool) -> None:
 
 
 def summary(document: ProgramDescription) -> str:
-    """A description in four lines, without its tasks."""
+    """A description in five lines, without its tasks."""
     clip = document.clip
+    unit, symbol = (1e9, "GMAC") if document.macs_dense >= 1e9 else (1e6, "MMAC")
+    array = 0 if document.macs_array is msgspec.UNSET else document.macs_array
     return (
         f"{document.name} for {document.accelerator} ({document.bits} bits, "
         f"digest {document.accelerator_digest})\n"
@@ -54,8 +56,9 @@ def summary(document: ProgramDescription) -> str:
         f"{document.classes or 'unnamed'} classes\n"
         f"weights {document.weight_bytes / 1e6:.1f} MB, activations at their peak "
         f"{document.activation_peak_bytes / 1e6:.1f} MB\n"
-        f"operations {document.macs_dense / 1e9:.2f} GMAC dense, "
-        f"{document.macs_kept / 1e9:.2f} kept: "
+        f"on the array {array / unit:.2f} {symbol}, zeros in kernel groups included\n"
+        f"operations {document.macs_dense / unit:.2f} {symbol} dense, "
+        f"{document.macs_kept / unit:.2f} kept: "
         f"{document.macs_dense / max(1, document.macs_kept):.2f}x fewer"
     )
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pynq_kgrc.accelerator.config import AcceleratorConfig
-    from pynq_kgrc.analysis.accuracy import Accuracy
+    from pynq_kgrc.analysis.accuracy import Accuracy, LabelledClip
     from pynq_kgrc.compiler.latency import LatencySearch
     from pynq_kgrc.compress.dataset import Clips, VideoSet
     from pynq_kgrc.compress.recipes import LayerRecipe

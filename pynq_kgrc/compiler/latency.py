@@ -6,6 +6,7 @@ modelled without memory stalls.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 
 from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.accelerator.cutting import cut_convolution
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.compress.patterns import prune
 from pynq_kgrc.compress.recipes import (
@@ -51,9 +53,13 @@ class PrunedCycles:
         """
         for task in self.program.tasks:
             if isinstance(task, ConvTask) and task.name == layer.name:
-                codes = kept.reshape(*kept.shape[:2], -1).astype(np.int8)
+                # as the compiler cuts a layer with too many taps
+                cut = cut_convolution(dataclasses.replace(layer, weight=kept.astype(np.int8)))[-1]
+                assert cut.weight is not None
+                codes = cut.weight.reshape(*cut.weight.shape[:2], -1)
                 weights = pack(codes, self.program.config)
-                return _cycles(self.program, msgspec.structs.replace(task, weights=weights))
+                changed = msgspec.structs.replace(task, shape=cut.shape, weights=weights)
+                return _cycles(self.program, changed)
         raise ConfigError(f"{self.program.name} has no convolution {layer.name!r}")
 
     def rest(self, layers: list[Layer]) -> float:

@@ -1,6 +1,6 @@
-"""Compile a Graph to a Program, in five functions that each return a new value.
+"""Compile a Graph to a Program, in six functions that each return a new value.
 
-``check_graph -> fuse -> place_tensors -> assign_buffers -> build_tasks``
+``check_graph -> fuse -> place_tensors -> cut_drafts -> assign_buffers -> build_tasks``
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.cutting import cut_convolution
+from pynq_kgrc.accelerator.header import MAX_TAPS
+from pynq_kgrc.accelerator.tiling import tile_size
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.errors import CompileError, ProgramError
 from pynq_kgrc.graph import (
@@ -37,7 +40,15 @@ from pynq_kgrc.program import (
     Task,
     check,
 )
-from pynq_kgrc.quant import Array, QuantParams, ceil_div, code_dtype, multiplier, weight_limit
+from pynq_kgrc.quant import (
+    Array,
+    QuantParams,
+    ceil_div,
+    code_dtype,
+    identity_code,
+    multiplier,
+    weight_limit,
+)
 
 SlotOf = Callable[[str], Slot]
 """Finds the slot of a tensor by its name."""
@@ -79,6 +90,7 @@ def lower(graph: Graph, config: AcceleratorConfig) -> Program:
     """
     check_graph(graph, config)
     drafts, places = place_tensors(graph, fuse(graph, config), config.tn)
+    drafts, places = cut_drafts(graph, drafts, places)
     buffers, index, arena_bytes = assign_buffers(graph, drafts, places, config)
 
     def slot(tensor: str) -> Slot:
@@ -167,7 +179,7 @@ def fuse(graph: Graph, config: AcceleratorConfig) -> list[TaskDraft]:
                 # their order does not matter
                 activations = (*draft.activations, fused.activation)
                 draft = replace(draft, output=fused, activations=activations, pool=fused.shape)
-        drafts.append(draft)
+        drafts += _without_large_pool(graph, draft, config)
     # a task runs at the place of its last layer: after both operands of a fused add
     return sorted(drafts, key=lambda draft: order[draft.output.name])
 
@@ -188,7 +200,7 @@ def identity_draft(output: Layer, source: str, activation: str = "none") -> Task
         inputs=(source,),
         channels=channels,
         size=output.size,
-        shape=ConvShape(channels, output.size, (1, 1, 1), filters=channels),
+        shape=ConvShape(channels, output.size, (1, 1, 1), filters=channels, own_weights=channels),
         weight=np.eye(channels, dtype=np.float32)[:, :, None, None, None],
         bias=np.zeros(channels),
     )
@@ -206,8 +218,9 @@ def embedding_drafts(graph: Graph, concat: Layer) -> list[TaskDraft]:
         weight = np.zeros((concat.channels, graph[name].channels, 1, 1, 1), np.float32)
         at = np.arange(graph[name].channels)
         weight[channel + at, at] = 1
-        assert draft.layer.shape is not None
-        shape = replace(draft.layer.shape, channels=graph[name].channels)
+        assert isinstance(draft.layer.shape, ConvShape)
+        copied = graph[name].channels
+        shape = replace(draft.layer.shape, channels=copied, own_weights=copied)
         layer = replace(draft.layer, weight=weight, shape=shape)
         before = drafts[-1].output.name if drafts else None
         drafts.append(replace(draft, layer=layer, shortcut=before))
@@ -227,6 +240,22 @@ def _fits_on_convolution(graph: Graph, pool: Layer, config: AcceleratorConfig) -
     if source.out_quant != pool.out_quant or config.port_positions % shape.kernel[2]:
         return False
     return shape.kernel == shape.stride and not any(shape.pad_before + shape.pad_after)
+
+
+def _without_large_pool(
+    graph: Graph, draft: TaskDraft, config: AcceleratorConfig
+) -> list[TaskDraft]:
+    """The draft; or, if the buffers do not hold a window of its pool, the pool as its own draft."""
+    shape = cut_convolution(draft.layer)[-1].shape if draft.pool is not None else None
+    if shape is None or draft.pool is None:
+        return [draft]
+    try:
+        tile_size(config, shape, draft.pool.kernel)
+    except CompileError:
+        source = graph[draft.output.inputs[0]]
+        alone = replace(draft, output=source, activations=draft.activations[:-1], pool=None)
+        return [alone, _single_draft(draft.output)]
+    return [draft]
 
 
 def place_tensors(
@@ -276,6 +305,40 @@ def place_tensors(
     for name in (graph.layers[0].name, *(draft.output.name for draft in ordered)):
         places.setdefault(name, Placement(name, 0))
     return ordered, places
+
+
+def cut_drafts(
+    graph: Graph, drafts: list[TaskDraft], places: dict[str, Placement]
+) -> tuple[list[TaskDraft], dict[str, Placement]]:
+    """Cut each convolution with more taps than the accelerator has into several (`cutting`).
+
+    Returns:
+        The drafts with those of the copies, and the placement of each tensor by name.
+
+    Raises:
+        CompileError: a convolution or a pool has too many taps and cannot be cut.
+    """
+    tensors = {tensor.name: tensor for tensor in (*graph.layers, *(d.output for d in drafts))}
+    found: list[TaskDraft] = []
+    places = dict(places)
+    for draft in drafts:
+        layer = draft.layer
+        *copies, last = cut_convolution(layer) if layer.op == CONV else [layer]
+        if last.shape is not None and last.shape.taps > MAX_TAPS:
+            raise CompileError(
+                f"{layer.name}: its window {last.shape.kernel} has {last.shape.taps} taps, the "
+                f"accelerator has {MAX_TAPS} and it cannot be cut into smaller windows; put a "
+                f"pool or a stride before it, or use sizes that have divisors"
+            )
+        source = draft.source
+        for copy in copies:
+            output = replace(copy, out_quant=_quant(tensors[source]))
+            tensors[copy.name] = output
+            places[copy.name] = Placement(copy.name, 0)
+            found.append(TaskDraft(copy, output, source, ("none",)))
+            source = copy.name
+        found.append(replace(draft, layer=last, source=source))
+    return found, places
 
 
 def assign_buffers(
@@ -405,8 +468,8 @@ def build_task(
 def quantize_weight(layer: Layer, bits: int) -> tuple[Array, Array]:
     """Codes [M, N, K] of a layer's weight, and the scale [M] of each filter.
 
-    Zeros stay zeros. An identity convolution has no format of weights: its largest weight gets
-    the largest code.
+    Zeros stay zeros. A copy (`identity_draft`) has no format of weights: its ones get the code
+    `identity_code`.
     """
     assert layer.weight is not None
     weight = layer.weight.reshape(*layer.weight.shape[:2], -1).astype(np.float64)
@@ -414,7 +477,6 @@ def quantize_weight(layer: Layer, bits: int) -> tuple[Array, Array]:
     if layer.weight_quant is not None:
         scale = layer.weight_quant.scale
     else:
-        largest = np.abs(weight).max(axis=(1, 2))
-        scale = np.where(largest > 0, largest, 1) / limit  # any scale represents zeros
+        scale = np.full(len(weight), 1 / identity_code(bits))
     codes = np.floor(weight / scale[:, None, None] + 0.5)
     return np.clip(codes, -limit, limit).astype(code_dtype(bits)), scale

@@ -5,13 +5,26 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pynq_kgrc.accelerator.cutting import cut_pools
 from pynq_kgrc.errors import CompileError
-from pynq_kgrc.graph import ADD, CONCAT, CONV, INPUT, MAX_POOL, Graph, Layer, run_float
+from pynq_kgrc.graph import (
+    ADD,
+    CONCAT,
+    CONV,
+    INPUT,
+    MAX_POOL,
+    Graph,
+    Layer,
+    activate,
+    run_float,
+)
 from pynq_kgrc.quant import (
     ACCUMULATOR_BITS,
     BITS,
@@ -22,12 +35,26 @@ from pynq_kgrc.quant import (
     weight_limit,
 )
 
+Range = tuple[float, float]
+"""The lowest and the highest real."""
+
 METHODS = ("minmax", "percentile", "mse")
 DEFAULT_METHOD = "mse"
 """The three methods are level on I3D (docs/accuracy.md); this has the best worst case."""
 
 HEADROOM = 4.0
 """The logits may be this many times larger than in calibration; 16 bits leave room for it."""
+
+LEAST_STEPS = {16: 24, 8: 24, 4: 4}
+"""By bits, the fewest steps in which a part of a concat is coded without a warning. With 24 steps,
+uniformly distributed values have a signal to noise of 28 dB."""
+
+LEAST_SHARE = 2.0**-14
+"""The least range of a tensor, as a share of what its layer could compute at most. With more, the
+bias of a layer that reads a tensor of zeros would be coded too coarsely."""
+
+LARGEST_RATIO = 2.0**14
+"""The largest ratio of scales; a multiplier has to be below 2^15 (`quant.multiplier`)."""
 
 SAMPLES_PER_CLIP = 1 << 15
 PERCENTILE = 99.99
@@ -69,7 +96,7 @@ def observe(graph: Graph, clips: Iterable[Array]) -> dict[str, Observed]:
     return seen
 
 
-def choose_range(observed: list[Observed], bits: int, method: str) -> tuple[float, float]:
+def choose_range(observed: list[Observed], bits: int, method: str) -> Range:
     """The range of reals that the codes of tensors with a common format cover.
 
     "minmax" covers the observed range, "percentile" cuts 0.01 % of the samples at each end, "mse"
@@ -132,6 +159,60 @@ def tie(graph: Graph) -> dict[str, str]:
     return {name: root(name) for name in parent}
 
 
+def widen_narrow_ranges(graph: Graph, ranges: dict[str, Range]) -> dict[str, Range]:
+    """Ranges in which none is zero, or next to zero, beside what its layer could compute.
+
+    A scale that is far smaller than those of the layer's input and weight would need a multiplier
+    that the accelerator does not have. So a range has at least `LEAST_SHARE` of the largest
+    magnitude that the layer could compute: for each filter the sum of |weights| times the largest
+    input, plus |bias|.
+
+    Args:
+        graph: with the layers that compute the tensors.
+        ranges: the lowest and highest real of each format, by the tensor that `tie` names it by.
+    """
+    ties, widened = tie(graph), dict(ranges)
+    for layer in (*graph.layers, *graph.layers):  # twice: a later layer may share the format
+        if layer.op == INPUT:
+            continue
+        inputs = [_largest(widened[ties[name]]) for name in layer.inputs]
+        bound = sum(inputs) if layer.op == ADD else max(inputs)
+        if layer.op == CONV:
+            assert layer.weight is not None and layer.bias is not None
+            sums = np.abs(layer.weight).sum(axis=(1, 2, 3, 4), dtype=np.float64)
+            bound = float((sums * bound + np.abs(layer.bias)).max())
+        low, high = widened[ties[layer.name]]
+        found = _largest((low, high))
+        least = bound * LEAST_SHARE or 1.0
+        if found < least:
+            ends = np.array([low / found, high / found]) if found else np.array([-1.0, 1.0])
+            low, high = activate(ends * least, layer.activation).tolist()
+            widened[ties[layer.name]] = low, high
+    return widened
+
+
+def warn_of_small_parts(concat: Layer, seen: dict[str, Observed], ends: Range, bits: int) -> None:
+    """Warn of parts of a concat that have next to no resolution in the format of all parts."""
+    scale = choose_params(*ends, bits).scale
+    for name in concat.inputs:
+        low, high = min(seen[name].low, 0.0), max(seen[name].high, 0.0)
+        steps = (high - low) / scale
+        if 0 < steps < LEAST_STEPS[bits]:
+            loss = 20 * math.log10((ends[1] - ends[0]) / (high - low))
+            warnings.warn(
+                f"{concat.name}: its part {name} lies within {low:.3g} to {high:.3g}, but the "
+                f"parts of a concat share one format, here for {ends[0]:.3g} to {ends[1]:.3g}: "
+                f"{name} is coded in {steps:.1f} of {(1 << bits) - 1} steps, {loss:.0f} dB less "
+                f"than alone; multiply its filters and divide the weights that read it by the "
+                f"same number, or use more bits",
+                stacklevel=3,
+            )
+
+
+def _largest(ends: Range) -> float:
+    return max(-ends[0], ends[1])
+
+
 def choose_quant(
     graph: Graph,
     clips: Iterable[Array],
@@ -141,7 +222,9 @@ def choose_quant(
     """The graph with a format for every tensor and weight.
 
     Activations are affine and per tensor, weights symmetric and per filter. The logits have 16
-    bits: soft-max needs their resolution, and only the host reads them.
+    bits: soft-max needs their resolution, and only the host reads them. Only a concat as the result
+    keeps the bits of its parts. A pool with more taps than
+    the accelerator has becomes several pools (`cutting.cut_pools`).
 
     Args:
         graph: traced network.
@@ -149,30 +232,41 @@ def choose_quant(
         bits: 16, 8 or 4.
         method: "minmax", "percentile" or "mse".
 
+    Warns:
+        UserWarning: a part of a concat has next to no resolution beside the others.
+
     Raises:
         CompileError: unknown width or method, no clip, values that are not finite.
     """
     if bits not in BITS or method not in METHODS:
         raise CompileError(f"bits={bits}, method={method!r}; accepted are {BITS} and {METHODS}")
+    graph = cut_pools(graph)
     seen = observe(graph, clips)
+    table = graph.clip.pixel_values()  # the input's range is known, whatever the clips contain
+    pixels = float(table.min()), float(table.max())
     ties = tie(graph)
     groups: dict[str, list[Observed]] = {}
     for name, root in ties.items():
         groups.setdefault(root, []).append(seen[name])
-    formats = {
-        root: choose_params(*choose_range(observed, bits, method), bits)
-        for root, observed in groups.items()
-    }
-    last = seen[graph.output]
+    chosen = {root: choose_range(observed, bits, method) for root, observed in groups.items()}
+    ranges = widen_narrow_ranges(graph, {**chosen, ties[graph.layers[0].name]: pixels})
+    formats = {root: choose_params(*ends, bits) for root, ends in ranges.items()}
+    last = seen[graph.output].low, seen[graph.output].high
+    if last == (0, 0):
+        last = ranges[ties[graph.output]]
     layers: dict[str, Layer] = {}
     for layer in graph.layers:
         quant = formats[ties[layer.name]]
-        if layer.name == graph.output:
-            quant = choose_params(last.low * HEADROOM, last.high * HEADROOM, 16)
+        if layer.name == graph.output and layer.op != CONCAT:  # a concat copies its parts' codes
+            quant = choose_params(last[0] * HEADROOM, last[1] * HEADROOM, 16)
+            least = _largest_step(layer, layers, method) / LARGEST_RATIO
+            quant = replace(quant, scale=max(quant.scale, least))
         elif layer.op == INPUT:
-            table = graph.clip.pixel_values()  # known exactly, whatever the clips contain
-            quant = choose_params(float(table.min()), float(table.max()), bits)
+            quant = choose_params(*pixels, bits)
         layers[layer.name] = replace(layer, out_quant=quant)
+    for layer in graph.layers:
+        if layer.op == CONCAT:
+            warn_of_small_parts(layer, seen, ranges[ties[layer.name]], bits)
     quantized = replace(graph, layers=tuple(layers.values()))
     return replace(
         quantized,
@@ -181,6 +275,28 @@ def choose_quant(
             for layer in quantized.layers
         ),
     )
+
+
+def _largest_step(layer: Layer, before: dict[str, Layer], method: str) -> float:
+    """The largest real of one code, among those that the sums of a layer are counted in.
+
+    A result with 16 bits on a design of 4 bits could otherwise have a scale that is too small for
+    the multiplier.
+    """
+    steps = []
+    for name in layer.inputs:
+        source = before[name]
+        assert source.out_quant is not None
+        steps.append(source.out_quant.scale)
+        if layer.op == ADD and source.op == CONV:  # it may be fused
+            steps.append(_largest_step(source, before, method))
+    if layer.op == CONV:
+        assert layer.weight is not None
+        source = before[layer.inputs[0]]
+        assert source.out_quant is not None
+        bits = source.out_quant.bits
+        steps = [steps[0] * float(choose_weight_scale(layer.weight, bits, method).max())]
+    return max(steps)
 
 
 def _with_weight_format(graph: Graph, layer: Layer, bits: int, method: str) -> Layer:

@@ -30,7 +30,15 @@ from pynq_kgrc.graph import (
     Layer,
     WindowShape,
 )
-from pynq_kgrc.quant import MAX_SHIFT, MULT_BITS, Array, QuantParams, WeightQuant, weight_limit
+from pynq_kgrc.quant import (
+    MAX_SHIFT,
+    MULT_BITS,
+    Array,
+    QuantParams,
+    WeightQuant,
+    identity_code,
+    weight_limit,
+)
 
 
 class _Straight(torch.autograd.Function):
@@ -165,12 +173,11 @@ class FakeQuantNetwork(nn.Module):
 
     def _copied(self, codes: Tensor, source: str, written: str) -> Tensor:
         """The identity convolution that the compiler inserts where formats differ."""
-        limit = weight_limit(_format(self.graph[source]).bits)
-        same = self._formats[source] == self._formats[written]
-        if same:
+        if self._formats[source] == self._formats[written]:
             return codes
-        ratio = self.scale(source) * (1 / limit) / self.scale(written)
-        return round_half_up(codes * limit * as_multiplier(ratio).to(codes.dtype))
+        one = identity_code(_format(self.graph[source]).bits)
+        ratio = self.scale(source) * (1 / one) / self.scale(written)
+        return round_half_up(codes * one * as_multiplier(ratio).to(codes.dtype))
 
     def _pooled(self, layer: Layer, values: dict[str, Tensor]) -> Tensor:
         source, shape = layer.inputs[0], layer.shape

@@ -203,12 +203,12 @@ class Reader:
         return value
 
     def array(self, read: Any, node: Node) -> Array | None:
-        """A copy of a weight; None if the argument is None."""
+        """A copy of a weight as float32; None if the argument is None."""
         if read is None:
             return None
         if read not in self.constants:
             raise self.refusal(node, f"{_op(node)} has weights that depend on the clip")
-        copied: Array = self.constants[read].cpu().numpy().copy()
+        copied: Array = self.constants[read].cpu().float().numpy().copy()
         return copied
 
     def refusal(self, node: Node, what: str, instead: str | None = None) -> CompileError:
@@ -256,6 +256,7 @@ def _convolve(reader: Reader, node: Node, args: Args, axes: int) -> Value:
     weight = reader.array(args["weight"], node)
     assert weight is not None
     weight = weight.reshape(*weight.shape[:2], *(1,) * (3 - axes), *weight.shape[2:])
+    own_weights = weight.size
     weight = _dilated(_ungrouped(weight, args["groups"]), _size(args["dilation"], axes, 1))
     _, _, kd, kh, kw = weight.shape
     if args["padding"] == "same":
@@ -271,6 +272,7 @@ def _convolve(reader: Reader, node: Node, args: Args, axes: int) -> Value:
         pad_before=_sum(value.before, before),
         pad_after=_sum(value.after, after),
         filters=weight.shape[0],
+        own_weights=0 if own_weights == weight.size else own_weights,
     )
     bias = reader.array(args["bias"], node)
     return reader.add_window(node, CONV, value.draft, shape, weight=weight, bias=bias)
@@ -471,6 +473,14 @@ def _view(reader: Reader, node: Node, args: Args) -> Value:
     return Value(reader.draft(read, node))
 
 
+def _convert(reader: Reader, node: Node, args: Args) -> Value:
+    """A view: between floating-point types the reals stay the same, up to rounding."""
+    kind = node.meta["val"].dtype
+    if not kind.is_floating_point:
+        raise reader.refusal(node, f"a conversion to {kind}", "floating-point types only")
+    return _view(reader, node, args)
+
+
 def _permute(reader: Reader, node: Node, args: Args) -> Value:
     """A view, if only axes of length 1 are moved."""
     found = _shape(args["self"])
@@ -506,6 +516,7 @@ OPERATORS: dict[str, Callable[[Reader, Node, Args], Value]] = {
     "clamp_min": _activate,
     "add": _add,
     "cat": _concat,
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _convert),
     "permute": _permute,
     **dict.fromkeys(
         ("view", "reshape", "flatten", "squeeze", "unsqueeze", "clone", "alias", "dropout"), _view

@@ -24,7 +24,8 @@ def trace(module: nn.Module, clip: ClipSpec, labels: Sequence[str] = (), name: s
 
     The module is called with one clip [1, 3, D, H, W]; with a clip of one frame, it may also take
     [1, 3, H, W]. It is traced in evaluation mode; its training flags are restored. The weights are
-    copied. `name` is by default the module's class.
+    copied, as float32 from a module of any precision; conversions between floating-point types are
+    left out. `name` is by default the module's class.
 
     Raises:
         CompileError: an unsupported operator (the message has its place in the module and what to
@@ -87,7 +88,11 @@ def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
     parameter = next(module.parameters(), None)
     device = None if parameter is None else parameter.device
     example = torch.zeros((1, 3, clip.frames, clip.height, clip.width), device=device)
-    examples = [example, example[:, :, 0]] if clip.frames == 1 else [example]
+    # in the module's own precision first; it may also convert a float32 clip itself
+    kinds = [p.dtype for p in module.parameters() if p.is_floating_point()][:1]
+    examples = [example.to(kind) for kind in dict.fromkeys((*kinds, torch.float32))]
+    if clip.frames == 1:
+        examples = [view for e in examples for view in (e, e[:, :, 0])]
     with _evaluation(module), torch.no_grad(), warnings.catch_warnings():
         # torch.nn.utils.prune sets the masked weight in each forward: harmless here
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
@@ -104,8 +109,12 @@ def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
                 return functional
             except Exception as error:  # whatever the module's forward raised
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                reasons.append(f"for an input of {list(attempt.shape)}: {first}")
-    raise CompileError(f"{name}: torch.export fails {'; '.join(reasons)}")
+                kind = "" if attempt.dtype == torch.float32 else f" ({attempt.dtype})"
+                reasons.append(f"for an input of {list(attempt.shape)}{kind}: {first}")
+    hint = (
+        "" if kinds in ([], [torch.float32]) else f"; try {name}.float(), which has one precision"
+    )
+    raise CompileError(f"{name}: torch.export fails {'; '.join(reasons)}{hint}")
 
 
 @contextmanager
@@ -170,7 +179,9 @@ def _layer(draft: LayerDraft) -> Layer:
         channels = draft.channels
         gain = np.ones(channels) if draft.gain is None else draft.gain
         draft.weight = np.diag(gain).astype(np.float32).reshape(channels, channels, 1, 1, 1)
-        draft.shape = ConvShape(channels, draft.size, (1, 1, 1), filters=channels)
+        draft.shape = ConvShape(
+            channels, draft.size, (1, 1, 1), filters=channels, own_weights=channels
+        )
         draft.op = CONV
     bias = draft.bias
     if draft.op == CONV:

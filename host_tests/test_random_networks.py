@@ -1,0 +1,94 @@
+"""Random torch networks: each is compiled or refused by name, and what is compiled is right."""
+
+import shutil
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from networks import small_config
+from random_networks import RandomNetwork
+
+from pynq_kgrc.backends.csim import CSimulation
+from pynq_kgrc.backends.emulation.backend import Emulation
+from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compress.calibrate import choose_quant
+from pynq_kgrc.errors import CompileError, ConfigError
+from pynq_kgrc.models.trace import trace
+
+QUICK = ("-O1", "-DKGRC_PLAIN")
+
+SHARE = 0.01
+"""Largest error of the logits at 16 bits, as a share of the largest float logit."""
+
+
+def outputs(backend, program, frames):
+    """The codes that each task writes, by its name."""
+    backend.load(program)
+    backend.write(program.source, program.encode_clip(frames))
+    found = {}
+    for number, task in enumerate(program.tasks):
+        backend.run(number, number + 1)
+        found[task.name] = backend.read(task.target, task.shape.out_channels, task.out_size)
+    return found
+
+
+def check_refusal(error: Exception, names: list[str]) -> None:
+    """The message of a refusal has one of these names."""
+    assert any(name in str(error) for name in names), error
+
+
+def assert_right(seed: int) -> str:
+    """Compile the network of a seed at each width and compare; "refused" or "right"."""
+    network = RandomNetwork(seed)
+    clip = network.clip
+    shape = (clip.frames, clip.height, clip.width, 3)
+    frames = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    reals = clip.normalise(frames)
+    with torch.no_grad():
+        wanted = network(torch.from_numpy(reals)[None]).numpy().ravel()
+    try:
+        graph = trace(network, clip)
+    except CompileError as error:
+        check_refusal(error, [" at "])  # the place in the module
+        return "refused"
+    outcome = "right"
+    for bits in (16, 8, 4):
+        config = small_config(bits, sparse=seed % 2 == 0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a small part of a concat
+                quantized = choose_quant(graph, [reals], bits)
+            program = lower(quantized, config)
+        except (CompileError, ConfigError) as error:
+            check_refusal(error, [f"{layer.name}:" for layer in graph.layers])
+            outcome = "refused"
+            continue
+        codes = outputs(Emulation(config, cores=1), program, frames)
+        for name, simulated in outputs(CSimulation(config, QUICK), program, frames).items():
+            np.testing.assert_array_equal(codes[name], simulated, f"{seed}, {bits} bits: {name}")
+        if bits == 16:
+            logits = program.output.dequantize(codes[program.tasks[-1].name]).ravel()
+            error = np.abs(logits - wanted).max()
+            assert error <= SHARE * np.abs(wanted).max() + 1e-6, (seed, error, wanted)
+    return outcome
+
+
+def assert_most_compile(seeds) -> None:
+    outcomes = Counter(assert_right(seed) for seed in seeds)
+    assert outcomes["right"] > 0.9 * len(seeds), outcomes
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("start", range(0, 300, 50))
+def test_three_hundred_random_networks(start):
+    assert_most_compile(range(start, start + 50))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("start", range(1000, 3000, 500))
+def test_two_thousand_random_networks(start):
+    assert_most_compile(range(start, start + 500))
