@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from networks import Net, compiled, random_codes, replace, small_config
+from networks import Net, compiled, random_codes, small_config
 
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
 from pynq_kgrc.analysis.timing import modelled_ms
