@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -44,14 +45,12 @@ def wide_spec(spec: ClipSpec) -> ClipSpec:
 
     A video of fewer frames is repeated from its start, as in `load_clip`.
     """
-    return ClipSpec(
+    return replace(
+        spec,
         frames=2 * spec.frames,
         height=spec.height + spec.height // 8,
         width=spec.width + spec.width // 8,
         short_side=spec.short_side + spec.short_side // 8,
-        step=spec.step,
-        mean=spec.mean,
-        std=spec.std,
     )
 
 
