@@ -81,9 +81,10 @@ def assert_most_compile(seeds) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-@pytest.mark.parametrize("start", range(0, 300, 25))
-def test_three_hundred_random_networks(start):
-    assert_most_compile(range(start, start + 25))
+@pytest.mark.parametrize("start", [0, 6])
+def test_a_dozen_random_networks(start):
+    """Tracing takes a second or more for each; `make test-all` takes 2,000."""
+    assert_most_compile(range(start, start + 6))
 
 
 @pytest.mark.slow
