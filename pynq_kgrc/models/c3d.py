@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from pynq_kgrc.graph import ClipSpec
@@ -20,6 +22,20 @@ class C3D(nn.Module):
     """[N, 3, 16, 112, 112] to logits [N, classes].
 
     The layers have the names of the authors' Caffe model, so that its weights map one to one.
+    """
+
+    OTHER_NAMES: ClassVar = {
+        "mmaction2": (
+            (r"^(?:backbone\.)?(conv[345][ab])\.conv\.", r"\1."),
+            (r"^(?:backbone\.)?(conv[12])a\.conv\.", r"\1."),
+            (r"^backbone\.(fc[67])\.", r"\1."),
+            (r"^cls_head\.fc_cls\.", "fc8."),
+        )
+    }
+    """By library: rules that turn its names of the tensors into ours.
+
+    The values are the same, and fc6 reads its input in the same order (C, D, H, W). mmaction2's
+    input is not: pixels of 0 to 255 minus 104, 117 and 128, which the caller's ClipSpec has to say.
     """
 
     def __init__(self, classes: int) -> None:

@@ -7,6 +7,7 @@ the map. Batch norm has no scale, and an epsilon of 1e-3.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,34 @@ def i3d(classes: int = 400) -> I3D:
 
 class I3D(nn.Module):
     """[N, 3, D, 224, 224] to logits [N, classes], the mean over time."""
+
+    CLASSIFIER: ClassVar = "Logits"
+    OTHER_NAMES: ClassVar = {
+        "pytorch-i3d": (
+            (r"^logits\.conv3d\.", "Logits."),
+            (r"\.conv3d\.", ".conv."),
+            (r"\.bn\.", ".norm."),
+            (r"^(Mixed_\w+)\.b0\.", r"\1.Branch_0.Conv3d_0a_1x1."),
+            (r"^(Mixed_\w+)\.b([12])a\.", r"\1.Branch_\2.Conv3d_0a_1x1."),
+            (r"^(Mixed_\w+)\.b([12])b\.", r"\1.Branch_\2.Conv3d_0b_3x3."),
+            (r"^(Mixed_\w+)\.b3b\.", r"\1.Branch_3.Conv3d_0b_1x1."),
+        ),
+        "kinetics_i3d_pytorch (its batch norm's epsilon is 1e-5, here it is 1e-3)": (
+            (r"^conv3d_0c_1x1\.conv3d\.", "Logits."),
+            (r"\.conv3d\.", ".conv."),
+            (r"\.batch3d\.", ".norm."),
+            (r"^conv3d_([12])", r"Conv3d_\1"),
+            (r"^mixed_(\w+)\.branch_0\.", r"Mixed_\1.Branch_0.Conv3d_0a_1x1."),
+            (r"^mixed_(\w+)\.branch_([12])\.0\.", r"Mixed_\1.Branch_\2.Conv3d_0a_1x1."),
+            (r"^mixed_(\w+)\.branch_([12])\.1\.", r"Mixed_\1.Branch_\2.Conv3d_0b_3x3."),
+            (r"^mixed_(\w+)\.branch_3\.1\.", r"Mixed_\1.Branch_3.Conv3d_0b_1x1."),
+        ),
+    }
+    """By library (piergiaj's and hassony2's): rules that turn its names of the tensors into ours.
+
+    Both libraries pad as this module does and take input from -1 to 1. The second one converted
+    DeepMind's weights, which were trained with an epsilon of 1e-3.
+    """
 
     def __init__(self, classes: int) -> None:
         super().__init__()

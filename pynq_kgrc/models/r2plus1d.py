@@ -5,6 +5,8 @@ Names and sizes of the layers are those of torchvision's `r2plus1d_18`: its stat
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from pynq_kgrc.graph import ClipSpec
@@ -30,6 +32,28 @@ def r2plus1d_18(classes: int = 400) -> R2Plus1D:
 
 class R2Plus1D(nn.Module):
     """[N, 3, D, H, W] to logits [N, classes]."""
+
+    OTHER_NAMES: ClassVar = {
+        "mmaction2": (
+            (r"^cls_head\.fc_cls\.", "fc."),
+            (r"^backbone\.", ""),
+            (r"^conv1\.conv\.conv_s\.", "stem.0."),
+            (r"^conv1\.conv\.bn_s\.", "stem.1."),
+            (r"^conv1\.conv\.conv_t\.", "stem.3."),
+            (r"^conv1\.bn\.", "stem.4."),
+            (r"^(layer\d\.\d\.conv\d)\.conv\.conv_s\.", r"\1.0.0."),
+            (r"^(layer\d\.\d\.conv\d)\.conv\.bn_s\.", r"\1.0.1."),
+            (r"^(layer\d\.\d\.conv\d)\.conv\.conv_t\.", r"\1.0.3."),
+            (r"^(layer\d\.\d\.conv\d)\.bn\.", r"\1.1."),
+            (r"^(layer\d\.\d)\.downsample\.conv\.", r"\1.downsample.0."),
+            (r"^(layer\d\.\d)\.downsample\.bn\.", r"\1.downsample.1."),
+        )
+    }
+    """By library: rules that turn its names of the tensors into ours.
+
+    mmaction2 holds torchvision's network as `backbone` with its own head. Its own R(2+1)D has other
+    widths (83 filters in the stem instead of 45): its names are known, its shapes are refused.
+    """
 
     def __init__(self, classes: int) -> None:
         super().__init__()
