@@ -10,7 +10,7 @@ from pynq_kgrc.analysis.fidelity import written_tensor
 from pynq_kgrc.compiler.lower import lower
 from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.compress.fake_quant import FakeQuantNetwork, as_multiplier
-from pynq_kgrc.compress.masks import Masks
+from pynq_kgrc.compress.masks import zero_places
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.quant import multiplier
 from pynq_kgrc.runtime import Session
@@ -84,7 +84,7 @@ def test_it_learns_and_zeros_stay():
     net = busy_net()
     graph = formats(net, 4)
     network = FakeQuantNetwork(graph)
-    pruned = {n: v.clone() for n, v in Masks(network).zeros.items()}
+    pruned = {n: v.clone() for n, v in zero_places(network).items()}
     assert pruned.keys() == {"convolutions.conv2"}
     clips = torch.from_numpy(np.stack(net.clips(6)))
     losses = take_steps(network, clips, torch.arange(6), steps=30, lr=5e-3)

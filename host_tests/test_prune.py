@@ -479,7 +479,9 @@ def test_admm_quantization_leaves_pruned_weights_alone():
     weight = draw((8, 4, 1, 3, 3))
     weight[:, :, :, 1] = 0
     network = layer_of(weight.copy())
-    projections = quantizing_projections(network, ["0"], 4)
+    assert quantizing_projections(network, ["0"], 4)["0"](np.ones_like(weight)).all()
+    pruned = {"0": torch.from_numpy(weight == 0)}
+    projections = quantizing_projections(network, ["0"], 4, pruned=pruned)
     assert (projections["0"](np.ones_like(weight)) == np.where(weight == 0, 0, 1)).all()
     admm = Admm(network, projections, rho=1.0)
     end = descend(network, admm)
@@ -545,7 +547,10 @@ def test_thresholds_rise_as_far_as_accuracy_allows():
 
 def test_hard_pruning_of_a_module():
     network = nn.Sequential(nn.Conv3d(8, 8, 3), nn.Flatten(), nn.Linear(8, 4))
-    prune_weights(network, {"0": PATTERNS["kgrc"], "2": Weights(HALF)})
+    pruned = prune_weights(network, {"0": PATTERNS["kgrc"], "2": Weights(HALF)})
+    assert pruned.keys() == {"0", "2"}
+    assert torch.equal(pruned["0"], network[0].weight == 0)
+    assert torch.equal(pruned["2"], network[2].weight == 0)
     assert (network[0].weight == 0).float().mean() == pytest.approx(0.5)
     assert (network[2].weight == 0).float().mean() == pytest.approx(0.5)
     network = nn.Sequential(nn.Conv3d(8, 8, 3))

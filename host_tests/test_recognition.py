@@ -126,8 +126,6 @@ def evaluated(program, folder, videos, labels, tmp_path, capsys):
     with (data / "index.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "label", "class", "split"))
-        for number, name in enumerate(names):  # a row of each class, in a split of its own
-            writer.writerow((videos[0], number, name, "names"))
         for video, label in zip(videos, labels, strict=True):
             writer.writerow((video, names.index(label), label, "test"))
     for video in {*videos}:

@@ -1,10 +1,12 @@
 """Training learns and resumes; the commands, from videos to the accuracy of a program."""
 
 import csv
+import errno
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +15,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from movies import write_movies
-from safetensors.torch import save_file
+from movies import MOVES, write_movies
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pynq_kgrc.accelerator.config import preset, write_design
@@ -22,7 +24,8 @@ from pynq_kgrc.cli import main
 from pynq_kgrc.compiler.latency import program_cycles
 from pynq_kgrc.compress.admm import Admm, pruning_projections
 from pynq_kgrc.compress.augment import PLAIN, Augmentation, varied_batches, wide_spec
-from pynq_kgrc.compress.dataset import VideoSet, load_clips, read_index
+from pynq_kgrc.compress.dataset import Clips, VideoSet, load_clips, read_index
+from pynq_kgrc.compress.masks import zero_places
 from pynq_kgrc.compress.patterns import KernelGroups, Rates, Weights, project_pattern
 from pynq_kgrc.compress.pruning import PruneConfig, prune_network
 from pynq_kgrc.compress.recipes import ALGORITHMS, read_recipe
@@ -31,6 +34,7 @@ from pynq_kgrc.compress.train_quantized import approach_codes
 from pynq_kgrc.compress.training import (
     TrainConfig,
     TrainingSetup,
+    average_decay,
     learning_rate,
     measure_top1,
     predict,
@@ -38,6 +42,7 @@ from pynq_kgrc.compress.training import (
     train,
     write_config,
 )
+from pynq_kgrc.compress.weights import load_notes
 from pynq_kgrc.errors import ConfigError, ModelError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.models.checkpoint import load_state
@@ -186,14 +191,105 @@ def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_pruned_weights_stay_pruned_in_training(clips, tmp_path):
+def test_what_is_pruned_stays_zero_and_other_zeros_learn(clips, tmp_path):
     module = network()
+    pruned = {"conv2": torch.zeros(module.conv2.weight.shape, dtype=torch.bool)}
+    pruned["conv2"][:, :, 1] = True
     with torch.no_grad():
         module.conv2.weight[:, :, 1] = 0
+        module.conv3.weight[:, :4] = 0
+        nn.init.zeros_(module.fc.weight)
     config = msgspec.structs.replace(SHORT, average=0.9)
-    train(module, *clips, CLIP, config, tmp_path)
+    said = []
+    train(module, *clips, CLIP, config, tmp_path, pruned=pruned, say=said.append)
     assert (module.conv2.weight[:, :, 1] == 0).all()
     assert (module.conv2.weight[:, :, [0, 2]] != 0).all()
+    assert (module.conv3.weight != 0).all()
+    assert (module.fc.weight != 0).float().mean() > 0.9  # some inputs are 0 for every clip
+    assert said == [f"{tmp_path}: pruned weights, which stay zero: conv2 33.3% of the weights"]
+
+
+def test_a_run_resumes_on_its_own_clips_teacher_and_mask_only(clips, tmp_path):
+    learn, test = clips
+    teacher = network(seed=9)
+    mask = {"conv2": torch.zeros(16, 8, 3, 3, 3, dtype=torch.bool)}
+    mask["conv2"][0] = True
+
+    def again(learn=learn, test=test, teacher=teacher, mask=mask, clip=CLIP):
+        return train(network(), learn, test, clip, SHORT, tmp_path, teacher=teacher, pruned=mask)
+
+    again()
+    again()
+    changed = np.array(learn.frames)
+    changed[3, 0, 0, 0, 0] ^= 1
+    others = np.array(test.frames)
+    others[0, 0, 0, 0, 0] ^= 1
+    for text, different in {
+        "its clips is": {"learn": Clips(changed, learn.labels)},
+        "its test clips is": {"test": Clips(others, test.labels)},
+        "its teacher is": {"teacher": network(seed=8)},
+        "its mask of pruned weights is": {"mask": {}},
+        "its clip is": {"clip": replace(CLIP, mean=(0.4, 0.5, 0.5))},
+    }.items():
+        with pytest.raises(ModelError, match=f"belongs to another run: {text}"):
+            again(**different)
+    # the same bytes, loaded or handed over
+    again(learn=Clips(np.array(learn.frames), learn.labels))
+
+
+def test_labels_beyond_the_network_are_refused(clips, tmp_path):
+    torch.manual_seed(0)
+    with pytest.raises(
+        ConfigError, match="has 3 classes; a clip has the label 3; accepted are 0 t"
+    ):
+        train(Small(3), *clips, CLIP, SHORT, tmp_path)
+
+
+def test_an_average_of_few_epochs_is_of_trained_weights(clips, tmp_path):
+    """Ten epochs: without a warm-up the average is mostly of the initial weights (chance, 1/4)."""
+    config = msgspec.structs.replace(SHORT, epochs=10, augment=PLAIN, lr=5e-3)
+    plain = network()
+    rows = train(plain, *clips, CLIP, config, tmp_path / "plain")
+    averaged = network()
+    config = msgspec.structs.replace(config, average=0.99)
+    found = train(averaged, *clips, CLIP, config, tmp_path / "averaged")
+    assert rows[-1].test_top1 > 0.6
+    assert found[-1].test_top1 > 0.6
+    # the trained weights are kept: those of the run without an average
+    trained = network()
+    load_state(trained, tmp_path / "averaged" / "trained.safetensors")
+    assert_same(parameters(trained), parameters(plain))
+    assert (averaged.fc.weight != plain.fc.weight).any()
+    assert not (tmp_path / "plain" / "trained.safetensors").exists()
+    assert [average_decay(0.99, t) for t in (0, 1, 10, 10**6)] == [0.1, 2 / 11, 11 / 20, 0.99]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(clips, tmp_path, monkeypatch):
+    whole = network()
+    train(whole, *clips, CLIP, SHORT, tmp_path / "whole")
+    saves = []
+    save = torch.save
+
+    def full(state, path):
+        saves.append(path)
+        if len(saves) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    folder = tmp_path / "run"
+    with pytest.raises(ModelError, match=r"cannot be written .*No space left.*goes on from there"):
+        train(network(), *clips, CLIP, SHORT, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.toml", "log.csv"]
+    assert len((folder / "log.csv").read_text().splitlines()) == 2
+    (folder / ".checkpoint.pt.abc").write_bytes(b"of a process that was killed in writing")
+    said = []
+    again = network()
+    train(again, *clips, CLIP, SHORT, folder, say=said.append)
+    assert f"{folder}: resumes after epoch 1 of 3" in said
+    assert_same(parameters(whole), parameters(again))
+    assert not list(folder.glob(".*"))
 
 
 def test_a_teacher_is_followed(clips, tmp_path):
@@ -319,6 +415,9 @@ def test_from_videos_to_the_accuracy_of_a_program(movies, trained, capsys):
         *("--layers", "conv1,conv2,conv3"),
     )
     assert pruned["reduction"] >= 2.8
+    assert pruned["design"] == "8-sparse" and pruned["latency_reduction"] > 1
+    cycles = pruned["modelled_cycles_dense"] / pruned["modelled_cycles"]
+    assert pruned["latency_reduction"] == pytest.approx(cycles, abs=1e-3)
     assert pruned["test_top1"] >= dense["top1"] - 0.2
     assert {entry.pattern for entry in read_recipe(folder / "recipe.toml").values()} == {"kgrc"}
 
@@ -329,10 +428,262 @@ def test_from_videos_to_the_accuracy_of_a_program(movies, trained, capsys):
     program = run("evaluate", "-p", str(out / "program.kgrc"))
     assert program["top1"] == coded["emulated_top1"]
     assert np.array(program["confusion"]).sum() == 12
+    # what is pruned is stored beside the weights, and stays zero in the program
+    notes = load_notes(weights)
+    assert (
+        notes.classes == MOVES and notes.pruned.keys() == read_recipe(folder / "recipe.toml").keys()
+    )
+    for layer, places in load_pruned(out / "program.kgrc", notes.pruned).items():
+        assert not places.any(), layer
+    assert coded["bytes"] < 0.8 * dense_bytes(movies, trained, network, data, capsys)
     assert main(["info", str(out / "program.kgrc"), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["macs_dense"] / info["macs_kept"] > 2.5
     assert "KGRC" in {task["mode"] for task in info["tasks"]}
+
+
+def load_pruned(path, pruned):
+    """By layer, the weights of a program at the places that are pruned."""
+    program = load(path)
+    config, tasks = program.config, {task.name: task for task in program.tasks}
+    found = {}
+    for name, places in pruned.items():
+        weight = tasks[name].weights.expand(tasks[name].shape, config.gm, config.tk)
+        found[name] = weight.reshape(places.shape)[places.numpy()]
+    return found
+
+
+def dense_bytes(movies, trained, network, data, capsys):
+    """The size of the program of the dense network."""
+    arguments = [*network, str(trained / "weights.safetensors"), "-o", str(movies / "dense8")]
+    assert main(["quantize", *arguments, *data, "--epochs", "0"]) == 0
+    return json.loads(capsys.readouterr().out)["bytes"]
+
+
+def test_zeros_without_a_mask_learn_unless_they_are_kept(movies, trained, tmp_path, capsys):
+    """A file of another maker does not say what is pruned: that is told; --keep-zeros decides."""
+    state = load_file(trained / "weights.safetensors")
+    state["conv2.weight"][:, :, 1] = 0
+    plain = tmp_path / "plain.safetensors"
+    save_file(state, plain)
+    short = tmp_path / "short.toml"
+    short.write_text("epochs = 1\nbatch = 8\n")
+    data = ["--data", str(movies), "--cache", str(movies / "cache"), "--config", str(short)]
+    learn = ["test_train:small", *data, "--weights", str(plain), "--json"]
+    assert main(["train", *learn, "-o", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().err
+    assert "plain.safetensors does not say what is pruned, so its zeros learn (conv2 33.3%" in told
+    assert "pruned weights, which stay zero: none" in told
+    found = load_file(tmp_path / "a" / "weights.safetensors")
+    assert (found["conv2.weight"][:, :, 1] != 0).all()
+    assert main(["train", *learn, "-o", str(tmp_path / "b"), "--keep-zeros"]) == 0
+    assert "pruned weights, which stay zero: conv2 33.3% of the weights" in capsys.readouterr().err
+    kept = tmp_path / "b" / "weights.safetensors"
+    assert (load_file(kept)["conv2.weight"][:, :, 1] == 0).all()
+    # the next command knows it from the file
+    for command in ("train", "quantize"):
+        again = [command, *learn, "-o", str(tmp_path / command)]
+        again[again.index(str(plain))] = str(kept)
+        assert main(again) == 0
+        assert "which stay zero: conv2 33.3%" in capsys.readouterr().err
+    weight = load_file(tmp_path / "train" / "weights.safetensors")["conv2.weight"]
+    assert (weight[:, :, 1] == 0).all()
+    program = load(tmp_path / "quantize" / "program.kgrc")
+    (task,) = [t for t in program.tasks if t.name == "conv2"]
+    assert not task.weights.expand(task.shape, program.config.gm, 9)[:, :, 9:18].any()
+    assert main(["train", *learn[:-3], "-o", str(tmp_path / "c"), "--keep-zeros"]) == 2
+    assert "--keep-zeros is about the zeros of --weights" in capsys.readouterr().err
+
+
+def permuted(movies, folder):
+    """The same videos, their classes numbered in alphabetical order."""
+    folder.mkdir()
+    names = sorted(MOVES)
+    with (movies / "index.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["label"] = names.index(row["class"])
+        (folder / row["file"]).write_bytes((movies / row["file"]).read_bytes())
+    with (folder / "index.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def test_accuracy_is_judged_by_the_names_of_classes(movies, trained, tmp_path, capsys):
+    cache = ["--cache", str(movies / "cache"), "--json"]
+    weights = str(trained / "weights.safetensors")
+    network = ["test_train:small", "--weights", weights]
+    out = ["-o", str(tmp_path / "ptq"), "--epochs", "0", "--data"]
+    assert main(["quantize", *network, *out, str(movies), *cache]) == 0
+    coded = json.loads(capsys.readouterr().out)
+    program = str(tmp_path / "ptq" / "program.kgrc")
+    other = permuted(movies, tmp_path / "permuted")
+
+    def evaluate(*what):
+        assert main(["evaluate", *what, *cache]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    for what in (["-p", program], ["--network", *network]):
+        ours = evaluate(*what, "--data", str(movies))
+        assert ours["top1"] > 0.6
+        theirs = evaluate(*what, "--data", str(other))
+        assert theirs["confusion"] == ours["confusion"]
+        assert [each["label"] for each in theirs["classes"]] == list(MOVES)
+    # a program that is compiled on the other index keeps the classes of its weights
+    out[1] = str(tmp_path / "other")
+    assert main(["quantize", *network, *out, str(other), *cache]) == 0
+    assert json.loads(capsys.readouterr().out)["emulated_top1"] == coded["emulated_top1"]
+    assert load(tmp_path / "other" / "program.kgrc").labels == MOVES
+
+
+def test_evaluate_tells_counts_interval_classes_and_draws(movies, trained, tmp_path, capsys):
+    weights = str(trained / "weights.safetensors")
+    what = ["evaluate", "--network", "test_train:small", "--weights", weights]
+    what += ["--data", str(movies), "--cache", str(movies / "cache")]
+    plot = tmp_path / "confusion.png"
+    assert main([*what, "--json", "--plot", str(plot)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert plot.read_bytes().startswith(b"\x89PNG") and found["plot"] == str(plot)
+    right = sum(each["right"] for each in found["classes"])
+    assert found["top1"] == right / 12 and found["top1_right"] == right
+    assert [each["clips"] for each in found["classes"]] == [3, 3, 3, 3]
+    low, high = found["top1_interval_95"]
+    assert 0 < low < found["top1"] and high <= 1
+    assert 0 <= found["expected_calibration_error"] <= 1
+    assert main(what) == 0
+    text = capsys.readouterr().out
+    assert f"({right} of 12; 95% interval {low:.1%} to {high:.1%})" in text
+    assert "(12 of 12; there are only 4 classes)" in text and "expected calibration error" in text
+    assert sum(line.startswith(MOVES) for line in text.splitlines()) == 4
+    assert main([*what, "--plot", "x.xyz"]) == 2
+    assert "--plot x.xyz: accepted are names in .png, .svg" in capsys.readouterr().err
+
+
+def test_videos_as_people_have_them(movies, tmp_path, capsys):
+    """A folder for each class, one of the files broken: train, prune and evaluate."""
+    folder = tmp_path / "mine"
+    for sample in read_index(movies).samples:
+        place = folder / sample.split / f"{MOVES[sample.label]} \u00e9"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / sample.file).write_bytes((movies / sample.file).read_bytes())
+    (folder / "train" / "left \u00e9" / "bad.mpg").write_bytes(b"bad")
+    short = tmp_path / "short.toml"
+    short.write_text("epochs = 1\nbatch = 8\n")
+    data = ["--data", str(folder), "--cache", str(tmp_path / "cache")]
+    run = ["train", "test_train:small", *data, "-o", str(tmp_path / "run"), "--config", str(short)]
+    assert main(run) == 2
+    told = capsys.readouterr().err
+    assert "1 videos cannot be decoded: train/left \u00e9/bad.mpg: " in told
+    assert main([*run, "--skip-bad"]) == 0
+    assert "decoding 24 videos" not in capsys.readouterr().err  # they were not thrown away
+    weights = str(tmp_path / "run" / "weights.safetensors")
+    assert load_notes(weights).classes == tuple(sorted(f"{move} \u00e9" for move in MOVES))
+    what = ["evaluate", "--network", "test_train:small", "--weights", weights, *data, "--json"]
+    assert main(what) == 0
+    assert json.loads(capsys.readouterr().out)["clips"] == 12
+    what[what.index(str(folder))] = str(folder / "test")
+    assert main([*what, "--split", "all"]) == 0
+    assert json.loads(capsys.readouterr().out)["clips"] == 12
+
+
+def test_the_settings_of_another_command_are_named(movies, trained, tmp_path, capsys):
+    weights = ["--weights", str(trained / "weights.safetensors")]
+    data = ["test_train:small", "--data", str(movies), "-o", str(tmp_path / "x")]
+    settings = tmp_path / "x.toml"
+    settings.write_text("epochs = 3\n")
+    prune = ["prune", *data, *weights, "--pattern", "kgr", "--config", str(settings)]
+    assert main(prune) == 2
+    told = capsys.readouterr().err
+    assert "x.toml holds settings for train and quantize; this command takes a TOML file wi" in told
+    assert "algorithm, incremental" in told and "go under [prepare] and [retrain]" in told
+    settings.write_text("[retrain]\nepochs = 3\n")
+    assert main(["train", *data, "--config", str(settings)]) == 2
+    assert "x.toml holds settings for prune; this command takes a" in capsys.readouterr().err
+
+
+def test_an_interruption_is_one_line(movies, trained, tmp_path, capsys, monkeypatch):
+    run = ["train", "test_train:small", "--data", str(movies), "--cache", str(movies / "cache")]
+
+    def interrupted(*rest, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pynq_kgrc.compress.training.TrainingSetup.train", interrupted)
+    assert main([*run, "-o", str(tmp_path / "run")]) == 130
+    assert "interrupted; the same command goes on from the last whole" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    prune = ["prune", *run[1:], "--weights", str(trained / "weights.safetensors")]
+    prune += ["--pattern", "kgr", "--reduction", "1.1", "-o", str(tmp_path / "file" / "run")]
+    assert main(prune) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def command(*arguments):
+    """A process of the command line, for which this folder holds the network."""
+    folder = str(Path(__file__).parent)
+    return subprocess.Popen(
+        [sys.executable, "-m", "pynq_kgrc.cli", *map(str, arguments), "--json"],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([folder, *filter(None, map(os.path.abspath, sys.path))]),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "prune", "quantize"])
+def test_a_command_that_is_killed_at_any_moment_ends_with_the_same_bytes(
+    movies, trained, tmp_path, name
+):
+    """SIGKILL after random times; each start goes on, and no file is half written."""
+    settings = tmp_path / "settings.toml"
+    text = "epochs = 40\nbatch = 8\naverage = 0.9\n"
+    settings.write_text(
+        text if name != "prune" else "".join(f"[{part}]\n{text}" for part in ("prepare", "retrain"))
+    )
+    what = [name, "test_train:small", "--data", movies, "--cache", tmp_path / "cache"]
+    what += ["--config", settings]
+    if name != "train":
+        what += ["--weights", trained / "weights.safetensors"]
+    if name == "prune":
+        what += ["--pattern", "kgrc", "--reduction", "1.2"]
+    if name == "quantize":
+        what += ["--admm", "9"]
+    begun = time.monotonic()
+    whole = command(*what, "-o", tmp_path / "whole")
+    output, told = whole.communicate(timeout=300)
+    assert whole.returncode == 0, told
+    needed = time.monotonic() - begun
+    random = np.random.default_rng()
+    folder = tmp_path / "killed"
+    kills = 0
+    for _ in range(4):
+        process = command(*what, "-o", folder)
+        try:
+            process.communicate(timeout=random.uniform(0.3, 0.9) * needed)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        for file in folder.rglob("*"):
+            if file.name == "checkpoint.pt":
+                torch.load(file, weights_only=True)
+            elif file.suffix == ".safetensors" and not file.name.startswith("."):
+                load_file(file)
+    assert kills
+    last = command(*what, "-o", folder)
+    found, told = last.communicate(timeout=300)
+    assert last.returncode == 0, told
+    assert found.replace(str(folder), str(tmp_path / "whole")) == output
+    for file in (tmp_path / "whole").rglob("*"):
+        if file.suffix in (".safetensors", ".kgrc", ".toml"):
+            place = folder / file.relative_to(tmp_path / "whole")
+            assert place.read_bytes() == file.read_bytes(), place
 
 
 def test_post_training_quantization_and_powers(movies, trained, capsys):
@@ -385,7 +736,8 @@ def test_weights_are_drawn_to_codes(movies, trained, clips):
     config = msgspec.structs.replace(SHORT, epochs=9, lr=1e-3)
     setup = TrainingSetup(*clips, CLIP)
     before = measure_top1(module, clips[1], CLIP)
-    approach_codes(module, 4, config, setup, movies / "admm")
+    pruned = {"conv2": zero_places(module)["conv2"]}
+    approach_codes(module, 4, config, setup, movies / "admm", pruned=pruned)
     assert (movies / "admm" / "16-bit").is_dir() and (movies / "admm" / "4-bit").is_dir()
     for name in ("conv1", "conv2", "conv3", "fc"):
         for row in getattr(module, name).weight.detach().numpy():
@@ -429,6 +781,8 @@ def test_prune_and_quantize_take_the_file_that_explore_writes(movies, trained, t
     assert report["design"] == "mine" and report["latency_reduction_asked"] == 1.4
     assert report["latency_reduction"] == pytest.approx(1.4, rel=0.03)
     assert "asked for 1.40x fewer cycles, reached 1.40x" in found.err and "on mine" in found.err
+    assert "retraining: epochs 1 to 1, of the weights that are kept" in found.err
+    assert "preparation" not in found.err
     weights[1] = str(tmp_path / "pruned" / "weights.safetensors")
     out = tmp_path / "codes"
     assert main(["quantize", *data, *weights, "-o", str(out), "--epochs", "0"]) == 0

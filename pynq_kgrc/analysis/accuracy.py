@@ -1,7 +1,8 @@
-"""The accuracy of a compiled program on labelled clips."""
+"""The accuracy of a compiled program, or of a float network's logits, on labelled clips."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,6 +16,12 @@ from pynq_kgrc.runtime import Session
 LabelledClip = tuple[Array | Iterable[Array], int]
 """uint8 frames [D, H, W, 3], or the windows of a video, and the number of their class."""
 
+BINS = 15
+"""Of the expected calibration error, as Guo et al. (ICML 2017) take them."""
+
+Z_95 = 1.959964
+"""The quantile of the normal distribution for an interval of 95 %."""
+
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
@@ -27,6 +34,100 @@ class Accuracy:
     """Fraction of the clips whose class is among the five most probable."""
     confusion: Array
     """[true class, most probable class] counts of clips."""
+    calibration_error: float
+    """Expected calibration error: the mean distance between confidence and accuracy, 0 to 1.
+
+    Clips are put into `BINS` bins of equal width by the probability of their best class; each bin
+    counts by its clips (Guo et al., "On calibration of modern neural networks", eq. (3))."""
+
+    @property
+    def right(self) -> int:
+        """Clips whose most probable class is right."""
+        return int(np.trace(self.confusion))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of top-1, for clips that are drawn independently of each other."""
+        return wilson_interval(self.right, self.clips)
+
+    @property
+    def among_five(self) -> int:
+        """Clips whose class is among the five most probable."""
+        return round(self.top5 * self.clips)
+
+    def of_class(self, label: int) -> ClassAccuracy:
+        """The accuracy on the clips of one class."""
+        row = self.confusion[label]
+        others = np.array(row)
+        others[label] = 0
+        worst = int(others.argmax())
+        return ClassAccuracy(
+            int(row.sum()),
+            int(row[label]),
+            int(self.confusion[:, label].sum()),
+            worst if others[worst] else None,
+        )
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """The accuracy on the clips of one class."""
+
+    clips: int
+    right: int
+    """Of its clips, those whose most probable class it is."""
+    predicted: int
+    """Clips of any class whose most probable class it is."""
+    taken_for: int | None
+    """The class that most of its other clips are taken for; None if there is none."""
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a fraction: Wilson's score interval (JASA 1927).
+
+    >>> low, high = wilson_interval(278, 323)
+    >>> f"{low:.1%} to {high:.1%}"
+    '81.9% to 89.4%'
+    """
+    fraction, z2 = right / count, Z_95**2
+    middle = (fraction + z2 / (2 * count)) / (1 + z2 / count)
+    spread = fraction * (1 - fraction) / count + z2 / (4 * count**2)
+    half = Z_95 * math.sqrt(spread) / (1 + z2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def calibration_error(confidences: Array, right: Array) -> float:
+    """Expected calibration error of confidences [N] in 0 to 1, and whether each is right [N]."""
+    bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, right.astype(float) - confidences, BINS)
+    return float(np.abs(gaps).sum() / len(confidences))
+
+
+def accuracy_of(logits: Array, labels: Array, probabilities: Array | None = None) -> Accuracy:
+    """The accuracy of logits [N, classes] on labels [N].
+
+    `probabilities` are by default the soft-max of the logits.
+
+    Raises:
+        ProgramError: there is no clip.
+    """
+    if not len(logits):
+        raise ProgramError("there is no clip to measure on")
+    if probabilities is None:
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = powers / powers.sum(axis=1, keepdims=True)
+    order = np.argsort(-logits, axis=1, kind="stable")
+    hits = order == labels[:, None]
+    classes = logits.shape[1]
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (labels, order[:, 0]), 1)
+    return Accuracy(
+        len(logits),
+        float(hits[:, 0].mean()),
+        float(hits[:, :5].any(axis=1).mean()),
+        confusion,
+        calibration_error(probabilities.max(axis=1), hits[:, 0]),
+    )
 
 
 def measure_accuracy(
@@ -48,25 +149,25 @@ def measure_accuracy(
             not one of its classes.
         DeviceError: the backend did not answer.
     """
+    logits, probabilities, labels = [], [], []
     with Session(program, backend) as session:
         classes = program.tasks[-1].shape.out_channels
-        confusion = np.zeros((classes, classes), np.int64)
-        among_five = 0
         for frames, label in bar(clips):
             if not 0 <= label < classes:
                 raise ProgramError(f"label {label} is not one of the {classes} of {program.name}")
-            order = np.argsort(-_scores(session, frames), kind="stable")
-            confusion[label, order[0]] += 1
-            among_five += int(label in order[:5])
-    count = int(confusion.sum())
-    if not count:
+            scores, mean = _scores(session, frames)
+            logits.append(scores)
+            probabilities.append(mean)
+            labels.append(label)
+    if not labels:
         raise ProgramError("there is no clip to measure on")
-    return Accuracy(count, float(np.trace(confusion) / count), among_five / count, confusion)
+    return accuracy_of(np.stack(logits), np.array(labels), np.stack(probabilities))
 
 
-def _scores(session: Session, frames: Array | Iterable[Array]) -> Array:
-    """The logits [classes] of a clip; the mean of the windows' probabilities of a video."""
+def _scores(session: Session, frames: Array | Iterable[Array]) -> tuple[Array, Array]:
+    """What orders the classes, and their probabilities; of windows the mean of probabilities."""
     if isinstance(frames, np.ndarray):
-        return session.run(frames).logits
+        scores = session.run(frames)
+        return scores.logits, scores.probabilities
     mean: Array = np.mean([session.run(window).probabilities for window in frames], axis=0)
-    return mean
+    return np.log(np.maximum(mean, 1e-300)), mean

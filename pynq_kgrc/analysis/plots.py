@@ -76,6 +76,38 @@ def plot_timeline(windows: Sequence[WindowLabels], top: int = 4) -> Figure:
     return figure
 
 
+MOST_NAMES = 60
+"""The most classes whose names `plot_confusion` writes beside the matrix."""
+
+
+def plot_confusion(confusion: Array, names: Sequence[str]) -> Figure:
+    """A confusion matrix [true class, most probable class] of counts, coloured by row.
+
+    A row is a true class; its colours are fractions of its clips. Counts are written in the cells
+    of up to `MOST_NAMES` classes.
+    """
+    classes = len(confusion)
+    names = [name.replace("$", r"\$") for name in names]  # a dollar sign begins a formula
+    side = min(4 + 0.25 * classes, 18)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    totals = confusion.sum(axis=1, keepdims=True)
+    shares = confusion / np.maximum(totals, 1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="fraction of the clips of the true class", shrink=0.8)
+    axes.set_xlabel("most probable class")
+    axes.set_ylabel("true class (number of clips)")
+    if classes <= MOST_NAMES:
+        counts = [f"{name} ({total})" for name, total in zip(names, totals[:, 0], strict=True)]
+        axes.set_xticks(range(classes), names, rotation=90)
+        axes.set_yticks(range(classes), counts)
+        for row, column in np.argwhere(confusion):
+            color = "w" if shares[row, column] > 0.5 else "k"
+            count = str(confusion[row, column])
+            axes.text(column, row, count, ha="center", va="center", color=color, fontsize=7)
+    return figure
+
+
 def plot_layers(layers: Sequence[LayerTime]) -> Figure:
     """Modelled cycles of each task, coloured by the process that bounds it; counted trips."""
     figure = Figure(figsize=(8, 0.3 * len(layers) + 1.2), layout="constrained")

@@ -11,39 +11,50 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pynq_kgrc.cli.arguments import Declare, add_design, positive, progress
+from pynq_kgrc.cli.arguments import Declare, Run, add_design, positive, progress
 from pynq_kgrc.compress.recipes import ALGORITHMS, NAMES
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.graph import TRAINING_SAMPLING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from msgspec import Struct
+    from torch import Tensor, nn
 
     from pynq_kgrc.accelerator.config import AcceleratorConfig
-    from pynq_kgrc.analysis.accuracy import LabelledClip
+    from pynq_kgrc.analysis.accuracy import Accuracy, LabelledClip
     from pynq_kgrc.compiler.latency import LatencySearch
-    from pynq_kgrc.compress.dataset import VideoSet
+    from pynq_kgrc.compress.dataset import Clips, VideoSet
     from pynq_kgrc.compress.recipes import LayerRecipe
     from pynq_kgrc.compress.training import EpochRecord, TrainConfig, TrainingSetup
     from pynq_kgrc.graph import ClipSpec, Graph
     from pynq_kgrc.program import Program
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Struct")
 
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.toml"
 
-DATA = """\
-DATA is a folder with an index.csv of the columns file, label (from 0) and split ("train" or
-"test"). A column `class` gives the labels their names. Each video is decoded once, into --cache.
+LAYOUT = """\
+DATA is a folder with an index.csv of the columns file, label and split ("train" or "test"). Labels
+are numbers from 0, to which a column `class` gives names, or names. Without an index.csv, DATA has
+a folder for each class: CLASS/video.mp4, or train/CLASS/video.mp4 and test/CLASS/video.mp4.
+Without train/ and test/, a fifth of each class, always the same, is for testing. Each video is
+decoded once, into --cache. Classes are matched to those of the network by name, where both have
+names."""
+
+DATA = f"""\
+{LAYOUT}
+
 A run keeps its settings (config.toml), log (log.csv) and a checkpoint in its folder. A run that
-was killed resumes when it is started again, and ends with the same weights, bit for bit."""
+was killed resumes when it is started again, and ends with the same weights, bit for bit. The file
+of weights says which weights are pruned: those stay zero, all others learn."""
 
 
 def declare(command: Declare) -> None:
     """Add this file's commands."""
     train = command(
         "train",
-        run_train,
+        _resumable(run_train),
         "train a network on a folder of labelled videos",
         f"{DATA}\n\n"
         "Several processes or GPUs: torchrun --nproc-per-node N -m pynq_kgrc.cli train ...",
@@ -53,10 +64,11 @@ def declare(command: Declare) -> None:
         "--weights", help="state dict to start from (default: seeded random weights)"
     )
     _schedule(train)
+    _keep_zeros(train)
 
     prune = command(
         "prune",
-        run_prune,
+        _resumable(run_prune),
         "prune a trained network and train what is left",
         f"{DATA}\n\n"
         "--recipe says what is pruned: kgr, kgc or kgrc for the paper's rates of the network, or\n"
@@ -84,11 +96,17 @@ def declare(command: Declare) -> None:
     )
     add_design(prune, "the accelerator whose groups and cycles count", "--accelerator")
     prune.add_argument("--algorithm", choices=ALGORITHMS, help="overrides the settings")
-    _schedule(prune, "settings of pruning, a TOML file; [prepare] and [retrain] set the training")
+    _schedule(
+        prune,
+        "settings of pruning, a TOML file with algorithm, factor, ... and the tables [prepare] and "
+        "[retrain], each with settings as train --config takes them",
+        "overrides the settings of both trainings",
+    )
+    _keep_zeros(prune)
 
     quantize = command(
         "quantize",
-        run_quantize,
+        _resumable(run_quantize),
         "quantize a network to the width of a design, and compile it",
         f"{DATA}\n\n"
         "The ranges of all tensors are chosen on clips of the training set. Then weights, biases\n"
@@ -110,29 +128,36 @@ def declare(command: Declare) -> None:
         "design, 4 bits on an 8-bit design",
     )  # fmt: skip
     _schedule(quantize)
+    _keep_zeros(quantize)
 
     evaluate = command(
         "evaluate",
-        run_evaluate,
+        _resumable(run_evaluate),
         "measure the accuracy of a program or of a float network",
         "--program runs on a backend, bit for bit as on the accelerator; videos are sampled as\n"
         "the program says. --network and --weights name a float network, which runs in torch;\n"
-        "of each video it gets one clip that is spread over all of it, as in training.",
+        "of each video it gets one clip that is spread over all of it, as in training. The 95 %\n"
+        f"interval is Wilson's, the expected calibration error has 15 bins.\n\n{LAYOUT}",
     )
-    evaluate.add_argument("--data", type=Path, required=True, help="folder with index.csv")
+    evaluate.add_argument("--data", type=Path, required=True, help="folder of labelled videos")
     evaluate.add_argument("-p", "--program", type=Path, help="a compiled .kgrc")
     evaluate.add_argument(
         "--backend", default="emulate", help="what runs the program (default: emulate)"
     )
     evaluate.add_argument("--network", help="a float network, instead of a program")
     evaluate.add_argument("--weights", help="its state dict")
-    evaluate.add_argument("--split", default="test", help="which clips (default: test)")
+    evaluate.add_argument(
+        "--split", default="test", help="which clips; all: every clip (default: test)"
+    )
+    evaluate.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the confusion matrix (.png, .svg, .pdf)"
+    )
     _cache(evaluate)
 
 
 def _learning(command: argparse.ArgumentParser, out: str) -> None:
     command.add_argument("network", metavar="NETWORK", help="as for pynq-kgrc compile")
-    command.add_argument("--data", type=Path, required=True, help="folder with index.csv")
+    command.add_argument("--data", type=Path, required=True, help="folder of labelled videos")
     command.add_argument("-o", "--out", type=Path, required=True, help=out)
     command.add_argument(
         "--tensorboard", action="store_true", help="also write events for TensorBoard"
@@ -146,29 +171,74 @@ def _cache(command: argparse.ArgumentParser) -> None:
         "--cache", type=Path, default=None,
         help="folder of decoded clips (default: clips/ in pynq_kgrc's cache folder)",
     )  # fmt: skip
+    command.add_argument(
+        "--skip-bad", action="store_true",
+        help="list the videos that cannot be read, and go on without them",
+    )  # fmt: skip
 
 
-def _schedule(command: argparse.ArgumentParser, text: str = "settings, a TOML file") -> None:
+def _schedule(
+    command: argparse.ArgumentParser,
+    text: str = "settings, a TOML file with epochs, batch, lr, ...",
+    override: str = "overrides the settings",
+) -> None:
     command.add_argument("--config", type=Path, help=f"{text} (default: built-in settings)")
-    command.add_argument("--epochs", type=int, help="overrides the settings")
-    command.add_argument("--seed", type=int, help="overrides the settings")
+    command.add_argument("--epochs", type=int, help=override)
+    command.add_argument("--seed", type=int, help=override)
+
+
+def _keep_zeros(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--keep-zeros", action="store_true",
+        help="every weight that is zero in --weights is pruned, and stays zero (for files that do "
+        "not say what is pruned)",
+    )  # fmt: skip
+
+
+def _resumable(run: Run) -> Run:
+    """A command whose interruption and full disks end in one line instead of a traceback."""
+
+    def resumable(options: argparse.Namespace) -> int:
+        try:
+            return run(options)
+        except KeyboardInterrupt:
+            _say("pynq-kgrc: interrupted; the same command goes on from the last whole epoch")
+            return 130
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise ConfigError(f"{place}{error.strerror or error}") from error
+
+    return resumable
 
 
 # ---- commands -------------------------------------------------------------------------------
 
 
 def run_train(options: argparse.Namespace) -> int:
+    import copy
+
     import torch
 
-    from pynq_kgrc.compress.training import TrainConfig
+    from pynq_kgrc.compress.training import TRAINED, TrainConfig, measure_top1
+    from pynq_kgrc.models.checkpoint import load_state
 
+    if options.keep_zeros and not options.weights:
+        raise ConfigError("--keep-zeros is about the zeros of --weights, which is not given")
     config = _changed(_settings(options, TrainConfig()), options)
     setup, videos = _setup(options)
     torch.manual_seed(config.seed)
-    network, _ = _network(options, len(videos.classes))
-    records = setup.train(network, config, options.out)
-    _keep(network, options.out / WEIGHTS, setup)
-    return _report(options, {"epochs": len(records), "test_top1": records[-1].test_top1}, WEIGHTS)
+    network, spec, pruned = _network(options, videos)
+    records = setup.train(network, config, options.out, pruned=pruned)
+    _keep(network, options.out / WEIGHTS, setup, pruned, videos)
+    found: dict[str, Any] = {"epochs": len(records), "test_top1": records[-1].test_top1}
+    if config.average and (options.out / TRAINED).exists():
+        trained = copy.deepcopy(network)
+        load_state(trained, options.out / TRAINED)
+        found["test_top1_without_average"] = measure_top1(trained, setup.test, spec)
+        found["path_without_average"] = str(options.out / TRAINED)
+    return _report(options, found, WEIGHTS)
 
 
 def run_prune(options: argparse.Namespace) -> int:
@@ -177,7 +247,6 @@ def run_prune(options: argparse.Namespace) -> int:
     import msgspec
 
     from pynq_kgrc.accelerator.config import read_design
-    from pynq_kgrc.compiler.latency import program_cycles
     from pynq_kgrc.compress.patterns import kept_operations
     from pynq_kgrc.compress.pruning import PruneConfig, prune_network
     from pynq_kgrc.compress.recipes import build_patterns, write_recipe
@@ -194,17 +263,17 @@ def run_prune(options: argparse.Namespace) -> int:
         retrain=_changed(config.retrain, options),
     )
     setup, videos = _setup(options)
-    network, spec = _network(options, len(videos.classes))
+    network, spec, pruned = _network(options, videos)
     compile_graph = partial(_compile, setup=setup, design=design)
-    graph = trace(network, spec, name=options.network)
-    layers, search = _recipe(options, graph, design, compile_graph)
+    dense = trace(network, spec, name=options.network)
+    layers, search = _recipe(options, dense, design, compile_graph)
     recipe = build_patterns(layers, design)
     write_recipe(layers, options.out / RECIPE)
     teacher = copy.deepcopy(network)
-    prune_network(network, recipe, config, setup, options.out, teacher)
-    _keep(network, options.out / WEIGHTS, setup)
-    pruned = trace(network.cpu(), spec, name=options.network)
-    macs_dense, macs_kept = kept_operations(pruned)
+    pruned = prune_network(network, recipe, config, setup, options.out, teacher, pruned)
+    _keep(network, options.out / WEIGHTS, setup, pruned, videos)
+    graph = trace(network.cpu(), spec, name=options.network)
+    macs_dense, macs_kept = kept_operations(graph)
     found: dict[str, Any] = {
         "macs_dense": macs_dense,
         "macs_kept": macs_kept,
@@ -212,16 +281,34 @@ def run_prune(options: argparse.Namespace) -> int:
         "test_top1": measure_top1(network, setup.test, spec),
         "test_top1_dense": measure_top1(teacher, setup.test, spec),
     }
-    if search is not None:
-        cycles = program_cycles(compile_graph(pruned))
-        found |= {
-            "design": design.name,
-            "modelled_cycles_dense": search.dense_cycles,
-            "modelled_cycles": cycles,
-            "latency_reduction_asked": search.asked,
-            "latency_reduction": round(search.dense_cycles / cycles, 3),
-        }
+    found |= _latency(design, search, dense, graph, compile_graph)
     return _report(options, found, WEIGHTS)
+
+
+def _latency(
+    design: AcceleratorConfig,
+    search: LatencySearch | None,
+    dense: Graph,
+    pruned: Graph,
+    compile_graph: Callable[[Graph], Program],
+) -> dict[str, Any]:
+    """Modelled cycles of the compiled programs before and after pruning."""
+    from pynq_kgrc.compiler.latency import program_cycles
+    from pynq_kgrc.errors import CompileError
+
+    try:
+        before = program_cycles(compile_graph(dense)) if search is None else search.dense_cycles
+        after = program_cycles(compile_graph(pruned))
+    except CompileError as error:
+        _say(f"the latency is not modelled: {error}")
+        return {}
+    return {
+        "design": design.name,
+        "modelled_cycles_dense": before,
+        "modelled_cycles": after,
+        **({} if search is None else {"latency_reduction_asked": search.asked}),
+        "latency_reduction": round(before / after, 3),
+    }
 
 
 def run_quantize(options: argparse.Namespace) -> int:
@@ -235,8 +322,8 @@ def run_quantize(options: argparse.Namespace) -> int:
     from pynq_kgrc.compiler.lower import lower
     from pynq_kgrc.compress.augment import calibration_clips
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
+    from pynq_kgrc.compress.masks import traced_zeros
     from pynq_kgrc.compress.train_quantized import QUANTIZE, approach_codes, train_quantized
-    from pynq_kgrc.graph import TRAINING_SAMPLING
     from pynq_kgrc.models.trace import trace
 
     design = read_design(options.design)
@@ -249,18 +336,21 @@ def run_quantize(options: argparse.Namespace) -> int:
     elif options.seed is not None:
         config = msgspec.structs.replace(config, seed=options.seed)
     setup, videos = _setup(options)
-    network, spec = _network(options, len(videos.classes))
+    network, spec, pruned = _network(options, videos, quiet=not (trains or options.admm))
     teacher = copy.deepcopy(network)
     if options.admm:
         settings = msgspec.structs.replace(config, epochs=options.admm)
-        approach_codes(network, design.bits, settings, setup, options.out / "admm", teacher)
+        approach_codes(
+            network, design.bits, settings, setup, options.out / "admm", teacher, pruned=pruned
+        )
     spec = replace(spec, sampling=TRAINING_SAMPLING)
     graph = trace(network.cpu(), spec, videos.classes, options.network)
     few = calibration_clips(setup.clips, spec)
     graph = choose_quant(graph, few, design.bits, options.method or DEFAULT_METHOD)
     if trains:
+        zeros = traced_zeros(network, spec, pruned)
         graph = train_quantized(
-            graph, config, setup, options.out, teacher, options.device, options.powers
+            graph, config, setup, options.out, teacher, options.device, options.powers, zeros
         )
     program = lower(graph, design)
     path = options.out / "program.kgrc"
@@ -282,48 +372,127 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     if (options.program is None) == (options.network is None):
         raise ConfigError("evaluate takes either --program or --network")
-    videos = read_index(options.data).only(options.split)
+    kind = "" if options.plot is None else options.plot.suffix.lower()
+    if options.plot is not None and kind not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot {options.plot}: accepted are names in .png, .svg and .pdf")
+    videos = read_index(options.data, skip_bad=options.skip_bad, say=_say).only(options.split)
     run = _evaluate_network if options.program is None else _evaluate_program
-    return _report(options, run(options, videos), "")
+    found, accuracy, names = run(options, videos)
+    if options.plot is not None:
+        try:
+            from pynq_kgrc.analysis.plots import plot_confusion
+        except ImportError as error:
+            raise ConfigError("--plot needs matplotlib: pip install pynq_kgrc[plots]") from error
+        from pynq_kgrc.storage import written_beside
+
+        with written_beside(options.plot) as beside:
+            plot_confusion(accuracy.confusion, names).savefig(beside, format=kind[1:])
+        found["plot"] = str(options.plot)
+    if options.json:
+        print(json.dumps(found | _measured(accuracy, names), indent=2))
+    else:
+        _print_accuracy(found, accuracy, names)
+    return 0
 
 
-def _evaluate_program(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
+def _evaluate_program(
+    options: argparse.Namespace, videos: VideoSet
+) -> tuple[dict[str, Any], Accuracy, tuple[str, ...]]:
     from pynq_kgrc.analysis.accuracy import measure_accuracy
-    from pynq_kgrc.compress.dataset import load_clips, video_windows
+    from pynq_kgrc.compress.dataset import video_windows
     from pynq_kgrc.program import load
 
     program = load(options.program)
+    videos = videos.named_by(_names(program), str(options.program))
     clips: Iterable[LabelledClip]
     if program.clip.sampling == "windows":  # not cached: there may be many of a video
-        clips = video_windows(videos, program.clip)
+        clips, count = video_windows(videos, program.clip), len(videos.samples)
     else:
-        clips = load_clips(
-            videos, program.clip, _clip_cache(options), program.clip.sampling, say=_say
-        )
-    count = len(videos.samples)
+        cached = _clips(options, videos, program.clip, program.clip.sampling)
+        clips, count = cached, len(cached)
     accuracy = measure_accuracy(
         program, clips, options.backend, lambda c: progress(c, "evaluate", count)
     )
-    found: dict[str, Any] = {
-        "program": program.name,
-        "backend": options.backend,
+    found = {"program": program.name, "backend": options.backend}
+    return found, accuracy, videos.classes
+
+
+def _names(program: Program) -> tuple[str, ...]:
+    """The classes of a program by number; their numbers if they have no names."""
+    classes = program.tasks[-1].shape.out_channels
+    return program.labels or tuple(map(str, range(classes)))
+
+
+def _evaluate_network(
+    options: argparse.Namespace, videos: VideoSet
+) -> tuple[dict[str, Any], Accuracy, tuple[str, ...]]:
+    from pynq_kgrc.analysis.accuracy import accuracy_of
+    from pynq_kgrc.compress.training import predict
+
+    videos = _matched(options, videos)
+    network, spec, _ = _network(options, videos, quiet=True)
+    clips = _clips(options, videos, spec)
+    logits = predict(network, clips, spec).double().numpy()
+    names = videos.classes
+    if logits.shape[1] != len(names):
+        raise ConfigError(
+            f"{options.network} has {logits.shape[1]} classes; {options.data} has {len(names)}"
+        )
+    return {"network": options.network}, accuracy_of(logits, clips.labels), names
+
+
+def _measured(accuracy: Accuracy, names: tuple[str, ...]) -> dict[str, Any]:
+    """The accuracy as JSON."""
+    classes = []
+    for label, name in enumerate(names):
+        one = accuracy.of_class(label)
+        taken_for = None if one.taken_for is None else names[one.taken_for]
+        classes.append(
+            {
+                "label": name,
+                "clips": one.clips,
+                "right": one.right,
+                "predicted": one.predicted,
+                "taken_for": taken_for,
+            }
+        )
+    return {
         "clips": accuracy.clips,
         "top1": accuracy.top1,
+        "top1_right": accuracy.right,
+        "top1_interval_95": list(accuracy.interval),
         "top5": accuracy.top5,
+        "top5_right": accuracy.among_five,
+        "expected_calibration_error": accuracy.calibration_error,
+        "classes": classes,
+        "confusion": accuracy.confusion.tolist(),
     }
-    if options.json:
-        found["confusion"] = accuracy.confusion.tolist()
-    return found
 
 
-def _evaluate_network(options: argparse.Namespace, videos: VideoSet) -> dict[str, Any]:
-    from pynq_kgrc.compress.dataset import load_clips
-    from pynq_kgrc.compress.training import measure_top
-
-    network, spec = _network(options, len(videos.classes))
-    clips = load_clips(videos, spec, _clip_cache(options), say=_say)
-    top1, top5 = measure_top(network, clips, spec, (1, 5))
-    return {"network": options.network, "clips": len(clips), "top1": top1, "top5": top5}
+def _print_accuracy(found: dict[str, Any], accuracy: Accuracy, names: tuple[str, ...]) -> None:
+    for key, value in found.items():
+        print(f"{key}: {value}")
+    low, high = accuracy.interval
+    few = f"; there are only {len(names)} classes" if len(names) <= 5 else ""
+    print(
+        f"clips: {accuracy.clips}\n"
+        f"top1: {accuracy.top1:.1%} ({accuracy.right} of {accuracy.clips}; 95% interval "
+        f"{low:.1%} to {high:.1%})\n"
+        f"top5: {accuracy.top5:.1%} ({accuracy.among_five} of {accuracy.clips}{few})\n"
+        f"expected calibration error: {accuracy.calibration_error:.3f}\n"
+    )
+    width = max(5, *map(len, names))
+    print(f"{'class':{width}}  clips  right         predicted  others taken for")
+    for label, name in enumerate(names):
+        one = accuracy.of_class(label)
+        if not (one.clips or one.predicted):
+            continue
+        share = f"{one.right / one.clips:6.1%}" if one.clips else "     -"
+        taken_for = "" if one.taken_for is None else names[one.taken_for]
+        line = (
+            f"{name:{width}}  {one.clips:5}  {one.right:5} {share}  {one.predicted:9}  {taken_for}"
+        )
+        print(line.rstrip())
 
 
 # ---- shared by the commands -----------------------------------------------------------------
@@ -332,32 +501,74 @@ def _evaluate_network(options: argparse.Namespace, videos: VideoSet) -> dict[str
 def _setup(options: argparse.Namespace) -> tuple[TrainingSetup, VideoSet]:
     """The decoded clips of the data folder, and this process's share of the work."""
     from pynq_kgrc.compress.augment import wide_spec
-    from pynq_kgrc.compress.dataset import load_clips, read_index
+    from pynq_kgrc.compress.dataset import read_index
     from pynq_kgrc.compress.training import TrainingSetup, join_processes
     from pynq_kgrc.models import find_network
 
-    videos = read_index(options.data)
+    videos = read_index(options.data, skip_bad=options.skip_bad, say=_say)
+    videos = _matched(options, videos)
     _, spec = find_network(options.network)
-    cache = _clip_cache(options)
     share = join_processes(options.device)
-    clips = load_clips(videos.only("train"), wide_spec(spec), cache, say=_say)
-    test = load_clips(videos.only("test"), spec, cache, say=_say)
+    clips = _clips(options, videos.only("train"), wide_spec(spec))
+    test = _clips(options, videos.only("test"), spec)
     quiet = options.json or share[0] != 0
-    return TrainingSetup(clips, test, spec, progress, _watch(options, quiet), share), videos
+    say = _say if share[0] == 0 else _say_nothing
+    return TrainingSetup(clips, test, spec, progress, _watch(options, quiet), share, say), videos
 
 
-def _network(options: argparse.Namespace, classes: int) -> tuple[nn.Module, ClipSpec]:
-    """The network of the command line on its device, with its weights."""
+def _matched(options: argparse.Namespace, videos: VideoSet) -> VideoSet:
+    """The videos with the labels of --weights, where its file names its classes."""
+    from pynq_kgrc.compress.weights import load_notes
+
+    if not options.weights:
+        return videos
+    return videos.named_by(load_notes(options.weights).classes, str(options.weights))
+
+
+def _clips(
+    options: argparse.Namespace,
+    videos: VideoSet,
+    spec: ClipSpec,
+    sampling: str = TRAINING_SAMPLING,
+) -> Clips:
+    from pynq_kgrc.compress.dataset import load_clips
+
+    cache = _clip_cache(options)
+    return load_clips(videos, spec, cache, sampling, say=_say, skip_bad=options.skip_bad)
+
+
+def _network(
+    options: argparse.Namespace, videos: VideoSet, quiet: bool = False
+) -> tuple[nn.Module, ClipSpec, dict[str, Tensor]]:
+    """The network of the command line on its device, with its weights; what of them is pruned.
+
+    `quiet`: nothing is trained, so nothing is said of zeros.
+    """
+    from pynq_kgrc.compress.masks import merged, zero_places
     from pynq_kgrc.compress.training import to_device
+    from pynq_kgrc.compress.weights import check_pruned, load_notes
     from pynq_kgrc.models import find_network
     from pynq_kgrc.models.checkpoint import load_state
 
     build, spec = find_network(options.network)
-    network = build(classes)
+    network = build(len(videos.classes))
+    pruned: dict[str, Tensor] = {}
     if options.weights:
         load_state(network, Path(options.weights))
+        notes = load_notes(options.weights)
+        pruned = merged(notes.pruned or {})
+        check_pruned(options.weights, pruned, network)
+        zeros = zero_places(network)
+        if getattr(options, "keep_zeros", False):
+            pruned = zeros
+        elif notes.pruned is None and zeros and not quiet:
+            shares = ", ".join(f"{n} {float(z.float().mean()):.1%}" for n, z in zeros.items())
+            _say(
+                f"{options.weights} does not say what is pruned, so its zeros learn ({shares} of "
+                f"the weights are zero); --keep-zeros keeps them at zero"
+            )
     to_device(network, getattr(options, "device", "cpu"))
-    return network, spec
+    return network, spec, pruned
 
 
 def _compile(graph: Graph, setup: TrainingSetup, design: AcceleratorConfig) -> Program:
@@ -397,10 +608,33 @@ def _recipe(
 
 
 def _settings(options: argparse.Namespace, default: T) -> T:
-    """The settings file of the command line."""
-    from pynq_kgrc.compress.training import read_config
+    """The settings file of the command line.
 
-    return read_config(options.config, type(default)) if options.config else default
+    Raises:
+        ConfigError: as `read_config`; a file for another command is named as such.
+    """
+    from pynq_kgrc.compress.pruning import PruneConfig
+    from pynq_kgrc.compress.training import TrainConfig, read_config
+
+    if not options.config:
+        return default
+    own, prune = type(default), isinstance(default, PruneConfig)
+    try:
+        return read_config(options.config, own)
+    except ConfigError as error:
+        try:
+            read_config(options.config, TrainConfig if prune else PruneConfig)
+        except ConfigError:
+            raise error from None
+    theirs, more = (
+        ("train and quantize", "; the settings of training go under [prepare] and [retrain]")
+        if prune
+        else ("prune", "")
+    )
+    raise ConfigError(
+        f"{options.config} holds settings for {theirs}; this command takes a TOML file with the "
+        f"fields {', '.join(own.__struct_fields__)}{more}"
+    )
 
 
 def _changed(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
@@ -413,12 +647,18 @@ def _changed(config: TrainConfig, options: argparse.Namespace) -> TrainConfig:
     return changed
 
 
-def _keep(network: nn.Module, path: Path, setup: TrainingSetup) -> None:
-    """Save the weights; of several processes, the first one does."""
-    from pynq_kgrc.models.checkpoint import save_state
+def _keep(
+    network: nn.Module,
+    path: Path,
+    setup: TrainingSetup,
+    pruned: dict[str, Tensor],
+    videos: VideoSet,
+) -> None:
+    """Save the weights, what is pruned and the classes; of several processes, the first does it."""
+    from pynq_kgrc.compress.weights import save_weights
 
     if setup.share[0] == 0:
-        save_state(network, path)
+        save_weights(network, path, pruned, videos.classes)
 
 
 def _clip_cache(options: argparse.Namespace) -> Path:
@@ -429,6 +669,10 @@ def _clip_cache(options: argparse.Namespace) -> Path:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 def _watch(options: argparse.Namespace, quiet: bool) -> Callable[[EpochRecord], None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pynq_kgrc.compress.calibrate import choose_weight_scale
-from pynq_kgrc.compress.masks import chosen_weights
+from pynq_kgrc.compress.masks import Pruned, chosen_weights
 from pynq_kgrc.compress.patterns import Pattern, project_pattern
 from pynq_kgrc.compress.recipes import Recipe
 from pynq_kgrc.errors import ConfigError
@@ -169,7 +169,11 @@ def _column(scale: Array, weight: Array) -> Array:
 
 
 def quantizing_projections(
-    module: nn.Module, names: list[str], bits: int, powers: bool = False
+    module: nn.Module,
+    names: list[str],
+    bits: int,
+    powers: bool = False,
+    pruned: Pruned | None = None,
 ) -> dict[str, Projection]:
     """By layer, the projection onto codes; pruned weights stay zero.
 
@@ -178,13 +182,18 @@ def quantizing_projections(
     """
     quantizer: Callable[[Array, int], Array] = quantize_to_powers if powers else quantize_to
     quantizer(np.ones((1, 1)), bits)  # refuse a wrong width before training
+    masks = pruned or {}
     return {
-        name: partial(_on_kept, quantizer, bits, (w == 0).cpu().numpy())
-        for name, w in chosen_weights(module, names).items()
+        name: partial(
+            _on_kept, quantizer, bits, masks[name].cpu().numpy() if name in masks else None
+        )
+        for name in chosen_weights(module, names)
     }
 
 
 def _on_kept(
-    quantizer: Callable[[Array, int], Array], bits: int, zeros: Array, weight: Array
+    quantizer: Callable[[Array, int], Array], bits: int, zeros: Array | None, weight: Array
 ) -> Array:
+    if zeros is None:
+        return quantizer(weight, bits)
     return quantizer(np.where(zeros, np.zeros((), weight.dtype), weight), bits)

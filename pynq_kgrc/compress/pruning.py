@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pynq_kgrc.compress.admm import Admm, pruning_projections
 from pynq_kgrc.compress.importance import propagate_importance
-from pynq_kgrc.compress.masks import chosen_weights
-from pynq_kgrc.compress.patterns import project_pattern
+from pynq_kgrc.compress.masks import Pruned, chosen_weights, merged
+from pynq_kgrc.compress.patterns import keep_mask
 from pynq_kgrc.compress.recipes import Algorithm, Recipe
 from pynq_kgrc.compress.reweighted import GroupLasso, Norm, Reweighted
 from pynq_kgrc.compress.training import Penalty, TrainConfig, TrainingSetup
@@ -61,8 +60,9 @@ def prune_network(
     setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None = None,
-) -> None:
-    """Prune a trained network in place and train the weights that are kept.
+    pruned: Pruned | None = None,
+) -> dict[str, Tensor]:
+    """Prune a trained network in place, train what is kept, and return what is pruned.
 
     Each training has its own folder; a run that was killed resumes in the one it was in.
 
@@ -73,6 +73,7 @@ def prune_network(
         setup: training and test clips.
         folder: gets prepare/ and retrain/; with `incremental`, both for each layer.
         teacher: the dense network, for distillation in retraining.
+        pruned: what was pruned before; it stays pruned.
 
     Raises:
         ConfigError: an unknown layer, or a pattern that does not fit its weight.
@@ -81,9 +82,9 @@ def prune_network(
     chosen_weights(module, list(recipe))  # refuse a wrong name before training
     if not recipe:
         raise ConfigError("the recipe prunes no layer")
+    found = merged(pruned or {})
     if not config.incremental:
-        _prune_once(module, recipe, config, setup, folder, teacher)
-        return
+        return _prune_once(module, recipe, config, setup, folder, teacher, found)
     order = list(recipe)
     shorter = msgspec.structs.replace(
         config,
@@ -92,7 +93,10 @@ def prune_network(
     )
     for i, name in enumerate(order):
         part = {name: recipe[name]}
-        _prune_once(module, part, shorter, setup, folder / f"{i:02}-{name}", teacher)
+        part_folder = folder / f"{i:02}-{name}"
+        setup.say(f"layer {i + 1} of {len(order)}: {name}")
+        found = _prune_once(module, part, shorter, setup, part_folder, teacher, found)
+    return found
 
 
 def _shortened(config: TrainConfig, parts: int) -> TrainConfig:
@@ -106,15 +110,23 @@ def _prune_once(
     setup: TrainingSetup,
     folder: Path,
     teacher: nn.Module | None,
-) -> None:
+    pruned: Pruned,
+) -> dict[str, Tensor]:
     scores: Mapping[str, Array] | None = None
     if config.algorithm == "heuristic":
         scores = propagate_importance(trace(module, setup.spec))
     elif config.algorithm != "one-shot":
         penalty = _penalty(module, recipe, config, setup)
-        setup.train(module, config.prepare, folder / "prepare", penalty, note=f"{config}{recipe}")
-    prune_weights(module, recipe, scores)
-    setup.train(module, config.retrain, folder / "retrain", teacher=teacher)
+        setup.say(
+            f"preparation: epochs 1 to {config.prepare.epochs}, with the penalty of "
+            f"{config.algorithm}; nothing more is pruned yet"
+        )
+        note = f"{config}{recipe}"
+        setup.train(module, config.prepare, folder / "prepare", penalty, note=note, pruned=pruned)
+    found = merged(pruned, prune_weights(module, recipe, scores))
+    setup.say(f"retraining: epochs 1 to {config.retrain.epochs}, of the weights that are kept")
+    setup.train(module, config.retrain, folder / "retrain", teacher=teacher, pruned=found)
+    return found
 
 
 def _penalty(
@@ -130,17 +142,21 @@ def _penalty(
 
 def prune_weights(
     module: nn.Module, recipe: Recipe, scores: Mapping[str, Array] | None = None
-) -> None:
+) -> dict[str, Tensor]:
     """Hard pruning in place: project each weight of the recipe onto its pattern.
 
-    `scores`, by layer, replace the magnitudes of the weights.
+    `scores`, by layer, replace the magnitudes of the weights. Returns what is pruned, as
+    `masks.Pruned`.
     """
+    found = {}
     with torch.no_grad():
         for name, weight in chosen_weights(module, list(recipe)).items():
             dense = weight.cpu().numpy()
             layer_scores = None if scores is None else scores[name].reshape(dense.shape)
-            pruned = project_pattern(dense, recipe[name], layer_scores)
-            weight.copy_(torch.from_numpy(np.ascontiguousarray(pruned)))
+            places = torch.from_numpy(~keep_mask(dense, recipe[name], layer_scores))
+            weight.masked_fill_(places.to(weight.device), 0.0)
+            found[name] = places
+    return found
 
 
 def layer_costs(graph: Graph) -> dict[str, float]:

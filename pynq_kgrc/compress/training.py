@@ -8,8 +8,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -22,7 +24,8 @@ from torch.optim import Optimizer
 
 from pynq_kgrc.compress.augment import Augmentation, plain_batches, varied_batches
 from pynq_kgrc.compress.dataset import Clips
-from pynq_kgrc.compress.masks import Masks
+from pynq_kgrc.compress.masks import Masks, Pruned, list_pruned
+from pynq_kgrc.compress.weights import save_weights
 from pynq_kgrc.errors import ConfigError, ModelError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.storage import written_beside
@@ -32,6 +35,8 @@ T = TypeVar("T")
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
 CONFIG = "config.toml"
+TRAINED = "trained.safetensors"
+"""The trained weights of a run whose result is their running average."""
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +60,10 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Weight of the distillation loss, if there is a teacher."""
     temperature: float = 2.0
     average: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then the result; 0: none."""
+    """Decay of an exponential moving average of the weights, which is then the result; 0: none.
+
+    It warms up: after t steps the decay is at most (1 + t) / (10 + t), so that the initial weights
+    are forgotten in a short run too. The trained weights are kept in trained.safetensors."""
     seed: int = 0
     channels_last: bool = True
     mixed_precision: bool = False
@@ -87,6 +95,11 @@ def read_config(path: str | Path, kind: type[T]) -> T:
         return msgspec.toml.decode(Path(path).read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def average_decay(average: float, steps: int) -> float:
+    """The decay of the running average after `steps` steps (as TensorFlow's `num_updates`)."""
+    return min(average, (1 + steps) / (10 + steps))
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
@@ -158,8 +171,10 @@ def train(
     watch: Callable[[EpochRecord], None] = lambda record: None,
     share: tuple[int, int] = (0, 1),
     note: str = "",
+    pruned: Pruned | None = None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> list[EpochRecord]:
-    """Train a network in place. Weights that are zero at the start stay zero.
+    """Train a network in place. Pruned weights stay zero; other zeros learn.
 
     A checkpoint is written after every epoch, atomically. If the folder holds one, the run resumes
     after it, and ends with the same weights, bit for bit, as a run that was never stopped.
@@ -170,42 +185,68 @@ def train(
         test: test clips, decoded at `spec`: measured, never trained on.
         spec: the clip that the network takes.
         config: written to config.toml in `folder`.
-        folder: for this run alone: checkpoint.pt, log.csv, config.toml.
+        folder: for this run alone: checkpoint.pt, log.csv, config.toml, and trained.safetensors
+            if the result is a running average.
         penalty: term of a pruning or quantization algorithm.
         teacher: network whose logits are distilled.
         bar: shows progress over the batches of an epoch.
         watch: called with the record of each epoch.
         share: rank and number of processes, as torchrun sets them.
         note: anything else the run depends on; a checkpoint with another note is refused.
+        pruned: what pruning set to zero; nothing by default.
+        say: receives messages: what is pruned, and where a run resumes.
 
     Raises:
-        ConfigError: fewer clips than a batch.
-        ModelError: the folder holds a damaged checkpoint, or one of another run or network; the
-            loss is not finite.
+        ConfigError: fewer clips than a batch, a label beyond the network's classes, or a mask that
+            does not fit the network.
+        ModelError: the folder holds a damaged checkpoint, or one of another run or network, or
+            cannot be written; the loss is not finite.
     """
     if len(clips) < config.batch:
         raise ConfigError(f"{len(clips)} clips do not fill a batch of {config.batch}")
-    run = _Run(module, clips, spec, config, penalty, teacher, share, note)
-    records = run.resume(folder / CHECKPOINT)
+    masks = Masks(module, pruned or {})
+    run = _Run(module, clips, test, spec, config, penalty, teacher, share, note, masks)
     chief = share[0] == 0
     if chief:
-        write_config(config, folder / CONFIG)
-        _write_log(folder / LOG, records)
+        for stale in folder.glob(f".{CHECKPOINT}.*"):  # of a process that was killed in writing
+            stale.unlink(missing_ok=True)
+    records = run.resume(folder / CHECKPOINT)
+    say(f"{folder}: {list_pruned(masks.zeros)}")
+    if records:
+        say(f"{folder}: resumes after epoch {len(records)} of {config.epochs}")
+    if chief:
+        with _written(folder):
+            write_config(config, folder / CONFIG)
+            _write_log(folder / LOG, records)
     for epoch in range(len(records), config.epochs):
         begun = time.perf_counter()
         learned = run.epoch(epoch, bar)
         last = epoch == config.epochs - 1
         if last:
-            run.finish()
+            with _written(folder):
+                run.finish(folder / TRAINED if chief else None)
         measured = last or (epoch + 1) % config.measure_every == 0
         top1 = measure_top1(run.result, test, spec) if measured and chief else None
         record = EpochRecord(epoch, *learned, top1, round(time.perf_counter() - begun, 2))
         records.append(record)
         if chief:
-            run.save(folder / CHECKPOINT, records)
-            _write_log(folder / LOG, records)
+            with _written(folder):
+                run.save(folder / CHECKPOINT, records)
+                _write_log(folder / LOG, records)
             watch(record)
     return records
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Turns the errors of a full disk or a folder without permission into a ModelError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        raise ModelError(
+            f"{folder} cannot be written ({error}); what it held before is unchanged, and the same "
+            f"command goes on from there"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -221,6 +262,8 @@ class TrainingSetup:
     watch: Callable[[EpochRecord], None] = field(default=lambda record: None)
     share: tuple[int, int] = (0, 1)
     """Rank and number of processes."""
+    say: Callable[[str], None] = field(default=lambda message: None)
+    """Receives messages: what is pruned, and where a run resumes."""
 
     def train(
         self,
@@ -230,6 +273,7 @@ class TrainingSetup:
         penalty: Penalty | None = None,
         teacher: nn.Module | None = None,
         note: str = "",
+        pruned: Pruned | None = None,
     ) -> list[EpochRecord]:
         """As the function `train`, on these clips."""
         return train(
@@ -245,6 +289,8 @@ class TrainingSetup:
             self.watch,
             self.share,
             note,
+            pruned,
+            self.say,
         )
 
 
@@ -255,30 +301,41 @@ class _Run:
         self,
         module: nn.Module,
         clips: Clips,
+        test: Clips,
         spec: ClipSpec,
         config: TrainConfig,
         penalty: Penalty | None,
         teacher: nn.Module | None,
         share: tuple[int, int],
         note: str,
+        masks: Masks,
     ) -> None:
         self.clips, self.spec, self.config, self.share = clips, spec, config, share
-        self.identity = _identity(module, clips, config, penalty, teacher, note)
+        self.masks = masks
+        self.masks.apply()
+        self.identity = {
+            "mask of pruned weights": _digest(masks.zeros),
+            "network and its first weights": _digest(module.state_dict()),
+            "config": msgspec.to_builtins(config),
+            "clip": asdict(spec),
+            "clips": clips.identity,
+            "test clips": test.identity,
+            "penalty": type(penalty).__name__,
+            "teacher": _digest(teacher.state_dict()) if teacher is not None else None,
+            "number of processes": share[1],
+            "note": note,
+        }
+        self.labels = 1 + int(max(clips.labels.max(), test.labels.max()))
         self.penalty, self.teacher = penalty, teacher
         self.unwrapped = module
         self.device = next(module.parameters()).device
         if config.channels_last:
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.optimizer = _optimizer(module, config)
-        self.masks = Masks(module)
         self.masks.apply_after(self.optimizer)
         self.average = (
             torch.optim.swa_utils.AveragedModel(
-                module,
-                multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(  # type: ignore[no-untyped-call]
-                    config.average
-                ),
-                use_buffers=True,
+                module, multi_avg_fn=partial(_move_average, config.average), use_buffers=True
             )
             if config.average
             else None
@@ -327,6 +384,11 @@ class _Run:
             values = values.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision):
             logits = self.module(values).flatten(1).float()
+            if logits.shape[1] < self.labels:
+                raise ConfigError(
+                    f"the network has {logits.shape[1]} classes; a clip has the label "
+                    f"{self.labels - 1}; accepted are 0 to {logits.shape[1] - 1}"
+                )
             loss = self._loss(logits, values, labels)
         added = torch.zeros((), device=self.device) if self.penalty is None else self.penalty.loss()
         self.optimizer.zero_grad()
@@ -353,18 +415,22 @@ class _Run:
         weight = config.distill
         return (1 - weight) * loss + weight * config.temperature**2 * distance
 
-    def finish(self) -> None:
-        """Copy the moving average, if there is one, into the network."""
+    def finish(self, path: Path | None) -> None:
+        """Copy the moving average, if there is one, into the network; its own weights go to `path`.
+
+        `path` is None in all processes but the first.
+        """
         if self.average is not None:
+            if path is not None:
+                save_weights(self.unwrapped, path, self.masks.zeros)
             self.unwrapped.load_state_dict(self.average.module.state_dict())
 
     def save(self, path: Path, records: list[EpochRecord]) -> None:
         """Write a checkpoint of everything the next epoch depends on, atomically."""
         state = {
-            "identity": self.identity,
+            "identity": json.dumps(self.identity),
             "rows": [msgspec.structs.asdict(record) for record in records],
             "module": self.unwrapped.state_dict(),
-            "zeros": self.masks.zeros,
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "penalty": None if self.penalty is None else self.penalty.state_dict(),
@@ -378,23 +444,21 @@ class _Run:
             return []
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            identity, records = (
-                state["identity"],
-                [EpochRecord(**record) for record in state["rows"]],
-            )
+            identity = json.loads(state["identity"])
+            records = [EpochRecord(**record) for record in state["rows"]]
         except Exception as error:  # torch, zip and pickle raise different errors
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
                 f"{path} is no whole checkpoint ({first}); remove it to start over"
             ) from error
-        if identity != self.identity:
+        own = json.loads(json.dumps(self.identity))
+        if identity != own:
             raise ModelError(
-                f"{path} belongs to another run: {_difference(identity, self.identity)}; "
+                f"{path} belongs to another run: {_difference(identity, own)}; "
                 f"use another folder, or remove it to start over"
             )
         self.unwrapped.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.masks.zeros = state["zeros"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.penalty is not None:
@@ -402,40 +466,35 @@ class _Run:
         return records
 
 
-def _identity(
-    module: nn.Module,
-    clips: Clips,
-    config: TrainConfig,
-    penalty: Penalty | None,
-    teacher: nn.Module | None,
-    note: str,
-) -> str:
-    """What must be equal for a run to resume, the initial weights included; as JSON."""
-    start = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        start.update(f"{name}{list(value.shape)}".encode())
-        start.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return json.dumps(
-        {
-            "network and its first weights": start.hexdigest()[:16],
-            "config": msgspec.to_builtins(config),
-            "clips": hashlib.sha256(clips.labels.tobytes()).hexdigest()[:16],
-            "penalty": type(penalty).__name__,
-            "teacher": teacher is not None,
-            "note": note,
-        }
-    )
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of named tensors: names, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, value in tensors.items():
+        found.update(f"{name}{list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
-def _difference(theirs: str, ours: str) -> str:
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """The first difference of two identities, in words."""
-    one, other = json.loads(theirs), json.loads(ours)
-    config_one, config_other = one.pop("config"), other.pop("config")
-    for before, now in ((one, other), (config_one, config_other)):
+    pairs = [(theirs.get("config") or {}, ours["config"]), (theirs, ours)]
+    for before, now in reversed(pairs):
         for key in now:
-            if before.get(key) != now[key]:
+            if key != "config" and before.get(key) != now[key]:
                 return f"its {key} is {before.get(key)!r}, not {now[key]!r}"
     return "its settings differ"
+
+
+def _move_average(
+    average: float, averaged: list[Tensor], current: list[Tensor], steps: Tensor
+) -> None:
+    """One step of the running average, in place; integers are copied."""
+    with torch.no_grad():
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - average_decay(average, int(steps)))
+            return
+        for ours, now in zip(averaged, current, strict=True):
+            ours.copy_(now)
 
 
 def _optimizer(module: nn.Module, config: TrainConfig) -> Optimizer:
