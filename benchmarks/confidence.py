@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 import torch
 
+from pynq_kgrc.analysis.accuracy import calibration_error
 from pynq_kgrc.analysis.confidence import (
-    calibration_error,
     fit_temperature,
     fit_threshold,
     negative_log_likelihood,

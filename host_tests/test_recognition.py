@@ -126,8 +126,6 @@ def evaluated(program, folder, videos, labels, tmp_path, capsys):
     with (data / "index.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "label", "class", "split"))
-        for number, name in enumerate(names):  # a row of each class, in a split of its own
-            writer.writerow((videos[0], number, name, "names"))
         for video, label in zip(videos, labels, strict=True):
             writer.writerow((video, names.index(label), label, "test"))
     for video in {*videos}:
@@ -148,10 +146,10 @@ def three_videos(folder):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_every_road_gives_the_same_labels_of_generated_videos(sampling, tmp_path, capsys):
-    """The network is random, so its confidences differ with the frames that it gets."""
+    """The network is random; with this seed each sampling of the first video has another label."""
     program, folder = tmp_path / "net.kgrc", tmp_path / "videos"
     folder.mkdir()
-    write_program(program)
+    write_program(program, seed=5)
     stride = 3 if sampling == "windows" else None
     with_clip(program, sampling=sampling, stride=stride, temperature=0.2, threshold=0.5, rate=20.0)
     with three_videos(folder) as videos:
@@ -163,8 +161,8 @@ def test_every_road_gives_the_same_labels_of_generated_videos(sampling, tmp_path
             found = {name: recognize(session, videos[0], name) for name in SAMPLINGS}
             as_program = recognize(session, videos[0])
     assert as_program == found[sampling]
-    confidences = {round(each.labels[0].confidence, 9) for each in found.values()}
-    assert len(confidences) == 3, "samplings that give the same numbers prove nothing"
+    labels = {each.labels[0].label for each in found.values()}
+    assert len(labels) == 3, "samplings that give the same labels prove nothing"
 
 
 @pytest.mark.data

@@ -155,9 +155,9 @@ def measure_accuracy(
         for frames, label in bar(clips):
             if not 0 <= label < classes:
                 raise ProgramError(f"label {label} is not one of the {classes} of {program.name}")
-            found, shares = _scores(session, frames)
-            logits.append(found)
-            probabilities.append(shares)
+            scores, mean = _scores(session, frames)
+            logits.append(scores)
+            probabilities.append(mean)
             labels.append(label)
     if not labels:
         raise ProgramError("there is no clip to measure on")
@@ -165,9 +165,7 @@ def measure_accuracy(
 
 
 def _scores(session: Session, frames: Array | Iterable[Array]) -> tuple[Array, Array]:
-    """Logits and probabilities [classes] of a clip; of the windows of a video, the mean of their
-    probabilities, and its logarithm.
-    """
+    """What orders the classes, and their probabilities; of windows the mean of probabilities."""
     if isinstance(frames, np.ndarray):
         scores = session.run(frames)
         return scores.logits, scores.probabilities

@@ -14,9 +14,6 @@ import numpy as np
 from pynq_kgrc.errors import DataError
 from pynq_kgrc.quant import Array
 
-BINS = 15
-"""Of the expected calibration error, as in the paper."""
-
 RANGE = (0.05, 20.0)
 """Temperatures that are searched."""
 
@@ -109,14 +106,3 @@ def fit_threshold(confidences: Array, right: Array, share: float = 0.5) -> float
         if ordered[count - 1] < above and rights[count - 1] < share * count:
             return float((ordered[count - 1] + above) / 2)
     return 0.0
-
-
-def calibration_error(confidences: Array, right: Array) -> float:
-    """Expected calibration error of confidences [N] in 0 to 1, and whether each is right [N].
-
-    The mean distance between confidence and accuracy, over `BINS` bins of equal width; each counts
-    by its videos (equation (3) of the paper).
-    """
-    bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, right.astype(float) - confidences, BINS)
-    return float(np.abs(gaps).sum() / len(confidences))

@@ -178,7 +178,8 @@ def _trace(options: argparse.Namespace) -> Graph:
         ) from error
     if options.weights:
         pulled = options.weights in RELEASES
-        load_state(network, pull(options.weights) if pulled else Path(options.weights))
+        told = load_state(network, pull(options.weights) if pulled else Path(options.weights))
+        print(f"{printable(options.weights)}: {printable(told)}", file=sys.stderr)
     elif ":" not in options.network:
         print(f"no --weights: {options.network} has seeded random weights", file=sys.stderr)
     release = RELEASES.get(options.weights)

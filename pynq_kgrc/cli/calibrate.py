@@ -54,15 +54,10 @@ def run_calibrate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--share {options.share}; accepted is 0 to 1")
     program = load(options.program)
     videos = read_index(options.data).only(options.split)
-    if program.labels and program.labels != videos.classes:
-        raise ConfigError(
-            f"{options.data} has other classes ({', '.join(videos.classes[:3])}, ...) than "
-            f"{options.program} ({', '.join(program.labels[:3])}, ...)"
-        )
-    logits, labels = [], [sample.label for sample in videos.samples]
     classes = program.tasks[-1].shape.out_channels
-    if max(labels) >= classes:
-        raise ConfigError(f"label {max(labels)} is not one of the {classes} of {program.name}")
+    names = program.labels or tuple(map(str, range(classes)))
+    videos = videos.named_by(names, str(options.program))
+    logits, labels = [], [sample.label for sample in videos.samples]
     with Session(program, options.backend) as session:
         for sample in progress(videos.samples, "calibrate", len(labels)):
             clips = sample_clips(session, videos.folder / sample.file)
@@ -98,11 +93,8 @@ def _measure(logits: list[Any], labels: list[int], temperature: float) -> dict[s
     """Confidences [N], whether each is right [N], and how well both agree."""
     import numpy as np
 
-    from pynq_kgrc.analysis.confidence import (
-        calibration_error,
-        negative_log_likelihood,
-        video_probabilities,
-    )
+    from pynq_kgrc.analysis.accuracy import calibration_error
+    from pynq_kgrc.analysis.confidence import negative_log_likelihood, video_probabilities
 
     probabilities = np.stack([video_probabilities(each, temperature) for each in logits])
     confidences = probabilities.max(axis=1)

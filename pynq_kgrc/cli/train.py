@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pynq_kgrc.cli.arguments import Declare, Run, add_design, positive, progress
 from pynq_kgrc.compress.recipes import ALGORITHMS, NAMES
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.graph import TRAINING_SAMPLING
 
 if TYPE_CHECKING:
     from msgspec import Struct
@@ -136,8 +137,7 @@ def declare(command: Declare) -> None:
         "--program runs on a backend, bit for bit as on the accelerator; videos are sampled as\n"
         "the program says. --network and --weights name a float network, which runs in torch;\n"
         "of each video it gets one clip that is spread over all of it, as in training. The 95 %\n"
-        "interval is Wilson's, the expected calibration error has 15 bins.\n\n"
-        f"{LAYOUT}",
+        f"interval is Wilson's, the expected calibration error has 15 bins.\n\n{LAYOUT}",
     )
     evaluate.add_argument("--data", type=Path, required=True, help="folder of labelled videos")
     evaluate.add_argument("-p", "--program", type=Path, help="a compiled .kgrc")
@@ -324,7 +324,6 @@ def run_quantize(options: argparse.Namespace) -> int:
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.masks import traced_zeros
     from pynq_kgrc.compress.train_quantized import QUANTIZE, approach_codes, train_quantized
-    from pynq_kgrc.graph import TRAINING_SAMPLING
     from pynq_kgrc.models.trace import trace
 
     design = read_design(options.design)
@@ -407,10 +406,10 @@ def _evaluate_program(
     videos = videos.named_by(_names(program), str(options.program))
     clips: Iterable[LabelledClip]
     if program.clip.sampling == "windows":  # not cached: there may be many of a video
-        clips = video_windows(videos, program.clip)
+        clips, count = video_windows(videos, program.clip), len(videos.samples)
     else:
-        clips = _clips(options, videos, program.clip, program.clip.sampling)
-    count = len(videos.samples)
+        cached = _clips(options, videos, program.clip, program.clip.sampling)
+        clips, count = cached, len(cached)
     accuracy = measure_accuracy(
         program, clips, options.backend, lambda c: progress(c, "evaluate", count)
     )
@@ -527,15 +526,15 @@ def _matched(options: argparse.Namespace, videos: VideoSet) -> VideoSet:
 
 
 def _clips(
-    options: argparse.Namespace, videos: VideoSet, spec: ClipSpec, sampling: str | None = None
+    options: argparse.Namespace,
+    videos: VideoSet,
+    spec: ClipSpec,
+    sampling: str = TRAINING_SAMPLING,
 ) -> Clips:
-    """Decoded clips; sampled as in training unless said."""
     from pynq_kgrc.compress.dataset import load_clips
-    from pynq_kgrc.graph import TRAINING_SAMPLING
 
-    chosen = sampling or TRAINING_SAMPLING
     cache = _clip_cache(options)
-    return load_clips(videos, spec, cache, chosen, say=_say, skip_bad=options.skip_bad)
+    return load_clips(videos, spec, cache, sampling, say=_say, skip_bad=options.skip_bad)
 
 
 def _network(
@@ -555,7 +554,9 @@ def _network(
     network = build(len(videos.classes))
     pruned: dict[str, Tensor] = {}
     if options.weights:
-        load_state(network, Path(options.weights))
+        told = load_state(network, Path(options.weights))
+        if not quiet:
+            _say(f"{options.weights}: {told}")
         notes = load_notes(options.weights)
         pruned = merged(notes.pruned or {})
         check_pruned(options.weights, pruned, network)
