@@ -228,4 +228,4 @@ def test_wrong_options_exit_with_2(program, capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
-    assert "0 is not 1 or more" in capsys.readouterr().err
+    assert "'0' is not accepted; use a whole number from 1 to 1000" in capsys.readouterr().err

@@ -1,14 +1,21 @@
 """The command doctor on a laptop, on a board, and on machines that lack something."""
 
+import errno
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from pynq_kgrc.accelerator.config import preset, write_design
+from pynq_kgrc.backends.board import lock
 from pynq_kgrc.cli import doctor, main
+from pynq_kgrc.errors import DeviceError
 
 
 def examine(capsys, *arguments):
@@ -160,4 +167,98 @@ def test_a_file_that_is_no_design(capsys, tmp_path, text):
     if text is not None:
         path.write_text(text)
     assert main(["doctor", "--design", str(path)]) == 2
-    assert f"{path}: no design of an accelerator (" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"pynq-kgrc: {path}: ")
+
+
+def test_a_bitstream_of_another_name_is_not_replaced_by_the_one_beside_it(laptop, capsys, tmp_path):
+    """`kgrc.bit` beside it may be of another design."""
+    (tmp_path / "mine.bit").write_bytes(b"bits")
+    (tmp_path / "kgrc.bit").write_bytes(b"bits")
+    _, _, found = examine(capsys, "--overlay", str(tmp_path / "mine.bit"))
+    assert not found["overlay"]["works"]
+    assert (
+        f"{tmp_path / 'mine.bit'}: accepted is a bitstream named kgrc.bit"
+        in (found["overlay"]["cure"])
+    )
+
+
+# ---- the lock on the device -----------------------------------------------------------------
+
+
+@pytest.fixture
+def lock_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.tempfile, "gettempdir", lambda: str(tmp_path))
+    return tmp_path
+
+
+def test_a_lock_file_is_for_all_users(lock_folder):
+    before = os.umask(0o022)
+    try:
+        lock.DeviceLock("card").release()
+    finally:
+        os.umask(before)
+    path = lock.lock_path("card")
+    assert path.stat().st_mode & 0o777 == 0o666
+    assert path.read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_lock_file_of_another_user(tmp_path_factory):
+    """filelock#70, vllm#2179: it names the file and its owner."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o777)
+        path = Path(folder) / "pynq_kgrc-card.lock"
+        path.touch(0o644)
+        path.chmod(0o644)
+        code = (
+            "import os, sys; os.setgid(65534); os.setuid(65534)\n"
+            "try: lock.DeviceLock('card')\n"
+            "except DeviceError as error: print(error)\n"
+        )
+        imports = (
+            "from pynq_kgrc.backends.board import lock; from pynq_kgrc.errors import DeviceError\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", imports + code],
+            capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": folder},
+        )  # fmt: skip
+    assert done.stdout.startswith(f"card cannot be locked: {path} of user root: Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (Path.mkdir, "Is a directory"),
+        (lambda path: path.symlink_to("/nowhere/at/all"), "symbolic links"),
+        (lambda path: path.parent.rmdir(), "No such file or directory"),
+    ],
+)
+def test_a_lock_file_that_cannot_be_opened(tmp_path, monkeypatch, make, text):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(lock.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    make(lock.lock_path("card"))
+    with pytest.raises(DeviceError, match=f"card cannot be locked: .*{text}"):
+        lock.DeviceLock("card")
+
+
+@pytest.mark.parametrize("name", ["flock", "ftruncate"])
+def test_a_file_system_without_locks_or_space(lock_folder, monkeypatch, name):
+    def fail(*_):
+        raise OSError(errno.ENOLCK if name == "flock" else errno.ENOSPC, "it fails")
+
+    monkeypatch.setattr(lock.fcntl if name == "flock" else lock.os, name, fail)
+    if name == "ftruncate":  # the process id is for messages only
+        lock.DeviceLock("card").release()
+        return
+    with pytest.raises(DeviceError, match=r"card cannot be locked: .*: it fails"):
+        lock.DeviceLock("card")
+
+
+def test_the_holder_of_a_lock_is_a_number_or_unknown(lock_folder):
+    held = lock.DeviceLock("card")
+    with pytest.raises(DeviceError, match=rf"in use by process {os.getpid()} \(this one"):
+        lock.DeviceLock("card")
+    lock.lock_path("card").write_bytes(b"\x1b[31m\xff")
+    with pytest.raises(DeviceError, match="in use by process unknown;"):
+        lock.DeviceLock("card")
+    held.release()

@@ -26,6 +26,7 @@ import msgspec
 from serving import LABELS, Serving, write_program, write_video
 
 from pynq_kgrc.cli import _parser, main
+from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.service.schemas import Classification
@@ -573,13 +574,14 @@ def test_settings_that_are_refused(tmp_path, capsys):
         "has no key": ["--api-key-file", str(empty)],
         "cannot be read as a file of keys": ["--api-key-file", str(tmp_path / "gone")],
         "--workers 2: the backend board takes one": ["--backend", "board", "--workers", "2"],
-        "--port 70000": ["--port", "70000"],
         "there is no such folder": ["--repository", str(tmp_path / "gone")],
     }
     for text, arguments in mistakes.items():
         state = ["--state", str(tmp_path / "state")]
         assert main(["serve", "-p", program, *state, *arguments]) == 2, text
         assert text in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--port 70000; accepted are 0 to 65535"):
+        check_settings(Settings(port=70000), insecure=False)
     settings = Settings(host="0.0.0.0")
     check_settings(settings, insecure=True)
     assert [is_loopback(h) for h in ("localhost", "127.9.9.9", "::1", "0.0.0.0", "a.b")] == [

@@ -236,7 +236,7 @@ def read_design(name: str) -> AcceleratorConfig:
             raise ConfigError(f"{error}; or give a .json file that `explore -o` wrote") from None
     try:
         fields = msgspec.json.decode(Path(name).read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
         raise ConfigError(
             f"{name}: cannot be read as a design ({error}); use a file that `explore -o` wrote"
         ) from error

@@ -1,10 +1,16 @@
-"""What the commands share: how they are declared, common options, and progress bars."""
+"""What the commands share: how they are declared, common options, and what they print."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import re
+import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Protocol, TextIO, TypeVar
 
 from pynq_kgrc.graph import SAMPLINGS
 
@@ -24,12 +30,85 @@ class Declare(Protocol):
     ) -> argparse.ArgumentParser: ...
 
 
-def positive(text: str) -> int:
-    """Read an argument that has to be an integer of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
+MOST = 10**9
+"""Largest value of an option whose own bounds are wider than any use."""
+
+DAY = 86_400
+"""Largest time limit that an option gives, in seconds."""
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """Reads an argument that has to be a whole number within bounds, for argparse's `type`."""
+
+    def read(text: str) -> int:
+        from pynq_kgrc.service.options import is_whole
+
+        if not is_whole(text, least, most):
+            raise argparse.ArgumentTypeError(
+                f"{text[:50]!r} is not accepted; use a whole number from {least} to {most}"
+            )
+        return int(text)
+
+    return read
+
+
+positive = whole(1, MOST)
+"""Reads an argument that has to be a whole number of 1 or more."""
+
+
+def bounded(name: str) -> Callable[[str], int]:
+    """Reads an argument within the bounds that the service has for this option."""
+
+    def read(text: str) -> int:
+        from pynq_kgrc.service.options import bounds
+
+        return whole(*bounds(name))(text)
+
+    return read
+
+
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+
+def number(text: str) -> float:
+    """Read an argument that has to be a finite number in ASCII digits."""
+    if len(text) > 50 or NUMBER.fullmatch(text) is None or not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text[:50]!r} is not accepted; use a number like 0.8")
+    return float(text)
+
+
+def file_to_write(text: str) -> Path:
+    """Read the path of an output file, and check before the work that it can be written."""
+    path = Path(text)
+    parent = path.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent  # missing folders are created
+    shown = printable(text)
+    if not path.name or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{shown!r} is a folder; use the name of a file")
+    if (path.exists() and not path.is_file()) or path.absolute().parent == Path("/dev"):
+        # the file is written beside it and renamed: as root that would replace /dev/null
+        raise argparse.ArgumentTypeError(f"{shown!r} is no regular file; use the name of a file")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(
+            f"{shown!r} cannot be written: {printable(parent)} is no folder that you may write to"
+        )
+    return path
+
+
+def readable(text: object) -> str:
+    """A path or text as valid Unicode: bytes that are not UTF-8 become escapes."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def printable(text: object) -> str:
+    """A path or text in one line: line breaks and other control characters become escapes."""
+    return "".join(
+        each.encode("unicode_escape").decode()
+        if unicodedata.category(each) in ("Cc", "Zl", "Zp")
+        else each
+        for each in readable(text)
+    )
 
 
 def add_design(command: argparse.ArgumentParser, purpose: str, *old_names: str) -> None:
@@ -55,15 +134,21 @@ def add_design(command: argparse.ArgumentParser, purpose: str, *old_names: str) 
         )
 
 
+def add_top(command: argparse.ArgumentParser, text: str) -> None:
+    """Add `--top`, the number of labels."""
+    command.add_argument("--top", type=bounded("top_k"), default=5, help=f"{text} (default: 5)")
+
+
 def add_sampling(command: argparse.ArgumentParser) -> None:
     """Add the options that choose the frames of a video, instead of the program."""
-    command.add_argument(
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
         "--stride",
-        type=positive,
+        type=bounded("stride"),
         metavar="FRAMES",
         help="cover the whole video with clips that start every FRAMES frames",
     )
-    command.add_argument(
+    either.add_argument(
         "--sampling",
         choices=SAMPLINGS,
         help="one clip of consecutive frames from the middle of the video (centre), one spread "
@@ -76,4 +161,23 @@ def progress(items: Iterable[T], text: str, total: int | None = None) -> Iterato
     """Pass the items on; on a terminal, show a progress bar."""
     from tqdm import tqdm
 
-    yield from tqdm(items, desc=text, total=total, disable=None, leave=False)
+    yield from tqdm(items, desc=printable(text), total=total, disable=None, leave=False)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line at once; a progress bar on the terminal makes room for it."""
+    from tqdm import tqdm
+
+    file = file or sys.stdout
+    with tqdm.external_write_mode(file=file):
+        print(line, file=file, flush=True)
+
+
+def draw_bar(share: float, width: int = 20) -> str:
+    """A bar for a share of 0 to 1, in characters that standard output can show."""
+    full = "\N{FULL BLOCK}"
+    try:
+        full.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        full = "#"
+    return f"{full * round(width * share):{width}}"

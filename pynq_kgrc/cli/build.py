@@ -5,16 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pynq_kgrc.cli.arguments import Declare, add_design, positive, progress
+from pynq_kgrc.cli.arguments import (
+    Declare,
+    add_design,
+    file_to_write,
+    printable,
+    progress,
+    readable,
+    whole,
+)
 from pynq_kgrc.cli.info import print_description, summary
-from pynq_kgrc.errors import ModelError
+from pynq_kgrc.errors import KgrcError, ModelError
 from pynq_kgrc.graph import SAMPLINGS
 
 if TYPE_CHECKING:
-    from pynq_kgrc.graph import Graph
+    from pynq_kgrc.graph import ClipSpec, Graph
+    from pynq_kgrc.quant import Array
 
 
 def declare(command: Declare) -> None:
@@ -33,12 +43,12 @@ def declare(command: Declare) -> None:
         "returns a torch module, and the module has a ClipSpec named CLIP.",
     )
     compile_.add_argument("network", metavar="NETWORK", help="the network; see above")
-    compile_.add_argument("-o", "--out", type=Path, required=True, help="program to write")
+    compile_.add_argument("-o", "--out", type=file_to_write, required=True, help="program to write")
     compile_.add_argument(
         "--weights",
         help="state dict (.safetensors, .pt) or the NAME of pull; without, seeded random weights",
     )
-    compile_.add_argument("--classes", type=positive, help="classes of the network")
+    compile_.add_argument("--classes", type=whole(1, 100_000), help="classes of the network")
     compile_.add_argument("--labels", type=Path, help="text file, one class a line")
     compile_.add_argument(
         "--clips",
@@ -75,7 +85,8 @@ def run_pull(options: argparse.Namespace) -> int:
     from pynq_kgrc.models.pretrained import pull
 
     path = pull(options.name, progress=lambda text: print(text, file=sys.stderr))
-    print(json.dumps({"name": options.name, "path": str(path)}) if options.json else path)
+    document = {"name": options.name, "path": readable(path)}
+    print(json.dumps(document) if options.json else printable(path))
     return 0
 
 
@@ -87,18 +98,17 @@ def run_compile(options: argparse.Namespace) -> int:
     from pynq_kgrc.compiler.lower import lower
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.patterns import prune, recipe
-    from pynq_kgrc.video import load_clip
 
     config = read_design(options.design)
     rates = recipe(options.network, options.recipe) if options.recipe else {}
     graph = _trace(options)
-    frames = [load_clip(video, graph.clip).frames for video in options.clips]
+    frames = _load_clips(options.clips, graph.clip)
     graph = prune(graph, rates, config.group_size)
     clips = (graph.clip.normalise(f) for f in progress(frames, "calibrate", len(frames)))
     method = options.method or DEFAULT_METHOD
     program = lower(choose_quant(graph, clips, config.bits, method), config)
     program.save(options.out)
-    document = replace(describe(program), path=str(options.out))
+    document = replace(describe(program), path=readable(options.out))
     if options.report:
         from pynq_kgrc.analysis.fidelity import measure_fidelity
 
@@ -107,8 +117,31 @@ def run_compile(options: argparse.Namespace) -> int:
     if options.json or options.report:
         print_description(document, options.json)
     else:
-        print(f"{summary(document)}\nwritten to {options.out}; pynq-kgrc info shows its layers")
+        random = "" if options.weights else "the weights are random: no --weights were given\n"
+        written = f"written to {printable(options.out)}; pynq-kgrc info shows its layers"
+        print(f"{summary(document)}\n{random}{written}")
     return 0
+
+
+def _load_clips(videos: list[str], spec: ClipSpec) -> list[Array]:
+    """The frames [D, H, W, 3] of a clip of each video.
+
+    Raises:
+        VideoError: names every video that cannot be read, with the reason.
+    """
+    from pynq_kgrc.errors import VideoError
+    from pynq_kgrc.video import load_clip
+
+    frames, unreadable = [], []
+    for video in progress(videos, "read", len(videos)):
+        try:
+            frames.append(load_clip(video, spec).frames)
+        except VideoError as error:
+            unreadable.append(str(error))
+    if unreadable:
+        count = f"{len(unreadable)} of {len(videos)} clips cannot be read: "
+        raise VideoError((count if len(videos) > 1 else "") + "; ".join(unreadable))
+    return frames
 
 
 def _trace(options: argparse.Namespace) -> Graph:
@@ -122,9 +155,21 @@ def _trace(options: argparse.Namespace) -> Graph:
     from pynq_kgrc.models.pretrained import RELEASES, pull
     from pynq_kgrc.models.trace import trace
 
-    build, clip = find_network(options.network)
     torch.manual_seed(0)
-    network = build(options.classes) if options.classes else build()
+    try:
+        build, clip = find_network(options.network)
+        network = build(options.classes) if options.classes else build()
+        if not isinstance(network, torch.nn.Module):
+            kind = type(network).__name__
+            raise ModelError(f"{options.network!r} gave {kind}; accepted is a torch.nn.Module")
+    except KgrcError:
+        raise
+    except Exception as error:  # of the user's own module, which runs here
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ModelError(
+            f"{options.network!r} cannot be built: {type(error).__name__}: {error} "
+            f"({place.filename}, line {place.lineno})"
+        ) from error
     if options.weights:
         pulled = options.weights in RELEASES
         load_state(network, pull(options.weights) if pulled else Path(options.weights))
@@ -141,6 +186,10 @@ def _labels(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: no list of labels, one a line ({error})") from error
+    labels = tuple(line.strip() for line in lines if line.strip())
+    if not labels or "\0" in "".join(labels):
+        raise ModelError(f"{path}: no list of labels, one a line (it has no text, or NUL bytes)")
+    return labels

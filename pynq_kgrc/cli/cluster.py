@@ -7,14 +7,25 @@ import json
 import sys
 from pathlib import Path
 
-from pynq_kgrc.cli.arguments import Declare, add_sampling, positive, progress
+from pynq_kgrc.cli.arguments import (
+    DAY,
+    Declare,
+    add_sampling,
+    add_top,
+    file_to_write,
+    positive,
+    printable,
+    progress,
+    readable,
+    whole,
+)
 from pynq_kgrc.errors import ConfigError
 
 BATCH = """\
 Every file below FOLDER gets a row in a Parquet table, sorted by path. The columns are labels (each
 a label and its confidence, which is a probability), windows, notes and error. A file that is not a
-video, or is damaged, has an error and no labels. Hidden files are left out. The results are those
-of `classify`, bit for bit, with any number of workers.
+video, or is damaged, has an error and no labels; the exit status is then 2. Hidden files are left
+out. The results are those of `classify`, bit for bit, with any number of workers.
 
 The command can be stopped or killed at any moment. Started again with the same options, it
 classifies only the files that have no result yet or have changed. Until all files have a result,
@@ -46,7 +57,7 @@ def declare(command: Declare) -> None:
     batch.add_argument(
         "-o",
         "--out",
-        type=Path,
+        type=file_to_write,
         required=True,
         metavar="RESULTS.parquet",
         help="the table to write",
@@ -62,16 +73,14 @@ def declare(command: Declare) -> None:
     )
     batch.add_argument(
         "--workers",
-        type=positive,
+        type=whole(1, 1024),
         help="number of processes (default: one per core; one for a board)",
     )
-    batch.add_argument(
-        "--top", type=positive, default=5, help="labels per row and window (default: 5)"
-    )
+    add_top(batch, "labels per row and window")
     add_sampling(batch)
     batch.add_argument(
         "--file-limit",
-        type=positive,
+        type=whole(1, DAY),
         default=600,
         metavar="SECONDS",
         help="time limit of a file, after which its worker is replaced (default: 600)",
@@ -91,7 +100,7 @@ def declare(command: Declare) -> None:
     )
     cluster.add_argument(
         "--emulators",
-        type=int,
+        type=whole(0, 1024),
         default=0,
         metavar="N",
         help="number of emulations to start (default: 0)",
@@ -106,7 +115,7 @@ def declare(command: Declare) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
     cluster.add_argument(
-        "--port", type=positive, default=9000, help="port to listen on (default: 9000)"
+        "--port", type=whole(1, 65535), default=9000, help="port to listen on (default: 9000)"
     )
     cluster.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="keys, one per line, as for serve"
@@ -121,20 +130,20 @@ def declare(command: Declare) -> None:
     )
     cluster.add_argument(
         "--queue",
-        type=positive,
+        type=whole(1, 10_000),
         default=16,
         help="videos that may wait or run; further ones get 429 (default: 16)",
     )
     cluster.add_argument(
         "--wait",
-        type=positive,
+        type=whole(1, DAY),
         default=60,
         metavar="SECONDS",
         help="time a video waits for an idle device (default: 60)",
     )
     cluster.add_argument(
         "--limit",
-        type=positive,
+        type=whole(1, DAY),
         default=600,
         metavar="SECONDS",
         help="time limit of a video, after which its device leaves the rotation (default: 600)",
@@ -183,12 +192,15 @@ def run_batch(options: argparse.Namespace) -> int:
         print("pynq-kgrc: stopped; the results so far are kept for the next run", file=sys.stderr)
         return 130
     if options.json:
-        print(json.dumps({"out": str(options.out), **vars(found)}))
+        print(json.dumps({"out": readable(options.out), **vars(found)}))
     else:
         kept = f", {found.kept} of them from an earlier run" if found.kept else ""
         errors = f"; {found.errors} could not be read (column error)" if found.errors else ""
-        print(f"{options.out}: {found.rows} rows{kept}{errors}")
-    return 0
+        print(f"{printable(options.out)}: {found.rows} rows{kept}{errors}")
+    if found.errors:
+        text = f"{found.errors} of {found.rows} files could not be read; see the column error"
+        print(f"pynq-kgrc: {text}", file=sys.stderr)
+    return 2 if found.errors else 0
 
 
 def run_cluster(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pynq_kgrc.cli.arguments import Declare, positive, progress
+from pynq_kgrc.cli.arguments import Declare, file_to_write, number, positive, progress
 
 if TYPE_CHECKING:
     from pynq_kgrc.accelerator.boards import Board
@@ -43,14 +43,14 @@ def declare(command: Declare) -> None:
     explore.add_argument("--board", default="zcu102", help="the board to fit (default: zcu102)")
     explore.add_argument(
         "--clock",
-        type=float,
+        type=number,
         default=150.0,
         metavar="MHZ",
         help="clock of the design (default: 150)",
     )
     explore.add_argument(
         "--share",
-        type=float,
+        type=number,
         default=0.8,
         help="largest share of each resource of the board to use (default: 0.8)",
     )
@@ -64,10 +64,10 @@ def declare(command: Declare) -> None:
         "--top", type=positive, default=10, help="number of designs to print (default: 10)"
     )
     explore.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the designs: .png, .svg, .pdf"
+        "--plot", type=file_to_write, metavar="FILE", help="draw the designs: .png, .svg, .pdf"
     )
     explore.add_argument(
-        "-o", "--out", type=Path, metavar="FILE", help="write the fastest, for --design"
+        "-o", "--out", type=file_to_write, metavar="FILE", help="write the fastest, for --design"
     )
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pynq_kgrc.cli.arguments import Declare, positive
+from pynq_kgrc.cli.arguments import DAY, Declare, positive, whole
 from pynq_kgrc.errors import ConfigError
 
 MORE = """\
@@ -43,12 +43,14 @@ def declare(command: Declare) -> None:
         "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
     )
     serve.add_argument(
-        "--workers", type=positive, default=1, help="processes that run clips (default: 1)"
+        "--workers", type=whole(1, 1024), default=1, help="processes that run clips (default: 1)"
     )
     serve.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
     )
-    serve.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one")
+    serve.add_argument(
+        "--port", type=whole(0, 65535), default=8000, help="port to listen on; 0: any free one"
+    )
     serve.add_argument(
         "--api-key-file",
         type=Path,
@@ -65,27 +67,27 @@ def declare(command: Declare) -> None:
     )
     serve.add_argument(
         "--queue",
-        type=positive,
+        type=whole(1, 10_000),
         default=16,
         help="videos that may wait or run; further ones get 429 (default: 16)",
     )
     serve.add_argument(
         "--wait",
-        type=positive,
+        type=whole(1, DAY),
         default=25,
         metavar="SECONDS",
         help="time a request waits for its result before it gets a job's address (default: 25)",
     )
     serve.add_argument(
         "--clip-limit",
-        type=positive,
+        type=whole(1, DAY),
         default=120,
         metavar="SECONDS",
         help="time limit of a clip, after which the device counts as hung (default: 120)",
     )
     serve.add_argument(
         "--grace",
-        type=positive,
+        type=whole(1, DAY),
         default=30,
         metavar="SECONDS",
         help="time to finish accepted work after SIGTERM (default: 30)",

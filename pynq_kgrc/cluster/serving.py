@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 import aiohttp
@@ -67,12 +67,16 @@ LEAVING = (429, 503)
 """A device that answers with one of these leaves the rotation until it is ready."""
 
 
+Positive = Annotated[int, msgspec.Meta(ge=1, le=10**9)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+
+
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The arguments of `build`; `serve run` passes them as NAME=VALUE. Times are in seconds."""
 
     boards: str = ""
     """Addresses of instances of `pynq-kgrc serve`, separated by commas."""
-    emulators: int = 0
+    emulators: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     """Number of emulations that Ray starts."""
     program: str = ""
     """Program of the emulators; empty: the one that comes with the package."""
@@ -82,13 +86,13 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of keys, as for `serve --api-key-file`; empty: only this machine is served."""
     insecure: bool = False
     """Whether other machines are served without a key."""
-    max_bytes: int = 50_000_000
+    max_bytes: Positive = 50_000_000
     """Largest video. Up to `queue` videos are in memory at a time."""
-    queue: int = 16
+    queue: Positive = 16
     """Videos that may wait or run at a time; further ones get 429."""
-    wait_seconds: float = 60.0
+    wait_seconds: Seconds = 60.0
     """How long a video waits for an idle device."""
-    answer_seconds: float = 600.0
+    answer_seconds: Seconds = 600.0
     """Time limit of a device for a video; then it leaves the rotation, and another one gets it."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -299,7 +300,13 @@ async def run_service(settings: Settings, announce: Callable[[dict[str, Any]], N
         KgrcError: the address is taken, a program is refused, or the device does not answer.
     """
     start_logging()
-    bound = listen(settings.host, settings.port)
+    with listen(settings.host, settings.port) as bound:
+        await _serve(settings, bound, announce)
+
+
+async def _serve(
+    settings: Settings, bound: socket.socket, announce: Callable[[dict[str, Any]], None]
+) -> None:
     port = bound.getsockname()[1]
     service = Service(settings)
     began = time.perf_counter()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from pynq_kgrc.errors import KgrcError
+from pynq_kgrc.errors import ConfigError, KgrcError
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.schemas import Classification, JobDocument, Progress
 from pynq_kgrc.service.waiting import within
@@ -135,6 +135,9 @@ class Jobs:
             video is decoded while this one is on the device.
         seconds: time limit of one job.
         keep_seconds: how long results are kept.
+
+    Raises:
+        ConfigError: the database cannot be opened.
     """
 
     def __init__(
@@ -143,7 +146,16 @@ class Jobs:
         self.queue, self.seconds, self.keep_seconds = queue, seconds, keep_seconds
         self.active: dict[str, Job] = {}
         self._running = asyncio.Semaphore(at_once)
-        self._store = sqlite3.connect(path, isolation_level=None)
+        try:
+            self._store = sqlite3.connect(path, isolation_level=None)
+            self._open_store()
+        except (sqlite3.Error, msgspec.MsgspecError) as error:
+            raise ConfigError(
+                f"{path}: cannot be used as the database of jobs ({error}); delete it, or give "
+                f"another --state"
+            ) from error
+
+    def _open_store(self) -> None:
         self._store.execute("PRAGMA journal_mode=WAL")
         self._store.execute("PRAGMA synchronous=NORMAL")
         self._store.execute(

@@ -1,7 +1,7 @@
 """The options of a classification: their names, defaults and bounds, declared once.
 
 The query of a request, the fields of a form, a live session and the command line all take the
-bounds of `Options`, and read numbers by `read_whole`. Imports no web framework.
+bounds of `Options` and the spelling of numbers from here. Imports no web framework.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Options(msgspec.Struct, frozen=True):
     sampling: Sampling | None = None
 
 
+def is_whole(text: str, least: int, most: int) -> bool:
+    """Whether a text is a whole number within bounds, in ASCII digits and nothing else."""
+    return WHOLE.fullmatch(text) is not None and least <= int(text) <= most
+
+
 def read_whole(text: str, name: str, least: int, most: int) -> int:
     """The whole number that a text gives, within bounds.
 
@@ -54,7 +59,7 @@ def read_whole(text: str, name: str, least: int, most: int) -> int:
     Raises:
         Refusal: 422, any other text; the message has the name, the text and the bounds.
     """
-    if WHOLE.fullmatch(text) is None or not least <= int(text) <= most:
+    if not is_whole(text, least, most):
         raise Refusal(
             422, f"{name}={text[:50]!r}; accepted are whole numbers from {least} to {most}"
         )

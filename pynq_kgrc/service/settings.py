@@ -86,7 +86,7 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
         ConfigError: the file cannot be read, has no key, or a key is too short.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path}: cannot be read as a file of keys, one per line ({error})"
@@ -97,6 +97,10 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
             f"{path}: has no key; write one per line, of {MIN_KEY} characters or more"
         )
     for number, key in enumerate(keys, 1):
+        if not key.isprintable():
+            raise ConfigError(
+                f"{path}: key {number} has control characters, which no header of HTTP can carry"
+            )
         if len(key) < MIN_KEY:
             raise ConfigError(
                 f"{path}: key {number} has {len(key)} characters; use {MIN_KEY} or more"

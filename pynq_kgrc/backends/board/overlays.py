@@ -117,9 +117,14 @@ def list_overlays(place: Path) -> list[FoundOverlay]:
     """The overlay of a bitstream or of its folder, or all overlays in the folders of a folder.
 
     Raises:
-        DeviceError: a manifest is invalid.
+        DeviceError: a manifest is invalid, or a bitstream has another name than an overlay's.
     """
     if place.suffix == ".bit":
+        if place.name != BIT:
+            raise DeviceError(
+                f"{place}: accepted is a bitstream named {BIT}, with {HWH} and {MANIFEST} beside "
+                f"it; put each overlay into a folder of its own, with those names"
+            )
         place = place.parent
     if (place / MANIFEST).is_file():
         return [read_overlay(place)]
