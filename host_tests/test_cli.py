@@ -229,3 +229,14 @@ def test_wrong_options_exit_with_2(program, capsys):
             main(arguments)
         assert stop.value.code == 2
     assert "'0' is not accepted; use a whole number from 1 to 1000" in capsys.readouterr().err
+
+
+def test_compile_writes_how_a_video_is_sampled(network, clips, tmp_path, capsys):
+    """CLIP says it, and --sampling and --rate say otherwise."""
+    out = str(tmp_path / "x.kgrc")
+    arguments = ["compile", network, "--clips", *clips, "-o", out]
+    assert run_json(capsys, *arguments)["clip"]["sampling"] == "windows"
+    clip = run_json(capsys, *arguments, "--sampling", "uniform", "--rate", "12.5")["clip"]
+    assert (clip["sampling"], clip["rate"]) == ("uniform", 12.5)
+    (video,) = run_json(capsys, "classify", clips[0], "-p", out)["videos"]
+    assert len(video["windows"]) == 1

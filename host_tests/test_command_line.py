@@ -286,7 +286,7 @@ def test_labels_with_a_byte_order_mark(network, video, tmp_path, capsys):
     assert status == 0, err
     assert "the weights are random" in printed
     _, printed, _ = run(capsys, "classify", video, "-p", out, "--json")
-    found = json.loads(printed)["videos"][0]["clips"][0]["labels"]
+    found = json.loads(printed)["videos"][0]["labels"]
     assert {label["label"] for label in found} == {"run\u2028fast", "jump", "wave", "walk"}
 
 
@@ -324,8 +324,10 @@ def test_one_bad_video_costs_only_its_own_results(program, video, damaged, capsy
     first, bad, last = json.loads(out)["videos"]
     for found in (first, last):
         assert "error" not in found
-        assert found["clips"][0]["labels"] == alone["clips"][0]["labels"]
-    assert (bad["video"], bad["clips"]) == (damaged, [])
+        assert found["labels"] == alone["labels"]
+        assert found["windows"] == alone["windows"]
+    assert (bad["video"], bad["windows"]) == (damaged, [])
+    assert "labels" not in bad
     assert damaged in bad["error"] or "MP4" in bad["error"]
     assert err.count("pynq-kgrc: ") == 1
 
@@ -343,18 +345,20 @@ def test_json_is_whole_if_the_device_fails(program, video, capsys, monkeypatch):
 
     calls = []
 
-    def classify(self, frames, top):
-        calls.append(top)
+    def run_clip(self, frames):
+        calls.append(frames)
         if len(calls) > 1:
             raise DeviceError("it does not answer")
-        return original(self, frames, top)
+        return original(self, frames)
 
-    original = Session.classify
-    monkeypatch.setattr(Session, "classify", classify)
-    status, out, err = run(capsys, "classify", video, video, "-p", program, "--json")
+    original = Session.run
+    monkeypatch.setattr(Session, "run", run_clip)
+    status, out, err = run(
+        capsys, "classify", video, video, "-p", program, "--json", "--sampling=centre"
+    )
     document = json.loads(out)
     assert (status, document["error"]) == (2, "it does not answer")
-    assert [len(each["clips"]) for each in document["videos"]] == [1, 0]
+    assert [len(each["windows"]) for each in document["videos"]] == [1, 0]
     assert err == "pynq-kgrc: it does not answer\n"
 
 
@@ -413,7 +417,7 @@ def test_memory_does_not_grow_with_the_video(folder, tmp_path):
         )  # fmt: skip
         status, peak = done.stderr.split()[-2:]
         assert status == "0"
-        windows = json.loads(done.stdout)["videos"][0]["clips"]
+        windows = json.loads(done.stdout)["videos"][0]["windows"]
         assert len(windows) == (frames - 16) // 2 + 1
         peaks.append(int(peak) / 1024)
     assert peaks[1] - peaks[0] < 15, peaks
@@ -421,7 +425,7 @@ def test_memory_does_not_grow_with_the_video(folder, tmp_path):
 
 def test_windows_are_printed_as_they_are_done(program, video, monkeypatch):
     """Each line is there before the next clip is decoded."""
-    from pynq_kgrc.cluster import archive
+    from pynq_kgrc import recognition
 
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(sys, "stdout", out)
@@ -429,13 +433,13 @@ def test_windows_are_printed_as_they_are_done(program, video, monkeypatch):
 
     def watched(*arguments, **more):
         for clip in load_windows(*arguments, **more):
-            lines.append(out.buffer.getvalue().count(b" s  (emulate"))
+            lines.append(out.buffer.getvalue().count(b'{"start_ms": '))
             yield clip
 
-    load_windows = archive.load_windows
-    monkeypatch.setattr(archive, "load_windows", watched)
-    assert main(["classify", video, "-p", program, "--stride", "4"]) == 0
-    assert lines == [0, 1, 2, 3]
+    load_windows = recognition.load_windows
+    monkeypatch.setattr(recognition, "load_windows", watched)
+    assert main(["classify", video, "-p", program, "--stride", "4", "--json"]) == 0
+    assert lines == list(range(len(lines))) and len(lines) > 3
 
 
 # ---- terminals, pipes and disks --------------------------------------------------------------
@@ -455,7 +459,11 @@ def test_a_terminal_of_any_encoding(env, video, tmp_path):
     """The bar is drawn in characters that it has; others are escaped (fastprogress#37)."""
     labels = ("\u8dd1", "caf\u00e9", "wave", "walk")
     write_program(tmp_path / "tiny.kgrc", labels=labels)
-    process = start("classify", video, "gone \u8dd1.mp4", "-p", tmp_path / "tiny.kgrc", env=env)
+    process = start(
+        *("classify", video, "gone \u8dd1.mp4", "-p", tmp_path / "tiny.kgrc"),
+        "--sampling=centre",
+        env=env,
+    )
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     assert b"Traceback" not in err

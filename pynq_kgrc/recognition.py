@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from pynq_kgrc.errors import KgrcError, VideoError
-from pynq_kgrc.results import Recognition, WindowSum
+from pynq_kgrc.results import Recognition, WindowLabels, WindowSum
 from pynq_kgrc.runtime import Session
 from pynq_kgrc.video import Clip, Limits, load_clip, load_windows
 
@@ -33,6 +33,7 @@ def recognize(
     top: int = 5,
     limits: Limits = LOCAL,
     bar: Bar = lambda clips: clips,
+    watch: Callable[[WindowLabels], None] = lambda window: None,
 ) -> Recognition:
     """The labels of a video, sampled as the program says.
 
@@ -48,6 +49,7 @@ def recognize(
         top: labels to give for the video and for each window.
         limits: what to refuse.
         bar: wraps the clips to show progress.
+        watch: receives the labels of each window before the next one is decoded.
 
     Raises:
         VideoError: what is wrong with the source.
@@ -58,7 +60,8 @@ def recognize(
     found = WindowSum(program.labels, top, program.clip.threshold)
     notes: list[str] = []
     for clip in bar(sample_clips(session, source, sampling, stride, limits)):
-        found.add(clip.start_ms, clip.end_ms, session.run(clip.frames).probabilities)
+        probabilities = session.run(clip.frames).probabilities
+        watch(found.add(clip.start_ms, clip.end_ms, probabilities))
         notes += [note for note in clip.notes if note not in notes]
     return found.result(notes, session.backend_name)
 

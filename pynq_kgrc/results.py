@@ -80,12 +80,13 @@ class WindowSum:
         self._sum: Array | None = None
         self.windows: list[WindowLabels] = []
 
-    def add(self, start_ms: float, end_ms: float, probabilities: Array) -> None:
-        """Add a window with its probabilities [classes]."""
+    def add(self, start_ms: float, end_ms: float, probabilities: Array) -> WindowLabels:
+        """Add a window with its probabilities [classes]; its labels."""
         values = np.asarray(probabilities, np.float64)
         self._sum = values.copy() if self._sum is None else self._sum + values
         labels = best_labels(values, self._names, self._top, self._digits)
         self.windows.append(WindowLabels(start_ms, end_ms, labels))
+        return self.windows[-1]
 
     def result(self, notes: Iterable[str] = (), backend: str = "") -> Recognition:
         """The labels of the video; at least one window has been added."""

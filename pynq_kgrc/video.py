@@ -164,7 +164,7 @@ def _opened(
     """A trusted file as a `Video`; every message begins with its name."""
     limits = limits or Limits()
     name = "the video" if isinstance(source, bytes) else os.fspath(source)
-    readable = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     try:
         with _file(source, limits) as file:
             video = Video(file, spec, limits, threads=0)

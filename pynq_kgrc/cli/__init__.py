@@ -13,17 +13,6 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from pynq_kgrc.cli import (
-    build,
-    calibrate,
-    classify,
-    cluster,
-    doctor,
-    explore,
-    info,
-    serve,
-    train,
-)
 from pynq_kgrc.cli.arguments import Run, printable
 from pynq_kgrc.errors import ConfigError, KgrcError
 from pynq_kgrc.version import VERSION
@@ -181,6 +170,17 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     # here, so that Ctrl-C during these imports is caught by `main`
+    from pynq_kgrc.cli import (
+        build,
+        calibrate,
+        classify,
+        cluster,
+        doctor,
+        explore,
+        info,
+        serve,
+        train,
+    )
 
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser("pynq-kgrc", description=DESCRIPTION, epilog=EPILOG, formatter_class=style)

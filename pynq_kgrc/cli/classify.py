@@ -27,7 +27,8 @@ from pynq_kgrc.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from pynq_kgrc.results import Recognition
+    from pynq_kgrc.results import Recognition, WindowLabels
+    from pynq_kgrc.runtime import Session
 
 
 def declare(command: Declare) -> None:
@@ -38,9 +39,9 @@ def declare(command: Declare) -> None:
         "name the actions in videos",
         "A video is sampled as the program says: one clip, or clips one after the other, whose\n"
         "probabilities are averaged; then the timeline is printed, too. If the best label's\n"
-        "confidence is below the program's threshold, the answer is marked as unsure. A video\n"
-        "that cannot be read does not keep the others from being classified; then the exit status\n"
-        "is 2.",
+        "confidence is below the program's threshold, the answer is marked as unsure.\n"
+        "A video that cannot be read does not keep the others from being classified; the exit\n"
+        "status is then 2.",
     )
     classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     classify.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
@@ -64,42 +65,65 @@ def declare(command: Declare) -> None:
 
 
 def run_classify(options: argparse.Namespace) -> int:
-    from pynq_kgrc.errors import VideoError
     from pynq_kgrc.program import load
-    from pynq_kgrc.recognition import recognize
     from pynq_kgrc.runtime import Session
 
     program = load(options.program)
-    report: _Report = _JsonReport() if options.json else _TextReport(program.clip.threshold)
-    status = 0
+    report = _JsonReport() if options.json else _TextReport(program.clip.threshold)
+    unreadable = 0
     with Session(program, options.backend) as session, report.document(program.name):
         for video in options.videos:
-            began = time.perf_counter()
-            bar = partial(progress, text=printable(Path(video).name))
-            try:
-                found = recognize(
-                    session, video, options.sampling, options.stride, options.top, bar=bar
-                )
-            except VideoError as error:
-                report.error(readable(video), readable(error))
-                say(f"pynq-kgrc: {printable(error)}", sys.stderr)
-                status = 2
-            else:
-                report.video(readable(video), found, time.perf_counter() - began)
-    return status
+            with report.video(readable(video)):
+                unreadable += not _classify_video(session, video, options, report)
+    return 2 if unreadable else 0
+
+
+def _classify_video(
+    session: Session, video: str, options: argparse.Namespace, report: _Report
+) -> bool:
+    """Report a video; whether it could be read."""
+    from pynq_kgrc.errors import VideoError
+    from pynq_kgrc.recognition import recognize
+
+    spec = session.program.clip
+    single = spec.chosen_sampling(options.sampling, options.stride) != "windows"
+    bar = partial(progress, text=Path(video).name, total=1 if single else None)
+    began = time.perf_counter()
+    try:
+        found = recognize(
+            session,
+            video,
+            options.sampling,
+            options.stride,
+            options.top,
+            bar=bar,
+            watch=report.window,
+        )
+    except VideoError as error:
+        report.error(readable(error))
+        say(f"pynq-kgrc: {printable(error)}", sys.stderr)
+        return False
+    report.result(found, time.perf_counter() - began)
+    return True
 
 
 class _Report(Protocol):
-    """Prints the result of each video as soon as it is there."""
+    """Prints results as soon as they are there."""
 
     def document(self, program: str) -> AbstractContextManager[None]:
         """Around all videos."""
 
-    def video(self, name: str, found: Recognition, seconds: float) -> None:
-        """Print what a video shows."""
+    def video(self, name: str) -> AbstractContextManager[None]:
+        """Around the results of a video."""
 
-    def error(self, name: str, text: str) -> None:
-        """Print why a video cannot be read."""
+    def window(self, window: WindowLabels) -> None:
+        """Called with the labels of each clip, in order."""
+
+    def result(self, found: Recognition, seconds: float) -> None:
+        """Print the labels of the video."""
+
+    def error(self, text: str) -> None:
+        """Print why the video, or the rest of it, cannot be read."""
 
 
 class _TextReport:
@@ -112,16 +136,23 @@ class _TextReport:
     def document(self, program: str) -> Iterator[None]:
         yield
 
-    def video(self, name: str, found: Recognition, seconds: float) -> None:
+    @contextlib.contextmanager
+    def video(self, name: str) -> Iterator[None]:
+        self._name = printable(name)
+        yield
+
+    def window(self, window: WindowLabels) -> None:
+        pass
+
+    def result(self, found: Recognition, seconds: float) -> None:
         windows = found.windows
         span = f"{windows[0].start_ms / 1e3:.1f} to {windows[-1].end_ms / 1e3:.1f} s"
         count = f"{len(windows)} clips, " if len(windows) > 1 else ""
-        lines = [f"{printable(name)}  {span}  ({count}{found.backend}, {seconds:.2f} s)"]
+        lines = [f"{self._name}  {span}  ({count}{found.backend}, {seconds:.2f} s)"]
         lines += [f"  note: {printable(note)}" for note in found.notes]
         if found.unsure:
             lines.append(
-                f"  unsure: the best label is below the program's threshold of "
-                f"{self._threshold:.1%}"
+                f"  unsure: the best label is below the threshold of {self._threshold:.1%}"
             )
         lines += [
             f"  {label.confidence:6.1%} {draw_bar(label.confidence)} {printable(label.label)}"
@@ -130,21 +161,23 @@ class _TextReport:
         for segment in found.segments if len(windows) > 1 else ():
             span = f"{segment.start_ms / 1e3:8.1f} to {segment.end_ms / 1e3:6.1f} s"
             unsure = "  (unsure)" if segment.confidence < self._threshold else ""
-            lines.append(f"  {span}  {segment.confidence:6.1%} {printable(segment.label)}{unsure}")
+            name = printable(segment.label)
+            lines.append(f"  {span}  {segment.confidence:6.1%} {name}{unsure}")
         say("\n".join(lines))
 
-    def error(self, name: str, text: str) -> None:
+    def error(self, text: str) -> None:
         pass
 
 
 class _JsonReport:
-    """Results as one JSON document, written with a line for each video.
+    """Results as one JSON document, written piece by piece with a line for each clip.
 
     It is closed even if the command fails: `error` then says why, as it does for a video.
     """
 
     def __init__(self) -> None:
-        self._comma = ""
+        self._first_video = self._first_window = True
+        self._rest = ""
 
     @contextlib.contextmanager
     def document(self, program: str) -> Iterator[None]:
@@ -157,15 +190,31 @@ class _JsonReport:
             raise
         say("]}")
 
-    def video(self, name: str, found: Recognition, seconds: float) -> None:
-        self._say({"video": name, "seconds": seconds, **msgspec.to_builtins(found)})
+    @contextlib.contextmanager
+    def video(self, name: str) -> Iterator[None]:
+        comma = "" if self._first_video else ","
+        self._first_video, self._first_window, self._rest = False, True, ""
+        say(f'{comma}{{"video": {json.dumps(name)}, "windows": [')
+        try:
+            yield
+        finally:
+            say(f"]{self._rest}}}")
 
-    def error(self, name: str, text: str) -> None:
-        self._say({"video": name, "error": text})
+    def window(self, window: WindowLabels) -> None:
+        say(("" if self._first_window else ",") + json.dumps(msgspec.to_builtins(window)))
+        self._first_window = False
 
-    def _say(self, document: dict[str, Any]) -> None:
-        say(self._comma + json.dumps(document))
-        self._comma = ","
+    def result(self, found: Recognition, seconds: float) -> None:
+        for name in found.__struct_fields__:
+            if name != "windows":
+                self._add(name, msgspec.to_builtins(getattr(found, name)))
+        self._add("seconds", seconds)
+
+    def error(self, text: str) -> None:
+        self._add("error", text)
+
+    def _add(self, name: str, value: Any) -> None:
+        self._rest += f", {json.dumps(name)}: {json.dumps(value)}"
 
 
 def run_compare(options: argparse.Namespace) -> int:
