@@ -823,3 +823,47 @@ def test_whole_networks(network):
     for ours, theirs in zip(right.layers, left.layers, strict=True):
         assert replace(ours, seconds=0, cycles=None) == replace(theirs, seconds=0)
         assert ours.cycles > 0
+
+
+def test_an_interrupt_controller_inside_a_hierarchy(device, program, tmp_path):
+    """Xilinx/PYNQ#1433: pynq raises KeyError; what leaves the backend is a DeviceError."""
+    folder = tmp_path / "overlay"
+    simulated.write_overlay(folder, program.config)
+    hwh = (folder / "kgrc.hwh").read_text()
+    nested = hwh.replace('FULLNAME="/axi_intc_0"', 'FULLNAME="/irq/axi_intc_0"')
+    nested = nested.replace('INSTANCE="axi_intc_0"', 'INSTANCE="irq_axi_intc_0"')
+    (folder / "kgrc.hwh").write_text(nested)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["sha256"]:
+        manifest["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if nested == hwh:  # a device without an interrupt has no controller
+        BoardBackend(program.config, overlay=folder, device=device).close()
+        return
+    with pytest.raises(DeviceError, match="open: the device fails: KeyError"):
+        BoardBackend(program.config, overlay=folder, device=device)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no memory"), RuntimeError("xrt")])
+def test_a_load_that_stops_half_way_leaves_no_program(board, program, clips, monkeypatch, error):
+    """Neither program may answer: not the old one under the new one's name, nor half of the new."""
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+    real, calls = simulated.SimulatedDevice.flush, []
+
+    def flush(self, *arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise error
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulated.SimulatedDevice, "flush", flush)
+        wanted = KeyboardInterrupt if error is KeyboardInterrupt else DeviceError
+        with pytest.raises(wanted):
+            board.load(program)
+    assert len(calls) == 3
+    for verb in (board.run, lambda: board.write(program.source, clips[0][0])):
+        with pytest.raises(ProgramError, match="no program is loaded"):
+            verb()
+    board.load(program)
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])

@@ -49,7 +49,14 @@ from pynq_kgrc.backends.board.device import (
 )
 from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay
 from pynq_kgrc.backends.board.overlays import FoundOverlay, find_overlay
-from pynq_kgrc.backends.image import build_image, decode_map, encode_map, map_bytes, slot_beat
+from pynq_kgrc.backends.image import (
+    Image,
+    build_image,
+    decode_map,
+    encode_map,
+    map_bytes,
+    slot_beat,
+)
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.program import Program, Slot
@@ -119,7 +126,8 @@ class BoardBackend(Loaded):
         self._resources = DeviceResources(self._device)
         self._release = weakref.finalize(self, DeviceResources.release, self._resources)
         try:
-            self._load_overlay(download)
+            with device_errors("open"):
+                self._load_overlay(download)
         except BaseException:
             self._release()
             raise
@@ -227,6 +235,10 @@ class BoardBackend(Loaded):
                 f"reads version {version}; use an overlay that was built for this release"
             )
         image = build_image(program)
+        with device_errors("load"):
+            self._load(program, image)
+
+    def _load(self, program: Program, image: Image) -> None:
         costs = [task_cost(self.config, program.work(task)) for task in program.tasks]
         self._restore_device()
         self._program = None
@@ -241,8 +253,8 @@ class BoardBackend(Loaded):
         self._modelled_counts = np.array(
             [[getattr(cost, name) for name in CHECKED] for cost in costs], np.uint64
         )
-        self._program = program
         self._write_image(image.weights, image.tables)
+        self._program = program  # loaded only once all of it is written
 
     def _write_image(self, weights: Array, tables: Array) -> None:
         """Write weights, tables and the address registers; clear maps and status."""
