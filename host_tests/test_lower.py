@@ -6,14 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from networks import Net, compiled, small_config
 
 from pynq_kgrc.analysis.fidelity import written_tensor
 from pynq_kgrc.compiler.lower import clamp_codes, lower, quantize_weight
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.compress.calibrate import choose_quant
-from pynq_kgrc.compress.fake_quant import FakeQuantNetwork
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ACTIVATIONS, INPUT, ConvShape, Layer, activate, run_float
 from pynq_kgrc.quant import QuantParams
@@ -86,6 +84,9 @@ def test_a_copy_holds_the_codes_of_its_source(bits):
     net.dense(net.add(twice, twice), 3)
     program, graph = compiled(net, small_config(bits))
     frames = np.random.default_rng(1).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
+    torch = pytest.importorskip("torch", reason="no torch: training is not compared")
+    from pynq_kgrc.compress.fake_quant import FakeQuantNetwork
+
     clip = torch.from_numpy(graph.clip.normalise(frames).astype(np.float64))[None]
     trained = FakeQuantNetwork(graph).codes(clip)
     with Session(program) as session:
@@ -218,6 +219,9 @@ def test_a_new_activation_is_one_line_of_a_table(bits, backend, monkeypatch):
     net.dense(net.add(total, alone, act="hardtanh"), 2)  # the output has 16 bits: not compared
     for name in (alone, ridden, total):
         net.layers[name].weight[...] *= 4  # so that the bounds bind
+    torch = pytest.importorskip("torch", reason="no torch: training is not compared")
+    from pynq_kgrc.compress.fake_quant import FakeQuantNetwork
+
     network = FakeQuantNetwork(choose_quant(net.graph(), net.clips(), bits))
     graph = network.to_graph()
     program = lower(graph, small_config(bits))

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -73,6 +74,8 @@ def test_the_work_of_a_task_is_computed_once(program, monkeypatch):
     )
     check(fresh)
     for name in BACKENDS:
+        if name == "board" and find_spec("pynq") is None:
+            continue
         backend = open_backend(name, fresh.config)
         backend.load(fresh)
         backend.close()

@@ -632,10 +632,19 @@ def encode(path, images, rate=25, codec="libx264", pixels="yuv420p", tags=(), ti
 WHOLE = ClipSpec(4, height=128, width=192, short_side=128)
 
 
+def knows_bt2020():
+    """PyAV 17, the newest for Python 3.10, cannot encode BT.2020, so that it cannot be tested."""
+    from av.video.reformatter import Colorspace
+
+    return hasattr(Colorspace, "BT2020")
+
+
+TAGS = [(1, 1), (1, 2), (5, 1), (5, 2), *([(9, 1)] if knows_bt2020() else []), ()]
+"""BT.709, BT.601, BT.2020; limited range 1, full range 2."""
+
+
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le"])
-@pytest.mark.parametrize(
-    "tags", [(1, 1), (1, 2), (5, 1), (5, 2), (9, 1), ()], ids=str
-)  # BT.709, BT.601, BT.2020; limited range 1, full range 2
+@pytest.mark.parametrize("tags", TAGS, ids=str)
 def test_colours_are_those_that_were_encoded(tmp_path, tags, pixels):
     path = encode(tmp_path / "v.mp4", map(gradient, range(6)), tags=tags, pixels=pixels)
     frames = next(load_windows(path, WHOLE)).frames.astype(int)
@@ -644,7 +653,7 @@ def test_colours_are_those_that_were_encoded(tmp_path, tags, pixels):
     assert np.abs(frames - truth).mean() < 3.5
 
 
-@pytest.mark.parametrize("tags", [(1, 1), (9, 1)], ids=str)
+@pytest.mark.parametrize("tags", [tags for tags in TAGS if tags in ((1, 1), (9, 1))], ids=str)
 def test_a_decoder_that_ignores_the_tags_would_be_seen(tmp_path, tags):
     """The bound above is one that is not met by reading everything as BT.601, limited range."""
     import av
