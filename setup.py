@@ -67,7 +67,7 @@ setup(
         "safetensors>=0.4",
         "threadpoolctl>=3.1",
         "tqdm>=4.60",
-        "av>=15",  # FFmpeg: decodes videos; the newest for Python 3.10 is 17
+        "av>=15,<19",  # FFmpeg: decodes videos; 19 changes its API, for Python 3.10 it ends with 17
         # provides the module cv2 as opencv-python does, but needs no X11 libraries
         "opencv-python-headless>=4.8",
     ],
