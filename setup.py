@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent
     r'^VERSION = "(.+)"$', (ROOT / "pynq_kgrc" / "version.py").read_text("utf-8"), re.MULTILINE
 )
 
-# folders outside pynq_kgrc/ that are installed as its subpackages (pynq_kgrc/places.py)
+# folders outside pynq_kgrc/ that are installed as its subpackages (pynq_kgrc/files.py)
 FOLDERS = {
     "pynq_kgrc.hls_src": "hls_src",
     "pynq_kgrc.overlays": "overlays",

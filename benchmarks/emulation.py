@@ -29,7 +29,7 @@ from engines import NETWORKS, Result
 from reports import ROOT, circumstances, markdown_table, version, where, write
 from tqdm import tqdm
 
-from pynq_kgrc.places import user_cache
+from pynq_kgrc.files import user_cache
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ENGINES = Path(__file__).with_name("engines.py")

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pynq_kgrc.storage import written_beside
+from pynq_kgrc.files import written_beside
 
 ROOT = Path(__file__).resolve().parents[1]
 

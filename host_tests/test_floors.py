@@ -11,12 +11,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pynq_kgrc"
 
 FLOORS = {
     "errors": 1,
-    "storage": 1,
     "version": 1,
     "quant": 2,
     "graph": 2,
     "groups": 2,
-    "places": 2,
+    "files": 2,
     "models": 3,
     "results": 3,
     "accelerator": 3,

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import pytest
 from conftest import ROOT
 
-from pynq_kgrc import places
+from pynq_kgrc import files
 from pynq_kgrc.accelerator.config import PRESETS, preset
 from pynq_kgrc.backends.board.overlays import (
     BIT,
@@ -44,7 +44,7 @@ LICENCES = ("LICENSE", "LICENSES.md")
 
 NEEDED = (
     *("setup.py", "pyproject.toml", "README.md", *LICENCES),
-    *("pynq_kgrc", *places.BESIDE.values()),
+    *("pynq_kgrc", *files.BESIDE.values()),
 )
 
 NOT_SHIPPED = shutil.ignore_patterns(
@@ -120,7 +120,7 @@ def ask(installed, folder, code, **environment):
 def test_nothing_is_left_behind(source, wheel):
     """The wheel holds every file of the package and of the four folders, and no other."""
     wanted = set()
-    for name, place in {"": "pynq_kgrc", **places.BESIDE}.items():
+    for name, place in {"": "pynq_kgrc", **files.BESIDE}.items():
         for path in (source / place).rglob("*"):
             if path.is_file():
                 inside = path.relative_to(source / place)
@@ -204,26 +204,26 @@ def test_setup_and_places_agree():
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FOLDERS"
     )
-    assert folders == {f"pynq_kgrc.{name}": place for name, place in places.BESIDE.items()}
+    assert folders == {f"pynq_kgrc.{name}": place for name, place in files.BESIDE.items()}
 
 
 def test_the_installed_copy_finds_its_folders(installed, tmp_path):
     code = """
 import json, pynq_kgrc
-from pynq_kgrc import places, samples
+from pynq_kgrc import files, samples
 from pynq_kgrc.backends.csim import source_folder
 from pynq_kgrc.backends.board.overlays import list_overlays
 print(json.dumps({
     "package": pynq_kgrc.__file__,
-    "folders": {name: str(places.find_folder(name)) for name in places.BESIDE},
+    "folders": {name: str(files.find_folder(name)) for name in files.BESIDE},
     "sources": str(source_folder()),
-    "overlays": [o.manifest.config.name for o in list_overlays(places.find_folder("overlays"))],
+    "overlays": [o.manifest.config.name for o in list_overlays(files.find_folder("overlays"))],
     "videos": len(samples.sample_videos()) + len(samples.calibration_videos()),
 }))
 """
     found = ask(installed, tmp_path, code)
     assert found["package"] == str(installed / "pynq_kgrc" / "__init__.py")
-    assert found["folders"] == {name: str(installed / "pynq_kgrc" / name) for name in places.BESIDE}
+    assert found["folders"] == {name: str(installed / "pynq_kgrc" / name) for name in files.BESIDE}
     assert found["sources"] == str(installed / "pynq_kgrc" / "hls_src")
     assert sorted(found["overlays"]) == sorted(PRESETS)
     assert found["videos"] == 5

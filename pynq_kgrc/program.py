@@ -29,6 +29,7 @@ from pynq_kgrc.accelerator.tiling import (
     weight_bytes,
 )
 from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
+from pynq_kgrc.files import written_beside
 from pynq_kgrc.graph import ClipSpec, ConvShape, Size, WindowShape
 from pynq_kgrc.groups import join
 from pynq_kgrc.quant import (
@@ -45,7 +46,6 @@ from pynq_kgrc.quant import (
     unpack_int4,
     weight_limit,
 )
-from pynq_kgrc.storage import written_beside
 
 VERSION = 2
 """Version of the container that this module writes. The hardware does not depend on it: what that

@@ -12,6 +12,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.lower import lower
 from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import VideoError
+from pynq_kgrc.files import find_folder, shipped_programs, user_cache
 from pynq_kgrc.graph import (
     AVERAGE_POOL,
     CONV,
@@ -24,7 +25,6 @@ from pynq_kgrc.graph import (
     Size,
     WindowShape,
 )
-from pynq_kgrc.places import find_folder, shipped_programs, user_cache
 from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
 from pynq_kgrc.video import load_clip

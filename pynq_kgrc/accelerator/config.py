@@ -15,10 +15,10 @@ from typing import Any, get_type_hints
 import msgspec
 
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.files import written_beside
 from pynq_kgrc.graph import Size
 from pynq_kgrc.groups import GroupSize
 from pynq_kgrc.quant import BITS, ceil_div
-from pynq_kgrc.storage import written_beside
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
 from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.files import written_beside
 from pynq_kgrc.quant import ACCUMULATOR_BITS
-from pynq_kgrc.storage import written_beside
 
 IMAGE_VERSION = 1
 """Version of what the hardware reads from memory: maps, tables, weights (docs/format.md). It grows

@@ -39,8 +39,8 @@ from pynq_kgrc.backends.image import (
     slot_beat,
 )
 from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.files import find_folder, user_cache
 from pynq_kgrc.graph import Size
-from pynq_kgrc.places import find_folder, user_cache
 from pynq_kgrc.program import Program, Slot
 from pynq_kgrc.quant import Array, ceil_div
 

@@ -197,7 +197,7 @@ def _plot(
     options: argparse.Namespace,
 ) -> None:
     from pynq_kgrc.analysis.plots import plot_designs
-    from pynq_kgrc.storage import written_beside
+    from pynq_kgrc.files import written_beside
 
     figure = plot_designs(candidates, base, board, options.clock, options.share)
     with written_beside(options.plot) as beside:

@@ -110,7 +110,7 @@ def run_serve(options: argparse.Namespace) -> int:
             error
         )
     from pynq_kgrc.backends.base import backend_class
-    from pynq_kgrc.places import shipped_programs
+    from pynq_kgrc.files import shipped_programs
     from pynq_kgrc.service.settings import Settings, check_settings, read_keys, state_folder
 
     programs = tuple(options.program) or shipped_programs()

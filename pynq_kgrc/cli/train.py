@@ -383,7 +383,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
             from pynq_kgrc.analysis.plots import plot_confusion
         except ImportError as error:
             raise ConfigError("--plot needs matplotlib: pip install pynq_kgrc[plots]") from error
-        from pynq_kgrc.storage import written_beside
+        from pynq_kgrc.files import written_beside
 
         with written_beside(options.plot) as beside:
             plot_confusion(accuracy.confusion, names).savefig(beside, format=kind[1:])
@@ -664,7 +664,7 @@ def _keep(
 
 
 def _clip_cache(options: argparse.Namespace) -> Path:
-    from pynq_kgrc.places import user_cache
+    from pynq_kgrc.files import user_cache
 
     return options.cache or user_cache() / "clips"
 

@@ -39,9 +39,9 @@ from pynq_kgrc.cluster.archive import (
 )
 from pynq_kgrc.cluster.local import ray_started
 from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
+from pynq_kgrc.files import written_beside
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
-from pynq_kgrc.storage import written_beside
 
 ATTEMPTS = 3
 """A file is given up after the workers of this many attempts ended."""

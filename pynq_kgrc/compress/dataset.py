@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 
 from pynq_kgrc.errors import DataError, VideoError
+from pynq_kgrc.files import written_beside
 from pynq_kgrc.graph import TRAINING_SAMPLING, ClipSpec
 from pynq_kgrc.quant import Array
-from pynq_kgrc.storage import written_beside
 from pynq_kgrc.video import load_clip, load_windows
 
 INDEX = "index.csv"

@@ -34,9 +34,9 @@ from pynq_kgrc.compress.patterns import (
     recipe,
 )
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.files import written_beside
 from pynq_kgrc.graph import ConvShape, Graph, Layer
 from pynq_kgrc.quant import Array
-from pynq_kgrc.storage import written_beside
 
 Recipe = Mapping[str, Pattern]
 """The pattern of each layer that is pruned, by name."""

@@ -27,8 +27,8 @@ from pynq_kgrc.compress.dataset import Clips
 from pynq_kgrc.compress.masks import Masks, Pruned, list_pruned
 from pynq_kgrc.compress.weights import save_weights
 from pynq_kgrc.errors import ConfigError, ModelError
+from pynq_kgrc.files import written_beside
 from pynq_kgrc.graph import ClipSpec
-from pynq_kgrc.storage import written_beside
 
 T = TypeVar("T")
 

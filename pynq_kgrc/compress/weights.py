@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pynq_kgrc.compress.masks import Pruned, weights_of
 from pynq_kgrc.errors import ModelError
-from pynq_kgrc.storage import written_beside
+from pynq_kgrc.files import written_beside
 
 KEY = "pynq_kgrc"
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pynq_kgrc.errors import ModelError
-from pynq_kgrc.storage import written_beside
+from pynq_kgrc.files import written_beside
 
 COUNTER = "num_batches_tracked"
 """Batch norm's count of batches: older files lack it, and inference does not read it."""

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from pynq_kgrc.errors import ModelError
-from pynq_kgrc.places import user_cache
+from pynq_kgrc.files import user_cache
 from pynq_kgrc.quant import Array
 
 SECONDS_TO_FETCH = 900

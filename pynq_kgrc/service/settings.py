@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pynq_kgrc.errors import ConfigError
-from pynq_kgrc.places import shipped_programs
+from pynq_kgrc.files import shipped_programs
 
 MIN_KEY = 16
 """Smallest length of a key, in characters."""

@@ -18,8 +18,7 @@ import msgspec
 
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig
 from pynq_kgrc.errors import ConfigError, DeviceError
-from pynq_kgrc.places import find_folder
-from pynq_kgrc.storage import written_beside
+from pynq_kgrc.files import find_folder, written_beside
 
 OVERLAY = "KGRC_OVERLAY"
 """Environment variable: a bitstream, its folder, or a folder of such folders."""
