@@ -151,6 +151,16 @@ def test_a_trace_interleaved_with_a_run_in_one_thread(backend):
             assert answer(session, clips[1]) == right[1]
 
 
+def test_a_session_opened_in_the_middle_of_a_trace(backend):
+    """Loading a program, even the same one, leaves no maps to go on from."""
+    program, clips, _ = made()
+    with Session(program, backend) as session:
+        alone = [codes for _, codes, _ in session.trace(clips[0])]
+        for (_, codes, _), whole in zip(session.trace(clips[0]), alone, strict=True):
+            np.testing.assert_array_equal(codes, whole)
+            Session(program, backend)
+
+
 def test_compare_of_two_sessions_on_one_backend(backend):
     program, clips, _ = made()
     assert compare(Session(program, backend), Session(program, backend), clips[0]) is None

@@ -164,11 +164,9 @@ class Session:
         with self.backend.lock:
             if self.backend.program is not self.program:  # another session loaded another one
                 self.backend.load(self.program)
-                self.backend.clip = None
             yield
 
     def _write(self, codes: Array, clip: object) -> None:
-        self.backend.clip = None  # of the old one nothing is left, should the write fail
         self.backend.write(self.program.source, codes)
         self.backend.clip = clip
 

@@ -181,13 +181,18 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 def locked(verb: Verb) -> Verb:
-    """A verb of a backend that waits for its lock, and that a forked child enters on its own."""
+    """A verb of a backend that waits for its lock, and that a forked child enters on its own.
+
+    `load` and `write` also make the backend forget which clip its maps hold.
+    """
 
     @wraps(verb)
     def alone(self: Loaded, *args: Any, **kwargs: Any) -> Any:
         with self.lock:
             if os.getpid() != self._pid:
                 self.enter_child()
+            if verb.__name__ in ("load", "write"):
+                self.clip = None
             return verb(self, *args, **kwargs)
 
     return cast(Verb, alone)
@@ -243,7 +248,7 @@ class Backend(Protocol):
     """Held during each call, and by who needs several calls without others in between."""
 
     clip: object | None
-    """Names the clip whose maps the backend holds; set by who writes, under `lock`."""
+    """Names the clip whose maps the backend holds; set after a `write`, under `lock`."""
 
     @property
     def program(self) -> Program:

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from pynq_kgrc.errors import ModelError
-from pynq_kgrc.files import written_beside
 
 COUNTER = "num_batches_tracked"
 """Batch norm's count of batches: older files lack it, and inference does not read it."""
@@ -107,13 +106,6 @@ def load_state(
         classes = f" of {len(state[theirs])} classes" if theirs else ""
         told.append(f"classifier {head!r}{classes} {'kept' if classifier else 'left out'}")
     return ", ".join(told)
-
-
-def save_state(module: nn.Module, path: Path) -> None:
-    """Write the state dict as a safetensors file, atomically."""
-    state = {name: value.cpu().contiguous() for name, value in module.state_dict().items()}
-    with written_beside(path) as beside:
-        safetensors.torch.save_file(state, beside)
 
 
 # --- the file -------------------------------------------------------------------------------------
