@@ -59,11 +59,12 @@ struct State {
   // multiply
   Tile tile;
   Item item, next;
-  bool have_next;   // `next` has been read, but waits for its region or for the sums
-  bool active;      // `item` has weight words left
-  bool block_done;  // the last item of a block is done; its sums wait to be handed on
-  int in_use;       // the region buffer that is read
-  int sums_in_use;  // the sum buffer that is added to
+  bool have_next;     // `next` has been read, but waits for its region or for the sums
+  bool active;        // `item` has weight words left
+  bool block_done;    // the last item of a block is done; its sums wait to be handed on
+  int in_use;         // the region buffer that is read
+  bool holds_region;  // a region has been taken into use
+  int sums_in_use;    // the sum buffer that is added to
   int words_left, words_done;
   int feature_row, feature_rows;  // trip within the weight word, and how many trips it takes
   WeightWord word;
@@ -120,7 +121,10 @@ static inline void begin_item(State& s, Stream<Tile>& tiles, Stream<Item>& items
     s.feature_rows = larger(s.tile.feature_rows, kMinFeatureRows);
   }
   if (s.item.new_region) {
-    s.full[s.in_use] = false;
+    // Before the first region is used, the other buffer may hold the second one already: the load
+    // runs ahead where a task begins with blocks without enabled groups.
+    if (s.holds_region) s.full[s.in_use] = false;
+    s.holds_region = true;
     s.in_use ^= 1;
   }
   s.words_left = s.item.mask ? s.words_of_item : 0;

@@ -87,6 +87,12 @@ def test_a_dozen_random_networks(start):
     assert_most_compile(range(start, start + 6))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_region_that_is_loaded_before_the_first_is_used_is_kept():
+    """Two blocks without enabled groups come first: both regions are loaded meanwhile."""
+    assert assert_right(1012) == "right"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

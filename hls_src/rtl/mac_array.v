@@ -83,7 +83,8 @@ module mac_array #(
 
   reg [31:0] items_left, regions_left;
   reg [15:0] item_words, words_left;
-  reg have_next, active, block_done, draining, emptied, in_use, sums_in_use, load_into, in_flight;
+  reg have_next, active, block_done, draining, emptied, in_use, sums_in_use, load_into, in_flight,
+      holds_region;
   reg [1:0] full;
   reg [ITEM-1:0] held_item, next_item;
   reg [TILE-1:0] held_tile;
@@ -125,7 +126,9 @@ module mac_array #(
   wire [TILE-1:0] tile_now = take_tile ? tile : held_tile;
   wire turn = begin_item && item_now[ITEM_FLAGS];
   wire in_use_now = in_use ^ turn;
-  wire [1:0] full_now = {full[1] && !(turn && in_use), full[0] && !(turn && !in_use)};
+  // before the first region is used, the other buffer may hold the second one already
+  wire frees = turn && holds_region;
+  wire [1:0] full_now = {full[1] && !(frees && in_use), full[0] && !(frees && !in_use)};
   wire [15:0] words_now = !begin_item ? words_left : mask != 0 ? item_words : 16'd0;
   wire active_now = begin_item ? words_now != 0 : active;
   wire [FEATURE-1:0] feature_now = begin_item ? {FEATURE{1'b0}} : feature_row;
@@ -234,6 +237,7 @@ module mac_array #(
       item_words <= words_of_item;
       have_next <= 0;
       in_use <= 1;
+      holds_region <= 0;
       sums_in_use <= 0;
       load_into <= 0;
       full <= 2'b00;
@@ -246,6 +250,7 @@ module mac_array #(
       held_item <= item_now;
       held_tile <= tile_now;
       in_use <= in_use_now;
+      holds_region <= holds_region || turn;
       if (begin_item) items_left <= items_left - 1;
 
       active <= active_now && !last_word;
