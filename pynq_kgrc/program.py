@@ -576,7 +576,8 @@ def _check_memory(program: Program) -> None:
     weight_beats, table_words = 0, len(program.tasks) * len(FIELDS) // 2
     for task in program.tasks:
         work, channels = program.work(task), task.shape.out_channels
-        weight_beats += work.chunks * work.chunk_beats(config)
+        # the even and the odd chunks are stored equally long
+        weight_beats += 2 * ceil_div(work.chunks, 2) * work.chunk_beats(config)
         table_words += len(work.items) + 2 * ceil_div(channels, config.tn) * config.tn
         table_words += work.chunks * config.index_words
         _within(weight_beats, 0, MAX_INT32, f"{task.name}: beats of weights up to it")

@@ -20,7 +20,8 @@ proc setting {name} {
 set sources [setting KGRC_SOURCES]
 set clock_mhz [setting KGRC_CLOCK_MHZ]
 set build [pwd]
-set flags "-std=c++14 -I$build -I$sources"
+# KGRC_VITIS: ports are the vendor's class, in its C-simulation and co-simulation, too
+set flags "-std=c++14 -DKGRC_VITIS -I$build -I$sources"
 
 file delete -force ip reports
 open_project -reset hls
