@@ -26,6 +26,7 @@ enum Design {
   kMaxTaps = 512,
   kSumBits = 32,
   kMinFeatureRows = 4,
+  kRegionDistance = 4,
 };
 
 static const unsigned long long kDigest = 0xc458a0c832c5dd7fULL;

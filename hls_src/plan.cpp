@@ -63,11 +63,11 @@ axes:
 // of the tiles, and of the items where it needs them.
 void read_plan(const Task& task, const Word64* words64, Stream<Tile>& tiles_to_read,
                Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_decode,
-               Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
+               Stream<Tile>& tiles_to_inputs, Stream<Tile>& tiles_to_scale,
                Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_pack,
                Stream<Tile>& tiles_to_write, Stream<Item>& items_to_read,
                Stream<Item>& items_to_place, Stream<Item>& items_to_decode,
-               Stream<Item>& items_to_multiply, long& trips) {
+               Stream<Item>& items_to_schedule, Stream<Item>& items_to_inputs, long& trips) {
 tiles_d:
   for (int d = 0; d < tiles_along(task, 0); ++d)
   tiles_h:
@@ -78,7 +78,7 @@ tiles_d:
         tiles_to_read.write(tile);
         tiles_to_place.write(tile);
         tiles_to_decode.write(tile);
-        tiles_to_multiply.write(tile);
+        tiles_to_inputs.write(tile);
         tiles_to_scale.write(tile);
         tiles_to_add.write(tile);
         tiles_to_pack.write(tile);
@@ -100,7 +100,8 @@ tiles_d:
           items_to_read.write(item);
           items_to_place.write(item);
           items_to_decode.write(item);
-          items_to_multiply.write(item);
+          items_to_schedule.write(item);
+          items_to_inputs.write(item);
           ++trips;
         }
       }

@@ -1,5 +1,5 @@
 // The kernel: one start runs the tasks of a program in order, from a table in memory.
-#include "design.h"
+#include "array.h"
 
 namespace kgrc {
 
@@ -20,7 +20,7 @@ static void run_task(const Task& task, const Beat* input, const Beat* shortcut, 
   Stream<Tile> tiles_to_read("tiles_to_read");
   Stream<Tile> tiles_to_place("tiles_to_place");
   Stream<Tile> tiles_to_decode("tiles_to_decode");
-  Stream<Tile> tiles_to_multiply("tiles_to_multiply");
+  Stream<Tile> tiles_to_inputs("tiles_to_inputs");
   Stream<Tile> tiles_to_scale("tiles_to_scale");
   Stream<Tile> tiles_to_add("tiles_to_add");
   Stream<Tile> tiles_to_pack("tiles_to_pack");
@@ -28,13 +28,18 @@ static void run_task(const Task& task, const Beat* input, const Beat* shortcut, 
   Stream<Item> items_to_read("items_to_read");
   Stream<Item> items_to_place("items_to_place");
   Stream<Item> items_to_decode("items_to_decode");
-  Stream<Item> items_to_multiply("items_to_multiply");
+  Stream<Item> items_to_schedule("items_to_schedule");
+  Stream<Item> items_to_inputs("items_to_inputs");
   Stream<Beat> input_beats("input_beats");
   Stream<Beat> shortcut_beats("shortcut_beats");
   Stream<Beat> output_beats("output_beats");
   Stream<WeightBeat> weight_beats("weight_beats");
   Stream<Index> chunk_indices("chunk_indices");
   Stream<Word64> scale_words("scale_words");
+  Stream<Run> array_runs("array_runs");
+  Stream<DrainOrder> drain_orders("drain_orders");
+  Stream<InputStep> input_steps("input_steps");
+  Stream<SumStep> sum_steps("sum_steps");
   Stream<RegionWord> region_words("region_words");
   Stream<WeightWord> weight_words("weight_words");
   Stream<SumWord> sum_words("sum_words");
@@ -43,7 +48,7 @@ static void run_task(const Task& task, const Beat* input, const Beat* shortcut, 
 #pragma HLS STREAM variable = tiles_to_read depth = 4
 #pragma HLS STREAM variable = tiles_to_place depth = 4
 #pragma HLS STREAM variable = tiles_to_decode depth = 4
-#pragma HLS STREAM variable = tiles_to_multiply depth = 4
+#pragma HLS STREAM variable = tiles_to_inputs depth = 4
 #pragma HLS STREAM variable = tiles_to_scale depth = 4
 #pragma HLS STREAM variable = tiles_to_add depth = 4
 #pragma HLS STREAM variable = tiles_to_pack depth = 4
@@ -51,28 +56,37 @@ static void run_task(const Task& task, const Beat* input, const Beat* shortcut, 
 #pragma HLS STREAM variable = items_to_read depth = 64
 #pragma HLS STREAM variable = items_to_place depth = 64
 #pragma HLS STREAM variable = items_to_decode depth = 64
-#pragma HLS STREAM variable = items_to_multiply depth = 64
+#pragma HLS STREAM variable = items_to_schedule depth = 64
+#pragma HLS STREAM variable = items_to_inputs depth = 64
 #pragma HLS STREAM variable = input_beats depth = 512
 #pragma HLS STREAM variable = shortcut_beats depth = 64
 #pragma HLS STREAM variable = output_beats depth = 64
 #pragma HLS STREAM variable = weight_beats depth = 512
 #pragma HLS STREAM variable = chunk_indices depth = 64
 #pragma HLS STREAM variable = scale_words depth = 64
+  // what the array does is decided some runs and trips ahead
+#pragma HLS STREAM variable = array_runs depth = 16
+#pragma HLS STREAM variable = drain_orders depth = 4
+#pragma HLS STREAM variable = input_steps depth = 32
+#pragma HLS STREAM variable = sum_steps depth = 32
 #pragma HLS STREAM variable = region_words depth = 16
 #pragma HLS STREAM variable = weight_words depth = 4
 #pragma HLS STREAM variable = sum_words depth = 64
 #pragma HLS STREAM variable = code_words depth = 64
-  read_plan(task, items, tiles_to_read, tiles_to_place, tiles_to_decode, tiles_to_multiply,
+  read_plan(task, items, tiles_to_read, tiles_to_place, tiles_to_decode, tiles_to_inputs,
             tiles_to_scale, tiles_to_add, tiles_to_pack, tiles_to_write, items_to_read,
-            items_to_place, items_to_decode, items_to_multiply, report.plan);
+            items_to_place, items_to_decode, items_to_schedule, items_to_inputs, report.plan);
   read_input(task, input, tiles_to_read, items_to_read, input_beats, report.input_beats);
   place_input(task, tiles_to_place, items_to_place, input_beats, region_words, report.input);
   read_weights(task, weights, weight_beats, report.weight_beats);
   read_indices(task, indices, chunk_indices, report.index_words);
   make_words(task, tiles_to_decode, items_to_decode, weight_beats, chunk_indices, weight_words,
              report.weights);
-  multiply(task, tiles_to_multiply, items_to_multiply, region_words, weight_words, sum_words,
-           report.array, report.macs);
+  schedule(task, items_to_schedule, array_runs, drain_orders);
+  address_inputs(task, tiles_to_inputs, items_to_inputs, input_steps, report.macs);
+  address_sums(drain_orders, sum_steps);
+  multiply(task, array_runs, input_steps, sum_steps, region_words, weight_words, sum_words,
+           report.array);
   read_scales(task, scales, scale_words, report.scale_words);
   read_shortcut(task, shortcut, tiles_to_add, shortcut_beats, report.shortcut_beats);
   scale(task, tiles_to_scale, scale_words, shortcut_beats, sum_words, code_words, report.scale);
