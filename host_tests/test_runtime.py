@@ -11,6 +11,7 @@ from networks import Net, compiled, small_config
 
 from pynq_kgrc import runtime
 from pynq_kgrc.backends.emulation.backend import Emulation
+from pynq_kgrc.compiler.lower import lower
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.graph import run_float
 from pynq_kgrc.program import Program

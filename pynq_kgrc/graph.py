@@ -310,7 +310,7 @@ def taps_as_channels(padded: Array, shape: WindowShape) -> Array:
     steps = (sd * depth, sh * height, sw * width)
     for d, h in np.ndindex(kd, kh):
         first = d * depth + h * height
-        rows = np.ndarray(shape.out_size, row, padded, first, steps)
+        rows: Array = np.ndarray(shape.out_size, row, padded, first, steps)
         out[:, :, :, d, h].view(row)[..., 0] = rows
     return out.reshape(*shape.out_size, -1).transpose(3, 0, 1, 2)
 

@@ -22,7 +22,6 @@ from pynq_kgrc.accelerator.tiling import NO_POOL, convolution_work
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ConvShape, Layer, Size, WindowShape
-from pynq_kgrc.quant import Array
 
 INPUT_BYTES_PER_CYCLE = 51
 """What two input ports bring in one cycle of the array: 80 % of 128 bits each, at 300 MHz beside
@@ -31,7 +30,7 @@ an array at 150 MHz. Assumed, not measured."""
 LEAST_GAIN = 1.02
 """A folding that makes the host write more codes has to be this many times faster."""
 
-MAX_GROWTH = 32
+MAX_GROWTH = 16
 """A folded clip has at most this many times the codes of the clip."""
 
 AXES = (2, 1, 0)
@@ -82,38 +81,27 @@ def _fold(layer: Layer, axes: tuple[int, ...]) -> Folding:
 
 
 def choose_folding(
-    config: AcceleratorConfig,
-    layer: Layer,
-    pool: Size = NO_POOL,
-    *,
-    shortcut: bool = False,
-    wide: bool = False,
-) -> tuple[int, float]:
-    """The best of the `foldings` of a convolution that reads the clip.
+    config: AcceleratorConfig, layer: Layer, pool: Size = NO_POOL, *, wide: bool = False
+) -> int:
+    """The place of the best among the `foldings` of a convolution that reads the clip; 0 is none.
 
     It is the first one than which no other is `LEAST_GAIN` times faster: a folding of more axes
-    costs the host time.
+    costs the host time. Cycles are those of `folded_cycles`.
 
     Args:
         config: the design.
         layer: the convolution; its weight holds codes, and zeros where it is pruned.
-        pool, shortcut, wide: what is fused into it, as for `tiling.convolution_work`.
-
-    Returns:
-        Its place among the foldings, 0 for none, and its modelled cycles (`folded_cycles`).
+        pool: window of a pool that is fused into it.
+        wide: whether its output has 16 bits on a design of fewer.
     """
-    cycles = [
-        folded_cycles(config, folding, pool, shortcut=shortcut, wide=wide)
-        for folding in foldings(layer)
-    ]
+    cycles = [folded_cycles(config, folding, pool, wide=wide) for folding in foldings(layer)]
     limit = min(cycles) * LEAST_GAIN
-    # all may be infinite: then the compiler reports the convolution as it is
-    best = next((place for place, count in enumerate(cycles) if count <= limit), 0)
-    return best, cycles[best]
+    # if all are infinite, it is 0: then the compiler refuses the convolution as it is
+    return next(place for place, count in enumerate(cycles) if count <= limit)
 
 
 def folded_cycles(
-    config: AcceleratorConfig, folding: Folding, pool: Size, *, shortcut: bool, wide: bool
+    config: AcceleratorConfig, folding: Folding, pool: Size = NO_POOL, *, wide: bool = False
 ) -> float:
     """Modelled cycles of the task that a folded convolution becomes; infinite if it becomes none.
 
@@ -124,22 +112,21 @@ def folded_cycles(
     grown = window.taps * math.prod(window.out_size) / math.prod(size)
     if grown > MAX_GROWTH or window.taps > MAX_TAPS:
         return math.inf
-    *copies, last = cut_convolution(folding.layer)
+    parts = cut_convolution(folding.layer)
     cycles = 0.0
-    for part in (*copies, last):
+    for part in parts:
         shape, weight = part.shape, part.weight
         assert isinstance(shape, ConvShape) and weight is not None
         packed = pack(weight.reshape(*weight.shape[:2], -1), config)
-        fused = part is last
+        last = part is parts[-1]
         try:
             work = convolution_work(
                 config,
                 shape,
                 *packed.kept,
                 packed.enabled,
-                pool if fused else NO_POOL,
-                shortcut=shortcut and fused,
-                wide=wide and fused,
+                pool if last else NO_POOL,
+                wide=wide and last,
             )
         except CompileError:
             return math.inf

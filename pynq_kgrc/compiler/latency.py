@@ -57,11 +57,10 @@ class PrunedCycles:
             if isinstance(task, ConvTask) and task.name == layer.name:
                 masked = dataclasses.replace(layer, weight=kept.astype(np.int8))
                 if self.program.fold is not None and task.source == self.program.source:
-                    place, _ = choose_folding(
+                    place = choose_folding(
                         self.program.config,
                         masked,
                         NO_POOL if task.pool is None else task.pool.kernel,
-                        shortcut=task.shortcut is not None,
                         wide=task.out.bits > self.program.config.bits,
                     )
                     masked = list(foldings(masked))[place].layer

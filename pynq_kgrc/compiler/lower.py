@@ -288,15 +288,14 @@ def fold_clip(
     if len(readers) != 1 or concats or clip.channels != COLOURS or clip.name == graph.output:
         return graph, drafts, None
     (reader,) = readers
-    if reader.layer.op != CONV or reader.shortcut == clip.name:
+    if reader.layer.op != CONV or reader.shortcut is not None:
         return graph, drafts, None
     assert reader.layer.weight is not None
     codes, _ = quantize_weight(reader.layer, config.bits)
-    place, _ = choose_folding(
+    place = choose_folding(
         config,
         replace(reader.layer, weight=codes.reshape(reader.layer.weight.shape)),
         NO_POOL if reader.pool is None else reader.pool.kernel,
-        shortcut=reader.shortcut is not None,
         wide=_quant(reader.output).bits > config.bits,
     )
     if place == 0:
