@@ -53,7 +53,7 @@ def every_kind(size=(5, 9, 17)):
 
 @lru_cache
 def program_of(bits, sparse, **numbers):
-    return compiled(every_kind(), small_config(bits, sparse, **numbers))[0]
+    return compiled(every_kind(), small_config(bits, sparse, **numbers), fold=False)[0]
 
 
 def outputs(backend, program, codes):
