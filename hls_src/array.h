@@ -32,10 +32,10 @@ typedef UInt<kSumRowBits> SumRow;
 
 // Consecutive trips in which the same of the three engines work.
 struct Run {
-  UInt<kRunBits> more;  // trips after the first
-  bool load;            // takes a word of a region in each trip
-  bool accumulate;      // adds the products of P_F outputs
-  bool drain;           // hands on a word of sums
+  UInt<kRunBits> more;          // trips after the first
+  bool load;                    // takes a word of a region in each trip
+  bool accumulate;              // adds the products of P_F outputs
+  bool drain;                   // hands on a word of sums
   bool load_half, region_half;  // of the region memory: the half that is written, that is read
   bool sums_half;  // of the sum memory: the half that is added to; the other is handed on
   bool last;       // the last run of a task
@@ -43,13 +43,13 @@ struct Run {
 
 // A trip of the accumulating engine.
 struct InputStep {
-  bool begins;           // takes a weight word; the trips after it use the same
-  bool works;            // not so in the trips that only wait for the sums of a small tile
-  bool first;            // of the trips of an item: with its first weight word
-  UInt<kGroups> mask;    // enabled groups
-  SumRow row;            // of the sums
-  bool exists[kPf];      // lanes past the last output of the tile add to nothing
-  RegionRow rows[kPf];   // of the outputs of the lanes, in the region
+  bool begins;          // takes a weight word; the trips after it use the same
+  bool works;           // not so in the trips that only wait for the sums of a small tile
+  bool first;           // of the trips of an item: with its first weight word
+  UInt<kGroups> mask;   // enabled groups
+  SumRow row;           // of the sums
+  bool exists[kPf];     // lanes past the last output of the tile add to nothing
+  RegionRow rows[kPf];  // of the outputs of the lanes, in the region
 };
 
 // The sums of a block, to be handed on.
@@ -68,8 +68,7 @@ struct SumStep {
 };
 
 // schedule.cpp
-void schedule(const Task& task, Stream<Item>& items, Stream<Run>& runs,
-              Stream<DrainOrder>& orders);
+void schedule(const Task& task, Stream<Item>& items, Stream<Run>& runs, Stream<DrainOrder>& orders);
 void address_inputs(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
                     Stream<InputStep>& steps, long& macs);
 void address_sums(Stream<DrainOrder>& orders, Stream<SumStep>& steps);

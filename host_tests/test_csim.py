@@ -142,7 +142,9 @@ def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
     codes = random_codes(program)
     found = outputs(backend, program, codes)
     # a third word for a bank has no port, and is lost
-    wrong = any((found[name] != wanted).any() for name, wanted in run_program(program, codes).items())
+    wrong = any(
+        (found[name] != wanted).any() for name, wanted in run_program(program, codes).items()
+    )
     assert wrong or backend._library.kgrc_port_conflicts() > 0
 
 
