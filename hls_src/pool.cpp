@@ -32,11 +32,9 @@ wide:
 // `kept` holds the largest code so far of each pooling window until the window's last code has
 // come. Each position of a beat has a memory of its own.
 //
-// Known fault: the DEPENDENCE pragma is wrong. With a pool of width 2, or on maps that are at most
-// one beat wide, a maximum is read one trip after it was written, but reading, comparing and
-// writing a block RAM takes two. This simulation writes at once and gives the right codes; silicon
-// with II = 1 would use stale maxima (a simulation with late writes has 23 % of the codes of
-// C3D's conv1 wrong).
+// Known fault: II = 1 is not to be had. With a pool of width 2, or on maps that are at most one beat
+// wide, a maximum is read one trip after it was written, but reading, comparing and writing a block
+// RAM takes two.
 void pack_output(const Task& task, Stream<Tile>& tiles, Stream<CodeWord>& codes,
                  Stream<Beat>& beats, long& trips) {
   static Ram<Int<16>, kStoreRows> kept[kPortPositions][kTn];
@@ -59,10 +57,8 @@ tiles:
       CodeWord in;
     code_words:
       for (int word = 0; word < words; ++word) {
-        // II = 1 is asked for, and the pragma promises that trips do not depend on each other; see
-        // the known fault above
+        // II = 1 is asked for; see the known fault above
 #pragma HLS PIPELINE II = 1
-#pragma HLS DEPENDENCE variable = kept inter false
         KGRC_TRIP();
         if (part == 0) in = codes.read();
         CodeWord out = in;

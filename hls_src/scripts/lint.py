@@ -96,6 +96,9 @@ FUNCTIONS = (Kind.FUNCTION_DECL, Kind.CXX_METHOD, Kind.FUNCTION_TEMPLATE, Kind.C
 VARIABLES = (Kind.VAR_DECL, Kind.PARM_DECL, Kind.FIELD_DECL)
 LOOPS = (Kind.FOR_STMT, Kind.WHILE_STMT, Kind.DO_STMT, Kind.CXX_FOR_RANGE_STMT)
 
+RAM = re.compile(r"\bRam<[^,]+, \d+(?:, (\d+))?>")
+"""A type that is or holds a Ram, and its distance where it is not the default 0."""
+
 DIRECTIVES = {
     "INTERFACE": "m_axi s_axilite port offset bundle depth max_read_burst_length "
     "max_write_burst_length num_read_outstanding num_write_outstanding",
@@ -107,11 +110,12 @@ DIRECTIVES = {
     "STREAM": "variable depth",
     "DEPENDENCE": "variable inter intra RAW WAR WAW distance true false",
     "ARRAY_PARTITION": "variable complete cyclic block factor dim",
-    "AGGREGATE": "variable",
     "BIND_OP": "variable op impl",
     "BIND_STORAGE": "variable type impl",
 }
-"""The directives that hls_src may use, and their words; UG1399 has more."""
+"""The directives that hls_src may use, and their words; UG1399 has more.
+
+AGGREGATE is not among them: it would make one scalar of a whole array of structs."""
 
 
 @dataclass
@@ -182,10 +186,13 @@ class Sources:
 
     def __init__(self, sources: Path, folder: Path, design: str) -> None:
         self.folder = sources
+        self.scratch = folder
         self.faults: list[str] = []
         self.functions: dict[str, Function] = {}
         self.globals: set[str] = set()
         self.members: set[str] = set()
+        self.memories: dict[str, int] = {}
+        """Variables of class Ram -> the distance that they keep (kDistance)."""
         flags = synthesis_flags(sources, folder, design)
         flags += ["-x", "c++", "-isystem", include_folder()]
         index = cindex.Index.create()
@@ -236,6 +243,9 @@ class Sources:
                 function.loops.append(loop)
                 around = (loop, *loops)
             elif child.kind in VARIABLES:
+                memory = RAM.search(child.type.get_canonical().spelling)
+                if memory:
+                    self.memories[child.spelling] = int(memory[1] or 0)
                 if function is not None:
                     function.variables[child.spelling] = child
                 elif child.kind == Kind.FIELD_DECL:
@@ -428,6 +438,27 @@ def check_directives(sources: Sources) -> None:
             sources.faults.append(f"{pragma.where}: outside of a loop")
 
 
+def check_dependences(sources: Sources) -> None:
+    """A DEPENDENCE between trips is that of a memory, and has the distance that the memory keeps.
+
+    A simulation with KGRC_LATE holds the memory to it.
+    """
+    config = (sources.scratch / "config.h").read_text()
+    numbers = dict(re.findall(r"(\w+) = (\d+),", config))
+    for pragma in sources.pragmas:
+        if pragma.directive != "DEPENDENCE":
+            continue
+        name = pragma.options.get("variable", "")
+        if name not in sources.memories:
+            sources.faults.append(f"{pragma.where}: {name} is no Ram")
+        elif "inter" in pragma.options:
+            said = pragma.options.get("distance", "none")
+            kept = sources.memories[name]
+            true = {"RAW", "true"} <= set(pragma.options)
+            if not true or numbers.get(said, said) != str(kept):
+                sources.faults.append(f"{pragma.where}: {name} keeps a RAW distance of {kept}")
+
+
 def check_pipelines(sources: Sources) -> None:
     """A pipelined loop has a label, and a comment that gives the reason for its II."""
     for pragma in sources.pragmas:
@@ -514,6 +545,7 @@ RULES = (
     check_recursion,
     check_unrolled,
     check_directives,
+    check_dependences,
     check_pipelines,
     check_interfaces,
     check_dataflow,
