@@ -62,13 +62,13 @@ STATUS = (
 """What the kernel reports of a task, a 64-bit word each: 1 when it is done, the trips of its
 pipelined loops, then counts. All but `done` are the fields of `cost.Cost`."""
 
-INPUT_PORTS = ("input_0", "input_1")
+INPUT_PORTS = ("input0", "input1")
 """Memory ports that read the input map: plane n of a task is read by port n % 2."""
 
 MAP_PORTS = (*INPUT_PORTS, "shortcut", "output")
 """Memory ports that see the memory of maps."""
 
-WEIGHT_PORTS = ("weights_0", "weights_1")
+WEIGHT_PORTS = ("weights0", "weights1")
 """Memory ports that see the memory of weights: chunk c of a tile is read by port c % 2."""
 
 TABLE_PORTS = ("tables", "items", "indices", "scales")
