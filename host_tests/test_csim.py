@@ -416,33 +416,42 @@ def test_a_process_that_waits_for_ever_is_named(monkeypatch, tmp_path):
 
 
 ASK = "const bool ask = more && ahead < kRunsAhead && waiting < kRequestsAhead;"
-TAKE = "const bool take = !more || ahead >= kRunsAhead - 1 || waiting >= kRequestsAhead - 1;"
+READ, WRITE = (f"maps.{way}_request(int(run.first), int(run.beats))" for way in ("read", "write"))
+WAITING = "if (waiting == kRequestsAhead) maps.write_response();\n        else ++waiting;"
 RESPONSES = "responses:\n  for (int i = 0; i < waiting; ++i) maps.write_response();\n"
-WRITTEN = "maps.write_request(int(run.first), int(run.beats))"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [
         # the beats of a run are taken before the run is requested
-        ("        maps.read_request(int(run.first), int(run.beats));\n", "", "input0: read without a"),
-        ("int(run.first), int(run.beats));\n        ++waiting", "0, 0);", "input0: a request of no beats"),
-        (ASK, ASK.replace(" && waiting < kRequestsAhead", ""), "more than 16 requests at a time"),
-        ("read_request(int(run.first)", "read_request(-1 + int(run.first)", "passes the end of its mem"),
-        # one more beat is requested than is taken
-        ("maps.read_request(int(run.first), int(run.beats)", "maps.read_request(0, 1 + int(run.beats)",
-         "input0: requested beats were not read"),
-        (WRITTEN, WRITTEN.replace("int(run.first)", "1 << 30"), "output: a request of .* passes the end"),
-        (WRITTEN, WRITTEN.replace("int(run.beats)", "1 + int(run.beats)"), "output: no write has ended of"),
-        (WRITTEN + ";\n", "", "output: written without a request"),
+        (f"        {READ};\n", "", "input0: read without a request"),
+        (READ, READ.replace("int(run.beats)", "0"), "input0: a request of no beats"),
+        (READ, READ.replace("int(run.first)", "int(run.first) - 1"), "input0: .* passes the end"),
+        (
+            READ,
+            READ.replace("int(run.beats)", "1 + int(run.beats)"),
+            "input0: requested beats were",
+        ),
+        (ASK, ASK.replace(" && waiting < kRequestsAhead", ""), "input0: more than 16 requests"),
+        (WRITE + ";\n", "", "output: written without a request"),
+        (WRITE, WRITE.replace("int(run.first)", "1 << 30"), "output: .* passes the end of its mem"),
+        (
+            WRITE,
+            WRITE.replace("int(run.beats)", "1 + int(run.beats)"),
+            "output: no write has ended",
+        ),
+        (WAITING, "++waiting;", "output: more than 16 requests at a time"),
         (RESPONSES, "", "output: responses to writes were not taken"),
-        ("if (waiting == kRequestsAhead) maps.write_response();\n        else ++waiting;", "++waiting;",
-         "output: more than 16 requests at a time"),
         (RESPONSES, RESPONSES.replace("i < waiting", "i <= waiting"), "output: no write has ended"),
         # a run that is never written, at the very end
-        (RESPONSES, RESPONSES + "  maps.write_request(0, 1);\n", "output: requested beats were not w"),
+        (
+            RESPONSES,
+            RESPONSES + "  maps.write_request(0, 1);\n",
+            "output: requested beats were not",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_port_that_is_misused_is_named(monkeypatch, tmp_path, old, new, text):
     """Faults of the protocol that hardware would answer by hanging, or by a bus error."""
     with_sources(monkeypatch, tmp_path / "hls", [("memory.cpp", old, new)])

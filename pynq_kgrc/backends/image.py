@@ -24,8 +24,8 @@ class Image:
     """The constant part of the memory, written once before the program runs."""
 
     weights: Array
-    """Compact weights, uint64: of each task the even chunks, then the odd ones, each in the order in
-    which its port reads them."""
+    """Compact weights, uint64: of each task the even chunks, then the odd ones, each as its port
+    reads them."""
     tables: Array
     """uint64: the descriptors of all tasks, then each task's items, scales and indices."""
 
