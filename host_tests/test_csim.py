@@ -433,7 +433,7 @@ RESPONSES = "responses:\n  for (int i = 0; i < waiting; ++i) maps.write_response
             READ.replace("int(run.beats)", "1 + int(run.beats)"),
             "input0: requested beats were",
         ),
-        (ASK, ASK.replace(" && waiting < kRequestsAhead", ""), "input0: more than 16 requests"),
+        (ASK, ASK.replace(" && waiting < kRequestsAhead", ""), "shortcut: more than 16 requests"),
         (WRITE + ";\n", "", "output: written without a request"),
         (WRITE, WRITE.replace("int(run.first)", "1 << 30"), "output: .* passes the end of its mem"),
         (

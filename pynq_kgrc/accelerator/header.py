@@ -42,10 +42,10 @@ FIELDS = (
 
 `source`, `target`, `shortcut`, `even_weights` and `odd_weights` are addresses, counted in beats of
 their port from the start of its memory: the chunks of even numbers lie at one, those of odd numbers
-at the other. `items`, `scales` and `indices` are counted in 64-bit words of the tables. Every output
-tile reads the same items, scales, weights and indices. The task has `chunks` chunks: `chunk_beats`
-beats of a weight port and `AcceleratorConfig.index_words` 64-bit words of indices each. `vectors` is
-how many vectors of T_N outputs there are."""
+at the other. `items`, `scales` and `indices` are counted in 64-bit words of the tables. Every
+output tile reads the same items, scales, weights and indices. The task has `chunks` chunks:
+`chunk_beats` beats of a weight port and `AcceleratorConfig.index_words` 64-bit words of indices
+each. `vectors` is how many vectors of T_N outputs there are."""
 
 KINDS = ("convolution", "max_pool", "sum_pool")
 
