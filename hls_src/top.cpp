@@ -54,14 +54,15 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
   Stream<SumWord> sum_words("sum_words");
   Stream<CodeWord> code_words("code_words");
   // Processes that follow the plan may be some tiles and items apart: the input ports are up to
-  // kRunsAhead items and two tiles ahead of the array, and would hang with less room.
+  // kRunsAhead items and two tiles ahead of the array, and would hang with less room. More tiles are
+  // apart where they are so small that several are in the pipelines behind the array.
 #pragma HLS STREAM variable = item_words depth = 64
-#pragma HLS STREAM variable = tiles_to_list depth = 4
-#pragma HLS STREAM variable = tiles_to_place depth = 4
-#pragma HLS STREAM variable = tiles_to_decode depth = 4
-#pragma HLS STREAM variable = tiles_to_multiply depth = 4
-#pragma HLS STREAM variable = tiles_to_scale depth = 4
-#pragma HLS STREAM variable = tiles_to_pack depth = 4
+#pragma HLS STREAM variable = tiles_to_list depth = 16
+#pragma HLS STREAM variable = tiles_to_place depth = 16
+#pragma HLS STREAM variable = tiles_to_decode depth = 16
+#pragma HLS STREAM variable = tiles_to_multiply depth = 16
+#pragma HLS STREAM variable = tiles_to_scale depth = 16
+#pragma HLS STREAM variable = tiles_to_pack depth = 16
 #pragma HLS STREAM variable = items_to_list depth = 64
 #pragma HLS STREAM variable = items_to_place depth = 64
 #pragma HLS STREAM variable = items_to_decode depth = 64
