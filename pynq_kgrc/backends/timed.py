@@ -214,8 +214,8 @@ def timed_source(text: str) -> str:
         lines[label] += f" KGRC_LOOP({found[1]}, {flushes})"
     text = _STREAM.sub(r"\1.set_depth(\2);", "\n".join(lines))
     for name in SETUPS:
-        begins = re.compile(rf"^\w+ {name}\([^;{{]*\) {{$", re.MULTILINE)
-        text = begins.sub(lambda found, name=name: f'{found[0]} KGRC_SPEND("{name}");', text)
+        begins = re.compile(rf"^(\w+ {name}\([^;{{]*\) {{)$", re.MULTILINE)
+        text = begins.sub(rf'\1 KGRC_SPEND("{name}");', text)
     before, pragma, region = text.partition("#pragma HLS DATAFLOW")
     if not pragma:
         return text
