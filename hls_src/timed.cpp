@@ -432,7 +432,7 @@ void StreamClock::give() {
     throw std::runtime_error("the stream " + std::string(name) +
                              " has no depth, or is written outside of a process");
   Process& p = *running;
-  if (!p.in_loop) enter(p.now);
+  if (!p.in_loop || p.lag == 0) enter(p.now);
   else if (p.flushes) enter(p.now + double(p.lag) * p.ii);
   else p.inside.push_back(Process::Late{this, p.trips + p.lag});
 }

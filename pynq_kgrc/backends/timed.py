@@ -245,8 +245,13 @@ class TimedSimulation(CSimulation):
 
     name = "timed"
 
-    def __init__(self, config: AcceleratorConfig, timing: Timing | None = None) -> None:
-        super().__init__(config, (*FAST, "-DKGRC_TIMED"))
+    def __init__(
+        self,
+        config: AcceleratorConfig,
+        timing: Timing | None = None,
+        flags: tuple[str, ...] = FAST,
+    ) -> None:
+        super().__init__(config, (*flags, "-DKGRC_TIMED"))
         self.timing = timing or Timing()
         self._times: dict[int, TaskTime] = {}
         self._library.kgrc_timed_set.argtypes = (ctypes.c_char_p, ctypes.c_double)
