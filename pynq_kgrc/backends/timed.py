@@ -191,7 +191,8 @@ class TaskTime(msgspec.Struct, frozen=True):
 
 # ---- what the pragmas say, as code -------------------------------------------------------------
 
-_PIPELINE = re.compile(r"#pragma HLS PIPELINE II = (\w+)(?: style = (\w+))?$")
+_II = re.compile(r"#pragma HLS PIPELINE\b.*\bII = (\w+)")
+_STYLE = re.compile(r"\bstyle = (\w+)")
 _STREAM = re.compile(r"#pragma HLS STREAM variable = (\w+) depth = (\w+)$", re.MULTILINE)
 _CALL = re.compile(r"^  (\w+)\(([^;]*)\);$", re.MULTILINE)
 
@@ -206,11 +207,11 @@ def timed_source(text: str) -> str:
     for number, line in enumerate(lines):
         if "#pragma HLS PIPELINE" not in line:
             continue
-        found = _PIPELINE.search(line)
+        found, style = _II.search(line), _STYLE.search(line)
         label = next((n for n in range(number, -1, -1) if re.fullmatch(r"\s*\w+:", lines[n])), None)
         if found is None or label is None:
             raise DeviceError(f"{line.strip()}: no II = NUMBER, or no label before its loop")
-        flushes = str(found[2] in ("flp", "frp")).lower()
+        flushes = str(style is not None and style[1] in ("flp", "frp")).lower()
         lines[label] += f" KGRC_LOOP({found[1]}, {flushes})"
     text = _STREAM.sub(r"\1.set_depth(\2);", "\n".join(lines))
     for name in SETUPS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,11 @@ def declare(command: Declare) -> None:
         "whose pragma says so",
     )
     simulate.add_argument(
+        "--details",
+        action="store_true",
+        help="also list each process with what it waits for, and how full each stream was",
+    )
+    simulate.add_argument(
         "--plot",
         type=file_to_write,
         metavar="FILE",
@@ -117,6 +123,8 @@ def run_simulate(options: argparse.Namespace) -> int:
         print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
     else:
         print(_table(report))
+        if options.details:
+            print("\n".join(line for task in tasks for line in _details(task)))
     return 0
 
 
@@ -175,6 +183,19 @@ def _line(task: SimulatedTask, width: int) -> str:
         f"{task.name:{width}}  {task.ms:9.3f}  {task.ideal_ms:9.3f}  {busy:5.0%}  {waits:26}  "
         f"{task.bound}{port}"
     )
+
+
+def _details(task: SimulatedTask) -> Iterator[str]:
+    """The processes and streams of a task, a line each."""
+    time = task.time
+    yield f"\n{task.name}, {time.cycles:.0f} cycles"
+    for process in time.processes:
+        waits = ", ".join(
+            f"{wait.on} {wait.why} {wait.cycles:.0f}" for wait in process.waits if wait.cycles >= 1
+        )
+        yield f"  {process.name:16} works {process.busy:9.0f}  waits: {waits or 'never'}"
+    for stream in time.streams:
+        yield f"  {stream.name:18} held {stream.most:4} of {stream.depth:4} words at most"
 
 
 def _plot(report: SimulationReport, path: Path) -> None:
