@@ -28,6 +28,7 @@ enum Design {
   kMinFeatureRows = 4,
   kRequestsAhead = 16,
   kRunsAhead = 32,
+  kRegionDistance = 4,
 };
 
 static const unsigned long long kDigest = 0xc458a0c832c5dd7fULL;

@@ -17,9 +17,7 @@ tiles:
   for (int number = 0; number < count; ++number) {
     const Tile tile = tiles.read();
     const Region region = make_region(task, tile);
-    // A bank has two ports. With a stride of 3 or more a whole beat could access one bank three
-    // times: it is cut into parts of two positions.
-    const int parts = region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1;
+    const int parts = parts_of_beat(region);
     const int lanes = kPortPositions / parts;
     const int words = region.rows[0] * region.rows[1] * region.beats * parts;
   plan:

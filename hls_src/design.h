@@ -201,6 +201,12 @@ inline int row_offset(const Region& region, int axis, int row) {
   return kernel < stride ? quotient(row, kernel) * stride + remainder(row, kernel) : row;
 }
 
+// A bank has two ports. With a stride of 3 or more a whole beat could access one bank three times:
+// it is cut into parts of two positions.
+inline int parts_of_beat(const Region& region) {
+  return region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1;
+}
+
 Tile make_tile(const Task& task, int d, int h, int w);
 Region make_region(const Task& task, const Tile& tile);
 
@@ -211,10 +217,10 @@ Region make_region(const Task& task, const Tile& tile);
 // plan.cpp
 void read_plan(const Task& task, Stream<Word64>& item_words, Stream<Tile>& tiles_to_list,
                Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_decode,
-               Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
+               Stream<Tile>& tiles_to_inputs, Stream<Tile>& tiles_to_scale,
                Stream<Tile>& tiles_to_pack, Stream<Item>& items_to_list,
                Stream<Item>& items_to_place, Stream<Item>& items_to_decode,
-               Stream<Item>& items_to_multiply, long& trips);
+               Stream<Item>& items_to_schedule, Stream<Item>& items_to_inputs, long& trips);
 // memory.cpp
 void list_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Run>& runs_0,
                 Stream<Beats>& lengths_0, Stream<Run>& runs_1, Stream<Beats>& lengths_1);
@@ -237,11 +243,6 @@ void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Str
 void make_words(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
                 Stream<WeightBeat>& beats_0, Stream<WeightBeat>& beats_1, Stream<Index>& indices,
                 Stream<WeightWord>& words, long& trips);
-// compute.cpp
-void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
-              Stream<RegionWord>& region, Stream<WeightWord>& words, Stream<SumWord>& sums,
-              long& trips, long& macs);
-void clear_sums();
 // post.cpp
 void scale(const Task& task, Stream<Tile>& tiles, Stream<Word64>& scales, Stream<Beat>& shortcut,
            Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips);

@@ -186,10 +186,10 @@ axes:
 
 // The runs of the shortcut's map at the outputs of each tile.
 void list_shortcut(const Task& task, Stream<Run>& runs, Stream<Beats>& lengths) {
+  const int count = task[kHasShortcut] ? tiles_along(task, 0) : 0;
   const int map[3] = {task[kShortcutD], task[kShortcutH], task[kShortcutW]};
   const int out[3] = {task[kOutD], task[kOutH], task[kOutW]};
   const int step[3] = {task[kTileD], task[kTileH], task[kTileW]};
-  const int count = task[kHasShortcut] ? tiles_along(task, 0) : 0;
 tiles_d:
   for (int d = 0; d < count; ++d)
   tiles_h:

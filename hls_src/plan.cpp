@@ -63,10 +63,10 @@ axes:
 // of the tiles, and of the items where it needs them.
 void read_plan(const Task& task, Stream<Word64>& item_words, Stream<Tile>& tiles_to_list,
                Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_decode,
-               Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
+               Stream<Tile>& tiles_to_inputs, Stream<Tile>& tiles_to_scale,
                Stream<Tile>& tiles_to_pack, Stream<Item>& items_to_list,
                Stream<Item>& items_to_place, Stream<Item>& items_to_decode,
-               Stream<Item>& items_to_multiply, long& trips) {
+               Stream<Item>& items_to_schedule, Stream<Item>& items_to_inputs, long& trips) {
 tiles_d:
   for (int d = 0; d < tiles_along(task, 0); ++d)
   tiles_h:
@@ -77,7 +77,7 @@ tiles_d:
         tiles_to_list.write(tile);
         tiles_to_place.write(tile);
         tiles_to_decode.write(tile);
-        tiles_to_multiply.write(tile);
+        tiles_to_inputs.write(tile);
         tiles_to_scale.write(tile);
         tiles_to_pack.write(tile);
       items:
@@ -97,7 +97,8 @@ tiles_d:
           items_to_list.write(item);
           items_to_place.write(item);
           items_to_decode.write(item);
-          items_to_multiply.write(item);
+          items_to_schedule.write(item);
+          items_to_inputs.write(item);
           ++trips;
         }
       }

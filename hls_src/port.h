@@ -34,15 +34,13 @@ struct Words {
 
 #if defined(__SYNTHESIS__) || defined(KGRC_VITIS)
 
-// The type of a beat on the wires, and its conversion. With the plain types, which only a check of
-// the sources reads together with the vendor's class, no integer is wide enough.
+// The type of a beat on the wires, and its conversion.
 template <class Value>
 struct Raw {
   typedef Value Type;
   static Value unpack(const Type& raw) { return raw; }
   static Type pack(const Value& value) { return value; }
 };
-#ifndef KGRC_PLAIN
 template <int kCount>
 struct Raw<Words<kCount>> {
   typedef ap_uint<64 * kCount> Type;
@@ -65,7 +63,6 @@ struct Raw<Words<kCount>> {
     return raw;
   }
 };
-#endif
 
 template <class Value>
 using MemoryPort = hls::burst_maxi<typename Raw<Value>::Type>;

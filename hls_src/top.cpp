@@ -1,5 +1,5 @@
 // The kernel: one start runs the tasks of a program in order, from a table in memory.
-#include "design.h"
+#include "array.h"
 
 namespace kgrc {
 
@@ -27,13 +27,14 @@ static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat
   Stream<Tile> tiles_to_list("tiles_to_list");
   Stream<Tile> tiles_to_place("tiles_to_place");
   Stream<Tile> tiles_to_decode("tiles_to_decode");
-  Stream<Tile> tiles_to_multiply("tiles_to_multiply");
+  Stream<Tile> tiles_to_inputs("tiles_to_inputs");
   Stream<Tile> tiles_to_scale("tiles_to_scale");
   Stream<Tile> tiles_to_pack("tiles_to_pack");
   Stream<Item> items_to_list("items_to_list");
   Stream<Item> items_to_place("items_to_place");
   Stream<Item> items_to_decode("items_to_decode");
-  Stream<Item> items_to_multiply("items_to_multiply");
+  Stream<Item> items_to_schedule("items_to_schedule");
+  Stream<Item> items_to_inputs("items_to_inputs");
   Stream<Run> input_runs_0("input_runs_0");
   Stream<Run> input_runs_1("input_runs_1");
   Stream<Run> shortcut_runs("shortcut_runs");
@@ -49,6 +50,10 @@ static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat
   Stream<WeightBeat> weight_beats_1("weight_beats_1");
   Stream<Index> chunk_indices("chunk_indices");
   Stream<Word64> scale_words("scale_words");
+  Stream<ArrayRun> array_runs("array_runs");
+  Stream<DrainOrder> drain_orders("drain_orders");
+  Stream<InputStep> input_steps("input_steps");
+  Stream<SumStep> sum_steps("sum_steps");
   Stream<RegionWord> region_words("region_words");
   Stream<WeightWord> weight_words("weight_words");
   Stream<SumWord> sum_words("sum_words");
@@ -59,13 +64,14 @@ static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat
 #pragma HLS STREAM variable = tiles_to_list depth = 4
 #pragma HLS STREAM variable = tiles_to_place depth = 4
 #pragma HLS STREAM variable = tiles_to_decode depth = 4
-#pragma HLS STREAM variable = tiles_to_multiply depth = 4
+#pragma HLS STREAM variable = tiles_to_inputs depth = 4
 #pragma HLS STREAM variable = tiles_to_scale depth = 4
 #pragma HLS STREAM variable = tiles_to_pack depth = 4
 #pragma HLS STREAM variable = items_to_list depth = 64
 #pragma HLS STREAM variable = items_to_place depth = 64
 #pragma HLS STREAM variable = items_to_decode depth = 64
-#pragma HLS STREAM variable = items_to_multiply depth = 64
+#pragma HLS STREAM variable = items_to_schedule depth = 64
+#pragma HLS STREAM variable = items_to_inputs depth = 64
   // as deep as a port is ahead: kRunsAhead
 #pragma HLS STREAM variable = input_runs_0 depth = 32
 #pragma HLS STREAM variable = input_runs_1 depth = 32
@@ -82,14 +88,19 @@ static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat
 #pragma HLS STREAM variable = weight_beats_1 depth = 512
 #pragma HLS STREAM variable = chunk_indices depth = 64
 #pragma HLS STREAM variable = scale_words depth = 64
+  // what the array does is decided some runs and trips ahead
+#pragma HLS STREAM variable = array_runs depth = 16
+#pragma HLS STREAM variable = drain_orders depth = 4
+#pragma HLS STREAM variable = input_steps depth = 32
+#pragma HLS STREAM variable = sum_steps depth = 32
 #pragma HLS STREAM variable = region_words depth = 16
 #pragma HLS STREAM variable = weight_words depth = 4
 #pragma HLS STREAM variable = sum_words depth = 64
 #pragma HLS STREAM variable = code_words depth = 64
   read_items(task, items, item_words);
-  read_plan(task, item_words, tiles_to_list, tiles_to_place, tiles_to_decode, tiles_to_multiply,
+  read_plan(task, item_words, tiles_to_list, tiles_to_place, tiles_to_decode, tiles_to_inputs,
             tiles_to_scale, tiles_to_pack, items_to_list, items_to_place, items_to_decode,
-            items_to_multiply, report.plan);
+            items_to_schedule, items_to_inputs, report.plan);
   list_input(task, tiles_to_list, items_to_list, input_runs_0, input_lengths_0, input_runs_1,
              input_lengths_1);
   read_input(input_0, input_runs_0, input_lengths_0, input_beats_0, report.input_beats_0,
@@ -105,8 +116,11 @@ static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat
   read_indices(task, indices, chunk_indices, report.index_words);
   make_words(task, tiles_to_decode, items_to_decode, weight_beats_0, weight_beats_1, chunk_indices,
              weight_words, report.weights);
-  multiply(task, tiles_to_multiply, items_to_multiply, region_words, weight_words, sum_words,
-           report.array, report.macs);
+  schedule(task, items_to_schedule, array_runs, drain_orders);
+  address_inputs(task, tiles_to_inputs, items_to_inputs, input_steps, report.macs);
+  address_sums(drain_orders, sum_steps);
+  multiply(task, array_runs, input_steps, sum_steps, region_words, weight_words, sum_words,
+           report.array);
   read_scales(task, scales, scale_words, report.scale_words);
   list_shortcut(task, shortcut_runs, shortcut_lengths);
   read_shortcut(shortcut, shortcut_runs, shortcut_lengths, shortcut_beats, report.shortcut_beats,

@@ -582,7 +582,7 @@ def test_a_design_from_a_file_is_built(road, tools, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (handoff([n for n in REGISTERS if n != "weights_2"]), "no register weights_2"),
+        (handoff([n for n in REGISTERS if n != "weights_0_2"]), "no register weights_0_2"),
         (handoff().replace(VLNV, "xilinx.com:hls:kgrc_run:1.0"), f"no {VLNV}"),
         ("<EDKSYSTEM>", "no .hwh"),
     ],

@@ -6,9 +6,6 @@
 # The Makefile runs this in the build folder of the design, which holds config.h and vectors.bin.
 # Makes ip/ (the packaged kernel) and reports/. Never run by Vitis HLS; a test runs it in tclsh with
 # stubs for the tool's commands.
-#
-# Known fault: KGRC_PACKED is not defined here, so that synthesis would take one multiplier for each
-# product instead of packed ones (../dot.h). 8-sparse, 8-zcu102 and 4-sparse do not fit that way.
 
 proc setting {name} {
   if {![info exists ::env($name)]} {
@@ -20,12 +17,13 @@ proc setting {name} {
 set sources [setting KGRC_SOURCES]
 set clock_mhz [setting KGRC_CLOCK_MHZ]
 set build [pwd]
-set flags "-std=c++14 -I$build -I$sources"
+# KGRC_VITIS: ports are the vendor's class, in its C-simulation and co-simulation, too
+set flags "-std=c++14 -DKGRC_VITIS -I$build -I$sources"
 
 file delete -force ip reports
 open_project -reset hls
 set_top kgrc_run
-foreach name {top.cpp plan.cpp memory.cpp decode.cpp compute.cpp post.cpp pool.cpp} {
+foreach name {top.cpp plan.cpp memory.cpp decode.cpp schedule.cpp compute.cpp post.cpp pool.cpp} {
   add_files $sources/$name -cflags $flags
 }
 add_files -tb $sources/scripts/bench.cpp -cflags "$flags -Wno-unknown-pragmas"

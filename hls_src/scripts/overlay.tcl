@@ -83,8 +83,8 @@ make_cell axi_intc_0 xilinx.com:ip:axi_intc {CONFIG.C_IRQ_CONNECTION 1}
 # Memory ports: the input and the weights have one each, because the array waits for them; the
 # others share two. A smartconnect converts the kernel's 64 to 512 bits to 128.
 foreach {port bundles} {
-  HP0 {maps_in}
-  HP1 {weights}
+  HP0 {maps_in_0 maps_in_1}
+  HP1 {weights_0 weights_1}
   HP2 {maps_shortcut maps_out}
   HP3 {tables items indices scales}
 } {

@@ -19,6 +19,7 @@ from pynq_kgrc.accelerator.plan import Item
 from pynq_kgrc.accelerator.tiling import (
     MIN_FEATURE_ROWS,
     NO_POOL,
+    REGION_DISTANCE,
     Work,
     beats_of_row,
     convolution_work,
@@ -187,12 +188,13 @@ def _region_runs(items: Sequence[Item]) -> list[_RegionRun]:
 #    compute |      |   R0 > S0   |   R1 > S0   |   R2 > S1   |   R3 > S1   |  |   R4 > S2
 #    drain   |                                  |              S0              |   S1
 #
-# a `region_ready`: R0 is loaded. R1 is loaded at once, into the second buffer.
+# a `region_ready`: R0 is loaded, and REGION_DISTANCE - 1 trips have passed. R1 is loaded at once,
+#   into the second buffer.
 # b R1 comes into use, so that R2 may overwrite R0: the next `load_start`.
 # d S1 is complete, but S0 is not drained yet: the array waits.
 # e `sums_free`: S0 is drained. S1 drains, and S2 takes the buffer of S0.
 def _array_trips(config: AcceleratorConfig, work: Work) -> int:
-    """Trips of the array's loop for a task (`multiply` in hls_src/compute.cpp).
+    """Trips of the array's loop for a task: the walk of `schedule` in hls_src/schedule.cpp.
 
     Times are trips since the start of the current output tile. The state that one tile leaves to
     the next is therefore small, and a tile of the same extent in the same state is computed once.
@@ -217,10 +219,11 @@ def _array_trips(config: AcceleratorConfig, work: Work) -> int:
         time = 0
         for run in runs:
             if run.loads:
-                region_ready = load_start + load
+                loaded = load_start + load
+                region_ready = loaded + REGION_DISTANCE - 1
                 time = max(time, region_ready)
                 # the second region has a free buffer; later ones wait until this region is used
-                load_start = time if regions else region_ready
+                load_start = time if regions else loaded
                 regions += 1
             time += run.enabled * work.weight_words * sum_rows + run.idle
             if run.vectors:

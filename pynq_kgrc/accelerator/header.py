@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
-from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS
+from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, REGION_DISTANCE
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import written_beside
 from pynq_kgrc.quant import ACCUMULATOR_BITS
@@ -149,6 +149,7 @@ def config_header(config: AcceleratorConfig) -> str:
         "MinFeatureRows": MIN_FEATURE_ROWS,
         "RequestsAhead": REQUESTS_AHEAD,
         "RunsAhead": RUNS_AHEAD,
+        "RegionDistance": REGION_DISTANCE,
     }
     lines = [
         f"// The design {config.name}. Made by pynq_kgrc.accelerator.header: change it there.",
@@ -232,6 +233,7 @@ def verilog_parameters(config: AcceleratorConfig) -> dict[str, int]:
         "FILTER_TILES": config.filter_tiles,
         "SUM": ACCUMULATOR_BITS[config.bits],
         "MIN_ROWS": MIN_FEATURE_ROWS,
+        "REGION_DISTANCE": REGION_DISTANCE,
     }
 
 

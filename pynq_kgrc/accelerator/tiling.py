@@ -23,6 +23,9 @@ NO_POOL: Size = (1, 1, 1)
 MIN_FEATURE_ROWS = 4
 """Fewest trips from one visit of a partial sum to the next: it is read, added to and written."""
 
+REGION_DISTANCE = 4
+"""Trips from the last write of a region into the input buffer to its first read, at the least."""
+
 
 @dataclass(frozen=True)
 class Work:
