@@ -310,6 +310,7 @@ class Backend(Protocol):
 BACKENDS = {
     "emulate": "pynq_kgrc.backends.emulation.backend:Emulation",
     "csim": "pynq_kgrc.backends.csim:CSimulation",
+    "timed": "pynq_kgrc.backends.timed:TimedSimulation",
     "board": "pynq_kgrc.backends.board.backend:BoardBackend",
 }
 """Name of a backend -> module:class. A new backend needs one line here and no other change."""
