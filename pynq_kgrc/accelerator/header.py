@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
-from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, REGION_DISTANCE
+from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, POOL_DISTANCE, REGION_DISTANCE
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import written_beside
 from pynq_kgrc.quant import ACCUMULATOR_BITS
@@ -150,6 +150,7 @@ def config_header(config: AcceleratorConfig) -> str:
         "RequestsAhead": REQUESTS_AHEAD,
         "RunsAhead": RUNS_AHEAD,
         "RegionDistance": REGION_DISTANCE,
+        "PoolDistance": POOL_DISTANCE,
     }
     lines = [
         f"// The design {config.name}. Made by pynq_kgrc.accelerator.header: change it there.",
