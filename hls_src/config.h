@@ -106,6 +106,7 @@ enum Status {
   kStatusOutputBeats,
   kStatusWeightBeats,
   kStatusTableWords,
+  kStatusClocks,
   kStatusWords,
 };
 

@@ -219,7 +219,9 @@ void read_scales(const Task& task, const Word64* words64, Stream<Word64>& scales
 void read_shortcut(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
                    long& trips);
 void write_output(const Task& task, Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
-                  long& trips);
+                  Stream<bool>& done, long& trips);
+// clock.cpp
+void count_clocks(Stream<bool>& done, long& clocks);
 // decode.cpp
 void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats,
                  Stream<RegionWord>& region_words, long& trips);

@@ -140,7 +140,7 @@ tiles:
 
 // The beats of finished codes to the outputs of each tile, after the fused max pool, row by row.
 void write_output(const Task& task, Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
-                  long& trips) {
+                  Stream<bool>& done, long& trips) {
   const int pool[3] = {task[kPoolD], task[kPoolH], task[kPoolW]};
   const int out_d = quotient(task[kOutD], pool[0]), out_h = quotient(task[kOutH], pool[1]);
   const int row_beats = beats_of_row(quotient(task[kOutW], pool[2]));
@@ -176,6 +176,7 @@ tiles:
         }
       }
   }
+  done.write(true);  // to count_clocks
 }
 
 }  // namespace kgrc

@@ -8,6 +8,7 @@ namespace kgrc {
 struct Report {
   long array, input, weights, scale, store, plan;  // trips of pipelined loops
   long macs, input_beats, shortcut_beats, output_beats, weight_beats, index_words, scale_words;
+  long clocks;  // clock cycles from the start of the task to its end
 };
 
 // The processes of one task. They run side by side; the streams between them decouple the loads,
@@ -39,6 +40,7 @@ static void run_task(const Task& task, const Beat* input, const Beat* shortcut, 
   Stream<WeightWord> weight_words("weight_words");
   Stream<SumWord> sum_words("sum_words");
   Stream<CodeWord> code_words("code_words");
+  Stream<bool> done("done");
   // processes that follow the plan may be some tiles and items apart
 #pragma HLS STREAM variable = tiles_to_read depth = 4
 #pragma HLS STREAM variable = tiles_to_place depth = 4
@@ -62,6 +64,7 @@ static void run_task(const Task& task, const Beat* input, const Beat* shortcut, 
 #pragma HLS STREAM variable = weight_words depth = 4
 #pragma HLS STREAM variable = sum_words depth = 64
 #pragma HLS STREAM variable = code_words depth = 64
+#pragma HLS STREAM variable = done depth = 2
   read_plan(task, items, tiles_to_read, tiles_to_place, tiles_to_decode, tiles_to_multiply,
             tiles_to_scale, tiles_to_add, tiles_to_pack, tiles_to_write, items_to_read,
             items_to_place, items_to_decode, items_to_multiply, report.plan);
@@ -77,7 +80,8 @@ static void run_task(const Task& task, const Beat* input, const Beat* shortcut, 
   read_shortcut(task, shortcut, tiles_to_add, shortcut_beats, report.shortcut_beats);
   scale(task, tiles_to_scale, scale_words, shortcut_beats, sum_words, code_words, report.scale);
   pack_output(task, tiles_to_pack, code_words, output_beats, report.store);
-  write_output(task, output, tiles_to_write, output_beats, report.output_beats);
+  write_output(task, output, tiles_to_write, output_beats, done, report.output_beats);
+  count_clocks(done, report.clocks);
 }
 
 }  // namespace kgrc
@@ -155,6 +159,7 @@ tasks:
     counts[kStatusOutputBeats] = report.output_beats;
     counts[kStatusWeightBeats] = report.weight_beats;
     counts[kStatusTableWords] = report.plan + report.index_words + report.scale_words;
+    counts[kStatusClocks] = report.clocks;
   status_words:
     for (int i = 0; i < kStatusWords; ++i) {
       // II = 1: a word does not depend on another

@@ -57,9 +57,11 @@ STATUS = (
     *("array", "input", "weights", "scale", "store", "plan"),
     "macs",
     *("input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words"),
+    "clocks",
 )
 """What the kernel reports of a task, a 64-bit word each: 1 when it is done, the trips of its
-pipelined loops, then counts. All but `done` are the fields of `cost.Cost`."""
+pipelined loops, then counts, then the clock cycles that it took; 0 in the C-simulation, which has
+no clock. All but `done` and `clocks` are the fields of `cost.Cost`."""
 
 MAP_PORTS = ("input", "shortcut", "output")
 """Memory ports that see the memory of maps."""

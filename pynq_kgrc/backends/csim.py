@@ -46,7 +46,7 @@ from pynq_kgrc.quant import Array, ceil_div
 
 SOURCES = (
     *("top.cpp", "plan.cpp", "memory.cpp", "decode.cpp"),
-    *("compute.cpp", "post.cpp", "pool.cpp"),
+    *("compute.cpp", "post.cpp", "pool.cpp", "clock.cpp"),
 )
 
 FAST = ("-O3", "-march=native", "-DKGRC_PLAIN")
