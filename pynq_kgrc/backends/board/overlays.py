@@ -44,6 +44,15 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     older than that name; it is no version of the program's file."""
     pl_clock: int = 0
     """Which of the clocks pl_clk0 to pl_clk3 drives the kernel."""
+    port_clock_mhz: float = 300.0
+    """Clock in MHz of the ports of the processing system that access memory."""
+    port_pl_clock: int = 1
+    """Which of the clocks pl_clk0 to pl_clk3 drives them."""
+    loops: dict[str, int] = msgspec.field(default_factory=dict)
+    """Pipelined loop (module/label) -> its initiation interval in cycles, as Vitis HLS reports it
+    after synthesis; empty if nothing is built."""
+    setup_slack_ns: float | None = None
+    """The worst slack of setup (WNS) after placement and routing; None if nothing is built."""
 
     @property
     def built(self) -> bool:
@@ -104,11 +113,13 @@ def read_overlay(folder: Path) -> FoundOverlay:
         raise DeviceError(
             f"{path}: digest {manifest.digest} is not that of its config, {manifest.config.digest}"
         )
-    if not manifest.clock_mhz > 0 or manifest.pl_clock not in range(4):
-        raise DeviceError(
-            f"{path}: clock_mhz={manifest.clock_mhz}, pl_clock={manifest.pl_clock}; "
-            f"use a clock_mhz above 0 and a pl_clock of 0 to 3"
-        )
+    for name in ("", "port_"):
+        mhz, clock = getattr(manifest, f"{name}clock_mhz"), getattr(manifest, f"{name}pl_clock")
+        if not mhz > 0 or clock not in range(4):
+            raise DeviceError(
+                f"{path}: {name}clock_mhz={mhz}, {name}pl_clock={clock}; "
+                f"use a {name}clock_mhz above 0 and a {name}pl_clock of 0 to 3"
+            )
     return FoundOverlay(folder, manifest)
 
 
