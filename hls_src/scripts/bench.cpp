@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "design.h"
+#include "../design.h"
 
 extern "C" void kgrc_run(const kgrc::Beat* input, const kgrc::Beat* shortcut, kgrc::Beat* output,
                          const kgrc::WeightBeat* weights, const kgrc::Word64* tables,

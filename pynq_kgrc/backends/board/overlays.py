@@ -23,7 +23,7 @@ from pynq_kgrc.files import find_folder, written_beside
 OVERLAY = "KGRC_OVERLAY"
 """Environment variable: a bitstream, its folder, or a folder of such folders."""
 
-BIT, HWH, MANIFEST = "kgrc.bit", "kgrc.hwh", "manifest.json"
+BIT, HWH, MANIFEST, REPORT = "kgrc.bit", "kgrc.hwh", "manifest.json", "report.md"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,6 +53,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     after synthesis; empty if nothing is built."""
     setup_slack_ns: float | None = None
     """The worst slack of setup (WNS) after placement and routing; None if nothing is built."""
+    cosimulated: bool = False
+    """Whether the co-simulation of Vitis HLS passed before the bitstream was made."""
 
     @property
     def built(self) -> bool:
