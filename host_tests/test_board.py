@@ -478,7 +478,9 @@ def test_the_shares_of_a_run_are_those_of_the_clock(board, device, program, clip
 # ---- memory ports at rest before the device is programmed ------------------------------------
 
 
-def test_a_hung_kernel_is_programmed_only_after_its_memory_ports_rest(board, device, program, clips):
+def test_a_hung_kernel_is_programmed_only_after_its_memory_ports_rest(
+    board, device, program, clips
+):
     device.faults = ["never_done"]
     board.write(program.source, clips[0][0])
     with pytest.raises(DeviceError, match="did not finish"):
@@ -536,9 +538,7 @@ def test_pynq_does_not_program_over_an_open_burst_of_the_overlay_before(device, 
 
 def test_programming_over_an_open_burst_hangs_the_simulated_board(device, program):
     """The tests above rely on this."""
-    overlay = KgrcOverlay(
-        str(device.supply_overlay(program.config) / "kgrc.bit"), device=device
-    )
+    overlay = KgrcOverlay(str(device.supply_overlay(program.config) / "kgrc.bit"), device=device)
     device.kernel._control, device.faults = simulated.START, ["open_burst"]
     with pytest.warns(UserWarning, match="Timeout for shutdown manager"):
         pynq.Overlay.download(overlay)

@@ -58,7 +58,7 @@ proc masters_of {memory_ports} {
   close $file
   set found {}
   foreach port $memory_ports {
-    if {![regexp "m_axi port = $port\[^\n\]* bundle = (\\w+)" $text whole bundle]} {
+    if {![regexp "m_axi port = $port\\y\[^\n\]* bundle = (\\w+)" $text whole bundle]} {
       error "top.cpp has no m_axi interface for $port of KGRC_PORTS"
     }
     set master kgrc_run_0/m_axi_$bundle

@@ -103,6 +103,7 @@ def memory_ports() -> dict[str, tuple[str, ...]]:
         found[system[number]] = (*found.get(system[number], ()), port)
     return found
 
+
 START, DONE, IDLE = 1, 2, 4
 """Bits of the register CTRL; DONE clears when it is read."""
 
@@ -259,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(arguments)
     if chosen.ports:
-        print(" ".join(f"{system} {{{' '.join(ports)}}}" for system, ports in memory_ports().items()))
+        print(
+            " ".join(f"{system} {{{' '.join(ports)}}}" for system, ports in memory_ports().items())
+        )
         return
     text = config_header(read_design(chosen.design))
     path: Path | None = chosen.output

@@ -284,9 +284,7 @@ def pipelined_loops(synthesis: Synthesis, asked: Asked) -> list[PipelinedLoop]:
     """
     rows, left = [], dict(asked)
     for loop in synthesis.loops:
-        named = [
-            place for place in asked if f"_{loop.name}".endswith(f"_{place[1]}")
-        ]
+        named = [place for place in asked if f"_{loop.name}".endswith(f"_{place[1]}")]
         inside = [place for place in named if f"{loop.module}_".startswith(f"{place[0]}_")]
         # the longest label: region_words also ends in words
         place = max(inside, key=lambda place: len(place[1]), default=None)
@@ -313,9 +311,13 @@ def check_build(
     faults = [loop.fault for loop in loops if loop.fault]
     if loops and not any(loop.found and loop.asked is not None for loop in loops):
         faults.append("the report has none of the loops that the sources pipeline")
-    for kind, slack in () if timing is None else (
-        ("setup (WNS)", timing.setup_ns),
-        ("hold (WHS)", timing.hold_ns),
+    for kind, slack in (
+        ()
+        if timing is None
+        else (
+            ("setup (WNS)", timing.setup_ns),
+            ("hold (WHS)", timing.hold_ns),
+        )
     ):
         if slack < 0:
             faults.append(f"the clock is not met: the worst slack of {kind} is {slack:g} ns")

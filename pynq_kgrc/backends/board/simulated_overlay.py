@@ -75,7 +75,9 @@ def hardware_handoff(clock_mhz: float, interrupt: bool) -> str:
         ranges.append(("axi_intc_0", "s_axi", CONTROLLER_AT))
     for port, base in MANAGERS_AT.items():
         modules.append(
-            _module(f"shutdown_{port}", "dfx_axi_shutdown_manager", MANAGER, _slave("CTRL", "S_AXI"))
+            _module(
+                f"shutdown_{port}", "dfx_axi_shutdown_manager", MANAGER, _slave("CTRL", "S_AXI")
+            )
         )
         ranges.append((f"shutdown_{port}", "S_AXI_CTRL", base))
     modules.append(_processor((clock_mhz, PORT_MHZ), ranges, interrupt))
