@@ -704,8 +704,9 @@ def road(tools, tmp_path):
     stub = f"tclsh {tmp_path / 'stub.tcl'}"
 
     def run(*targets, **variables):
+        settings = {"HLS": stub, "VIVADO": stub, "CXXFLAGS": "-O0"}
         folders = {"BUILD": tmp_path / "build", "OVERLAYS": tmp_path / "overlays"}
-        return make(*targets, **{"HLS": stub, "VIVADO": stub, **folders, **variables})
+        return make(*targets, **{**settings, **folders, **variables})
 
     return run
 
