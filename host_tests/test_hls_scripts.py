@@ -132,8 +132,12 @@ def test_every_memory_port_of_the_kernel_has_one_port_of_the_system(monkeypatch,
     two = ("input0", "input1", "shortcut", "output", "weights0", "weights1", "tables", "status")
     monkeypatch.setattr(header, "ADDRESSES", two)
     assert memory_ports() == {
-        **{"HPC0": ("input0",), "HPC1": ("input1",), "HP0": ("weights0",), "HP1": ("weights1",)},
-        **{"HP2": ("output",), OTHER_PORT: ("shortcut", "tables", "status")},
+        "HPC0": ("input0",),
+        "HPC1": ("input1",),
+        "HP0": ("weights0",),
+        "HP1": ("weights1",),
+        "HP2": ("output",),
+        OTHER_PORT: ("shortcut", "tables", "status"),
     }
     header.main(["--ports"])
     assert capsys.readouterr().out == (
@@ -338,13 +342,12 @@ def test_the_c_simulation_of_every_design_in_both_types(tmp_path, design):
 
 COMMANDS = """
 add_files apply_bd_automation assign_bd_address config_compile connect_bd_intf_net connect_bd_net
-cosim_design
-create_bd_cell create_bd_design create_clock create_project csim_design csynth_design
+cosim_design create_bd_cell create_bd_design create_clock create_project csim_design csynth_design
 current_fileset current_project export_design generate_target get_bd_addr_segs get_bd_addr_spaces
 get_bd_cells get_bd_intf_pins get_bd_pins get_board_parts get_files get_ipdefs get_property
 get_runs launch_runs make_wrapper open_project open_run open_solution report_timing_summary
-report_utilization save_bd_design set_clock_uncertainty set_part set_property set_top update_compile_order
-update_ip_catalog validate_bd_design version wait_on_run
+report_utilization save_bd_design set_clock_uncertainty set_part set_property set_top
+update_compile_order update_ip_catalog validate_bd_design version wait_on_run
 """
 """Commands of Vitis HLS and of Vivado that the stub takes (UG1399, UG835)."""
 
@@ -537,8 +540,9 @@ def test_the_block_design_is_complete(tools, tmp_path):
     assert all(kind.endswith(":1.10") for kind in cells.values())
 
     def settings_of(cell):
-        words = [c[2].split() for c in calls if c[0] == "set_property" and c[-1] == cell]
-        return {key: value for found in words for key, value in zip(found[::2], found[1::2])}
+        found = [c[2].split() for c in calls if c[0] == "set_property" and c[-1] == cell]
+        words = [word for setting in found for word in setting]
+        return dict(zip(words[::2], words[1::2], strict=True))
 
     settings = settings_of("ps")
     assert settings["CONFIG.PSU__CRL_APB__PL0_REF_CTRL__FREQMHZ"] == "150"

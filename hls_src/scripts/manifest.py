@@ -1,9 +1,7 @@
 """Copy a bitstream to its overlay, with the manifest and the report that describe it.
 
-``python manifest.py --design 8-sparse --clock 150 --port-clock 300 --build build/8-sparse \\
--o ../overlays/8-sparse``
-
-Refuses a build whose loops have a larger II than the sources ask for, or whose clock is not met.
+The Makefile runs this. It refuses a build with a loop of a larger II than the sources ask
+for, or with a clock that is not met.
 """
 
 from __future__ import annotations

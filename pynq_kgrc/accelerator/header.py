@@ -78,8 +78,8 @@ VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
 """Vendor, library, name and version of the kernel. The driver finds the kernel by it."""
 
 MANAGER = "xilinx.com:ip:dfx_axi_shutdown_manager:1.0"
-"""The block between a memory port and the processing system that ends open bursts (PG377). pynq asks
-all blocks of this VLNV to shut down before it programs the device."""
+"""The block between a memory port and the processing system that ends open bursts (PG377). pynq
+asks all blocks of this VLNV to shut down before it programs the device."""
 
 SYSTEM_PORTS = {"input": ("HPC0", "HPC1"), "weights": ("HP0", "HP1"), "output": ("HP2",)}
 """Ports of the processing system by the kernel's memory ports: `input0` takes the first of `input`,

@@ -1,10 +1,9 @@
-"""Reports of Vitis HLS and Vivado about a design: held against what the sources ask for and against
-our resource estimate.
+"""Reports of Vitis HLS and Vivado about a design, held against the sources and our estimate.
 
 ``python -m pynq_kgrc.accelerator.reports hls_src/build/8-sparse/reports --design 8-sparse``
 
-With ``--check`` the exit status is 1 if a loop has a larger initiation interval (II) than its pragma
-in hls_src asks for, or if the clock is not met.
+With ``--check`` the exit status is 1 if a loop has a larger initiation interval (II) than its
+pragma in hls_src asks for, or if the clock is not met.
 
 The readers expect csynth.xml (Vitis HLS 2020.2 and later) and the text files of Vivado's
 report_utilization and report_timing_summary. They were never tried on reports of our own designs:
@@ -263,7 +262,7 @@ def read_asked(sources: Path, header: Path) -> Asked:
                 label = begins[1]
             elif pragma := re.match(r"\s*#\s*pragma\s+HLS\s+PIPELINE\b(.*)", line):
                 asked = re.search(r"\bII\s*=\s*(\w+)", pragma[1])
-                text = constants.get(asked[1], asked[1]) if asked else "nothing"
+                text = str(constants.get(asked[1], asked[1])) if asked else "nothing"
                 if not (function and label and text.isdecimal()):
                     raise ConfigError(
                         f"{path}:{number}: PIPELINE with II = {text} in the loop "
@@ -411,8 +410,8 @@ def build_report(
     lines = [f"# {title}", ""]
     lines += [f"- {fact}" for fact in facts]
     lines.append(
-        f"- clock: {synthesis.target_ns:g} ns asked for, {synthesis.estimated_ns:g} ns estimated by "
-        f"Vitis HLS {synthesis.version} before placement"
+        f"- clock: {synthesis.target_ns:g} ns asked for, {synthesis.estimated_ns:g} ns estimated "
+        f"by Vitis HLS {synthesis.version} before placement"
     )
     if timing is not None:
         lines.append(
