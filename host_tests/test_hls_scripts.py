@@ -224,9 +224,7 @@ def test_a_stale_header_in_the_build_folder_is_renewed(tmp_path):
 
 @pytest.mark.parametrize("design", ["8-dense", "8-sparse"])
 def test_the_vectors_have_one_of_everything(design):
-    spec = importlib.util.spec_from_file_location("vectors", HLS / "scripts/vectors.py")
-    vectors = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(vectors)
+    vectors = load_script("vectors")
     program = vectors.random_program(preset(design), 0)
     tasks = program.tasks
     convolutions = [task for task in tasks if isinstance(task, ConvTask)]
@@ -336,6 +334,59 @@ def test_the_c_simulation_of_every_design_in_both_types(tmp_path, design):
     done = make(f"csim-{design}", BUILD=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.count("7 tasks, 0 differences") == 2
+
+
+# ---- the counter of clock cycles, as synthesis sees it ------------------------------------------
+
+TOKEN_COMES = """
+#pragma once
+namespace hls {
+template <class Value>
+class stream {
+ public:
+  explicit stream(const char*) : polls(0) {}
+  bool read_nb(Value&) { return ++polls == 1000; }
+  void write(const Value&) {}
+  Value read() { return Value(); }
+  bool empty() const { return false; }
+  long polls;
+};
+}
+"""
+"""A stand-in for the vendor's header, in which the token comes in cycle 1000."""
+
+COUNT = """
+#include "design.h"
+int main() {
+  kgrc::Stream<bool> done("done");
+  long clocks = -1;
+  kgrc::count_clocks(done, clocks);
+  return clocks == 1000 && done.polls == 1000 ? 0 : 1;
+}
+"""
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, HLS / f"scripts/{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_make
+@pytest.mark.parametrize("fault", [None, ("++count;", "count += 2;"), ("while (!ended)", "if (1)")])
+def test_clock_cycles_are_counted_until_the_token_comes(tmp_path, fault):
+    pytest.importorskip("clang", reason="no libclang: no stand-ins for the vendor's headers")
+    flags = load_script("lint").synthesis_flags(HLS, tmp_path, "8-sparse")
+    (tmp_path / "hls_stream.h").write_text(TOKEN_COMES)
+    (tmp_path / "main.cpp").write_text(COUNT)
+    text = (HLS / "clock.cpp").read_text()
+    (tmp_path / "clock.cpp").write_text(text if fault is None else text.replace(*fault))
+    command = ["g++", *flags, "-Wno-unknown-pragmas", "-o", str(tmp_path / "main")]
+    command += [str(tmp_path / name) for name in ("main.cpp", "clock.cpp")]
+    subprocess.run(command, check=True, timeout=120)
+    done = subprocess.run([str(tmp_path / "main")], timeout=60)
+    assert (done.returncode == 0) == (fault is None)
 
 
 # ---- the Tcl files, with the tools' commands stubbed ------------------------------------------
