@@ -125,6 +125,8 @@ def test_every_memory_port_of_the_kernel_has_one_port_of_the_system(monkeypatch,
     found = memory_ports()
     assert sorted(port for ports in found.values() for port in ports) == sorted(ADDRESSES)
     assert set(BUNDLES) == set(ADDRESSES)
+    for port in ("HPC0", "HP0", "HP2"):
+        assert len(found[port]) == 1, "the fast ports carry one of the kernel's"
     homes = {}
     for system, ports in found.items():
         for port in ports:

@@ -96,8 +96,9 @@ def memory_ports() -> dict[str, tuple[str, ...]]:
     """
     found: dict[str, tuple[str, ...]] = {}
     for port in ADDRESSES:
-        kind = port.rstrip("0123456789")
-        number, system = int(port[len(kind) :] or 0), SYSTEM_PORTS.get(kind, (OTHER_PORT,))
+        kind = port.rstrip("0123456789_")
+        number = int(port[len(kind) :].lstrip("_") or 0)
+        system = SYSTEM_PORTS.get(kind, (OTHER_PORT,))
         if number >= len(system):
             raise ConfigError(f"{port}: SYSTEM_PORTS has {len(system)} for {kind}: {system}")
         found[system[number]] = (*found.get(system[number], ()), port)
