@@ -1,36 +1,61 @@
-// The array: one pipelined loop over all the work of a task, so that it fills and drains once.
+// The array: one pipelined loop over all the trips of a task, so that it fills and drains once.
 //
-// Each trip of the loop does three things at once: it multiplies a weight word with the inputs of
-// P_F outputs, it loads a word of the next region, and it hands on a word of finished sums. Regions
-// and sums are double-buffered; the loop waits only where one of the three is late.
-//
-// Known faults, not yet mended; the C-simulation shows none of them:
-// - The banks of sums and regions are selected by values (word.row, offset.bank, in_use...). Vitis
-//   HLS assigns ports at compile time and has to assume that all accesses of a trip meet in one
-//   bank: II = 1 is not to be had this way.
-// - The decision what a trip does is a chain from stream to counter to decision, longer than a
-//   clock of 150 MHz by an estimate from published delays.
-// - AGGREGATE of region_ram packs a whole bank into one scalar, or is refused.
-// - KGRC_PACKED is not defined for synthesis: it would take a multiplier for each product, more
-//   than the chip has.
-#include "design.h"
+// Each trip of the loop does up to three things: it multiplies a weight word with the inputs of P_F
+// outputs, it loads a word of the next region, and it hands on a word of finished sums. Which of
+// them is decided before, in schedule.cpp: a run says it for a number of trips, a step gives the
+// rows. Here every bank of a memory asks what it has to do, so that a bank is named by constants:
+// a bank of regions has two addresses in a trip, a bank of sums has one.
+#include "array.h"
 #include "dot.h"
 
 namespace kgrc {
 
-#ifdef KGRC_PORTS
+#if defined(KGRC_PORTS) || defined(KGRC_LATE)
 long current_trip = 0;
+#endif
+#ifdef KGRC_PORTS
 long port_conflicts = 0;
 long early_reads = 0;
 #endif
 
-#ifdef KGRC_PACKED
-typedef Dot<kBits, kTn> Element;
-#else
+#ifdef KGRC_DIRECT
+#ifdef __SYNTHESIS__
+static_assert(int(kBits) == 16, "without packing, each product of 8 or 4 bits takes a DSP");
+#endif
 typedef DotDirect<kBits, kTn> Element;
+#else
+typedef Dot<kBits, kTn> Element;
+#endif
+typedef Int<2 * kBits + 8 + bits_for(kPk)> Total;
+
+// A vector as one word of a memory.
+#ifdef KGRC_PLAIN
+typedef Vector PackedVector;
+static inline PackedVector pack(const Vector& vector) { return vector; }
+static inline Vector unpack(const PackedVector& word) { return word; }
+#else
+typedef UInt<kTn * kBits> PackedVector;
+static inline PackedVector pack(const Vector& vector) {
+#pragma HLS INLINE
+  PackedVector word = 0;
+  for (int n = 0; n < kTn; ++n) {
+#pragma HLS UNROLL
+    word.range(n * kBits + kBits - 1, n * kBits) = vector.code[n].range(kBits - 1, 0);
+  }
+  return word;
+}
+static inline Vector unpack(const PackedVector& word) {
+#pragma HLS INLINE
+  Vector vector;
+  for (int n = 0; n < kTn; ++n) {
+#pragma HLS UNROLL
+    vector.code[n].range(kBits - 1, 0) = word.range(n * kBits + kBits - 1, n * kBits);
+  }
+  return vector;
+}
 #endif
 
-typedef Ram<Vector, kRegionRows> RegionBank;
+typedef Ram<PackedVector, kRegionRows, kRegionDistance> RegionBank;
 typedef Ram<Sum, kSumRows, kMinFeatureRows> SumBank;
 static RegionBank region_ram[2][kCopies][kPf];
 static SumBank sum_ram[2][kTm][kPf];
@@ -49,122 +74,101 @@ rows:
   }
 }
 
-// What the loop keeps from one trip to the next.
-struct State {
-  // of the task
-  bool convolves, largest;  // neither: the sum of a pool's window
-  int words_of_item;
-  int items_left, regions_left;
-
-  // multiply
-  Tile tile;
-  Item item, next;
-  bool have_next;     // `next` has been read, but waits for its region or for the sums
-  bool active;        // `item` has weight words left
-  bool block_done;    // the last item of a block is done; its sums wait to be handed on
-  int in_use;         // the region buffer that is read
-  bool holds_region;  // a region has been taken into use
-  int sums_in_use;    // the sum buffer that is added to
-  int words_left, words_done;
-  int feature_row, feature_rows;  // trip within the weight word, and how many trips it takes
-  WeightWord word;
-  int lane_at[kPf][3], lane_row[kPf];  // as in Tile, of the current trip
-
-  // load
-  bool full[2];  // whether a region buffer holds a whole region
-  int load_into;
-
-  // drain
-  bool draining;
-  int vectors_left;
-  int settling;  // trips still to wait after the last word
-  int vector, depth, height, beat;
-  int sum_row, sum_lane;  // of the next sum within its vector
-  int drain_size[3];      // outputs of the tile along each axis
-};
-
-static inline bool has_work(const State& s) {
+// Place number `read` among those of a weight word, as the lanes see it: a constant after unrolling.
+static inline Place place_of(const WeightWord& word, int read) {
 #pragma HLS INLINE
-  return s.items_left > 0 || s.active || s.block_done || s.draining;
+  return word.offset[read / kPk][read % kPk];
 }
 
-// Swaps the sum buffers when a block is done and the block before it is handed on.
-static inline void begin_drain(State& s) {
+// Loads a word of a region, and reads the inputs of P_F outputs at each tap of a weight word. Output
+// f of the tile has its input in bank (f + the place's bank) % P_F, one row on where that wraps.
+static inline void access_regions(const ArrayRun& run, bool works, const InputStep& step,
+                                  const WeightWord& word, const RegionWord& in,
+                                  Vector (&inputs)[kReads][kPf]) {
 #pragma HLS INLINE
-  if (!s.block_done || s.draining) return;
-  s.draining = true;
-  s.block_done = false;
-  s.sums_in_use ^= 1;
-  s.vectors_left = s.item.vectors;
-  // Handing on clears a row at least rows - 2 - r trips before its last trip, and the next block
-  // reads row r at least r trips after it. Wait so that no row is read within kMinFeatureRows trips
-  // of being cleared.
-  s.settling = larger(0, kMinFeatureRows + 1 - s.tile.feature_rows);
-  s.vector = s.depth = s.height = s.beat = s.sum_row = s.sum_lane = 0;
-  for (int axis = 0; axis < 3; ++axis) s.drain_size[axis] = s.tile.size[axis];
-}
-
-// Reads the next item, and begins it once its region is loaded and a sum buffer is free.
-static inline void begin_item(State& s, Stream<Tile>& tiles, Stream<Item>& items) {
-#pragma HLS INLINE
-  if (!s.have_next && s.items_left > 0 && !s.active) {
-    s.next = items.read();
-    s.have_next = true;
-  }
-  if (!s.have_next || s.active || s.block_done) return;
-  if (s.next.new_region && !s.full[s.in_use ^ 1]) return;
-  s.item = s.next;
-  s.have_next = false;
-  --s.items_left;
-  if (s.item.first) {
-    s.tile = tiles.read();
-    s.feature_rows = larger(s.tile.feature_rows, kMinFeatureRows);
-  }
-  if (s.item.new_region) {
-    // Before the first region is used, the other buffer may hold the second one already: the load
-    // runs ahead where a task begins with blocks without enabled groups.
-    if (s.holds_region) s.full[s.in_use] = false;
-    s.holds_region = true;
-    s.in_use ^= 1;
-  }
-  s.words_left = s.item.mask ? s.words_of_item : 0;
-  s.feature_row = s.words_done = 0;
-  s.active = s.words_left > 0;
-  s.block_done = !s.active && s.item.end_block;
-}
-
-// The inputs of P_F outputs at one tap: bank b of the region has that of output b - offset.bank.
-static inline void read_region(RegionBank (&banks)[kPf], const int (&rows)[kPf],
-                               const Place& offset, Vector (&out)[kPf]) {
-#pragma HLS INLINE
-lanes:
-  for (int lane = 0; lane < kPf; ++lane) {
-#pragma HLS UNROLL
-    const int sum = lane + offset.bank;
-    const int bank = sum >= kPf ? sum - kPf : sum;
-    out[lane] = banks[bank].read(rows[lane] + offset.row + (sum >= kPf ? 1 : 0));
-  }
-}
-
-// One trip of a convolution: adds the dot products of a weight word to the sums of P_F outputs.
-static inline void convolve(State& s, int row, const int (&rows)[kPf], const bool (&exists)[kPf],
-                            long& macs) {
-#pragma HLS INLINE
-  const Tile& tile = s.tile;
-  const int outputs = smaller(kPf,
-                              tile.size[0] * tile.size[1] * tile.size[2] - s.feature_row * kPf);
-  Vector inputs[kReads][kPf];
-columns:
+  RegionRow read_rows[kReads][kPf];
+places:
   for (int read = 0; read < kReads; ++read) {
 #pragma HLS UNROLL
-    read_region(region_ram[s.in_use][read / 2], rows, s.word.offset[read / kPk][read % kPk],
-                inputs[read]);
+    const Place place = place_of(word, read);
+  to_banks:
+    for (int shift = 0; shift < kPf; ++shift) {
+#pragma HLS UNROLL
+      if (place.bank != shift) continue;
+      for (int lane = 0; lane < kPf; ++lane) {
+        const int end = lane + shift, wraps = end >= kPf ? 1 : 0;
+        const int row = int(step.rows[lane]) + int(place.row) + wraps;
+        read_rows[read][end - wraps * kPf] = RegionRow(row & ((1 << kRegionRowBits) - 1));
+      }
+    }
   }
+  PackedVector found[kReads][kPf];
+banks:
+  for (int bank = 0; bank < kPf; ++bank) {
+#pragma HLS UNROLL
+    // at most two positions of a beat lie in a bank
+    bool first = false, second = false;
+    RegionRow first_row = 0, second_row = 0;
+    Vector first_vector = Vector(), second_vector = Vector();
+  positions:
+    for (int i = 0; i < kPortPositions; ++i) {
+#pragma HLS UNROLL
+      const bool here = run.load && in.valid[i] && in.place[i].bank == bank;
+      if (here && first) {
+        second = true;
+        second_row = in.place[i].row;
+        second_vector = in.vector[i];
+      }
+      if (here && !first) {
+        first = true;
+        first_row = in.place[i].row;
+        first_vector = in.vector[i];
+      }
+    }
+    const PackedVector first_word = pack(first_vector), second_word = pack(second_vector);
+  halves:
+    for (int half = 0; half < 2; ++half)
+      for (int copy = 0; copy < kCopies; ++copy) {
+#pragma HLS UNROLL
+        const int a = 2 * copy, b = 2 * copy + 1 < kReads ? 2 * copy + 1 : 2 * copy;
+        const bool reads = works && run.region_half == (half != 0);
+        const bool loads = run.load && run.load_half == (half != 0);
+        const RegionRow row_a = reads ? read_rows[a][bank] : first_row;
+        const RegionRow row_b = reads ? read_rows[b][bank] : second_row;
+        RegionBank& ram = region_ram[half][copy][bank];
+        if (reads) {
+          found[a][bank] = ram.read(row_a);
+          if (a != b) found[b][bank] = ram.read(row_b);
+        } else if (loads) {
+          if (first) ram.write(row_a, first_word);
+          if (second) ram.write(row_b, second_word);
+        }
+      }
+  }
+reads:
+  for (int read = 0; read < kReads; ++read) {
+#pragma HLS UNROLL
+    const Place place = place_of(word, read);
+  to_lanes:
+    for (int shift = 0; shift < kPf; ++shift) {
+#pragma HLS UNROLL
+      if (place.bank != shift) continue;
+      for (int lane = 0; lane < kPf; ++lane)
+        inputs[read][lane] = unpack(
+            found[read][lane + shift < kPf ? lane + shift : lane + shift - kPf]);
+    }
+  }
+}
+
+// The dot products of a weight word with the inputs of P_F outputs.
+static inline void multiply_word(const WeightWord& word, UInt<kGroups> mask,
+                                 const Vector (&inputs)[kReads][kPf],
+                                 Total (&totals)[kGroups][kRows][kPf]) {
+#pragma HLS INLINE
 groups:
   for (int group = 0; group < kGroups; ++group) {
 #pragma HLS UNROLL
-    if (!(s.item.mask >> group & 1)) continue;
-    macs += long(kRows) * kPk * kTn * outputs;
+    if (!(mask >> group & 1)) continue;  // its totals are not used
     const int first_read = kSparse ? group * kPk : 0;
   rows:
     for (int r = 0; r < kRows; r += Element::kWeights) {
@@ -172,7 +176,7 @@ groups:
     features:
       for (int lane = 0; lane < kPf; lane += Element::kFeatures) {
 #pragma HLS UNROLL
-        Sum total[Element::kWeights][Element::kFeatures];
+        Total total[Element::kWeights][Element::kFeatures];
         for (int a = 0; a < Element::kWeights; ++a)
           for (int b = 0; b < Element::kFeatures; ++b) total[a][b] = 0;
       taps:
@@ -182,7 +186,7 @@ groups:
           Code w[Element::kWeights][kTn], x[Element::kFeatures][kTn];
           for (int i = 0; i < Element::kWeights; ++i)
             for (int n = 0; n < kTn; ++n)
-              w[i][n] = r + i < kRows ? s.word.code[group][r + i][k][n] : Code(0);
+              w[i][n] = r + i < kRows ? word.code[group][r + i][k][n] : Code(0);
           for (int i = 0; i < Element::kFeatures; ++i)
             for (int n = 0; n < kTn; ++n)
               x[i][n] = lane + i < kPf ? inputs[first_read + k][lane + i].code[n] : Code(0);
@@ -191,192 +195,124 @@ groups:
             for (int b = 0; b < Element::kFeatures; ++b) total[a][b] += products[a][b];
         }
         for (int a = 0; a < Element::kWeights; ++a)
-          for (int b = 0; b < Element::kFeatures; ++b) {
-            if (r + a >= kRows || lane + b >= kPf || !exists[lane + b]) continue;
-            const int filter = group * kGm + s.word.row[group][r + a];
-            SumBank& bank = sum_ram[s.sums_in_use][filter][lane + b];
-            bank.write(row, Sum(bank.read(row) + total[a][b]));
-          }
+          for (int b = 0; b < Element::kFeatures; ++b)
+            if (r + a < kRows && lane + b < kPf) totals[group][r + a][lane + b] = total[a][b];
       }
     }
   }
 }
 
-// One trip of a pool: the largest or the sum of the codes at a tap and those before it.
-static inline void pool(State& s, int row, const int (&rows)[kPf], const bool (&exists)[kPf]) {
+// Adds to the sums of one half, and hands on and clears sums of the other.
+static inline void access_sums(const ArrayRun& run, bool works, const InputStep& step,
+                               const WeightWord& word, const SumStep& hand, bool convolves,
+                               bool largest, const Vector (&inputs)[kReads][kPf],
+                               const Total (&totals)[kGroups][kRows][kPf], Sum (&out)[kPf][kTn]) {
 #pragma HLS INLINE
-  Vector inputs[kPf];
-  read_region(region_ram[s.in_use][0], rows, s.word.offset[0][0], inputs);
-windows:
-  for (int lane = 0; lane < kPf; ++lane)
-    for (int n = 0; n < kTn; ++n) {
+filters:
+  for (int filter = 0; filter < kTm; ++filter) {
 #pragma HLS UNROLL
-      if (!exists[lane]) continue;
-      const Sum value = inputs[lane].code[n];
-      const Sum old = sum_ram[s.sums_in_use][n][lane].read(row);
-      const Sum both = s.largest ? (old > value ? old : value) : Sum(old + value);
-      sum_ram[s.sums_in_use][n][lane].write(row, s.words_done == 0 ? value : both);
-    }
-}
-
-// Moves each lane to the output that it has in the next trip.
-static inline void step_lanes(State& s) {
-#pragma HLS INLINE
-  const Tile& tile = s.tile;
-lanes_step:
-  for (int lane = 0; lane < kPf; ++lane) {
+    const int group = filter / kGm, n = filter % kTn;
+    // the row of the weight word that is this filter, if there is one
+    bool has_row = false;
+    Total total[kPf];
+    for (int lane = 0; lane < kPf; ++lane) total[lane] = 0;
+  rows:
+    for (int r = 0; r < kRows; ++r) {
 #pragma HLS UNROLL
-    int* at = s.lane_at[lane];
-    s.lane_row[lane] += tile.row_step;
-    at[2] += tile.step[2];
-    if (at[2] >= tile.size[2]) {
-      at[2] -= tile.size[2];
-      at[1] += 1;
-      s.lane_row[lane] += tile.row_wrap_w;
+      if (word.row[group][r] != filter % kGm) continue;
+      has_row = true;
+      for (int lane = 0; lane < kPf; ++lane) total[lane] = totals[group][r][lane];
     }
-    at[1] += tile.step[1];
-    if (at[1] >= tile.size[1]) {
-      at[1] -= tile.size[1];
-      at[0] += 1;
-      s.lane_row[lane] += tile.row_wrap_h;
-    }
-    at[0] += tile.step[0];
-  }
-}
-
-// One trip with a weight word.
-static inline void accumulate(State& s, Stream<WeightWord>& words, long& macs) {
-#pragma HLS INLINE
-  if (!s.active) return;
-  if (s.feature_row == 0) {
-    s.word = words.read();
-    for (int lane = 0; lane < kPf; ++lane) {
-      s.lane_row[lane] = s.tile.lane_row[lane];
-      for (int axis = 0; axis < 3; ++axis) s.lane_at[lane][axis] = s.tile.lane_at[lane][axis];
-    }
-  }
-  if (s.feature_row < s.tile.feature_rows) {
-    int rows[kPf];
-    bool exists[kPf];
-    // lanes past the last output of the tile read row 0 and add to nothing
-    for (int lane = 0; lane < kPf; ++lane) {
-      exists[lane] = s.lane_at[lane][0] < s.tile.size[0];
-      rows[lane] = exists[lane] ? s.lane_row[lane] : 0;
-    }
-    const int row = s.item.held_tile * kFeatureRows + s.feature_row;
-    if (s.convolves) convolve(s, row, rows, exists, macs);
-    else pool(s, row, rows, exists);
-  }
-  step_lanes(s);
-  if (++s.feature_row == s.feature_rows) {
-    s.feature_row = 0;
-    ++s.words_done;
-    if (--s.words_left == 0) {
-      s.active = false;
-      s.block_done = s.item.end_block;
-    }
-  }
-}
-
-// Hands on a word of finished sums and clears them, or waits for the last ones to settle.
-static inline void drain(State& s, Stream<SumWord>& sums) {
-#pragma HLS INLINE
-  if (!s.draining) return;
-  if (s.vectors_left == 0) {
-    s.draining = --s.settling > 0;
-    return;
-  }
-  SumWord out;
-  const int count = smaller(kPortPositions, s.drain_size[2] - s.beat * kPortPositions);
-  const int filter = s.vector % kTileVectors * kTn;
-  const int row = s.vector / kTileVectors * kFeatureRows + s.sum_row;
-handed_on:
-  for (int i = 0; i < kPortPositions; ++i) {
+    const bool adds = works && (convolves ? has_row && (step.mask >> group & 1) : filter < kTn);
+    const bool hands = run.drain && hand.vector == filter / kTn;
+  halves:
+    for (int half = 0; half < 2; ++half) {
 #pragma HLS UNROLL
-    if (i >= count) {
-      for (int n = 0; n < kTn; ++n) out.sum[i][n] = 0;
-      continue;
-    }
-    // neighbouring outputs lie in neighbouring lanes; past the last lane the next row begins
-    const int wraps = (s.sum_lane + i) / kPf, lane = (s.sum_lane + i) % kPf;
-    for (int n = 0; n < kTn; ++n) {
-      SumBank& bank = sum_ram[s.sums_in_use ^ 1][filter + n][lane];
-      out.sum[i][n] = bank.read(row + wraps);
-      bank.write(row + wraps, Sum(0));
-    }
-  }
-  sums.write(out);
-  s.sum_lane += count;
-  s.sum_row += s.sum_lane / kPf;
-  s.sum_lane %= kPf;
-  if (++s.beat == ceil_div(s.drain_size[2], kPortPositions)) {
-    s.beat = 0;
-    if (++s.height == s.drain_size[1]) {
-      s.height = 0;
-      if (++s.depth == s.drain_size[0]) {
-        s.depth = s.sum_row = s.sum_lane = 0;
-        ++s.vector;
-        if (--s.vectors_left == 0) s.draining = s.settling > 0;
+      const bool added_to = run.sums_half == (half != 0);
+      if (added_to ? !adds : !hands) continue;
+      for (int lane = 0; lane < kPf; ++lane) {
+#pragma HLS UNROLL
+        if (added_to ? !step.exists[lane] : !hand.handed[lane]) continue;
+        const SumRow next_row = hand.row + (hand.lane > lane ? 1 : 0);
+        const SumRow row = added_to ? step.row : next_row;
+        SumBank& bank = sum_ram[half][filter][lane];
+        const Sum old = bank.read(row);
+        Sum value = Sum(old + total[lane]);
+        if (filter < kTn && !convolves) {
+          const Sum code = inputs[0][lane].code[n];
+          const Sum both = largest ? (old > code ? old : code) : Sum(old + code);
+          value = step.first ? code : both;
+        }
+        if (!added_to) {
+          out[lane][n] = old;
+          value = 0;
+        }
+        bank.write(row, value);
       }
     }
   }
 }
 
-// Loads a word of the next region, if a region buffer is free.
-static inline void load(State& s, Stream<RegionWord>& region) {
-#pragma HLS INLINE
-  if (s.regions_left == 0 || s.full[s.load_into]) return;
-  const RegionWord in = region.read();
-loaded:
-  for (int i = 0; i < kPortPositions; ++i) {
-#pragma HLS UNROLL
-    if (!in.valid[i]) continue;
-    for (int copy = 0; copy < kCopies; ++copy)
-      region_ram[s.load_into][copy][in.place[i].bank].write(in.place[i].row, in.vector[i]);
-  }
-  if (in.last) {
-    s.full[s.load_into] = true;
-    s.load_into ^= 1;
-    --s.regions_left;
-  }
-}
-
-void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
-              Stream<RegionWord>& region, Stream<WeightWord>& words, Stream<SumWord>& sums,
-              long& trips, long& macs) {
-  // the arrays of banks, not the rows within a bank; meant: a vector is one wide word of it
-#pragma HLS AGGREGATE variable = region_ram
+void multiply(const Task& task, Stream<ArrayRun>& runs, Stream<InputStep>& input_steps,
+              Stream<SumStep>& sum_steps, Stream<RegionWord>& region, Stream<WeightWord>& words,
+              Stream<SumWord>& sums, long& trips) {
+  // the arrays of banks, not the rows within a bank
 #pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 1
 #pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 2
 #pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 3
 #pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 1
 #pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 2
 #pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 3
-  State state = State();
-#pragma HLS ARRAY_PARTITION variable = state.word.code complete dim = 0
-#pragma HLS ARRAY_PARTITION variable = state.word.offset complete dim = 0
-#pragma HLS ARRAY_PARTITION variable = state.word.row complete dim = 0
-  state.convolves = is_convolution(task);
-  state.largest = task[kKind] == kMaxPool;
-  state.words_of_item = item_words(task);
-  state.items_left = task[kItemCount] * tile_count(task);
-  state.regions_left = task[kRegions] * tile_count(task);
-  state.in_use = 1;  // the first region is loaded into buffer 0
-
+  const bool convolves = is_convolution(task), largest = task[kKind] == kMaxPool;
+  ArrayRun run = ArrayRun();
+  WeightWord word = WeightWord();
+  UInt<kRunBits> left = 0;
+  bool takes_run = true, ended = false;
 flattened:
-  while (has_work(state)) {
-    // II = 1 is asked for; see the known faults above. A sum is read kMinFeatureRows trips after
-    // it was written at the earliest: DEPENDENCE says so. A region may be read one trip after its
-    // last write; there is no DEPENDENCE pragma for it, the tool has to find that hazard.
+  while (!ended) {
+    // II = 1: what is carried from trip to trip is the run, a count that goes down, and the weight
+    // word. A sum is read kMinFeatureRows trips after it was written at the earliest, a region
+    // kRegionDistance trips: schedule() waits that long. In a trip, a bank of regions is either read
+    // or written, and a bank of sums is read before it is written.
 #pragma HLS PIPELINE II = 1
 #pragma HLS DEPENDENCE variable = sum_ram inter RAW distance = kMinFeatureRows true
+#pragma HLS DEPENDENCE variable = sum_ram intra RAW false
+#pragma HLS DEPENDENCE variable = region_ram inter RAW distance = kRegionDistance true
+#pragma HLS DEPENDENCE variable = region_ram intra false
     KGRC_TRIP();
     ++trips;
-    begin_drain(state);
-    begin_item(state, tiles, items);
-    accumulate(state, words, macs);
-    drain(state, sums);
-    load(state, region);
+    if (takes_run) run = runs.read();
+    left = takes_run ? run.more : UInt<kRunBits>(left - 1);
+    takes_run = left == 0;
+    ended = takes_run && run.last;
+    InputStep step = InputStep();
+    if (run.accumulate) step = input_steps.read();
+    if (run.accumulate && step.begins) word = words.read();
+    RegionWord in = RegionWord();
+    if (run.load) in = region.read();
+    SumStep hand = SumStep();
+    if (run.drain) hand = sum_steps.read();
+    const bool works = run.accumulate && step.works;
+    Vector inputs[kReads][kPf];
+    access_regions(run, works, step, word, in, inputs);
+    Total totals[kGroups][kRows][kPf];
+    if (works && convolves) multiply_word(word, step.mask, inputs, totals);
+    Sum handed[kPf][kTn];
+    for (int lane = 0; lane < kPf; ++lane)
+      for (int n = 0; n < kTn; ++n) handed[lane][n] = 0;
+    access_sums(run, works, step, word, hand, convolves, largest, inputs, totals, handed);
+    if (run.drain) {
+      SumWord out;
+    to_positions:
+      for (int shift = 0; shift < kPf; ++shift) {
+#pragma HLS UNROLL
+        if (hand.lane != shift) continue;
+        for (int i = 0; i < kPortPositions; ++i)
+          for (int n = 0; n < kTn; ++n)
+            out.sum[i][n] = handed[i + shift < kPf ? i + shift : i + shift - kPf][n];
+      }
+      sums.write(out);
+    }
   }
 }
 

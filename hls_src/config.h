@@ -26,6 +26,9 @@ enum Design {
   kMaxTaps = 512,
   kSumBits = 32,
   kMinFeatureRows = 4,
+  kRequestsAhead = 16,
+  kRunsAhead = 32,
+  kRegionDistance = 4,
 };
 
 static const unsigned long long kDigest = 0xc458a0c832c5dd7fULL;
@@ -42,7 +45,8 @@ enum Field {
   kSource,
   kTarget,
   kShortcut,
-  kWeights,
+  kEvenWeights,
+  kOddWeights,
   kIndices,
   kItems,
   kScales,
@@ -87,7 +91,6 @@ enum Field {
   kLow,
   kHigh,
   kWide,
-  kReserved,
   kFields,
 };
 
@@ -106,8 +109,28 @@ enum Status {
   kStatusOutputBeats,
   kStatusWeightBeats,
   kStatusTableWords,
+  kStatusInputRequests,
+  kStatusShortcutRequests,
+  kStatusOutputRequests,
+  kStatusWeightRequests,
   kStatusClocks,
   kStatusWords,
+};
+
+// The memory ports, in the order of the kernel's arguments.
+enum Port {
+  kPortInput0,
+  kPortInput1,
+  kPortShortcut,
+  kPortOutput,
+  kPortWeights0,
+  kPortWeights1,
+  kPortTables,
+  kPortItems,
+  kPortIndices,
+  kPortScales,
+  kPortStatus,
+  kPorts,
 };
 
 // The first bit and the width of each field of an item of the plan.

@@ -6,19 +6,18 @@ namespace kgrc {
 
 // Gives each position of a region its bank and row. Positions outside the map get the fill value
 // here, so that padding costs no memory access.
-void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats,
-                 Stream<RegionWord>& region_words, long& trips) {
+void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats_0,
+                 Stream<Beat>& beats_1, Stream<RegionWord>& region_words, long& trips) {
   const int in_d = task[kInD], in_h = task[kInH], in_w = task[kInW];
   const int count = tile_count(task);
+  bool odd = false;  // of the present plane; its port
   Vector fill;
   for (int n = 0; n < kTn; ++n) fill.code[n] = Code(task[kFill]);
 tiles:
   for (int number = 0; number < count; ++number) {
     const Tile tile = tiles.read();
     const Region region = make_region(task, tile);
-    // A bank has two ports. With a stride of 3 or more a whole beat could access one bank three
-    // times: it is cut into parts of two positions.
-    const int parts = region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1;
+    const int parts = parts_of_beat(region);
     const int lanes = kPortPositions / parts;
     const int words = region.rows[0] * region.rows[1] * region.beats * parts;
   plan:
@@ -37,7 +36,7 @@ tiles:
         const int beat_at = region.first_beat + j;
         const bool inside = at[0] >= 0 && at[0] < in_d && at[1] >= 0 && at[1] < in_h &&
                             beat_at >= 0 && beat_at < region.row_beats;
-        if (inside && part == 0) beat = beats.read();
+        if (inside && part == 0) beat = odd ? beats_1.read() : beats_0.read();
         const int sd = region.stride[0], sh = region.stride[1], sw = region.stride[2];
         const int phases = (remainder(x[0], sd) * tile.phases[1] + remainder(x[1], sh)) *
                            tile.phases[2];
@@ -71,6 +70,7 @@ tiles:
             if (++b == region.rows[1]) {
               b = 0;
               ++a;
+              if (at[0] >= 0 && at[0] < in_d) odd = !odd;
             }
           }
         }
@@ -101,8 +101,8 @@ static Place place_of_tap(const Task& task, const Tile& tile, int tap) {
 // Known fault: in each trip P_K places are read from `offset`, a memory with two ports. With
 // P_K = 3 that is II = 2 at best.
 void make_words(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
-                Stream<WeightBeat>& beats, Stream<Index>& indices, Stream<WeightWord>& words,
-                long& trips) {
+                Stream<WeightBeat>& beats_0, Stream<WeightBeat>& beats_1, Stream<Index>& indices,
+                Stream<WeightWord>& words, long& trips) {
   static Place offset[kMaxTaps];
   const bool convolves = is_convolution(task);
   const int taps = taps_of(task);
@@ -125,7 +125,7 @@ tiles:
     int mask = 0;         // enabled groups of the item
     int groups_left = 0;  // of the weight word
     int word = 0, beat = 0, row_step = 0, col_step = 0, tap_tile = 0;
-    bool active = false;
+    bool active = false, odd = false;  // odd: the number of the chunk in the tile; its port
     WeightWord out = WeightWord();
     Word64 chunk[kChunkWords];
 #pragma HLS ARRAY_PARTITION variable = out.code complete dim = 0
@@ -156,7 +156,7 @@ tiles:
           if (groups_left >> i & 1) group = i;
         }
         if (convolves) {
-          const WeightBeat read = beats.read();
+          const WeightBeat read = odd ? beats_1.read() : beats_0.read();
         chunk_words:
           for (int i = 0; i < kChunkWords; ++i) {
 #pragma HLS UNROLL
@@ -166,6 +166,7 @@ tiles:
         }
         if (++beat == beats_of_chunk) {
           beat = 0;
+          odd = !odd;
           Index index = Index();
           if (kSparse && convolves) index = indices.read();
         codes:

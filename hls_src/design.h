@@ -11,6 +11,7 @@
 
 #include <config.h>
 
+#include "port.h"
 #include "ram.h"
 #include "types.h"
 
@@ -38,19 +39,25 @@ static_assert(int(kGroups) <= int(kItemMaskBits),
               "an item's mask has a bit for each group of a filter tile");
 static_assert(kFilterTiles <= 1 << kItemHeldTileBits, "an item has no room for its held tile");
 static_assert(kPortPositions * kTn * kBits % 64 == 0, "a beat has to be made of 64-bit words");
+static_assert((kPortPositions & (kPortPositions - 1)) == 0,
+              "tiles begin at whole beats: by a shift");
 static_assert(kPortPositions <= kPf, "a beat of sums would access a bank more than once");
 static_assert(kWeightPortWords >= 1 && kChunkWords % kWeightPortWords == 0,
               "a chunk of weights has to be made of whole beats of the weight port");
 
-typedef UInt<64> Word64;
 typedef Int<kBits> Code;
 typedef Int<kSumBits> Sum;
 
-struct Beat {
-  Word64 word64[kBeatWords];
-};
-struct WeightBeat {
-  Word64 word64[kWeightPortWords];
+typedef Words<kBeatWords> Beat;
+typedef Words<kWeightPortWords> WeightBeat;
+
+// A number of beats, or the place of one in its memory.
+typedef UInt<32> Beats;
+
+// Neighbouring beats of a map, none if `beats` is 0; or, if `last`, the end of a list of runs.
+struct Run {
+  Beats first, beats;
+  bool last;
 };
 
 // The T_N channels of one position.
@@ -194,6 +201,12 @@ inline int row_offset(const Region& region, int axis, int row) {
   return kernel < stride ? quotient(row, kernel) * stride + remainder(row, kernel) : row;
 }
 
+// A bank has two ports. With a stride of 3 or more a whole beat could access one bank three times:
+// it is cut into parts of two positions.
+inline int parts_of_beat(const Region& region) {
+  return region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1;
+}
+
 Tile make_tile(const Task& task, int d, int h, int w);
 Region make_region(const Task& task, const Tile& tile);
 
@@ -202,37 +215,36 @@ Region make_region(const Task& task, const Tile& tile);
 // `trips` counts the trips of a process's pipelined loops.
 
 // plan.cpp
-void read_plan(const Task& task, const Word64* words64, Stream<Tile>& tiles_to_read,
+void read_plan(const Task& task, Stream<Word64>& item_words, Stream<Tile>& tiles_to_list,
                Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_decode,
-               Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
-               Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_pack,
-               Stream<Tile>& tiles_to_write, Stream<Item>& items_to_read,
+               Stream<Tile>& tiles_to_inputs, Stream<Tile>& tiles_to_scale,
+               Stream<Tile>& tiles_to_pack, Stream<Item>& items_to_list,
                Stream<Item>& items_to_place, Stream<Item>& items_to_decode,
-               Stream<Item>& items_to_multiply, long& trips);
+               Stream<Item>& items_to_schedule, Stream<Item>& items_to_inputs, long& trips);
 // memory.cpp
-void read_input(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Item>& items,
-                Stream<Beat>& beats, long& trips);
-void read_weights(const Task& task, const WeightBeat* weights, Stream<WeightBeat>& beats,
-                  long& trips);
-void read_indices(const Task& task, const Word64* words64, Stream<Index>& indices, long& trips);
-void read_scales(const Task& task, const Word64* words64, Stream<Word64>& scales, long& trips);
-void read_shortcut(const Task& task, const Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
-                   long& trips);
-void write_output(const Task& task, Beat* maps, Stream<Tile>& tiles, Stream<Beat>& beats,
-                  Stream<bool>& done, long& trips);
+void list_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Run>& runs_0,
+                Stream<Beats>& lengths_0, Stream<Run>& runs_1, Stream<Beats>& lengths_1);
+void list_shortcut(const Task& task, Stream<Run>& runs, Stream<Beats>& lengths);
+void list_output(const Task& task, Stream<Run>& runs);
+void read_input(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& lengths,
+                Stream<Beat>& beats, long& trips, long& requests);
+void read_shortcut(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& lengths,
+                   Stream<Beat>& beats, long& trips, long& requests);
+void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, Stream<bool>& done,
+                  long& trips, long& requests);
+void read_weights(const Task& task, MemoryPort<WeightBeat> weights, bool odd,
+                  Stream<WeightBeat>& beats, long& trips, long& requests);
+void read_items(const Task& task, MemoryPort<Word64> tables, Stream<Word64>& items);
+void read_indices(const Task& task, MemoryPort<Word64> tables, Stream<Index>& indices, long& trips);
+void read_scales(const Task& task, MemoryPort<Word64> tables, Stream<Word64>& scales, long& trips);
 // clock.cpp
 void count_clocks(Stream<bool>& done, long& clocks);
 // decode.cpp
-void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats,
-                 Stream<RegionWord>& region_words, long& trips);
+void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats_0,
+                 Stream<Beat>& beats_1, Stream<RegionWord>& region_words, long& trips);
 void make_words(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
-                Stream<WeightBeat>& beats, Stream<Index>& indices, Stream<WeightWord>& words,
-                long& trips);
-// compute.cpp
-void multiply(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
-              Stream<RegionWord>& region, Stream<WeightWord>& words, Stream<SumWord>& sums,
-              long& trips, long& macs);
-void clear_sums();
+                Stream<WeightBeat>& beats_0, Stream<WeightBeat>& beats_1, Stream<Index>& indices,
+                Stream<WeightWord>& words, long& trips);
 // post.cpp
 void scale(const Task& task, Stream<Tile>& tiles, Stream<Word64>& scales, Stream<Beat>& shortcut,
            Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips);

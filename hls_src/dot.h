@@ -23,10 +23,11 @@ enum { kChannelsPerField = 8 };
 
 // Removes the lowest field, kWidth bits, from the sum and returns it as a signed number.
 template <int kWidth>
-inline Int<kWidth> take_field(Int<64>& sum) {
+inline Int<kWidth> take_field(Int<48>& sum) {
 #pragma HLS INLINE
+  // sign extension: the field at the top of a word, then an arithmetic shift
   const Int<64> field = Int<64>(UInt<64>(sum) << (64 - kWidth)) >> (64 - kWidth);
-  sum = Int<64>(sum - field) >> kWidth;
+  sum = Int<48>(sum - field) >> kWidth;
   return Int<kWidth>(field);
 }
 
@@ -68,7 +69,7 @@ struct Dot<8, kTn> {
   cascades:
     for (int first = 0; first < kTn; first += kChannelsPerField) {
 #pragma HLS UNROLL
-      Int<64> sum = 0;
+      Int<48> sum = 0;
     channels:
       for (int n = first; n < kTn && n < first + kChannelsPerField; ++n) {
 #pragma HLS UNROLL
@@ -97,7 +98,7 @@ struct Dot<4, kTn> {
   cascades:
     for (int first = 0; first < kTn; first += kChannelsPerField) {
 #pragma HLS UNROLL
-      Int<64> sum = 0;
+      Int<48> sum = 0;
     channels:
       for (int n = first; n < kTn && n < first + kChannelsPerField; ++n) {
 #pragma HLS UNROLL

@@ -59,15 +59,14 @@ axes:
   return region;
 }
 
-// Reads the items once for each output tile. Every process that follows the plan gets its own copy
+// Takes the items once for each output tile. Every process that follows the plan gets its own copy
 // of the tiles, and of the items where it needs them.
-void read_plan(const Task& task, const Word64* words64, Stream<Tile>& tiles_to_read,
+void read_plan(const Task& task, Stream<Word64>& item_words, Stream<Tile>& tiles_to_list,
                Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_decode,
-               Stream<Tile>& tiles_to_multiply, Stream<Tile>& tiles_to_scale,
-               Stream<Tile>& tiles_to_add, Stream<Tile>& tiles_to_pack,
-               Stream<Tile>& tiles_to_write, Stream<Item>& items_to_read,
+               Stream<Tile>& tiles_to_inputs, Stream<Tile>& tiles_to_scale,
+               Stream<Tile>& tiles_to_pack, Stream<Item>& items_to_list,
                Stream<Item>& items_to_place, Stream<Item>& items_to_decode,
-               Stream<Item>& items_to_multiply, long& trips) {
+               Stream<Item>& items_to_schedule, Stream<Item>& items_to_inputs, long& trips) {
 tiles_d:
   for (int d = 0; d < tiles_along(task, 0); ++d)
   tiles_h:
@@ -75,20 +74,18 @@ tiles_d:
     tiles_w:
       for (int w = 0; w < tiles_along(task, 2); ++w) {
         const Tile tile = make_tile(task, d, h, w);
-        tiles_to_read.write(tile);
+        tiles_to_list.write(tile);
         tiles_to_place.write(tile);
         tiles_to_decode.write(tile);
-        tiles_to_multiply.write(tile);
+        tiles_to_inputs.write(tile);
         tiles_to_scale.write(tile);
-        tiles_to_add.write(tile);
         tiles_to_pack.write(tile);
-        tiles_to_write.write(tile);
       items:
         for (int i = 0; i < task[kItemCount]; ++i) {
       // II = 1: nothing is carried from one item to the next
 #pragma HLS PIPELINE II = 1
           KGRC_TRIP();
-          const Word64 word64 = words64[task[kItems] + i];
+          const Word64 word64 = item_words.read();
           Item item;
           item.channel_tile = bit_field(word64, kItemChannelTileFirst, kItemChannelTileBits);
           item.held_tile = bit_field(word64, kItemHeldTileFirst, kItemHeldTileBits);
@@ -97,10 +94,11 @@ tiles_d:
           item.end_block = bit_field(word64, kItemEndBlockFirst, kItemEndBlockBits) != 0;
           item.vectors = bit_field(word64, kItemVectorsFirst, kItemVectorsBits);
           item.first = i == 0;
-          items_to_read.write(item);
+          items_to_list.write(item);
           items_to_place.write(item);
           items_to_decode.write(item);
-          items_to_multiply.write(item);
+          items_to_schedule.write(item);
+          items_to_inputs.write(item);
           ++trips;
         }
       }

@@ -1,5 +1,5 @@
 // The kernel: one start runs the tasks of a program in order, from a table in memory.
-#include "design.h"
+#include "array.h"
 
 namespace kgrc {
 
@@ -7,117 +7,178 @@ namespace kgrc {
 // pynq_kgrc/accelerator/header.py; index_words and scale_words are parts of table_words.
 struct Report {
   long array, input, weights, scale, store, plan;  // trips of pipelined loops
-  long macs, input_beats, shortcut_beats, output_beats, weight_beats, index_words, scale_words;
+  long macs, index_words, scale_words;
+  // of a port: beats and requests
+  long input_beats_0, input_beats_1, shortcut_beats, output_beats, weight_beats_0, weight_beats_1;
+  long input_requests_0, input_requests_1, shortcut_requests, output_requests, weight_requests_0,
+      weight_requests_1;
   long clocks;  // clock cycles from the start of the task to its end
 };
 
 // The processes of one task. They run side by side; the streams between them decouple the loads,
 // the array and the stores. Each memory port is accessed by one process.
-static void run_task(const Task& task, const Beat* input, const Beat* shortcut, Beat* output,
-                     const WeightBeat* weights, const Word64* items, const Word64* indices,
-                     const Word64* scales, Report& report) {
+static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat> input_1,
+                     MemoryPort<Beat> shortcut, MemoryPort<Beat> output,
+                     MemoryPort<WeightBeat> weights_0, MemoryPort<WeightBeat> weights_1,
+                     MemoryPort<Word64> items, MemoryPort<Word64> indices,
+                     MemoryPort<Word64> scales, Report& report) {
 #pragma HLS DATAFLOW
 #pragma HLS STABLE variable = task
-  Stream<Tile> tiles_to_read("tiles_to_read");
+  Stream<Word64> item_words("item_words");
+  Stream<Tile> tiles_to_list("tiles_to_list");
   Stream<Tile> tiles_to_place("tiles_to_place");
   Stream<Tile> tiles_to_decode("tiles_to_decode");
-  Stream<Tile> tiles_to_multiply("tiles_to_multiply");
+  Stream<Tile> tiles_to_inputs("tiles_to_inputs");
   Stream<Tile> tiles_to_scale("tiles_to_scale");
-  Stream<Tile> tiles_to_add("tiles_to_add");
   Stream<Tile> tiles_to_pack("tiles_to_pack");
-  Stream<Tile> tiles_to_write("tiles_to_write");
-  Stream<Item> items_to_read("items_to_read");
+  Stream<Item> items_to_list("items_to_list");
   Stream<Item> items_to_place("items_to_place");
   Stream<Item> items_to_decode("items_to_decode");
-  Stream<Item> items_to_multiply("items_to_multiply");
-  Stream<Beat> input_beats("input_beats");
+  Stream<Item> items_to_schedule("items_to_schedule");
+  Stream<Item> items_to_inputs("items_to_inputs");
+  Stream<Run> input_runs_0("input_runs_0");
+  Stream<Run> input_runs_1("input_runs_1");
+  Stream<Run> shortcut_runs("shortcut_runs");
+  Stream<Run> output_runs("output_runs");
+  Stream<Beats> input_lengths_0("input_lengths_0");
+  Stream<Beats> input_lengths_1("input_lengths_1");
+  Stream<Beats> shortcut_lengths("shortcut_lengths");
+  Stream<Beat> input_beats_0("input_beats_0");
+  Stream<Beat> input_beats_1("input_beats_1");
   Stream<Beat> shortcut_beats("shortcut_beats");
   Stream<Beat> output_beats("output_beats");
-  Stream<WeightBeat> weight_beats("weight_beats");
+  Stream<WeightBeat> weight_beats_0("weight_beats_0");
+  Stream<WeightBeat> weight_beats_1("weight_beats_1");
   Stream<Index> chunk_indices("chunk_indices");
   Stream<Word64> scale_words("scale_words");
+  Stream<ArrayRun> array_runs("array_runs");
+  Stream<DrainOrder> drain_orders("drain_orders");
+  Stream<InputStep> input_steps("input_steps");
+  Stream<SumStep> sum_steps("sum_steps");
   Stream<RegionWord> region_words("region_words");
   Stream<WeightWord> weight_words("weight_words");
   Stream<SumWord> sum_words("sum_words");
   Stream<CodeWord> code_words("code_words");
   Stream<bool> done("done");
-  // processes that follow the plan may be some tiles and items apart
-#pragma HLS STREAM variable = tiles_to_read depth = 4
+  // Processes that follow the plan may be some tiles and items apart: the input ports are up to
+  // kRunsAhead items and two tiles ahead of the array, and would hang with less room.
+#pragma HLS STREAM variable = item_words depth = 64
+#pragma HLS STREAM variable = tiles_to_list depth = 4
 #pragma HLS STREAM variable = tiles_to_place depth = 4
 #pragma HLS STREAM variable = tiles_to_decode depth = 4
-#pragma HLS STREAM variable = tiles_to_multiply depth = 4
+#pragma HLS STREAM variable = tiles_to_inputs depth = 4
 #pragma HLS STREAM variable = tiles_to_scale depth = 4
-#pragma HLS STREAM variable = tiles_to_add depth = 4
 #pragma HLS STREAM variable = tiles_to_pack depth = 4
-#pragma HLS STREAM variable = tiles_to_write depth = 4
-#pragma HLS STREAM variable = items_to_read depth = 64
+#pragma HLS STREAM variable = items_to_list depth = 64
 #pragma HLS STREAM variable = items_to_place depth = 64
 #pragma HLS STREAM variable = items_to_decode depth = 64
-#pragma HLS STREAM variable = items_to_multiply depth = 64
-#pragma HLS STREAM variable = input_beats depth = 512
+#pragma HLS STREAM variable = items_to_schedule depth = 64
+#pragma HLS STREAM variable = items_to_inputs depth = 64
+  // as deep as a port is ahead: kRunsAhead
+#pragma HLS STREAM variable = input_runs_0 depth = 32
+#pragma HLS STREAM variable = input_runs_1 depth = 32
+#pragma HLS STREAM variable = shortcut_runs depth = 32
+#pragma HLS STREAM variable = output_runs depth = 32
+#pragma HLS STREAM variable = input_lengths_0 depth = 32
+#pragma HLS STREAM variable = input_lengths_1 depth = 32
+#pragma HLS STREAM variable = shortcut_lengths depth = 32
+#pragma HLS STREAM variable = input_beats_0 depth = 512
+#pragma HLS STREAM variable = input_beats_1 depth = 512
 #pragma HLS STREAM variable = shortcut_beats depth = 64
 #pragma HLS STREAM variable = output_beats depth = 64
-#pragma HLS STREAM variable = weight_beats depth = 512
+#pragma HLS STREAM variable = weight_beats_0 depth = 512
+#pragma HLS STREAM variable = weight_beats_1 depth = 512
 #pragma HLS STREAM variable = chunk_indices depth = 64
 #pragma HLS STREAM variable = scale_words depth = 64
+  // what the array does is decided some runs and trips ahead
+#pragma HLS STREAM variable = array_runs depth = 16
+#pragma HLS STREAM variable = drain_orders depth = 4
+#pragma HLS STREAM variable = input_steps depth = 32
+#pragma HLS STREAM variable = sum_steps depth = 32
 #pragma HLS STREAM variable = region_words depth = 16
 #pragma HLS STREAM variable = weight_words depth = 4
 #pragma HLS STREAM variable = sum_words depth = 64
 #pragma HLS STREAM variable = code_words depth = 64
 #pragma HLS STREAM variable = done depth = 2
-  read_plan(task, items, tiles_to_read, tiles_to_place, tiles_to_decode, tiles_to_multiply,
-            tiles_to_scale, tiles_to_add, tiles_to_pack, tiles_to_write, items_to_read,
-            items_to_place, items_to_decode, items_to_multiply, report.plan);
-  read_input(task, input, tiles_to_read, items_to_read, input_beats, report.input_beats);
-  place_input(task, tiles_to_place, items_to_place, input_beats, region_words, report.input);
-  read_weights(task, weights, weight_beats, report.weight_beats);
+  read_items(task, items, item_words);
+  read_plan(task, item_words, tiles_to_list, tiles_to_place, tiles_to_decode, tiles_to_inputs,
+            tiles_to_scale, tiles_to_pack, items_to_list, items_to_place, items_to_decode,
+            items_to_schedule, items_to_inputs, report.plan);
+  list_input(task, tiles_to_list, items_to_list, input_runs_0, input_lengths_0, input_runs_1,
+             input_lengths_1);
+  read_input(input_0, input_runs_0, input_lengths_0, input_beats_0, report.input_beats_0,
+             report.input_requests_0);
+  read_input(input_1, input_runs_1, input_lengths_1, input_beats_1, report.input_beats_1,
+             report.input_requests_1);
+  place_input(task, tiles_to_place, items_to_place, input_beats_0, input_beats_1, region_words,
+              report.input);
+  read_weights(task, weights_0, false, weight_beats_0, report.weight_beats_0,
+               report.weight_requests_0);
+  read_weights(task, weights_1, true, weight_beats_1, report.weight_beats_1,
+               report.weight_requests_1);
   read_indices(task, indices, chunk_indices, report.index_words);
-  make_words(task, tiles_to_decode, items_to_decode, weight_beats, chunk_indices, weight_words,
-             report.weights);
-  multiply(task, tiles_to_multiply, items_to_multiply, region_words, weight_words, sum_words,
-           report.array, report.macs);
+  make_words(task, tiles_to_decode, items_to_decode, weight_beats_0, weight_beats_1, chunk_indices,
+             weight_words, report.weights);
+  schedule(task, items_to_schedule, array_runs, drain_orders);
+  address_inputs(task, tiles_to_inputs, items_to_inputs, input_steps, report.macs);
+  address_sums(drain_orders, sum_steps);
+  multiply(task, array_runs, input_steps, sum_steps, region_words, weight_words, sum_words,
+           report.array);
   read_scales(task, scales, scale_words, report.scale_words);
-  read_shortcut(task, shortcut, tiles_to_add, shortcut_beats, report.shortcut_beats);
+  list_shortcut(task, shortcut_runs, shortcut_lengths);
+  read_shortcut(shortcut, shortcut_runs, shortcut_lengths, shortcut_beats, report.shortcut_beats,
+                report.shortcut_requests);
   scale(task, tiles_to_scale, scale_words, shortcut_beats, sum_words, code_words, report.scale);
   pack_output(task, tiles_to_pack, code_words, output_beats, report.store);
-  write_output(task, output, tiles_to_write, output_beats, done, report.output_beats);
+  list_output(task, output_runs);
+  write_output(output, output_runs, output_beats, done, report.output_beats,
+               report.output_requests);
   count_clocks(done, report.clocks);
 }
 
 }  // namespace kgrc
 
-// input, shortcut and output are one memory, seen through three ports; tables, items, indices and
-// scales are another. Each port is accessed by one process, so that none waits for another.
+// The ports of maps see one memory; so do those of weights; tables, items, indices and scales are
+// a third. Each is accessed by one process, so that none waits for another.
 // `status` takes kStatusWords 64-bit words a task. `digest` is the design's: a driver refuses
 // programs that were compiled for another.
-extern "C" void kgrc_run(const kgrc::Beat* input, const kgrc::Beat* shortcut, kgrc::Beat* output,
-                         const kgrc::WeightBeat* weights, const kgrc::Word64* tables,
-                         const kgrc::Word64* items, const kgrc::Word64* indices,
-                         const kgrc::Word64* scales, kgrc::Word64* status, kgrc::Word64* digest,
-                         int first_task, int task_count) {
+extern "C" void kgrc_run(kgrc::MemoryPort<kgrc::Beat> input_0, kgrc::MemoryPort<kgrc::Beat> input_1,
+                         kgrc::MemoryPort<kgrc::Beat> shortcut, kgrc::MemoryPort<kgrc::Beat> output,
+                         kgrc::MemoryPort<kgrc::WeightBeat> weights_0,
+                         kgrc::MemoryPort<kgrc::WeightBeat> weights_1, const kgrc::Word64* tables,
+                         kgrc::MemoryPort<kgrc::Word64> items,
+                         kgrc::MemoryPort<kgrc::Word64> indices,
+                         kgrc::MemoryPort<kgrc::Word64> scales, kgrc::Word64* status,
+                         kgrc::Word64* digest, int first_task, int task_count) {
   // clang-format off
-#pragma HLS INTERFACE m_axi port = input offset = slave bundle = maps_in depth = 65536 \
+#pragma HLS INTERFACE m_axi port = input_0 offset = slave bundle = maps_in_0 depth = 65536 \
+    max_read_burst_length = 64 num_read_outstanding = 16
+#pragma HLS INTERFACE m_axi port = input_1 offset = slave bundle = maps_in_1 depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = shortcut offset = slave bundle = maps_shortcut depth = 65536 \
-    max_read_burst_length = 64 num_read_outstanding = 8
+    max_read_burst_length = 64 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = output offset = slave bundle = maps_out depth = 65536 \
-    max_write_burst_length = 64 num_write_outstanding = 8
-#pragma HLS INTERFACE m_axi port = weights offset = slave bundle = weights depth = 65536 \
+    max_write_burst_length = 64 num_write_outstanding = 16
+#pragma HLS INTERFACE m_axi port = weights_0 offset = slave bundle = weights_0 depth = 65536 \
+    max_read_burst_length = 64 num_read_outstanding = 16
+#pragma HLS INTERFACE m_axi port = weights_1 offset = slave bundle = weights_1 depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = tables offset = slave bundle = tables depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 4
 #pragma HLS INTERFACE m_axi port = items offset = slave bundle = items depth = 65536 \
-    max_read_burst_length = 64 num_read_outstanding = 4
+    max_read_burst_length = 16 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = indices offset = slave bundle = indices depth = 65536 \
-    max_read_burst_length = 64 num_read_outstanding = 4
+    max_read_burst_length = 16 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = scales offset = slave bundle = scales depth = 65536 \
-    max_read_burst_length = 64 num_read_outstanding = 4
+    max_read_burst_length = 16 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = status offset = slave bundle = tables depth = 65536
   // clang-format on
-#pragma HLS INTERFACE s_axilite port = input
+#pragma HLS INTERFACE s_axilite port = input_0
+#pragma HLS INTERFACE s_axilite port = input_1
 #pragma HLS INTERFACE s_axilite port = shortcut
 #pragma HLS INTERFACE s_axilite port = output
-#pragma HLS INTERFACE s_axilite port = weights
+#pragma HLS INTERFACE s_axilite port = weights_0
+#pragma HLS INTERFACE s_axilite port = weights_1
 #pragma HLS INTERFACE s_axilite port = tables
 #pragma HLS INTERFACE s_axilite port = items
 #pragma HLS INTERFACE s_axilite port = indices
@@ -144,7 +205,8 @@ tasks:
       task.field[i + 1] = int(word64 >> 32);
     }
     Report report = Report();
-    run_task(task, input, shortcut, output, weights, items, indices, scales, report);
+    run_task(task, input_0, input_1, shortcut, output, weights_0, weights_1, items, indices, scales,
+             report);
     long counts[kStatusWords] = {};
     counts[kStatusDone] = 1;
     counts[kStatusArray] = report.array;
@@ -154,11 +216,15 @@ tasks:
     counts[kStatusStore] = report.store;
     counts[kStatusPlan] = report.plan;
     counts[kStatusMacs] = report.macs;
-    counts[kStatusInputBeats] = report.input_beats;
+    counts[kStatusInputBeats] = report.input_beats_0 + report.input_beats_1;
     counts[kStatusShortcutBeats] = report.shortcut_beats;
     counts[kStatusOutputBeats] = report.output_beats;
-    counts[kStatusWeightBeats] = report.weight_beats;
+    counts[kStatusWeightBeats] = report.weight_beats_0 + report.weight_beats_1;
     counts[kStatusTableWords] = report.plan + report.index_words + report.scale_words;
+    counts[kStatusInputRequests] = report.input_requests_0 + report.input_requests_1;
+    counts[kStatusShortcutRequests] = report.shortcut_requests;
+    counts[kStatusOutputRequests] = report.output_requests;
+    counts[kStatusWeightRequests] = report.weight_requests_0 + report.weight_requests_1;
     counts[kStatusClocks] = report.clocks;
   status_words:
     for (int i = 0; i < kStatusWords; ++i) {
@@ -170,18 +236,36 @@ tasks:
   }
 }
 
-#ifndef __SYNTHESIS__
-// kgrc_run for a simulation. Returns null, or why the kernel would have hung.
-extern "C" const char* kgrc_simulate(const kgrc::Beat* input, const kgrc::Beat* shortcut,
-                                     kgrc::Beat* output, const kgrc::WeightBeat* weights,
-                                     const kgrc::Word64* tables, const kgrc::Word64* items,
-                                     const kgrc::Word64* indices, const kgrc::Word64* scales,
-                                     kgrc::Word64* status, kgrc::Word64* digest, int first_task,
-                                     int task_count) {
+#if !defined(__SYNTHESIS__) && !defined(KGRC_VITIS)
+// kgrc_run for a simulation. `memory` and `bytes` are in the order of kgrc::Port. Returns null, or
+// what the hardware would not forgive, a wait without end for one.
+extern "C" const char* kgrc_simulate(void* const* memory, const uint64_t* bytes,
+                                     kgrc::Word64* digest, int first_task, int task_count) {
+  using namespace kgrc;
   static std::string fault;
   try {
-    kgrc_run(input, shortcut, output, weights, tables, items, indices, scales, status, digest,
+    SimulatedPort<Beat> input_0("input_0", kPortInput0, memory, bytes);
+    SimulatedPort<Beat> input_1("input_1", kPortInput1, memory, bytes);
+    SimulatedPort<Beat> shortcut("shortcut", kPortShortcut, memory, bytes);
+    SimulatedPort<Beat> output("output", kPortOutput, memory, bytes);
+    SimulatedPort<WeightBeat> weights_0("weights_0", kPortWeights0, memory, bytes);
+    SimulatedPort<WeightBeat> weights_1("weights_1", kPortWeights1, memory, bytes);
+    SimulatedPort<Word64> items("items", kPortItems, memory, bytes);
+    SimulatedPort<Word64> indices("indices", kPortIndices, memory, bytes);
+    SimulatedPort<Word64> scales("scales", kPortScales, memory, bytes);
+    kgrc_run(input_0.port(), input_1.port(), shortcut.port(), output.port(), weights_0.port(),
+             weights_1.port(), static_cast<Word64*>(memory[kPortTables]), items.port(),
+             indices.port(), scales.port(), static_cast<Word64*>(memory[kPortStatus]), digest,
              first_task, task_count);
+    input_0.check_idle();
+    input_1.check_idle();
+    shortcut.check_idle();
+    output.check_idle();
+    weights_0.check_idle();
+    weights_1.check_idle();
+    items.check_idle();
+    indices.check_idle();
+    scales.check_idle();
   } catch (const std::exception& error) {
     fault = error.what();
     return fault.c_str();

@@ -114,11 +114,11 @@ def small_config(bits=8, sparse=True, **numbers):
     return AcceleratorConfig(f"small-{bits}", bits, sparse, **{**chosen, **numbers})
 
 
-def compiled(net, config=None, bits=8, method="minmax"):
+def compiled(net, config=None, bits=8, method="minmax", fold=True):
     """The network of a `Net` as (program, quantized graph)."""
     config = config or small_config(bits)
     graph = choose_quant(net.graph(), net.clips(), config.bits, method)
-    return lower(graph, config), graph
+    return lower(graph, config, fold=fold), graph
 
 
 def stretched(program, gain):

@@ -53,7 +53,7 @@ def every_kind(size=(5, 9, 17)):
 
 @lru_cache
 def program_of(bits, sparse, **numbers):
-    return compiled(every_kind(), small_config(bits, sparse, **numbers))[0]
+    return compiled(every_kind(), small_config(bits, sparse, **numbers), fold=False)[0]
 
 
 def outputs(backend, program, codes):
@@ -203,8 +203,7 @@ SANITIZED = """
 #include <vector>
 #include "design.h"
 using namespace kgrc;
-extern "C" void kgrc_run(const Beat*, const Beat*, Beat*, const WeightBeat*, const Word64*,
-                         const Word64*, const Word64*, const Word64*, Word64*, Word64*, int, int);
+extern "C" const char* kgrc_simulate(void* const*, const uint64_t*, Word64*, int, int);
 static std::vector<char> file(const char* name) {
   std::FILE* in = std::fopen(name, "rb");
   std::fseek(in, 0, SEEK_END);
@@ -217,12 +216,22 @@ static std::vector<char> file(const char* name) {
 int main(int, char** names) {
   std::vector<char> maps = file(names[1]), weights = file(names[2]), tables = file(names[3]);
   const int tasks = std::atoi(names[4]);
-  std::vector<Word64> status(tasks * kStatusWords);
+  std::vector<char> status(tasks * kStatusWords * sizeof(Word64));
   Word64 digest;
-  Beat* map = reinterpret_cast<Beat*>(maps.data());
-  const Word64* table = reinterpret_cast<const Word64*>(tables.data());
-  kgrc_run(map, map, map, reinterpret_cast<WeightBeat*>(weights.data()), table, table, table,
-           table, status.data(), &digest, 0, tasks);
+  void* memory[kPorts];
+  uint64_t bytes[kPorts];
+  for (int port = 0; port < kPorts; ++port) {
+    std::vector<char>& of = port < kPortWeights0  ? maps
+                            : port < kPortTables ? weights
+                            : port < kPortStatus ? tables
+                                                 : status;
+    memory[port] = of.data();
+    bytes[port] = of.size();
+  }
+  if (const char* fault = kgrc_simulate(memory, bytes, &digest, 0, tasks)) {
+    std::puts(fault);
+    return 1;
+  }
   std::FILE* out = std::fopen(names[5], "wb");
   std::fwrite(maps.data(), 1, maps.size(), out);
   std::fclose(out);

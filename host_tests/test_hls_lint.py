@@ -76,14 +76,14 @@ STATEMENTS = {
     "try { (void)count; } catch (...) {}": "try",
     "again: if (count < 0) goto again;": "goto",
     "std::vector<int> list;": "std: std::vector<int>",
-    "const Beat* q = maps; const Beat** p3 = &q;": "pointer to a pointer: p3",
+    "const Beat* q = 0; const Beat** p3 = &q;": "pointer to a pointer: p3",
     "int places[count];": "array of variable length: places",
     "int (*f)(int, int) = smaller;": "pointer to a function: f",
     "struct Odd { virtual int g() { return 1; } };": "virtual",
 }
 
-STATEMENTS_GO_BEFORE = "  const int row_beats = beats_of_row(task[kShortcutW]);\n"
-"""A line of read_shortcut in memory.cpp, behind `maps` and `count`."""
+STATEMENTS_GO_BEFORE = "  const int out[3] = {task[kOutD], task[kOutH], task[kOutW]};\n"
+"""A line of list_shortcut in memory.cpp, behind `count`."""
 
 
 def test_constructs_that_cannot_be_synthesized_are_found(tmp_path):
@@ -237,6 +237,12 @@ SLIPS = {
             "bundle = maps_shortcut depth",
             "depth",
             "top.cpp: INTERFACE: shortcut lacks bundle",
+        ),
+        (
+            "top.cpp",
+            "bundle = maps_in_1",
+            "bundle = maps_in_0",
+            "top.cpp: INTERFACE: input_1 shares the bundle maps_in_0 with input_0",
         ),
     ],
     "dataflow": [

@@ -887,7 +887,7 @@ def test_a_design_from_a_file_is_built(road, tools, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (handoff([n for n in REGISTERS if n != "weights_2"]), "no register weights_2"),
+        (handoff([n for n in REGISTERS if n != "weights_0_2"]), "no register weights_0_2"),
         (handoff().replace(VLNV, "xilinx.com:hls:kgrc_run:1.0"), f"no {VLNV}"),
         ("<EDKSYSTEM>", "no .hwh"),
         (handoff().replace(f'<MODULE VLNV="{MANAGER}"/>', "", 1), f"of {MANAGER}, one for each of"),

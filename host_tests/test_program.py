@@ -209,12 +209,12 @@ def first_element(value):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (set_in("version", value=3), r"version 3; this release reads 'pynq_kgrc' of .* 1, 2"),
+        (set_in("version", value=4), r"version 4; this release reads 'pynq_kgrc' of .* 1, 2, 3"),
         (set_in("version", value=0), r"version 0; this release reads 'pynq_kgrc' of .* 1, 2"),
         (set_in("clip", "sampling", value="some"), r"sampling='some' .* accepted are centre"),
         (set_in("clip", "temperature", value=0), r"temperature=0.0; accepted is above 0"),
         (set_in("clip", "threshold", value=1), r"threshold=1.0; accepted is 0 to below 1"),
-        (set_in("format", value="onnx"), r"format 'onnx' version 2; this release reads"),
+        (set_in("format", value="onnx"), r"format 'onnx' version 3; this release reads"),
         (set_in("tasks", value=[]), "the program has no task"),
         (set_in("tasks", 0, "target", "buffer", value=99), r"conv1: buffer is 99, accepted are 0"),
         (set_in("tasks", 0, "source", "channel", value=-1), r"conv1: channel offset is -1"),
@@ -261,18 +261,19 @@ def test_inconsistent_documents_are_refused_by_name(change, text, tmp_path):
 CLIP_FIELDS_OF_VERSION_2 = ("sampling", "stride", "rate", "temperature", "threshold")
 
 
-def test_a_file_of_version_1_is_read_and_written_as_version_2(tmp_path):
+def test_a_file_of_version_1_is_read_and_written_as_version_3(tmp_path):
     """Version 1 has no fields that say how a video is sampled: the program has the defaults."""
     path = tmp_path / "old.kgrc"
-    program, _ = compiled(small_net())
+    program, _ = compiled(small_net(), fold=False)
     clip = replace(
         program.clip, sampling="uniform", stride=3, rate=12.5, temperature=1.5, threshold=0.25
     )
     msgspec.structs.replace(program, clip=clip).save(path)
-    assert load(path).clip == clip and load(path).version == 2
+    assert load(path).clip == clip and load(path).version == 3
 
     def to_version_1(document, _):
         document["version"] = 1
+        del document["fold"]
         assert document["clip"].keys() >= set(CLIP_FIELDS_OF_VERSION_2)
         for name in CLIP_FIELDS_OF_VERSION_2:
             del document["clip"][name]
@@ -285,7 +286,7 @@ def test_a_file_of_version_1_is_read_and_written_as_version_2(tmp_path):
     np.testing.assert_array_equal(outputs(old), outputs(program))
     old.save(path)
     new = load(path)
-    assert new.version == 2 and new.clip == old.clip
+    assert new.version == 3 and new.clip == old.clip
     np.testing.assert_array_equal(outputs(new), outputs(program))
 
 
@@ -367,7 +368,7 @@ def test_what_the_hardware_cannot_count_is_refused_when_it_is_compiled(size, win
     net = Net(size=size)
     net.conv("clip", 4, pad=0, **window)
     with pytest.raises(CompileError, match=message):
-        compiled(net)
+        compiled(net, fold=False)
 
 
 def edited(program, number, **fields):
@@ -378,7 +379,7 @@ def edited(program, number, **fields):
 
 def test_every_limit_of_the_hardware_is_checked(monkeypatch):
     """Each limit is lowered in turn to what a program just exceeds."""
-    program, _ = compiled(small_net(), small_config())
+    program, _ = compiled(small_net(), small_config(), fold=False)
     check(program)
     reasons = {
         ("MAX_TAPS", 26): "conv1: taps of its window .* is 27, accepted are 1 to 26",

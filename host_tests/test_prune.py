@@ -256,13 +256,13 @@ def test_a_latency_that_is_asked_for_is_that_of_the_compiled_program(name, desig
 def test_a_latency_that_the_rates_do_not_give_is_said():
     """KGR halves the first layer or leaves it dense: nothing is near the target."""
     graph, design = traced("thin_c3d"), preset("8-sparse")
-    found = choose_rates_by_latency(graph, ["conv1"], "kgr", 1.2, compiler(design))
+    found = choose_rates_by_latency(graph, ["conv1"], "kgr", 1.1, compiler(design))
     assert found.reached == pytest.approx(judged(graph, found.layers, design))
-    assert found.reached > 1.2 * (1 + TOLERANCE)
-    assert "asked for 1.20x fewer cycles, reached 1.43x on 8-sparse" in str(found)
+    assert found.reached > 1.1 * (1 + TOLERANCE)
+    assert "asked for 1.10x fewer cycles, reached 1.21x on 8-sparse" in str(found)
     assert str(found).endswith("the rates that eq. (9) allows these layers give nothing nearer")
     with pytest.raises(
-        ConfigError, match=r"at most 1\.43x cheaper, not 2x \(39% of its cost is in"
+        ConfigError, match=r"at most 1\.21x cheaper, not 2x \(61% of its cost is in"
     ):
         choose_rates_by_latency(graph, ["conv1"], "kgr", 2, compiler(design))
 

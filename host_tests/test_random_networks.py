@@ -93,6 +93,12 @@ def test_a_region_that_is_loaded_before_the_first_is_used_is_kept():
     assert assert_right(1012) == "right"
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_concat_of_the_clip_and_larger_values_covers_both():
+    """The parts of a concat share a format: the range of pixels alone cut the other part off."""
+    assert assert_right(1240) == "right"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

@@ -292,6 +292,29 @@ def tap_views(padded: Array, shape: WindowShape) -> Iterator[Array]:
         ]
 
 
+def taps_as_channels(padded: Array, shape: WindowShape) -> Array:
+    """For each output of a window, the inputs that it reads, as channels (im2col).
+
+    Args:
+        padded: the map, padded and channel-last, [D, H, W, C] and contiguous.
+        shape: the window.
+
+    Returns:
+        [taps * C, *out_size]: the channels of one tap side by side. A view of a channel-last array.
+    """
+    (kd, kh, kw), (sd, sh, sw) = shape.kernel, shape.stride
+    depth, height, width = padded.strides[:3]
+    # the taps of a row are neighbours in memory: we copy them as one item
+    row = np.dtype((np.void, kw * padded.shape[3] * padded.itemsize))
+    out = np.empty((*shape.out_size, kd, kh, kw * padded.shape[3]), padded.dtype)
+    steps = (sd * depth, sh * height, sw * width)
+    for d, h in np.ndindex(kd, kh):
+        first = d * depth + h * height
+        rows: Array = np.ndarray(shape.out_size, row, padded, first, steps)
+        out[:, :, :, d, h].view(row)[..., 0] = rows
+    return out.reshape(*shape.out_size, -1).transpose(3, 0, 1, 2)
+
+
 def run_layer_float(layer: Layer, inputs: list[Array]) -> Array:
     """The output [C, D, H, W] of one layer in float32, from inputs [C, D, H, W]."""
     if layer.op == ADD:

@@ -30,7 +30,7 @@ from pynq_kgrc.accelerator.tiling import (
 )
 from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
 from pynq_kgrc.files import written_beside
-from pynq_kgrc.graph import ClipSpec, ConvShape, Size, WindowShape
+from pynq_kgrc.graph import ClipSpec, ConvShape, Size, WindowShape, taps_as_channels
 from pynq_kgrc.groups import join
 from pynq_kgrc.quant import (
     ACCUMULATOR_BITS,
@@ -47,13 +47,16 @@ from pynq_kgrc.quant import (
     weight_limit,
 )
 
-VERSION = 2
+VERSION = 3
 """Version of the container that this module writes. The hardware does not depend on it: what that
 reads has a version of its own, `accelerator.header.IMAGE_VERSION`."""
 
-READABLE = (1, VERSION)
+READABLE = (1, 2, VERSION)
 """Versions that `load` reads. Version 1 does not say how a video is sampled and how confidences are
-calibrated: such a program has the defaults of `ClipSpec`."""
+calibrated: such a program has the defaults of `ClipSpec`. Neither 1 nor 2 folds its clip."""
+
+COLOURS = 3
+"""Channels of a clip: red, green, blue."""
 
 DOCUMENT_KEY = "pynq_kgrc"
 DIGEST_KEY = "sha256"
@@ -212,6 +215,9 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
     buffers: tuple[Buffer, ...]
     arena_bytes: int
     tasks: tuple[Task, ...]
+    fold: WindowShape | None = None
+    """The window over the clip whose taps are written as channels, for a first convolution that is
+    folded (`compiler.fold`); None if the clip is written as it is."""
     format: str = DOCUMENT_KEY
     version: int = VERSION
     """Version of the file that it was read from."""
@@ -221,19 +227,37 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         """[3, 256]: the input code of each level of R, G, B. Encoding needs no float clip."""
         return self.input.quantize(self.clip.pixel_values())
 
+    @property
+    def clip_window(self) -> WindowShape:
+        """The window over the clip whose taps are written to `source`; one tap if not folded."""
+        size = (self.clip.frames, self.clip.height, self.clip.width)
+        return self.fold or WindowShape(COLOURS, size, (1, 1, 1))
+
     def encode_clip(self, frames: Array) -> Array:
-        """Encode uint8 RGB frames [D, H, W, 3] as input codes [3, D, H, W].
+        """Encode uint8 RGB frames [D, H, W, 3] as the input codes [C, D', H', W'] of `source`.
+
+        C is 3 and the size is that of the clip. If the clip is folded, C is 3 * taps of the
+        window, [tap, colour], and the size is that of the window's output; padding has the code of
+        the zero point.
 
         Raises:
             ProgramError: frames of another shape or type than the program's clip.
         """
-        wanted = (self.clip.frames, self.clip.height, self.clip.width, 3)
+        wanted = (self.clip.frames, self.clip.height, self.clip.width, COLOURS)
         if frames.shape != wanted or frames.dtype != np.uint8:
             raise ProgramError(
                 f"{self.name} takes uint8 frames of shape {wanted}, "
                 f"not {frames.dtype} of {frames.shape}"
             )
-        return np.stack([self.input_codes[c][frames[..., c]] for c in range(3)])
+        if self.fold is None:
+            return np.stack([self.input_codes[c][frames[..., c]] for c in range(COLOURS)])
+        before, after = self.fold.pad_before, self.fold.pad_after
+        size = [sum(lengths) for lengths in zip(before, wanted, after, strict=False)]
+        padded = np.full((*size, COLOURS), self.input.zero_point, self.input.dtype)
+        d, h, w = (slice(b, b + n) for b, n in zip(before, wanted, strict=False))
+        for colour in range(COLOURS):
+            padded[d, h, w, colour] = self.input_codes[colour][frames[..., colour]]
+        return taps_as_channels(padded, self.fold)
 
     def group_columns(self, task: ConvTask) -> int:
         """G_K: taps in one kernel group of a task."""
@@ -489,14 +513,29 @@ def check(program: Program) -> None:
         )
     if any(not math.isfinite(v) for v in (*clip.mean, *clip.std)) or min(clip.std) <= 0:
         raise ProgramError(f"clip mean {clip.mean} and std {clip.std} do not normalise")
-    size = (clip.frames, clip.height, clip.width)
-    source = _check_slot(program, program.source, 3, size, "input")
+    source = _check_source(program)
     _expect(source.bits, program.input.bits, "bits of the input buffer")
     last = program.tasks[-1]
     _expect(program.target, last.target, "target of the program")
     _expect(program.output, last.out, "format of the output")
     if program.labels and len(program.labels) != math.prod(last.out_size) * last.shape.out_channels:
         raise ProgramError(f"{len(program.labels)} labels for {last.shape.out_channels} outputs")
+
+
+def _check_source(program: Program) -> Buffer:
+    """Check that the clip, folded or not, is what its buffer and its first task take."""
+    window, clip = program.clip_window, program.clip
+    if program.fold is not None:
+        _expect(window.channels, COLOURS, "fold: channels of the clip")
+        _expect(window.in_size, (clip.frames, clip.height, clip.width), "fold: size of the clip")
+        _check_window(window, "fold")
+        _within(window.taps, 1, MAX_TAPS, f"fold: taps of its window {window.kernel}")
+    channels = window.channels * window.taps
+    source = _check_slot(program, program.source, channels, window.out_size, "input")
+    for task in program.tasks:
+        if program.fold is not None and task.source == program.source:
+            _expect(task.shape.channels, channels, f"{task.name}: channels of the folded clip")
+    return source
 
 
 def _check_quant(quant: QuantParams, what: str) -> None:
@@ -576,7 +615,8 @@ def _check_memory(program: Program) -> None:
     weight_beats, table_words = 0, len(program.tasks) * len(FIELDS) // 2
     for task in program.tasks:
         work, channels = program.work(task), task.shape.out_channels
-        weight_beats += work.chunks * work.chunk_beats(config)
+        # the even and the odd chunks are stored equally long
+        weight_beats += 2 * ceil_div(work.chunks, 2) * work.chunk_beats(config)
         table_words += len(work.items) + 2 * ceil_div(channels, config.tn) * config.tn
         table_words += work.chunks * config.index_words
         _within(weight_beats, 0, MAX_INT32, f"{task.name}: beats of weights up to it")

@@ -15,11 +15,18 @@
 
 #include "../design.h"
 
-extern "C" void kgrc_run(const kgrc::Beat* input, const kgrc::Beat* shortcut, kgrc::Beat* output,
-                         const kgrc::WeightBeat* weights, const kgrc::Word64* tables,
-                         const kgrc::Word64* items, const kgrc::Word64* indices,
-                         const kgrc::Word64* scales, kgrc::Word64* status, kgrc::Word64* digest,
-                         int first_task, int task_count);
+extern "C" void kgrc_run(kgrc::MemoryPort<kgrc::Beat> input_0, kgrc::MemoryPort<kgrc::Beat> input_1,
+                         kgrc::MemoryPort<kgrc::Beat> shortcut, kgrc::MemoryPort<kgrc::Beat> output,
+                         kgrc::MemoryPort<kgrc::WeightBeat> weights_0,
+                         kgrc::MemoryPort<kgrc::WeightBeat> weights_1, const kgrc::Word64* tables,
+                         kgrc::MemoryPort<kgrc::Word64> items,
+                         kgrc::MemoryPort<kgrc::Word64> indices,
+                         kgrc::MemoryPort<kgrc::Word64> scales, kgrc::Word64* status,
+                         kgrc::Word64* digest, int first_task, int task_count);
+#ifndef KGRC_VITIS
+extern "C" const char* kgrc_simulate(void* const* memory, const uint64_t* bytes,
+                                     kgrc::Word64* digest, int first_task, int task_count);
+#endif
 
 namespace {
 
@@ -28,8 +35,13 @@ using kgrc::kBeatWords;
 using kgrc::kDigest;
 using kgrc::kStatusWords;
 using kgrc::kWeightPortWords;
+using kgrc::Raw;
 using kgrc::WeightBeat;
 using kgrc::Word64;
+
+typedef std::vector<Raw<Beat>::Type> Maps;
+typedef std::vector<Raw<WeightBeat>::Type> Weights;
+typedef std::vector<Word64> Tables;
 
 typedef std::vector<uint64_t> Words;
 
@@ -120,30 +132,74 @@ bool read_vectors(const char* path, Vectors* vectors) {
 }
 
 // The memory of a port, as long as the port is deep.
-template <class Element, int kWords>
-std::vector<Element> memory_of(const Words& words) {
-  std::vector<Element> memory(kDepth);
-  for (size_t i = 0; i < kDepth * kWords; ++i)
-    memory[i / kWords].word64[i % kWords] = Word64(i < words.size() ? words[i] : 0);
+template <class Element>
+std::vector<typename Raw<Element>::Type> memory_of(const Words& words) {
+  const size_t count = sizeof(Element) / sizeof(uint64_t);
+  std::vector<typename Raw<Element>::Type> memory(kDepth);
+  for (size_t at = 0; at < kDepth; ++at) {
+    Element element;
+    for (size_t i = 0; i < count; ++i)
+      element.word64[i] = Word64(at * count + i < words.size() ? words[at * count + i] : 0);
+    memory[at] = Raw<Element>::pack(element);
+  }
   return memory;
 }
 
-std::vector<Word64> words_of(const Words& words) {
-  std::vector<Word64> memory(kDepth);
+Tables words_of(const Words& words) {
+  Tables memory(kDepth);
   for (size_t i = 0; i < kDepth; ++i) memory[i] = Word64(i < words.size() ? words[i] : 0);
   return memory;
 }
 
-uint64_t word_at(const std::vector<Beat>& maps, size_t at) {
-  return uint64_t(maps[at / kBeatWords].word64[at % kBeatWords]);
+Word64 word_at(const Maps& maps, size_t at) {
+  return Raw<Beat>::unpack(maps[at / kBeatWords]).word64[at % kBeatWords];
+}
+
+void set_word(Maps* maps, size_t at, const Word64& word64) {
+  Beat beat = Raw<Beat>::unpack((*maps)[at / kBeatWords]);
+  beat.word64[at % kBeatWords] = word64;
+  (*maps)[at / kBeatWords] = Raw<Beat>::pack(beat);
+}
+
+// Runs `count` tasks from number `first` on; returns 1 if a port or a stream was misused.
+int run(Maps& input_0, Maps& input_1, Maps& shortcut, Maps& output, Weights& weights_0,
+        Weights& weights_1, Tables& tables, Tables& items, Tables& indices, Tables& scales,
+        Tables& status, Word64* digest, int first, int count) {
+#ifdef KGRC_VITIS
+  kgrc_run(input_0.data(), input_1.data(), shortcut.data(), output.data(), weights_0.data(),
+           weights_1.data(), tables.data(), items.data(), indices.data(), scales.data(),
+           status.data(), digest, first, count);
+#else
+  void* memory[kgrc::kPorts];
+  uint64_t bytes[kgrc::kPorts];
+  const auto give = [&](kgrc::Port port, void* data, size_t size) {
+    memory[port] = data;
+    bytes[port] = kDepth * size;
+  };
+  give(kgrc::kPortInput0, input_0.data(), sizeof(Beat));
+  give(kgrc::kPortInput1, input_1.data(), sizeof(Beat));
+  give(kgrc::kPortShortcut, shortcut.data(), sizeof(Beat));
+  give(kgrc::kPortOutput, output.data(), sizeof(Beat));
+  give(kgrc::kPortWeights0, weights_0.data(), sizeof(WeightBeat));
+  give(kgrc::kPortWeights1, weights_1.data(), sizeof(WeightBeat));
+  give(kgrc::kPortTables, tables.data(), sizeof(Word64));
+  give(kgrc::kPortItems, items.data(), sizeof(Word64));
+  give(kgrc::kPortIndices, indices.data(), sizeof(Word64));
+  give(kgrc::kPortScales, scales.data(), sizeof(Word64));
+  give(kgrc::kPortStatus, status.data(), sizeof(Word64));
+  if (const char* fault = kgrc_simulate(memory, bytes, digest, first, count)) {
+    std::printf("%s\n", fault);
+    return 1;
+  }
+#endif
+  return 0;
 }
 
 // How many 64-bit words of a task's output differ; prints the first.
-int compare_codes(const char* how, size_t task, const Wanted& wanted,
-                  const std::vector<Beat>& maps) {
+int compare_codes(const char* how, size_t task, const Wanted& wanted, const Maps& maps) {
   int wrong = 0;
   for (size_t i = 0; i < wanted.codes.size(); ++i) {
-    const uint64_t found = word_at(maps, wanted.at + i);
+    const uint64_t found = uint64_t(word_at(maps, wanted.at + i));
     if (((found ^ wanted.codes[i]) & wanted.known[i]) == 0) continue;
     if (wrong++ == 0)
       std::printf("%s: task %zu: word %zu of its output is %016llx, not %016llx\n", how, task, i,
@@ -153,8 +209,7 @@ int compare_codes(const char* how, size_t task, const Wanted& wanted,
   return wrong;
 }
 
-int compare_status(const char* how, size_t task, const Wanted& wanted,
-                   const std::vector<Word64>& status) {
+int compare_status(const char* how, size_t task, const Wanted& wanted, const Tables& status) {
   int wrong = 0;
   for (int i = 0; i < kStatusWords; ++i) {
     const uint64_t found = uint64_t(status[task * kStatusWords + i]);
@@ -191,36 +246,34 @@ int main(int argc, char** argv) {
   const bool apart = argc > 2 && std::string(argv[2]) == "apart";
   Vectors vectors;
   if (!read_vectors(argv[1], &vectors)) return 2;
-  const std::vector<Beat> first_maps = memory_of<Beat, kBeatWords>(vectors.maps);
-  const std::vector<WeightBeat> weights = memory_of<WeightBeat, kWeightPortWords>(vectors.weights);
-  const std::vector<Word64> tables = words_of(vectors.tables), items = tables, indices = tables,
-                            scales = tables;
+  const Maps first_maps = memory_of<Beat>(vectors.maps);
+  Weights weights_0 = memory_of<WeightBeat>(vectors.weights), weights_1 = weights_0;
+  Tables tables = words_of(vectors.tables), items = tables, indices = tables, scales = tables;
   const int count = int(vectors.tasks.size());
   int wrong = 0;
 
-  std::vector<Beat> maps = first_maps;
+  Maps maps = first_maps;
   for (int task = 0; task < count; ++task) {
     const Wanted& wanted = vectors.tasks[task];
-    const std::vector<Beat> input = maps, shortcut = maps;
-    std::vector<Beat> output = maps;
-    std::vector<Word64> status = words_of(Words());
+    Maps input_0 = maps, input_1 = maps, shortcut = maps, output = maps;
+    Tables status = words_of(Words());
     Word64 digest = 0;
-    kgrc_run(input.data(), shortcut.data(), output.data(), weights.data(), tables.data(),
-             items.data(), indices.data(), scales.data(), status.data(), &digest, task, 1);
+    wrong += run(input_0, input_1, shortcut, output, weights_0, weights_1, tables, items, indices,
+                 scales, status, &digest, task, 1);
     wrong += compare_codes("apart", task, wanted, output);
     wrong += compare_status("apart", task, wanted, status);
     wrong += compare_digest("apart", digest);
     // only the task's own output: co-simulation does not return the rest
     for (size_t i = wanted.at; i < wanted.at + wanted.codes.size(); ++i)
-      maps[i / kBeatWords].word64[i % kBeatWords] = output[i / kBeatWords].word64[i % kBeatWords];
+      set_word(&maps, i, word_at(output, i));
   }
 
   if (!apart) {
     maps = first_maps;
-    std::vector<Word64> status = words_of(Words());
+    Tables status = words_of(Words());
     Word64 digest = 0;
-    kgrc_run(maps.data(), maps.data(), maps.data(), weights.data(), tables.data(), tables.data(),
-             tables.data(), tables.data(), status.data(), &digest, 0, count);
+    wrong += run(maps, maps, maps, maps, weights_0, weights_0, tables, tables, tables, tables,
+                 status, &digest, 0, count);
     for (int task = 0; task < count; ++task)
       wrong += compare_status("together", task, vectors.tasks[task], status);
     wrong += compare_codes("together", count - 1, vectors.tasks[count - 1], maps);

@@ -20,14 +20,17 @@ set sources [setting KGRC_SOURCES]
 set clock_mhz [setting KGRC_CLOCK_MHZ]
 set build [pwd]
 set solution hls/solution
-# only config.h is searched for: the sources name each other's place
-set flags "-std=c++14 -I$build"
+# KGRC_VITIS: ports are the vendor's class, in its C-simulation and co-simulation, too. Only config.h
+# is searched for: the sources name each other's place.
+set flags "-std=c++14 -DKGRC_VITIS -I$build"
 
 if {$step eq "synthesize"} {
   file delete -force ip reports
   open_project -reset hls
   set_top kgrc_run
-  foreach name {top.cpp plan.cpp memory.cpp decode.cpp compute.cpp post.cpp pool.cpp clock.cpp} {
+  foreach name {
+    top.cpp plan.cpp memory.cpp decode.cpp schedule.cpp compute.cpp post.cpp pool.cpp clock.cpp
+  } {
     add_files $sources/$name -cflags $flags
   }
   add_files -tb $sources/scripts/bench.cpp -cflags "$flags -Wno-unknown-pragmas"

@@ -2,8 +2,8 @@
 
 ``python hls_src/scripts/lint.py hls_src --design 8-sparse``
 
-libclang parses the sources as synthesis sees them (`__SYNTHESIS__`, with a stand-in for the
-vendor's stream header). Rules check the syntax tree and the pragmas. Findings are printed as
+libclang parses the sources as synthesis sees them (`__SYNTHESIS__`, with stand-ins for the
+vendor's headers of streams and of memory ports). Rules check the syntax tree and the pragmas. Findings are printed as
 `file:line: text`; the exit status is 1 if there are any. Whether the tool reaches the II that is
 asked for cannot be said here.
 """
@@ -51,6 +51,38 @@ class stream {
 }
 """
 
+BURST_MAXI = """
+#pragma once
+#include <stddef.h>
+namespace hls {
+template <class Value>
+class burst_maxi {
+ public:
+  burst_maxi(Value* memory) : cell(memory) {}
+  void read_request(size_t, unsigned) {}
+  Value read() { return *cell; }
+  void write_request(size_t, unsigned) {}
+  void write(const Value& value) { *cell = value; }
+  void write_response() {}
+ private:
+  Value* cell;
+};
+}
+template <int kBits>
+class ap_uint {
+ public:
+  struct Part {
+    unsigned long long* word;
+    operator unsigned long long() const { return *word; }
+    void operator=(unsigned long long value) { *word = value; }
+  };
+  Part range(int, int low) { return Part{&words[low / 64]}; }
+  unsigned long long range(int, int low) const { return words[low / 64]; }
+ private:
+  unsigned long long words[kBits / 64];
+};
+"""
+
 FORBIDDEN = {
     Kind.CXX_NEW_EXPR: "new",
     Kind.CXX_DELETE_EXPR: "delete",
@@ -68,7 +100,7 @@ LOOPS = (Kind.FOR_STMT, Kind.WHILE_STMT, Kind.DO_STMT, Kind.CXX_FOR_RANGE_STMT)
 DIRECTIVES = {
     "INTERFACE": "m_axi s_axilite port offset bundle depth max_read_burst_length "
     "max_write_burst_length num_read_outstanding num_write_outstanding",
-    "PIPELINE": "II",
+    "PIPELINE": "II style",
     "UNROLL": "factor",
     "INLINE": "off",
     "DATAFLOW": "",
@@ -134,10 +166,11 @@ def include_folder() -> str:
 def synthesis_flags(sources: Path, folder: Path, design: str) -> list[str]:
     """Compiler flags for the sources as synthesis sees them, but with plain integer types.
 
-    Writes config.h of the design, and the stand-in for the vendor's header, to `folder`.
+    Writes config.h of the design, and the stand-ins for the vendor's headers, to `folder`.
     """
     (folder / "config.h").write_text(config_header(read_design(design)))
     (folder / "hls_stream.h").write_text(STREAM)
+    (folder / "hls_burst_maxi.h").write_text(BURST_MAXI)
     return ["-std=c++14", "-DKGRC_PLAIN", "-D__SYNTHESIS__", f"-I{folder}", f"-I{sources}"]
 
 
@@ -417,6 +450,13 @@ def check_interfaces(sources: Sources) -> None:
     top = sources.top
     where = top.cursor.location
     arguments = {a.spelling: a.type.kind for a in top.cursor.get_arguments()}
+    bursts = {
+        a.spelling
+        for a in top.cursor.get_arguments()
+        if a.type.get_canonical().spelling.startswith("hls::burst_maxi<")
+    }
+    memories = bursts | {name for name, kind in arguments.items() if kind == TypeKind.POINTER}
+    bundles: dict[str, str] = {}
     slaves, masters = set(), set()
     for pragma in sources.pragmas:
         if pragma.directive != "INTERFACE":
@@ -429,7 +469,13 @@ def check_interfaces(sources: Sources) -> None:
         if "m_axi" in pragma.options:
             masters.add(port)
             lacking = {"offset", "bundle", "depth"} - set(pragma.options)
-            if lacking or arguments.get(port) != TypeKind.POINTER:
+            bundle = pragma.options.get("bundle", "")
+            other = bundles.setdefault(bundle, str(port))
+            if other != port and bursts & {other, port}:
+                sources.faults.append(
+                    f"{pragma.where}: {port} shares the bundle {bundle} with {other}"
+                )
+            if lacking or port not in memories:
                 sources.faults.append(f"{pragma.where}: {port} lacks {', '.join(sorted(lacking))}")
         if "s_axilite" in pragma.options:
             slaves.add(port)
@@ -437,7 +483,7 @@ def check_interfaces(sources: Sources) -> None:
         if port not in slaves:
             sources.add_fault(where, f"{TOP}: {port} has no s_axilite")
         # `digest` is an output register, not a memory port
-        if arguments.get(port) == TypeKind.POINTER and port not in masters and port != "digest":
+        if port in memories and port not in masters and port != "digest":
             sources.add_fault(where, f"{TOP}: {port} has no m_axi")
 
 

@@ -95,7 +95,7 @@ def random_program(config: AcceleratorConfig, seed: int) -> Program:
     rng = np.random.default_rng(seed)
     graph = random_graph(config, rng)
     clips = [np.clip(rng.normal(0, 0.5, (3, *CLIP)), -1, 1).astype(np.float32) for _ in range(2)]
-    return lower(choose_quant(graph, clips, config.bits, "minmax"), config)
+    return lower(choose_quant(graph, clips, config.bits, "minmax"), config, fold=False)
 
 
 def vectors(config: AcceleratorConfig, seed: int = 0) -> Array:

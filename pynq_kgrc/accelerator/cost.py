@@ -19,12 +19,16 @@ from pynq_kgrc.accelerator.plan import Item
 from pynq_kgrc.accelerator.tiling import (
     MIN_FEATURE_ROWS,
     NO_POOL,
+    REGION_DISTANCE,
     Work,
     beats_of_row,
     convolution_work,
+    map_requests,
     region_beats,
+    region_requests,
     region_trips,
     tiles,
+    windows_in,
 )
 from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import ceil_div
@@ -48,6 +52,11 @@ class Cost:
     weight_beats: int
     table_words: int
     """64-bit words of the plan's items, of indices and of scale factors."""
+    input_requests: int
+    """Runs of neighbouring beats that the ports request; bursts of memory may be shorter."""
+    shortcut_requests: int
+    output_requests: int
+    weight_requests: int
 
     @property
     def bound(self) -> str:
@@ -108,6 +117,8 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
     beats_out = 16 // config.bits if work.wide else 1
     trips = dict.fromkeys(("input", "weights", "scale", "store"), 0)
     macs = input_beats = shortcut_beats = output_beats = tile_count = 0
+    input_requests = shortcut_requests = output_requests = 0
+    out_map = windows_in(work.out_size, work.pool)
     for first, extent in tiles(work.out_size, work.tile):
         tile_count += 1
         drained = vectors * extent[0] * extent[1] * beats_of_row(config, extent[2])
@@ -117,8 +128,12 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
         trips["store"] += drained * beats_out
         macs += chunks * config.rows_per_cycle * config.pk * config.tn * math.prod(extent)
         input_beats += regions * region_beats(config, shape, extent, first)
-        shortcut_beats += drained if work.shortcut else 0
-        stored = [extent[i] // work.pool[i] for i in range(3)]
+        input_requests += regions * region_requests(config, shape, extent, first)
+        if work.shortcut:
+            shortcut_beats += drained
+            shortcut_requests += map_requests(config, shape.out_size, extent, vectors)
+        stored = windows_in(extent, work.pool)
+        output_requests += map_requests(config, out_map, stored, vectors)
         output_beats += vectors * stored[0] * stored[1] * beats_of_row(config, stored[2])
     tables = len(items) + chunks * config.index_words + 2 * vectors * config.tn
     return Cost(
@@ -131,6 +146,10 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
         output_beats=output_beats * beats_out,
         weight_beats=tile_count * chunks * chunk_beats,
         table_words=tile_count * tables,
+        input_requests=input_requests,
+        shortcut_requests=shortcut_requests,
+        output_requests=output_requests,
+        weight_requests=tile_count * min(chunks, 2),  # of two ports
     )
 
 
@@ -169,12 +188,13 @@ def _region_runs(items: Sequence[Item]) -> list[_RegionRun]:
 #    compute |      |   R0 > S0   |   R1 > S0   |   R2 > S1   |   R3 > S1   |  |   R4 > S2
 #    drain   |                                  |              S0              |   S1
 #
-# a `region_ready`: R0 is loaded. R1 is loaded at once, into the second buffer.
+# a `region_ready`: R0 is loaded, and REGION_DISTANCE - 1 trips have passed. R1 is loaded at once,
+#   into the second buffer.
 # b R1 comes into use, so that R2 may overwrite R0: the next `load_start`.
 # d S1 is complete, but S0 is not drained yet: the array waits.
 # e `sums_free`: S0 is drained. S1 drains, and S2 takes the buffer of S0.
 def _array_trips(config: AcceleratorConfig, work: Work) -> int:
-    """Trips of the array's loop for a task (`multiply` in hls_src/compute.cpp).
+    """Trips of the array's loop for a task: the walk of `schedule` in hls_src/schedule.cpp.
 
     Times are trips since the start of the current output tile. The state that one tile leaves to
     the next is therefore small, and a tile of the same extent in the same state is computed once.
@@ -199,10 +219,11 @@ def _array_trips(config: AcceleratorConfig, work: Work) -> int:
         time = 0
         for run in runs:
             if run.loads:
-                region_ready = load_start + load
+                loaded = load_start + load
+                region_ready = loaded + REGION_DISTANCE - 1
                 time = max(time, region_ready)
                 # the second region has a free buffer; later ones wait until this region is used
-                load_start = time if regions else region_ready
+                load_start = time if regions else loaded
                 regions += 1
             time += run.enabled * work.weight_words * sum_rows + run.idle
             if run.vectors:

@@ -14,19 +14,19 @@ from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
-from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS
+from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, REGION_DISTANCE
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import written_beside
 from pynq_kgrc.quant import ACCUMULATOR_BITS
 
-IMAGE_VERSION = 1
+IMAGE_VERSION = 2
 """Version of what the hardware reads from memory: maps, tables, weights (docs/format.md). It grows
 when a layout below changes so that an older bitstream would read it wrongly. The `program_version`
 of an overlay's manifest is compared with it."""
 
 FIELDS = (
     "kind",
-    *("source", "target", "shortcut", "weights", "indices", "items", "scales"),
+    *("source", "target", "shortcut", "even_weights", "odd_weights", "indices", "items", "scales"),
     *("item_count", "regions", "vectors"),
     *("in_d", "in_h", "in_w", "out_d", "out_h", "out_w"),
     *("kernel_d", "kernel_h", "kernel_w", "stride_d", "stride_h", "stride_w"),
@@ -37,12 +37,12 @@ FIELDS = (
     *("has_shortcut", "shortcut_d", "shortcut_h", "shortcut_w"),
     *("shortcut_zero", "shortcut_mult", "shortcut_shift"),
     *("out_zero", "low", "high", "wide"),
-    "reserved",
 )
 """Fields of a task's descriptor, 32 bits each, in memory order.
 
-`source`, `target`, `shortcut` and `weights` are addresses, counted in beats of their port from the
-start of its memory; `items`, `scales` and `indices` are counted in 64-bit words of the tables.
+`source`, `target`, `shortcut`, `even_weights` and `odd_weights` are addresses, counted in beats of
+their port from the start of its memory; the chunks of a tile with even numbers lie one after the
+other at one, the others at the other. `items`, `scales` and `indices` are counted in 64-bit words of the tables.
 Every output tile reads the same items, scales, weights and indices. The task has `chunks` chunks:
 `chunk_beats` beats of the weight port and `AcceleratorConfig.index_words` 64-bit words of indices
 each. `vectors` is how many vectors of T_N outputs there are."""
@@ -57,22 +57,34 @@ STATUS = (
     *("array", "input", "weights", "scale", "store", "plan"),
     "macs",
     *("input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words"),
+    *("input_requests", "shortcut_requests", "output_requests", "weight_requests"),
     "clocks",
 )
 """What the kernel reports of a task, a 64-bit word each: 1 when it is done, the trips of its
 pipelined loops, then counts, then the clock cycles that it took; 0 in the C-simulation, which has
 no clock. All but `done` and `clocks` are the fields of `cost.Cost`."""
 
-MAP_PORTS = ("input", "shortcut", "output")
+INPUT_PORTS = ("input_0", "input_1")
+"""Memory ports that read the input map: plane n of a task is read by port n % 2."""
+
+MAP_PORTS = (*INPUT_PORTS, "shortcut", "output")
 """Memory ports that see the memory of maps."""
+
+WEIGHT_PORTS = ("weights_0", "weights_1")
+"""Memory ports that see the memory of weights: chunk c of a tile is read by port c % 2."""
 
 TABLE_PORTS = ("tables", "items", "indices", "scales")
 """Memory ports that see the tables; one process reads each."""
 
-ADDRESSES = (*MAP_PORTS, "weights", *TABLE_PORTS, "status")
+ADDRESSES = (*MAP_PORTS, *WEIGHT_PORTS, *TABLE_PORTS, "status")
 """The kernel's arguments that are 64-bit addresses, in order; `digest`, `first_task` and
 `task_count` follow them."""
 
+REQUESTS_AHEAD = 16
+"""Requests that a memory port has under way at most; `num_read_outstanding` in hls_src/top.cpp."""
+
+RUNS_AHEAD = 32
+"""Runs that the input ports are ahead of the data at most, empty ones included."""
 
 VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
 """Vendor, library, name and version of the kernel. The driver finds the kernel by it."""
@@ -112,9 +124,9 @@ START, DONE, IDLE = 1, 2, 4
 def register_of(port: str) -> str:
     """The name of a port's address registers without `_1` and `_2`.
 
-    `input` and `output` are reserved words of Verilog: Vitis HLS adds `_r` to them.
+    `output` is a reserved word of Verilog: Vitis HLS adds `_r` to it.
     """
-    return f"{port}_r" if port in ("input", "output") else port
+    return f"{port}_r" if port == "output" else port
 
 
 def _registers() -> dict[str, int]:
@@ -165,6 +177,9 @@ def config_header(config: AcceleratorConfig) -> str:
         "MaxTaps": MAX_TAPS,
         "SumBits": ACCUMULATOR_BITS[config.bits],
         "MinFeatureRows": MIN_FEATURE_ROWS,
+        "RequestsAhead": REQUESTS_AHEAD,
+        "RunsAhead": RUNS_AHEAD,
+        "RegionDistance": REGION_DISTANCE,
     }
     lines = [
         f"// The design {config.name}. Made by pynq_kgrc.accelerator.header: change it there.",
@@ -192,6 +207,12 @@ def config_header(config: AcceleratorConfig) -> str:
         "enum Status {",
         *_counted("Status", STATUS),
         "  kStatusWords,",
+        "};",
+        "",
+        "// The memory ports, in the order of the kernel's arguments.",
+        "enum Port {",
+        *_counted("Port", ADDRESSES),
+        "  kPorts,",
         "};",
         "",
         "// The first bit and the width of each field of an item of the plan.",
@@ -242,6 +263,7 @@ def verilog_parameters(config: AcceleratorConfig) -> dict[str, int]:
         "FILTER_TILES": config.filter_tiles,
         "SUM": ACCUMULATOR_BITS[config.bits],
         "MIN_ROWS": MIN_FEATURE_ROWS,
+        "REGION_DISTANCE": REGION_DISTANCE,
     }
 
 

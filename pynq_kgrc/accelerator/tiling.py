@@ -23,6 +23,9 @@ NO_POOL: Size = (1, 1, 1)
 MIN_FEATURE_ROWS = 4
 """Fewest trips from one visit of a partial sum to the next: it is read, added to and written."""
 
+REGION_DISTANCE = 4
+"""Trips from the last write of a region into the input buffer to its first read, at the least."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -257,6 +260,49 @@ def region_trips(config: AcceleratorConfig, shape: WindowShape, extent: Size, fi
 
 def region_beats(config: AcceleratorConfig, shape: WindowShape, extent: Size, first: Size) -> int:
     """Beats of the region of a tile that are read from memory: those inside the map."""
+    planes, rows, beats = _inside(config, shape, extent, first)
+    return planes * rows * beats
+
+
+def region_requests(
+    config: AcceleratorConfig, shape: WindowShape, extent: Size, first: Size
+) -> int:
+    """Requests by which the region of a tile is read: one for each row inside the map.
+
+    The rows of a plane are one request where they are whole and next to each other.
+    """
+    planes, rows, beats = _inside(config, shape, extent, first)
+    if not rows * beats:
+        return 0
+    whole = beats == beats_of_row(config, shape.in_size[2])
+    return planes if whole and shape.kernel[1] >= shape.stride[1] else planes * rows
+
+
+def map_requests(config: AcceleratorConfig, size: Size, extent: Size, vectors: int) -> int:
+    """Requests by which a tile of `extent` outputs in a map of `size` is read or written.
+
+    One for each row of each of its vectors of T_N channels; fewer where the tile covers whole rows,
+    planes or the whole depth of the map, which lie next to each other.
+    """
+    if not math.prod(extent):
+        return 0
+    if beats_of_row(config, extent[2]) != beats_of_row(config, size[2]):
+        return vectors * extent[0] * extent[1]
+    if extent[1] != size[1]:
+        return vectors * extent[0]
+    return vectors if extent[0] != size[0] else min(vectors, 1)
+
+
+def windows_in(extent: Size, pool: Size) -> Size:
+    """Windows of a fused pool in that many outputs along each axis."""
+    d, h, w = (length // window for length, window in zip(extent, pool, strict=True))
+    return d, h, w
+
+
+def _inside(
+    config: AcceleratorConfig, shape: WindowShape, extent: Size, first: Size
+) -> tuple[int, int, int]:
+    """Planes, rows of a plane and beats of a row of a tile's region that lie inside the map."""
     inside = []
     for axis in (0, 1):
         begin = first[axis] * shape.stride[axis] - shape.pad_before[axis]
@@ -264,7 +310,7 @@ def region_beats(config: AcceleratorConfig, shape: WindowShape, extent: Size, fi
         inside.append(sum(0 <= begin + offset < shape.in_size[axis] for offset in offsets))
     limit = beats_of_row(config, shape.in_size[2])
     beats = sum(0 <= beat < limit for beat in _beat_range(config, shape, first[2], extent[2]))
-    return inside[0] * inside[1] * beats
+    return inside[0], inside[1], beats
 
 
 def _row_offsets(shape: WindowShape, axis: int, extent: int) -> list[int]:

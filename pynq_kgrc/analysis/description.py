@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET
 
 from pynq_kgrc.analysis.documents import (
     FidelityDescription,
@@ -30,6 +31,7 @@ def describe(program: Program) -> ProgramDescription:
         macs_kept=sum(task.kept_macs for task in convolutions),
         macs_array=sum(map(program.array_macs, convolutions)),
         tasks=tuple(_describe_task(program, task) for task in program.tasks),
+        folded=UNSET if program.fold is None else list(program.fold.kernel),
     )
 
 

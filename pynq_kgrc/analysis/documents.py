@@ -61,6 +61,9 @@ class ProgramDescription(msgspec.Struct, frozen=True, kw_only=True):
     macs_kept: int
     tasks: tuple[TaskDescription, ...]
     macs_array: int | UnsetType = UNSET
+    folded: list[int] | UnsetType = UNSET
+    """Taps of the first convolution along depth, height and width that the host writes as channels
+    of the clip; unset if it writes the clip as it is."""
     fidelity: FidelityDescription | UnsetType = UNSET
     path: str | UnsetType = UNSET
     """The file that it was written to."""

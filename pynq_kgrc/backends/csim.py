@@ -15,12 +15,20 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.header import ADDRESSES, MAP_PORTS, STATUS, TABLE_PORTS, config_header
+from pynq_kgrc.accelerator.header import (
+    ADDRESSES,
+    MAP_PORTS,
+    STATUS,
+    TABLE_PORTS,
+    WEIGHT_PORTS,
+    config_header,
+)
 from pynq_kgrc.backends.base import (
     Counters,
     Loaded,
@@ -46,7 +54,7 @@ from pynq_kgrc.quant import Array, ceil_div
 
 SOURCES = (
     *("top.cpp", "plan.cpp", "memory.cpp", "decode.cpp"),
-    *("compute.cpp", "post.cpp", "pool.cpp", "clock.cpp"),
+    *("schedule.cpp", "compute.cpp", "post.cpp", "pool.cpp", "clock.cpp"),
 )
 
 FAST = ("-O3", "-march=native", "-DKGRC_PLAIN")
@@ -124,6 +132,26 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def simulate(
+    library: ctypes.CDLL,
+    ports: Sequence[tuple[int, int]],
+    digest: ctypes.c_uint64,
+    first: int,
+    count: int,
+) -> str:
+    """Run `count` tasks from number `first` on; the caller holds the library's lock.
+
+    `ports` are the address and the bytes of each port's memory, in the order of
+    `accelerator.header.ADDRESSES`. The result is "", or what the hardware would not forgive: a wait
+    without end, a read without a request, a request past the end of a memory.
+    """
+    memory = (ctypes.c_void_p * len(ports))(*(address for address, _ in ports))
+    sizes = (ctypes.c_uint64 * len(ports))(*(size for _, size in ports))
+    library.kgrc_simulate.restype = ctypes.c_char_p
+    fault = library.kgrc_simulate(memory, sizes, ctypes.byref(digest), first, count)
+    return fault.decode() if fault else ""
+
+
 class CSimulation(Loaded):
     """The accelerator `config`, simulated by its own C++ sources.
 
@@ -138,7 +166,6 @@ class CSimulation(Loaded):
         self.config = config
         self._path = build_library(config, flags)
         self._library = ctypes.CDLL(str(self._path))
-        self._library.kgrc_simulate.restype = ctypes.c_char_p
 
     @locked
     def load(self, program: Program) -> None:
@@ -204,18 +231,14 @@ class CSimulation(Loaded):
 
     def _call(self, first: int, count: int) -> None:
         digest = ctypes.c_uint64()
-
-        def at(array: Array) -> ctypes.c_void_p:
-            return ctypes.c_void_p(array.ctypes.data)
-
-        memory = {name: at(self._image.tables) for name in TABLE_PORTS}
-        memory |= {name: at(self._maps) for name in MAP_PORTS}
-        memory |= {"weights": at(self._image.weights), "status": at(self._status)}
-        pointers = (*(memory[name] for name in ADDRESSES), ctypes.byref(digest))
+        memory: dict[str, Array] = {"status": self._status}
+        memory |= dict.fromkeys(MAP_PORTS, self._maps)
+        memory |= dict.fromkeys(WEIGHT_PORTS, self._image.weights)
+        memory |= dict.fromkeys(TABLE_PORTS, self._image.tables)
+        ports = [(memory[name].ctypes.data, memory[name].nbytes) for name in ADDRESSES]
         with library_lock(self._path):
-            fault = self._library.kgrc_simulate(*pointers, first, count)
-            text = fault.decode() if fault else ""
-        if fault:
+            text = simulate(self._library, ports, digest, first, count)
+        if text:
             raise DeviceError(f"{self.program.name}, task {first}: {text}")
         if f"{digest.value:016x}" != self.config.digest:
             raise DeviceError(

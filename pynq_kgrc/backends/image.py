@@ -24,7 +24,8 @@ class Image:
     """The constant part of the memory, written once before the program runs."""
 
     weights: Array
-    """Compact weights, uint64, in the order in which the weight port reads them."""
+    """Compact weights, uint64: of each task the even chunks, then the odd ones, each in the order in
+    which its port reads them."""
     tables: Array
     """uint64: the descriptors of all tasks, then each task's items, scales and indices."""
 
@@ -43,22 +44,23 @@ def build_image(program: Program) -> Image:
     next_weight, next_table = 0, fields.size // 2
     for number, task in enumerate(program.tasks):
         work = program.work(task)
-        chunks, indices = _chunks(config, task, work)
+        halves, indices = _chunks(config, task, work)
         try:
             items, scales = item_words64(work.items), _scales(config, task)
         except ProgramError as error:
             raise ProgramError(f"{task.name}: {error}") from error
         descriptor = {
             **_describe(program, task, work),
-            "weights": next_weight // config.weight_port_words,
+            "even_weights": next_weight // config.weight_port_words,
+            "odd_weights": (next_weight + halves[0].size) // config.weight_port_words,
             "items": next_table,
             "scales": next_table + items.size,
             "indices": next_table + items.size + scales.size,
         }
         fields[number] = [descriptor.get(name, 0) for name in FIELDS]
-        weights.append(chunks)
+        weights += halves
         tables += [items, scales, indices]
-        next_weight += chunks.size
+        next_weight += halves[0].size + halves[1].size
         next_table += items.size + scales.size + indices.size
     for number, field in np.argwhere(np.abs(fields) >= 1 << 31)[:1].tolist():
         raise ProgramError(
@@ -203,27 +205,33 @@ def _scales(config: AcceleratorConfig, task: Task) -> Array:
     return words64.ravel()
 
 
-def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[Array, Array]:
-    """Weights and indices of all chunks, uint64, in the order in which the array takes them.
+def _chunks(
+    config: AcceleratorConfig, task: Task, work: Work
+) -> tuple[tuple[Array, Array], Array]:
+    """The weights of the even and of the odd chunks, and the indices of all chunks, uint64.
 
-    A chunk is one kernel group's share of a weight word: the weights that the array takes of this
-    group in one trip.
+    Each is in the order in which the array takes it. A chunk is one kernel group's share of a
+    weight word: the weights that the array takes of this group in one trip. The two areas of
+    weights are equally long; a chunk of zeros that no port reads may end the odd one.
     """
+    none = np.zeros(0, np.uint64)
     if not isinstance(task, ConvTask):
-        return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+        return (none, none), none
     codes, index = _chunk_parts(config, task.weights, work.chunk_beats(config))
     groups = config.groups_per_tile
-    chunks: list[Array] = []
-    indices: list[Array] = []
+    chunks: list[Array] = [np.zeros((0, codes.shape[-1]), np.uint64)]
+    indices: list[Array] = [none]
     for item in work.items:
         on = [g for g in range(groups) if item.mask >> g & 1]
         if on:
             p = [item.filter_tile * groups + g for g in on]
             # [groups, weight words, ...] -> for each weight word its groups
-            chunks.append(codes[p, item.channel_tile].swapaxes(0, 1).ravel())
+            chunks.append(codes[p, item.channel_tile].swapaxes(0, 1).reshape(-1, codes.shape[-1]))
             indices.append(index[p, item.channel_tile].swapaxes(0, 1).ravel())
-    none = np.zeros(0, np.uint64)
-    return np.concatenate([none, *chunks]), np.concatenate([none, *indices])
+    if sum(map(len, chunks)) % 2:
+        chunks.append(np.zeros((1, codes.shape[-1]), np.uint64))
+    every = np.concatenate(chunks)
+    return (every[0::2].ravel(), every[1::2].ravel()), np.concatenate(indices)
 
 
 def _chunk_parts(

@@ -78,6 +78,12 @@ def declare(command: Declare) -> None:
         "--method", default=None, help="how ranges are chosen: minmax, percentile or mse"
     )
     compile_.add_argument(
+        "--no-fold",
+        action="store_true",
+        help="write the clip as it is; by default the host writes taps of the first convolution "
+        "as channels, where that is faster on the design",
+    )
+    compile_.add_argument(
         "--report", action="store_true", help="measure the program against float on the clips"
     )
 
@@ -112,7 +118,7 @@ def run_compile(options: argparse.Namespace) -> int:
         quantized = choose_quant(graph, clips, config.bits, method)
     for warning in warned:
         print(f"warning: {printable(warning.message)}", file=sys.stderr)
-    program = lower(quantized, config)
+    program = lower(quantized, config, fold=not options.no_fold)
     program.save(options.out)
     document = replace(describe(program), path=readable(options.out))
     if options.report:

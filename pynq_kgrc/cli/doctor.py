@@ -160,7 +160,7 @@ def _emulation(_: argparse.Namespace) -> str:
     )
     clip = rng.uniform(-1, 1, (3, 2, 8, 8)).astype(np.float32)
     graph = choose_quant(Graph("doctor", layers, "conv", ClipSpec(2, 8, 8, 8)), [clip], 8)
-    program = lower(graph, preset("8-sparse"))
+    program = lower(graph, preset("8-sparse"), fold=False)
     emulation = Emulation(program.config)
     try:
         emulation.load(program)

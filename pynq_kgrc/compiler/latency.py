@@ -15,6 +15,8 @@ import numpy as np
 
 from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.accelerator.cutting import cut_convolution
+from pynq_kgrc.accelerator.tiling import NO_POOL
+from pynq_kgrc.compiler.fold import choose_folding, foldings
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.compress.patterns import prune
 from pynq_kgrc.compress.recipes import (
@@ -53,8 +55,17 @@ class PrunedCycles:
         """
         for task in self.program.tasks:
             if isinstance(task, ConvTask) and task.name == layer.name:
+                masked = dataclasses.replace(layer, weight=kept.astype(np.int8))
+                if self.program.fold is not None and task.source == self.program.source:
+                    place = choose_folding(
+                        self.program.config,
+                        masked,
+                        NO_POOL if task.pool is None else task.pool.kernel,
+                        wide=task.out.bits > self.program.config.bits,
+                    )
+                    masked = list(foldings(masked))[place].layer
                 # as the compiler cuts a layer with too many taps
-                cut = cut_convolution(dataclasses.replace(layer, weight=kept.astype(np.int8)))[-1]
+                cut = cut_convolution(masked)[-1]
                 assert cut.weight is not None
                 codes = cut.weight.reshape(*cut.weight.shape[:2], -1)
                 weights = pack(codes, self.program.config)

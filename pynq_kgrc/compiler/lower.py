@@ -1,6 +1,6 @@
-"""Compile a Graph to a Program, in six functions that each return a new value.
+"""Compile a Graph to a Program, in functions that each return a new value.
 
-``check_graph -> fuse -> place_tensors -> cut_drafts -> assign_buffers -> build_tasks``
+``check_graph -> fuse -> fold_clip -> place_tensors -> cut_drafts -> assign_buffers -> build_task``
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cutting import cut_convolution
 from pynq_kgrc.accelerator.header import MAX_TAPS
-from pynq_kgrc.accelerator.tiling import tile_size
+from pynq_kgrc.accelerator.tiling import NO_POOL, tile_size
+from pynq_kgrc.compiler.fold import choose_folding, foldings
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.errors import CompileError, ProgramError
 from pynq_kgrc.graph import (
@@ -31,6 +32,7 @@ from pynq_kgrc.graph import (
 )
 from pynq_kgrc.program import (
     ALIGNMENT,
+    COLOURS,
     Buffer,
     ConvTask,
     PoolTask,
@@ -82,14 +84,24 @@ class Placement:
     channel: int
 
 
-def lower(graph: Graph, config: AcceleratorConfig) -> Program:
+def lower(graph: Graph, config: AcceleratorConfig, *, fold: bool = True) -> Program:
     """Compile a quantized graph for an accelerator.
+
+    Args:
+        graph: the network, with the formats of its codes.
+        config: the design.
+        fold: whether the taps of the first convolution may become channels of the clip, where that
+            is faster on the design (`fold_clip`). The codes of every layer are the same either way.
 
     Raises:
         CompileError: the accelerator cannot run a layer; names it and what would be accepted.
     """
     check_graph(graph, config)
-    drafts, places = place_tensors(graph, fuse(graph, config), config.tn)
+    drafts = fuse(graph, config)
+    window = None
+    if fold:
+        graph, drafts, window = fold_clip(graph, drafts, config)
+    drafts, places = place_tensors(graph, drafts, config.tn)
     drafts, places = cut_drafts(graph, drafts, places)
     buffers, index, arena_bytes = assign_buffers(graph, drafts, places, config)
 
@@ -111,6 +123,7 @@ def lower(graph: Graph, config: AcceleratorConfig) -> Program:
         buffers=buffers,
         arena_bytes=arena_bytes,
         tasks=tasks,
+        fold=window,
     )
     try:
         check(program)
@@ -256,6 +269,43 @@ def _without_large_pool(
         alone = replace(draft, output=source, activations=draft.activations[:-1], pool=None)
         return [alone, _single_draft(draft.output)]
     return [draft]
+
+
+def fold_clip(
+    graph: Graph, drafts: list[TaskDraft], config: AcceleratorConfig
+) -> tuple[Graph, list[TaskDraft], WindowShape | None]:
+    """Fold the convolution that reads the clip, if that is faster (`fold.choose_folding`).
+
+    Not if anything else reads the clip as well, or if it is no clip of three colours.
+
+    Returns:
+        The graph, whose input has the folded channels and size; the drafts; and the window whose
+        taps the host writes as channels, or None.
+    """
+    clip = graph.layers[0]
+    readers = [draft for draft in drafts if clip.name in draft.reads]
+    concats = [layer for layer in graph.consumers(clip.name) if layer.op == CONCAT]
+    if len(readers) != 1 or concats or clip.channels != COLOURS or clip.name == graph.output:
+        return graph, drafts, None
+    (reader,) = readers
+    if reader.layer.op != CONV or reader.shortcut is not None:
+        return graph, drafts, None
+    assert reader.layer.weight is not None
+    codes, _ = quantize_weight(reader.layer, config.bits)
+    place = choose_folding(
+        config,
+        replace(reader.layer, weight=codes.reshape(reader.layer.weight.shape)),
+        NO_POOL if reader.pool is None else reader.pool.kernel,
+        wide=_quant(reader.output).bits > config.bits,
+    )
+    if place == 0:
+        return graph, drafts, None
+    window, layer = list(foldings(reader.layer))[place]
+    assert layer.shape is not None
+    folded = replace(clip, channels=layer.shape.channels, size=window.out_size)
+    graph = replace(graph, layers=(folded, *graph.layers[1:]))
+    drafts = [replace(draft, layer=layer) if draft is reader else draft for draft in drafts]
+    return graph, drafts, window
 
 
 def place_tensors(

@@ -249,7 +249,12 @@ def choose_quant(
     for name, root in ties.items():
         groups.setdefault(root, []).append(seen[name])
     chosen = {root: choose_range(observed, bits, method) for root, observed in groups.items()}
-    ranges = widen_narrow_ranges(graph, {**chosen, ties[graph.layers[0].name]: pixels})
+    # what shares the input's format, such as another part of a concat, may have a larger range
+    clip, low, high = graph.layers[0].name, *pixels
+    if len(groups[ties[clip]]) > 1:
+        low, high = min(low, chosen[ties[clip]][0]), max(high, chosen[ties[clip]][1])
+    ranges = widen_narrow_ranges(graph, {**chosen, ties[clip]: (low, high)})
+    pooled = any(layer.op == MAX_POOL and clip in layer.inputs for layer in graph.layers)
     formats = {root: choose_params(*ends, bits) for root, ends in ranges.items()}
     last = seen[graph.output].low, seen[graph.output].high
     if last == (0, 0):
@@ -261,7 +266,7 @@ def choose_quant(
             quant = choose_params(last[0] * HEADROOM, last[1] * HEADROOM, 16)
             least = _largest_step(layer, layers, method) / LARGEST_RATIO
             quant = replace(quant, scale=max(quant.scale, least))
-        elif layer.op == INPUT:
+        elif layer.op == INPUT and not pooled:  # a copy into a concat changes the format
             quant = choose_params(*pixels, bits)
         layers[layer.name] = replace(layer, out_quant=quant)
     for layer in graph.layers:

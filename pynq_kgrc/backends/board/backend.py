@@ -28,6 +28,7 @@ from pynq_kgrc.accelerator.header import (
     START,
     STATUS,
     TABLE_PORTS,
+    WEIGHT_PORTS,
     register_of,
 )
 from pynq_kgrc.backends.base import (
@@ -71,7 +72,10 @@ FLOOR_SECONDS = 1.0
 SLOW = 1.5
 """A run of more than SLOW times the modelled clock cycles is logged."""
 
-CHECKED = ("macs", "input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words")
+CHECKED = (
+    *("macs", "input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words"),
+    *("input_requests", "shortcut_requests", "output_requests", "weight_requests"),
+)
 """The counts in a task's status that must equal the cost model's exactly."""
 
 log = logging.getLogger(__name__)
@@ -274,7 +278,8 @@ class BoardBackend(Loaded):
         for buffer in buffers.values():
             buffer.flush()
         self._maps_stale = False
-        buffer_of = dict.fromkeys(MAP_PORTS, "maps") | dict.fromkeys(TABLE_PORTS, "tables")
+        buffer_of = dict.fromkeys(MAP_PORTS, "maps") | dict.fromkeys(WEIGHT_PORTS, "weights")
+        buffer_of |= dict.fromkeys(TABLE_PORTS, "tables")
         self._addresses = {}
         for port in ADDRESSES:
             address = int(buffers[buffer_of.get(port, port)].device_address)

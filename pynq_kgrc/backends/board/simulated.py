@@ -37,6 +37,7 @@ from pynq_kgrc.accelerator.header import (
     DONE,
     FIELDS,
     IDLE,
+    INPUT_PORTS,
     KINDS,
     REGISTERS,
     START,
@@ -51,7 +52,7 @@ from pynq_kgrc.backends.board.simulated_overlay import (
     MANAGERS_AT,
     write_overlay,
 )
-from pynq_kgrc.backends.csim import build_library, library_lock
+from pynq_kgrc.backends.csim import build_library, library_lock, simulate
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array, ceil_div
 
@@ -274,7 +275,6 @@ class Kernel(Registers):
             except DeviceError as error:
                 raise DeviceError(f"the simulated board runs the C-simulation: {error}") from error
             self._library = ctypes.CDLL(str(library))
-            self._library.kgrc_run.restype = None
 
     def is_running(self) -> bool:
         """Whether a run has been started and has not ended: bursts may be open."""
@@ -323,7 +323,7 @@ class Kernel(Registers):
         # No fault happens in a start without tasks, by which the driver asks for the digest.
         take: Callable[[str], bool] = device.take if count else lambda _: False
         if take("decode_error"):
-            self.values[REGISTERS["weights_2"]] = 0
+            self.values[REGISTERS["weights_0_2"]] = 0
         if take("bad_table"):
             # The high half of a descriptor's first 64-bit word is its field `source`.
             self._words64("tables")[first * len(FIELDS) // 2] |= np.uint64(0x7FFF_FFFF << 32)
@@ -352,13 +352,15 @@ class Kernel(Registers):
 
     def _run(self, first: int, count: int) -> None:
         assert self.config is not None
-        pointers = [ctypes.c_void_p()] * len(ADDRESSES)
+        ports = [(0, 0)] * len(ADDRESSES)
         if count:
             self._check_accesses(self.config, first, count)
-            pointers = [self._pointer(name) for name in ADDRESSES]
+            ports = [self._memory_of(name) for name in ADDRESSES]
         digest = ctypes.c_uint64()
         with library_lock(self._library_path):
-            self._library.kgrc_run(*pointers, ctypes.byref(digest), first, count)
+            fault = simulate(self._library, ports, digest, first, count)
+        if fault:
+            raise BusError(fault)
         if count and self.device.clocks_per_trip:
             size = 8 * len(STATUS)
             status = self.device.memory.bytes_at(
@@ -378,9 +380,10 @@ class Kernel(Registers):
         register = register_of(name)
         return self._number(f"{register}_1") | self._number(f"{register}_2") << 32
 
-    def _pointer(self, name: str) -> ctypes.c_void_p:
+    def _memory_of(self, name: str) -> tuple[int, int]:
+        """Where a port's memory lies on this host, and its bytes."""
         buffer, start = self.device.memory.at(self._address(name))
-        return ctypes.c_void_p(buffer.logic.ctypes.data + start)
+        return buffer.logic.ctypes.data + start, buffer.size - start
 
     def _words64(self, name: str) -> Array:
         """The 64-bit words from a port's address to the end of its buffer."""
@@ -435,11 +438,13 @@ def _accesses(
     for axis in "dhw":
         stored[f"out_{axis}"] = field[f"out_{axis}"] // field[f"pool_{axis}"]
     field, beat, port = stored, config.beat_bytes, config.weight_port_words * 8
+    chunk = field["chunk_beats"] * port
     wide = 16 // config.bits if field["wide"] else 1
     found = [
-        ("input", field["source"] * beat, beats("in", sources) * beat),
+        *((name, field["source"] * beat, beats("in", sources) * beat) for name in INPUT_PORTS),
         ("output", field["target"] * beat, beats("out", targets) * wide * beat),
-        ("weights", field["weights"] * port, chunks * field["chunk_beats"] * port),
+        ("weights_0", field["even_weights"] * port, ceil_div(chunks, 2) * chunk),
+        ("weights_1", field["odd_weights"] * port, chunks // 2 * chunk),
         ("scales", field["scales"] * 8, 16 * config.tn * targets),
         ("indices", field["indices"] * 8, chunks * config.index_words * 8),
     ]

@@ -50,14 +50,16 @@ def choose_convolution(
     """The exact form of a convolution with the least estimated work.
 
     Args are those of `GemmConvolution`. Winograd is considered for stride 1, kernels of 3 (and 1)
-    along each axis, and at least 16 channels and 16 outputs.
+    along each axis, and at least 16 outputs and 16 channels, or 32 channels if one axis only is
+    transformed: with fewer (a folded clip) it is no faster, and it cannot pool all sums.
     """
     if shape.channels <= PLANAR_CHANNELS and shape.taps > 1 and shape.out_size[2] >= 16:
         return PlanarConvolution(weight, shape, interval, dtype, cores)
     axes = axes_of_three_taps(shape)
     others = [axis for axis in range(3) if shape.kernel[axis] != 3]
     suits_winograd = all(shape.kernel[axis] == 1 for axis in others) and shape.stride == (1, 1, 1)
-    if axes and suits_winograd and math.prod(shape.out_size) >= 16 and shape.channels >= 16:
+    enough = shape.channels >= (16 if len(axes) > 1 else 32)
+    if axes and suits_winograd and math.prod(shape.out_size) >= 16 and enough:
         direct = _gemm_work(shape)
         works = {tuple(axes): _winograd_work(shape, axes)}
         if len(axes) > 1 and WIDTH in axes:  # or transform all axes but the width
