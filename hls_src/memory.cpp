@@ -279,7 +279,6 @@ runs:
       if (left == 0) --ahead;
     }
   }
-  done.write(true);  // to count_clocks
 }
 
 void read_input(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& lengths,

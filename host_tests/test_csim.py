@@ -3,7 +3,8 @@
 import ctypes
 import shutil
 import subprocess
-from dataclasses import asdict, fields
+import sys
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 
 import msgspec
@@ -413,6 +414,163 @@ def test_a_process_that_waits_for_ever_is_named(monkeypatch, tmp_path):
     backend.load(program)
     with pytest.raises(DeviceError, match="task 0: the stream region_words is empty where it is"):
         backend.run()
+
+
+ASK = "const bool ask = more && ahead < kRunsAhead && waiting < kRequestsAhead;"
+READ, WRITE = (f"maps.{way}_request(int(run.first), int(run.beats))" for way in ("read", "write"))
+WAITING = "if (waiting == kRequestsAhead) maps.write_response();\n        else ++waiting;"
+RESPONSES = "responses:\n  for (int i = 0; i < waiting; ++i) maps.write_response();\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        # the beats of a run are taken before the run is requested
+        (f"        {READ};\n", "", "input0: read without a request"),
+        (READ, READ.replace("int(run.beats)", "0"), "input0: a request of no beats"),
+        (READ, READ.replace("int(run.first)", "int(run.first) - 1"), "input0: .* passes the end"),
+        (
+            READ,
+            READ.replace("int(run.beats)", "1 + int(run.beats)"),
+            "input0: requested beats were",
+        ),
+        (ASK, ASK.replace(" && waiting < kRequestsAhead", ""), "shortcut: more than 16 requests"),
+        (WRITE + ";\n", "", "output: written without a request"),
+        (WRITE, WRITE.replace("int(run.first)", "1 << 30"), "output: .* passes the end of its mem"),
+        (
+            WRITE,
+            WRITE.replace("int(run.beats)", "1 + int(run.beats)"),
+            "output: no write has ended",
+        ),
+        (WAITING, "++waiting;", "output: more than 16 requests at a time"),
+        (RESPONSES, "", "output: responses to writes were not taken"),
+        (RESPONSES, RESPONSES.replace("i < waiting", "i <= waiting"), "output: no write has ended"),
+        # a run that is never written, at the very end
+        (
+            RESPONSES,
+            RESPONSES + "  maps.write_request(0, 1);\n",
+            "output: requested beats were not",
+        ),
+    ],
+)
+def test_a_port_that_is_misused_is_named(monkeypatch, tmp_path, old, new, text):
+    """Faults of the protocol that hardware would answer by hanging, or by a bus error."""
+    with_sources(monkeypatch, tmp_path / "hls", [("memory.cpp", old, new)])
+    program = program_of(8, True)
+    backend = csim.CSimulation(program.config, QUICK)
+    with pytest.raises(DeviceError, match=text):
+        outputs(backend, program, random_codes(program))
+
+
+def test_memory_that_ends_too_early_is_named():
+    """The address of a run past the end of each port's memory, in the order of use."""
+    program = program_of(8, True)
+    backend = csim.CSimulation(program.config)
+    for name, text in (("tables", "indices"), ("weights", "weights[01]"), ("maps", "output|input")):
+        backend.load(program)
+        image = backend._image
+        if name == "maps":
+            backend._maps = backend._maps[:64]
+        else:
+            shorter = {name: getattr(image, name)[: getattr(image, name).size // 2]}
+            backend._image = replace(image, **shorter)
+        with pytest.raises(DeviceError, match=f"the port .*({text}).* passes the end of its mem"):
+            backend.run()
+
+
+@pytest.mark.parametrize(("bits", "sparse"), [(8, True), (16, False)])
+def test_requests_run_ahead_of_the_data(bits, sparse):
+    """The runs are long where the map lets them be: whole planes, whole tiles of whole maps."""
+    net = Net(size=(6, 8, 8), channels=8)
+    net.dense(net.conv("clip", 16), 5)
+    program, _ = compiled(net, small_config(bits, sparse, td=6, th=8, tw=8))
+    backend = csim.CSimulation(program.config)
+    outputs(backend, program, random_codes(program))
+    first, last = program.tasks
+    regions = sum(item.new_region for item in program.work(first).items)
+    assert program.work(first).tile == (6, 8, 8), "a single tile"
+    assert backend.status(0)["input_requests"] == regions * 6, "a plane is one run"
+    assert backend.status(0)["output_requests"] == 1, "so is the whole map"
+    assert backend.status(0)["weight_requests"] == 2
+    assert backend.status(1)["output_requests"] == 1
+    assert last.shape.taps == 6 * 8 * 8
+
+
+BURST_MAXI = """
+#pragma once
+#include <ap_int.h>
+#include <cassert>
+#include <deque>
+#include <map>
+#include <tuple>
+namespace hls {
+// What UG1399, "Using Manual Burst", says of the class: the state is the memory's, not the copy's.
+template <class Value>
+class burst_maxi {
+ public:
+  burst_maxi(Value* memory) : memory(memory) { open() = Open(); }
+  void read_request(size_t first, unsigned count) {
+    assert(count > 0);
+    for (unsigned i = 0; i < count; ++i) open().reads.push_back(first + i);
+  }
+  Value read() { return memory[next(open().reads)]; }
+  void write_request(size_t first, unsigned count) {
+    assert(count > 0 && open().reads.empty());
+    for (unsigned i = 0; i < count; ++i) open().writes.push_back(first + i);
+    ++open().responses;
+  }
+  void write(const Value& value) { memory[next(open().writes)] = value; }
+  void write_response() {
+    assert(open().responses > 0);
+    --open().responses;
+  }
+  burst_maxi(const burst_maxi& other) = default;
+  ~burst_maxi() {}
+
+ private:
+  struct Open {
+    std::deque<size_t> reads, writes;
+    int responses = 0;
+  };
+  static size_t next(std::deque<size_t>& places) {
+    assert(!places.empty());
+    const size_t place = places.front();
+    places.pop_front();
+    return place;
+  }
+  Open& open() {
+    static std::map<void*, Open> all;
+    return all[memory];
+  }
+  Value* memory;
+};
+}  // namespace hls
+"""
+
+
+@pytest.mark.parametrize("design", ["8-sparse", "4-dense"])
+def test_the_ports_of_the_vendor_carry_the_same_beats(tmp_path, design):
+    """The sources as Vitis HLS simulates them, with a stand-in for its class of ports."""
+    flags = include_folders().get("ap_int")
+    if flags is None:
+        pytest.skip("the headers of ap_int are not here: pip install --no-deps hls4ml")
+    folder = csim.source_folder()
+    (tmp_path / "config.h").write_text(config_header(preset(design)))
+    (tmp_path / "hls_burst_maxi.h").write_text(BURST_MAXI)
+    vectors = [sys.executable, str(folder / "scripts/vectors.py"), "--design", design]
+    subprocess.run([*vectors, "-o", str(tmp_path / "vectors")], check=True, timeout=300)
+    command = ["g++", "-std=c++14", "-O1", "-w", "-DKGRC_VITIS", *flags, f"-I{tmp_path}"]
+    command += [f"-I{folder}", str(folder / "scripts/bench.cpp")]
+    command += [str(folder / name) for name in csim.SOURCES]
+    subprocess.run([*command, "-o", str(tmp_path / "bench")], check=True, timeout=300)
+    done = subprocess.run(
+        [str(tmp_path / "bench"), str(tmp_path / "vectors")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 tasks, 0 differences" in done.stdout
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):

@@ -240,9 +240,9 @@ SLIPS = {
         ),
         (
             "top.cpp",
-            "bundle = maps_in_1",
-            "bundle = maps_in_0",
-            "top.cpp: INTERFACE: input_1 shares the bundle maps_in_0 with input_0",
+            "bundle = maps_in1",
+            "bundle = maps_in0",
+            "top.cpp: INTERFACE: input1 shares the bundle maps_in0 with input0",
         ),
     ],
     "dataflow": [

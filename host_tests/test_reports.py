@@ -266,7 +266,7 @@ def test_the_loops_of_a_report_stand_beside_those_of_the_sources(tmp_path):
     asked = {
         ("multiply", "flattened"): 1,
         ("multiply", "x_flattened"): 3,
-        ("scale", "flattened"): 9,
+        ("scale", "words"): 9,
     }
     rows = loops_of(tmp_path, FAST.replace("<Name>flattened<", "<Name>x_flattened<"), asked)
     assert {row.name: row.asked for row in rows if row.found} == {
@@ -275,7 +275,13 @@ def test_the_loops_of_a_report_stand_beside_those_of_the_sources(tmp_path):
     }
     assert [row for row in rows if not row.found] == [
         PipelinedLoop("multiply/flattened", 1, None, False),
-        PipelinedLoop("scale/flattened", 9, None, False),
+        PipelinedLoop("scale/words", 9, None, False),
+    ]
+    # a function that is inlined has no module of its own
+    asked = {("read_runs", "flattened"): 1, ("kgrc_run", "fields"): 2}
+    assert [row.fault for row in loops_of(tmp_path, CSYNTH, asked)] == [
+        "",
+        "multiply/flattened: II = 2, II = 1 was asked for",
     ]
 
 

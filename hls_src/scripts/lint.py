@@ -3,9 +3,9 @@
 ``python hls_src/scripts/lint.py hls_src --design 8-sparse``
 
 libclang parses the sources as synthesis sees them (`__SYNTHESIS__`, with stand-ins for the
-vendor's headers of streams and of memory ports). Rules check the syntax tree and the pragmas. Findings are printed as
-`file:line: text`; the exit status is 1 if there are any. Whether the tool reaches the II that is
-asked for cannot be said here.
+vendor's headers of streams and of memory ports). Rules check the syntax tree and the pragmas.
+Findings are printed as `file:line: text`; the exit status is 1 if there are any. Whether the tool
+reaches the II that is asked for cannot be said here.
 """
 
 from __future__ import annotations

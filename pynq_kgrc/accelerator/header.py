@@ -41,10 +41,10 @@ FIELDS = (
 """Fields of a task's descriptor, 32 bits each, in memory order.
 
 `source`, `target`, `shortcut`, `even_weights` and `odd_weights` are addresses, counted in beats of
-their port from the start of its memory; the chunks of a tile with even numbers lie one after the
-other at one, the others at the other. `items`, `scales` and `indices` are counted in 64-bit words of the tables.
-Every output tile reads the same items, scales, weights and indices. The task has `chunks` chunks:
-`chunk_beats` beats of the weight port and `AcceleratorConfig.index_words` 64-bit words of indices
+their port from the start of its memory: the chunks of even numbers lie at one, those of odd numbers
+at the other. `items`, `scales` and `indices` are counted in 64-bit words of the tables. Every
+output tile reads the same items, scales, weights and indices. The task has `chunks` chunks:
+`chunk_beats` beats of a weight port and `AcceleratorConfig.index_words` 64-bit words of indices
 each. `vectors` is how many vectors of T_N outputs there are."""
 
 KINDS = ("convolution", "max_pool", "sum_pool")
@@ -64,13 +64,13 @@ STATUS = (
 pipelined loops, then counts, then the clock cycles that it took; 0 in the C-simulation, which has
 no clock. All but `done` and `clocks` are the fields of `cost.Cost`."""
 
-INPUT_PORTS = ("input_0", "input_1")
+INPUT_PORTS = ("input0", "input1")
 """Memory ports that read the input map: plane n of a task is read by port n % 2."""
 
 MAP_PORTS = (*INPUT_PORTS, "shortcut", "output")
 """Memory ports that see the memory of maps."""
 
-WEIGHT_PORTS = ("weights_0", "weights_1")
+WEIGHT_PORTS = ("weights0", "weights1")
 """Memory ports that see the memory of weights: chunk c of a tile is read by port c % 2."""
 
 TABLE_PORTS = ("tables", "items", "indices", "scales")

@@ -279,14 +279,25 @@ def pipelined_loops(synthesis: Synthesis, asked: Asked) -> list[PipelinedLoop]:
     """The loops of a report beside those of the sources; loops of the sources only come last.
 
     Vitis HLS names a loop by its label, and a nest that it has flattened by the labels joined with
-    `_`. A module is named after the function, with more behind it.
+    `_`. A module is named after the function, with more behind it. The loops of a function that is
+    inlined lie in the module of its caller.
     """
     rows, left = [], dict(asked)
+
+    def belongs(module: str, function: str) -> bool:
+        return f"{module}_".startswith(f"{function}_")
+
+    inlined = {
+        function
+        for function, _ in asked
+        if not any(belongs(loop.module, function) for loop in synthesis.loops)
+    }
     for loop in synthesis.loops:
         named = [place for place in asked if f"_{loop.name}".endswith(f"_{place[1]}")]
-        inside = [place for place in named if f"{loop.module}_".startswith(f"{place[0]}_")]
-        # the longest label: region_words also ends in words
-        place = max(inside, key=lambda place: len(place[1]), default=None)
+        places = [place for place in named if belongs(loop.module, place[0])]
+        places = places or [place for place in named if place[0] in inlined]
+        # the longest label, as region_words also ends in words; of several the least II
+        place = max(places, key=lambda place: (len(place[1]), -asked[place]), default=None)
         if place is not None:
             left.pop(place, None)
         if place is not None or loop.ii is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig
+from pynq_kgrc.accelerator.header import IMAGE_VERSION
 from pynq_kgrc.errors import ConfigError, DeviceError
 from pynq_kgrc.files import find_folder, written_beside
 
@@ -170,7 +171,14 @@ def find_overlay(config: AcceleratorConfig, place: Path | None = None) -> FoundO
 
 def describe_unbuilt(config: AcceleratorConfig, clock_mhz: float = 150.0) -> bytes:
     """The manifest of a design that is not built, as the bytes of its file."""
-    manifest = Manifest(config, config.digest, clock_mhz, {}, "none: not built")
+    manifest = Manifest(
+        config,
+        config.digest,
+        clock_mhz,
+        {},
+        "none: not built",
+        program_version=IMAGE_VERSION,
+    )
     return msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
 
 

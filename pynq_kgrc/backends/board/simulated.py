@@ -323,7 +323,7 @@ class Kernel(Registers):
         # No fault happens in a start without tasks, by which the driver asks for the digest.
         take: Callable[[str], bool] = device.take if count else lambda _: False
         if take("decode_error"):
-            self.values[REGISTERS["weights_0_2"]] = 0
+            self.values[REGISTERS["weights0_2"]] = 0
         if take("bad_table"):
             # The high half of a descriptor's first 64-bit word is its field `source`.
             self._words64("tables")[first * len(FIELDS) // 2] |= np.uint64(0x7FFF_FFFF << 32)
@@ -443,8 +443,8 @@ def _accesses(
     found = [
         *((name, field["source"] * beat, beats("in", sources) * beat) for name in INPUT_PORTS),
         ("output", field["target"] * beat, beats("out", targets) * wide * beat),
-        ("weights_0", field["even_weights"] * port, ceil_div(chunks, 2) * chunk),
-        ("weights_1", field["odd_weights"] * port, chunks // 2 * chunk),
+        ("weights0", field["even_weights"] * port, ceil_div(chunks, 2) * chunk),
+        ("weights1", field["odd_weights"] * port, chunks // 2 * chunk),
         ("scales", field["scales"] * 8, 16 * config.tn * targets),
         ("indices", field["indices"] * 8, chunks * config.index_words * 8),
     ]

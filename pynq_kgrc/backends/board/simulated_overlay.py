@@ -11,7 +11,13 @@ from xml.sax.saxutils import quoteattr
 import msgspec
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.header import MANAGER, REGISTERS, VLNV, memory_ports
+from pynq_kgrc.accelerator.header import (
+    IMAGE_VERSION,
+    MANAGER,
+    REGISTERS,
+    VLNV,
+    memory_ports,
+)
 from pynq_kgrc.backends.board.overlays import BIT, HWH, MANIFEST, Manifest
 
 KERNEL_AT, CONTROLLER_AT = 0xA000_0000, 0xA001_0000
@@ -35,7 +41,14 @@ def write_overlay(
     (folder / BIT).write_text(json.dumps(asdict(config)))
     (folder / HWH).write_text(hardware_handoff(clock_mhz, interrupt))
     sums = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in (BIT, HWH)}
-    manifest = Manifest(config, config.digest, clock_mhz, sums, "simulated, no bitstream")
+    manifest = Manifest(
+        config,
+        config.digest,
+        clock_mhz,
+        sums,
+        "simulated, no bitstream",
+        program_version=IMAGE_VERSION,
+    )
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     return folder / BIT
 
