@@ -114,6 +114,7 @@ enum Status {
   kStatusShortcutRequests,
   kStatusOutputRequests,
   kStatusWeightRequests,
+  kStatusClocks,
   kStatusWords,
 };
 

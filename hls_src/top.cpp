@@ -12,6 +12,7 @@ struct Report {
   long input_beats_0, input_beats_1, shortcut_beats, output_beats, weight_beats_0, weight_beats_1;
   long input_requests_0, input_requests_1, shortcut_requests, output_requests, weight_requests_0,
       weight_requests_1;
+  long clocks;  // clock cycles from the start of the task to its end
 };
 
 // The processes of one task. They run side by side; the streams between them decouple the loads,
@@ -58,6 +59,7 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
   Stream<WeightWord> weight_words("weight_words");
   Stream<SumWord> sum_words("sum_words");
   Stream<CodeWord> code_words("code_words");
+  Stream<bool> done("done");
   // Processes that follow the plan may be some tiles and items apart: the input ports are up to
   // kRunsAhead items and two tiles ahead of the array, and would hang with less room. More tiles are
   // apart where they are so small that several are in the pipelines behind the array.
@@ -98,6 +100,7 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
 #pragma HLS STREAM variable = weight_words depth = 4
 #pragma HLS STREAM variable = sum_words depth = 64
 #pragma HLS STREAM variable = code_words depth = 64
+#pragma HLS STREAM variable = done depth = 2
   read_items(task, items, item_words);
   read_plan(task, item_words, tiles_to_list, tiles_to_place, tiles_to_decode, tiles_to_inputs,
             tiles_to_scale, tiles_to_pack, items_to_list, items_to_place, items_to_decode,
@@ -129,7 +132,9 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
   scale(task, tiles_to_scale, scale_words, shortcut_beats, sum_words, code_words, report.scale);
   pack_output(task, tiles_to_pack, code_words, output_beats, report.store);
   list_output(task, output_runs);
-  write_output(output, output_runs, output_beats, report.output_beats, report.output_requests);
+  write_output(output, output_runs, output_beats, done, report.output_beats,
+               report.output_requests);
+  count_clocks(done, report.clocks);
 }
 
 }  // namespace kgrc
@@ -221,6 +226,7 @@ tasks:
     counts[kStatusShortcutRequests] = report.shortcut_requests;
     counts[kStatusOutputRequests] = report.output_requests;
     counts[kStatusWeightRequests] = report.weight_requests_0 + report.weight_requests_1;
+    counts[kStatusClocks] = report.clocks;
   status_words:
     for (int i = 0; i < kStatusWords; ++i) {
       // II = 1: a word does not depend on another

@@ -74,6 +74,7 @@ def assert_costs_agree(backend, program):
     for number, task in enumerate(program.tasks):
         reported = backend.status(number)
         assert reported.pop("done") == 1
+        assert reported.pop("clocks") == 0, "the C-simulation has no clock"
         assert reported == asdict(cost.task_cost(program.config, program.work(task))), task.name
 
 
@@ -409,7 +410,7 @@ def shared(monkeypatch, tmp_path):
 
 def test_status_words_follow(monkeypatch, shared):
     """In reverse order; the C++ names them as Python does, and does not build with other names."""
-    assert set(header.STATUS) == {"done", *(field.name for field in fields(cost.Cost))}
+    assert set(header.STATUS) == {"done", "clocks", *(field.name for field in fields(cost.Cost))}
     order = header.STATUS[::-1]
     for module in (header, csim, base):
         monkeypatch.setattr(module, "STATUS", order)

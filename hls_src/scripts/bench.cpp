@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "design.h"
+#include "../design.h"
 
 extern "C" void kgrc_run(kgrc::MemoryPort<kgrc::Beat> input0, kgrc::MemoryPort<kgrc::Beat> input1,
                          kgrc::MemoryPort<kgrc::Beat> shortcut, kgrc::MemoryPort<kgrc::Beat> output,
@@ -214,6 +214,13 @@ int compare_status(const char* how, size_t task, const Wanted& wanted, const Tab
   for (int i = 0; i < kStatusWords; ++i) {
     const uint64_t found = uint64_t(status[task * kStatusWords + i]);
     if (found == wanted.status[i]) continue;
+    // Clock cycles are counted in co-simulation only. A trip of the array takes one at least.
+    if (i == kgrc::kStatusClocks && found >= wanted.status[kgrc::kStatusArray]) {
+      std::printf("%s: task %zu: %llu clock cycles, %llu trips of the array\n", how, task,
+                  static_cast<unsigned long long>(found),
+                  static_cast<unsigned long long>(wanted.status[kgrc::kStatusArray]));
+      continue;
+    }
     ++wrong;
     std::printf("%s: task %zu: status word %d is %llu, not %llu\n", how, task, i,
                 static_cast<unsigned long long>(found),

@@ -43,6 +43,7 @@ class stream {
   explicit stream(const char*) {}
   void write(const Value& value) { cell = value; }
   Value read() { return cell; }
+  bool read_nb(Value& value) { value = cell; return true; }
   bool empty() const { return false; }
  private:
   Value cell;
