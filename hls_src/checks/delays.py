@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import banks
-from ir import MARK, Instruction, Loop, Unit, dominators, reverse_postorder
+from ir import MARK, VALUE, Instruction, Loop, Unit, dominators, reverse_postorder
 
 PERIOD = 6.67
 """150 MHz"""
@@ -55,7 +55,7 @@ def delay_of(each: Instruction) -> float:
     if code in ("shl", "lshr", "ashr"):
         return 0.0 if constant is not None else SHIFT
     if code in ("and", "or", "xor"):
-        return LOGIC
+        return 0.0 if constant is not None else LOGIC  # some of the bits, or their inverse
     if code in ("add", "sub"):
         return 0.67 + 0.0065 * width
     if code == "icmp":
@@ -111,6 +111,13 @@ class Step:
     text: str
 
 
+def is_flag(loop: Loop, each: Instruction) -> bool:
+    """Whether an instruction tests a bool, which clang keeps as a byte: it is one wire."""
+    found = re.match(rf"icmp (?:eq|ne) i8 ({VALUE.pattern}), 0$", each.text)
+    made = loop.function.defined.get(found[1]) if found else None
+    return made is not None and re.match(r"and i8 .*, 1$|zext i1 ", made.text) is not None
+
+
 def places(unit: Unit, loop: Loop, each: Instruction) -> list[banks.Access]:
     pointer = banks.pointer_of(banks.split(each.text)[1])
     found = banks.chains(unit, loop.function, pointer)
@@ -164,6 +171,8 @@ def steps_of(unit: Unit, loop: Loop, order: list[str]) -> list[Step]:
         for each in function.blocks[block]:
             operands = [name for name in each.operands if name in defined]
             kind, delay = "operator", delay_of(each)
+            if is_flag(loop, each):
+                delay = 0.0
             memory: list[str] = []
             sources: list[tuple[str, str]] = []
             if each.opcode == "phi":
@@ -329,18 +338,30 @@ def one_trip(
 def trace(
     worst: str, arrived: dict[str, float], cause: dict[str, str | None], steps: list[Step]
 ) -> Iterator[str]:
-    """The operators that the worst carried value waits for in a trip, the last one first."""
+    """The operators of a cycle that the worst carried value waits for, the last one first."""
     texts = {step.name: step.text for step in steps if step.name}
     carried = {name[5:] for name in cause if name.startswith("next ")}
-    at: str | None = cause.get(f"next {worst}")
-    seen: list[str] = []
-    while at is not None and at not in seen and at not in carried:
-        seen.append(at)
-        at = cause.get(at)
-    start = arrived.get(at, 0.0) if at is not None else 0.0
-    for name in seen:
-        yield f"{arrived[name] - start:6.2f} ns  {name} = {texts.get(name, '')}"[:110]
-    yield f"  0.00 ns  {at}, of the trip before"
+
+    def within_trip(name: str) -> tuple[list[str], str | None]:
+        at, seen = cause.get(f"next {name}"), []
+        while at is not None and at not in seen and at not in carried:
+            seen.append(at)
+            at = cause.get(at)
+        return seen, at
+
+    # back from trip to trip until a carried value comes again: that one lies on the cycle
+    passed: list[str] = []
+    at: str | None = worst
+    while at is not None and at not in passed:
+        passed.append(at)
+        at = within_trip(at)[1]
+    cycle = passed[passed.index(at) :] if at in passed else []
+    for name in cycle:
+        operators, begin = within_trip(name)
+        start = arrived.get(begin or "", 0.0)
+        for operator in operators:
+            yield f"{arrived[operator] - start:6.2f} ns  {operator} = {texts.get(operator)}"[:110]
+        yield f"  0.00 ns  {begin}, of the trip before"
 
 
 def check_delays(unit: Unit) -> list[str]:
