@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -140,7 +141,7 @@ def test_compile_with_a_report(network, clips, config, tmp_path, capsys):
 def test_compile_without_folding(network, clips, tmp_path, capsys):
     arguments = ["compile", network, "--clips", *clips, "-o", str(tmp_path / "x.kgrc")]
     folded = run_json(capsys, *arguments)
-    assert folded["tasks"][0]["in"][0] == 3 * np.prod(folded["folded"]) > 3
+    assert folded["tasks"][0]["in"][0] == 3 * math.prod(folded["folded"]) > 3
     plain = run_json(capsys, *arguments, "--no-fold")
     assert plain["tasks"][0]["in"] == [3, 8, 16, 16] and "folded" not in plain
 
