@@ -220,7 +220,7 @@ def test_the_file_may_be_newer_than_the_overlay_but_not_the_memory_image(
     board, program, clips, monkeypatch
 ):
     """A manifest's `program_version` is about what the hardware reads."""
-    assert program.version == VERSION == 2
+    assert program.version == VERSION == 3
     manifests = sorted((ROOT / "overlays").glob("*/manifest.json"))
     assert len(manifests) >= 6
     for path in manifests:

@@ -98,10 +98,13 @@ def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
         ceil_div(channels, config.tn),
         beats_of_row(config, width) * config.port_positions,
     )
-    full = np.zeros((vectors * config.tn, depth, height, row), code_dtype(bits))
-    full[:channels, :, :, :width] = codes
-    split = full.reshape(vectors, config.tn, depth, height, row).transpose(0, 2, 3, 4, 1)
-    return _to_bytes(split, bits)
+    beats = np.zeros((vectors, depth, height, row, config.tn), code_dtype(bits))
+    pixels = np.ascontiguousarray(codes.transpose(1, 2, 3, 0))
+    for number, vector in enumerate(np.split(pixels, range(config.tn, channels, config.tn), -1)):
+        # numpy copies a vector as one item much faster than code by code
+        item = np.dtype((np.void, vector.shape[-1] * vector.itemsize))
+        beats[number, :, :, :width, : vector.shape[-1]].view(item)[...] = vector.view(item)
+    return _to_bytes(beats, bits)
 
 
 def decode_map(
