@@ -349,6 +349,11 @@ def test_sanitizers_find_nothing(bits, sparse, tmp_path):
     np.testing.assert_array_equal(np.fromfile(tmp_path / "out", np.uint8), backend._maps)
 
 
+@pytest.mark.parametrize("pf", [9, 10])
+def test_lanes_need_not_be_a_power_of_two(pf):
+    assert_follows(program_of(8, True, pf=pf, beat=8))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_published_design_builds(name, tmp_path):
     """A small program on each design of table V, and on ours."""
