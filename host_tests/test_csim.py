@@ -1,6 +1,7 @@
 """The C-simulation: codes bit for bit, trips equal to the cost model's, accesses of its banks."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -505,6 +506,22 @@ def test_a_process_that_waits_for_ever_is_named(monkeypatch, tmp_path):
         backend.run()
 
 
+@pytest.mark.parametrize("stride", [(3, 1, 2), (1, 3, 1), (2, 2, 2)])
+def test_rows_between_windows_are_not_requested(stride):
+    """Kernels smaller than their strides, in several tiles and regions, with padding."""
+    net = Net(size=(7, 11, 13), channels=9)
+    net.conv("clip", 17, (1, 2, 1), stride, (0, 1, 0))
+    program, _ = compiled(net, small_config(8))
+    codes = random_codes(program)
+    backend = csim.CSimulation(program.config)
+    found = outputs(backend, program, codes)
+    for name, wanted in run_program(program, codes).items():
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+    assert_costs_agree(backend, program)
+    (task,) = program.tasks
+    assert program.work(task).tile != task.out_size
+
+
 ASK = "const bool ask = more && ahead < kRunsAhead && waiting < kRequestsAhead;"
 READ, WRITE = (f"maps.{way}_request(int(run.first), int(run.beats))" for way in ("read", "write"))
 WAITING = "if (waiting == kRequestsAhead) maps.write_response();\n        else ++waiting;"
@@ -568,8 +585,8 @@ def test_memory_that_ends_too_early_is_named():
 
 
 @pytest.mark.parametrize(("bits", "sparse"), [(8, True), (16, False)])
-def test_requests_run_ahead_of_the_data(bits, sparse):
-    """The runs are long where the map lets them be: whole planes, whole tiles of whole maps."""
+def test_runs_are_as_long_as_the_map_lets_them_be(bits, sparse):
+    """A region's whole planes are a run each, a tile that is a whole map is a single one."""
     net = Net(size=(6, 8, 8), channels=8)
     net.dense(net.conv("clip", 16), 5)
     program, _ = compiled(net, small_config(bits, sparse, td=6, th=8, tw=8))
@@ -588,11 +605,21 @@ def test_requests_run_ahead_of_the_data(bits, sparse):
 BURST_MAXI = """
 #pragma once
 #include <ap_int.h>
+#include <algorithm>
 #include <cassert>
+#include <cstdio>
 #include <deque>
 #include <map>
-#include <tuple>
 namespace hls {
+struct Run {
+  size_t next, end;
+};
+// The most runs that were under way at a time; printed when the program ends.
+struct Most {
+  size_t reads = 0, responses = 0;
+  ~Most() { std::printf("%zu reads, %zu writes under way\\n", reads, responses); }
+};
+static Most most;
 // What UG1399, "Using Manual Burst", says of the class: the state is the memory's, not the copy's.
 template <class Value>
 class burst_maxi {
@@ -600,31 +627,30 @@ class burst_maxi {
   burst_maxi(Value* memory) : memory(memory) { open() = Open(); }
   void read_request(size_t first, unsigned count) {
     assert(count > 0);
-    for (unsigned i = 0; i < count; ++i) open().reads.push_back(first + i);
+    open().reads.push_back(Run{first, first + count});
+    most.reads = std::max(most.reads, open().reads.size());
   }
   Value read() { return memory[next(open().reads)]; }
   void write_request(size_t first, unsigned count) {
     assert(count > 0 && open().reads.empty());
-    for (unsigned i = 0; i < count; ++i) open().writes.push_back(first + i);
-    ++open().responses;
+    open().writes.push_back(Run{first, first + count});
+    most.responses = std::max(most.responses, ++open().responses);
   }
   void write(const Value& value) { memory[next(open().writes)] = value; }
   void write_response() {
-    assert(open().responses > 0);
+    assert(open().responses > open().writes.size());
     --open().responses;
   }
-  burst_maxi(const burst_maxi& other) = default;
-  ~burst_maxi() {}
 
  private:
   struct Open {
-    std::deque<size_t> reads, writes;
-    int responses = 0;
+    std::deque<Run> reads, writes;
+    size_t responses = 0;
   };
-  static size_t next(std::deque<size_t>& places) {
-    assert(!places.empty());
-    const size_t place = places.front();
-    places.pop_front();
+  static size_t next(std::deque<Run>& runs) {
+    assert(!runs.empty());
+    const size_t place = runs.front().next++;
+    if (runs.front().next == runs.front().end) runs.pop_front();
     return place;
   }
   Open& open() {
@@ -639,7 +665,10 @@ class burst_maxi {
 
 @pytest.mark.parametrize("design", ["8-sparse", "4-dense"])
 def test_the_ports_of_the_vendor_carry_the_same_beats(tmp_path, design):
-    """The sources as Vitis HLS simulates them, with a stand-in for its class of ports."""
+    """The sources as Vitis HLS simulates them, with a stand-in for its class of ports.
+
+    Requests run ahead of the beats: more than half of those that a port may have are under way.
+    """
     flags = include_folders().get("ap_int")
     if flags is None:
         pytest.skip("the headers of ap_int are not here: pip install --no-deps hls4ml")
@@ -660,6 +689,10 @@ def test_the_ports_of_the_vendor_carry_the_same_beats(tmp_path, design):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "7 tasks, 0 differences" in done.stdout
+    # one static object for each source that includes the header; that of memory.cpp counts
+    counts = re.findall(r"(\d+) reads, (\d+) writes under way", done.stdout)
+    most = [max(map(int, each)) for each in zip(*counts, strict=True)]
+    assert all(header.REQUESTS_AHEAD // 2 < number <= header.REQUESTS_AHEAD for number in most)
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
