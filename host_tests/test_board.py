@@ -220,13 +220,13 @@ def test_the_file_may_be_newer_than_the_overlay_but_not_the_memory_image(
     board, program, clips, monkeypatch
 ):
     """A manifest's `program_version` is about what the hardware reads."""
-    assert program.version == VERSION == 3
+    assert program.version == VERSION > 1
     manifests = sorted((ROOT / "overlays").glob("*/manifest.json"))
     assert len(manifests) >= 6
     for path in manifests:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
         assert manifest.program_version == IMAGE_VERSION, path
-    for version in (1, 2):
+    for version in range(1, VERSION + 1):
         board.load(msgspec.structs.replace(program, version=version))
         np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
     older = msgspec.structs.replace(board._found_overlay.manifest, program_version=9)

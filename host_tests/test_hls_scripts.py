@@ -92,7 +92,7 @@ def test_the_makefile_knows_the_designs_the_sources_and_the_board():
     assert variable("HEADERS") == sorted(p.name for p in HLS.glob("*.h") if p.name != "config.h")
     assert variable("PART") == [board(*variable("BOARD")).part]
     assert set(SOURCES) == {p.name for p in HLS.glob("*.cpp")}
-    listed = re.search(r"foreach name \{(.*?)\}", (HLS / "scripts/hls.tcl").read_text())
+    listed = re.search(r"foreach name \{(.*?)\}", (HLS / "scripts/hls.tcl").read_text(), re.DOTALL)
     assert listed[1].split() == list(SOURCES)
 
 
