@@ -122,7 +122,9 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
     for first, extent in tiles(work.out_size, work.tile):
         tile_count += 1
         drained = vectors * extent[0] * extent[1] * beats_of_row(config, extent[2])
+        # an item without a new region takes one trip
         trips["input"] += regions * region_trips(config, shape, extent, first)
+        trips["input"] += len(items) - regions
         trips["weights"] += shape.taps + weight_trips
         trips["scale"] += vectors * 2 * config.tn + drained
         trips["store"] += drained * beats_out
