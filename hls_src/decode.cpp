@@ -273,8 +273,8 @@ tiles:
       if (!active) {
         const Item item = items.read();
         items_left -= 1;
-        // a pool has no groups: one trip makes a word
-        mask = convolves || item.mask == 0 ? UInt<kGroups>(item.mask) : UInt<kGroups>(1);
+        // of a pool: that of the first group, so that a trip makes a word
+        mask = item.mask;
         left = mask;
         active = mask != 0;
       }

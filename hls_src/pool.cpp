@@ -18,11 +18,10 @@ narrow:
   if (!wide) return beat;
   for (int i = 0; i < kBeatWords; ++i) beat.word64[i] = 0;
 wide:
-  for (int i = 0; i < few; ++i) {
+  for (int i = 0; i < kPortPositions * kTn; ++i) {
 #pragma HLS UNROLL
-    const int source = part * few + i;
-    const Word64 code = Word64(codes.code[source / kTn][source % kTn]) & 0xffff;
-    beat.word64[i / 4] |= code << (i % 4 * 16);
+    const Word64 code = Word64(codes.code[i / kTn][i % kTn]) & 0xffff;
+    if (part == i / few) beat.word64[i % few / 4] |= code << (i % 4 * 16);
   }
   return beat;
 }
@@ -102,6 +101,9 @@ tiles:
     StoreRow plane = 0, first = 0, row = 0;
     UInt<kItemVectorsBits> vectors_left = vectors;
     CodeWord in = CodeWord(), gathered = CodeWord(), out = CodeWord();
+#pragma HLS ARRAY_PARTITION variable = in.code complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = gathered.code complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = out.code complete dim = 0
     // what was written last; the latest first
     StoreRow recent_row[kStoreDistance - 1];
     CodeWord recent[kStoreDistance - 1];
@@ -143,7 +145,8 @@ tiles:
 #pragma HLS UNROLL
             Int<16> value = gathered.code[lane][n];
             if (!starts) {
-              const Int<16> old = is_recent ? last.code[lane][n] : kept[lane][n].read(row);
+              Int<16> old = last.code[lane][n];
+              if (!is_recent) old = kept[lane][n].read(row);
               if (old > value) value = old;
             }
             if (!ends) kept[lane][n].write(row, value);
