@@ -68,6 +68,26 @@ rows:
   }
 }
 
+// A weight word from its halves.
+static inline WeightWord joined(const WeightHalf& low, const WeightHalf& high) {
+#pragma HLS INLINE
+  WeightWord word;
+groups:
+  for (int group = 0; group < kGroups; ++group) {
+#pragma HLS UNROLL
+    const bool is_low = group < kHalfGroups;
+    const int in_half = is_low ? group : group - kHalfGroups, place = kSparse ? in_half : 0;
+    const WeightHalf& half = is_low ? low : high;
+    for (int k = 0; k < kPk; ++k) word.offset[group][k] = half.offset[place][k];
+    for (int r = 0; r < kRows; ++r) {
+      word.row[group][r] = half.row[in_half][r];
+      for (int k = 0; k < kPk; ++k)
+        for (int n = 0; n < kTn; ++n) word.code[group][r][k][n] = half.code[in_half][r][k][n];
+    }
+  }
+  return word;
+}
+
 // Place number `read` among those of a weight word, as the lanes see it: a constant after unrolling.
 static inline Place place_of(const WeightWord& word, int read) {
 #pragma HLS INLINE
@@ -254,8 +274,8 @@ filters:
 }
 
 void multiply(const Task& task, Stream<ArrayRun>& runs, Stream<InputStep>& input_steps,
-              Stream<SumStep>& sum_steps, Stream<RegionWord>& region, Stream<WeightWord>& words,
-              Stream<SumWord>& sums, long& trips) {
+              Stream<SumStep>& sum_steps, Stream<RegionWord>& region, Stream<WeightHalf>& words_0,
+              Stream<WeightHalf>& words_1, Stream<SumWord>& sums, long& trips) {
   // the arrays of banks, not the rows within a bank
 #pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 1
 #pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 2
@@ -287,7 +307,10 @@ flattened:
     ended = takes_run && run.last;
     InputStep step = InputStep();
     if (run.accumulate) step = input_steps.read();
-    if (run.accumulate && step.begins) word = words.read();
+    if (run.accumulate && step.begins) {
+      const WeightHalf low = words_0.read(), high = words_1.read();
+      word = joined(low, high);
+    }
     RegionWord in = RegionWord();
     if (run.load) in = region.read();
     SumStep hand = SumStep();

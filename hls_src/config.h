@@ -29,7 +29,6 @@ enum Design {
   kRequestsAhead = 16,
   kRunsAhead = 32,
   kRegionDistance = 4,
-  kPoolDistance = 3,
 };
 
 static const unsigned long long kDigest = 0xc458a0c832c5dd7fULL;
@@ -153,9 +152,9 @@ enum ItemBits {
 // The same of the second word of a filter's scale.
 enum ScaleBits {
   kScaleMultFirst = 0,
-  kScaleMultBits = 16,
+  kScaleMultBits = 15,
   kScaleShiftFirst = 16,
-  kScaleShiftBits = 8,
+  kScaleShiftBits = 6,
 };
 
 }  // namespace kgrc

@@ -37,7 +37,7 @@ static void give_input(const Run& run, bool odd, Stream<Run>& runs_0, Stream<Bea
 // each item has a run, though it be empty, and each tile has at least kRunsAhead / 2: a port is
 // never ahead by more than kRunsAhead items and two tiles, for which the streams of the plan have
 // room.
-void list_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Run>& runs_0,
+void list_input(const Task& task, Stream<TileSpan>& tiles, Stream<Item>& items, Stream<Run>& runs_0,
                 Stream<Beats>& lengths_0, Stream<Run>& runs_1, Stream<Beats>& lengths_1) {
   const int in_d = task[kInD], in_h = task[kInH];
   const int count = tile_count(task);

@@ -18,136 +18,173 @@ narrow:
   if (!wide) return beat;
   for (int i = 0; i < kBeatWords; ++i) beat.word64[i] = 0;
 wide:
-  for (int i = 0; i < few; ++i) {
+  for (int i = 0; i < kPortPositions * kTn; ++i) {
 #pragma HLS UNROLL
-    const int source = part * few + i;
-    const Word64 code = Word64(codes.code[source / kTn][source % kTn]) & 0xffff;
-    beat.word64[i / 4] |= code << (i % 4 * 16);
+    const Word64 code = Word64(codes.code[i / kTn][i % kTn]) & 0xffff;
+    if (part == i / few) beat.word64[i % few / 4] |= code << (i % 4 * 16);
   }
   return beat;
 }
 
-// The maxima of windows of `width` neighbouring positions, a power of two up to B. They come to lie
-// in the part `turn` of the B lanes; the others keep what `held` has of the beats before.
-static void pool_width(const CodeWord& in, int width, int turn, CodeWord& held) {
+// The largest codes of windows of `kWidth` neighbours that lie within a beat.
+template <int kWidth>
+struct Neighbours {
+  static void largest(const CodeWord& codes, CodeWord& out) {
 #pragma HLS INLINE
-  CodeWord widest = in;
-widths:
-  for (int window = 1; window <= kPortPositions; window *= 2) {
-#pragma HLS UNROLL
-    const int lanes = kPortPositions / window;
-  lanes:
-    for (int lane = 0; lane < kPortPositions; ++lane)
+    CodeWord half;
+    Neighbours<kWidth / 2>::largest(codes, half);
+  windows:
+    for (int i = 0; i < kPortPositions / kWidth; ++i)
       for (int n = 0; n < kTn; ++n) {
 #pragma HLS UNROLL
-        if (width == window && turn == lane / lanes)
-          held.code[lane][n] = widest.code[lane % lanes][n];
-      }
-  pairs:
-    for (int lane = 0; lane < lanes / 2; ++lane)
-      for (int n = 0; n < kTn; ++n) {
-#pragma HLS UNROLL
-        const Int<16> a = widest.code[2 * lane][n], b = widest.code[2 * lane + 1][n];
-        widest.code[lane][n] = a > b ? a : b;
+        const Int<16> a = half.code[2 * i][n], b = half.code[2 * i + 1][n];
+        out.code[i][n] = a > b ? a : b;
       }
   }
-}
+  // Puts beat number `number` of a row's `width` beats into its part of a beat of windows.
+  static void place(const CodeWord& codes, int width, int number, CodeWord& out) {
+#pragma HLS INLINE
+    Neighbours<kWidth / 2>::place(codes, width, number, out);
+    CodeWord windows;
+    largest(codes, windows);
+    const int few = kPortPositions / kWidth;
+  positions:
+    for (int i = 0; i < kPortPositions; ++i) {
+#pragma HLS UNROLL
+      if (width == kWidth && number == i / few)
+        for (int n = 0; n < kTn; ++n) out.code[i][n] = windows.code[i % few][n];
+    }
+  }
+};
+template <>
+struct Neighbours<1> {
+  static void largest(const CodeWord& codes, CodeWord& out) {
+#pragma HLS INLINE
+    out = codes;
+  }
+  static void place(const CodeWord& codes, int width, int, CodeWord& out) {
+#pragma HLS INLINE
+    if (width == 1) out = codes;
+  }
+};
 
 // Takes the finished codes of a tile; gives the beats of its output map.
 //
-// A pool's windows do not overlap and lie within the tile; along the width they lie within a beat.
-// `held` collects the maxima along the width until they fill a beat, or the row ends. `kept` holds
-// the maxima of a row of windows from one row of codes to the next. Two rows are kPoolDistance
-// trips apart or more: narrow maps have trips without codes at the end of a row.
-void pack_output(const Task& task, Stream<Tile>& tiles, Stream<CodeWord>& codes,
+// A beat of windows is made of the beats of a row, as many as windows are wide, in a register.
+// `kept` then holds the largest code of each window until the window's last row has come; each
+// position of a beat has a memory of its own. A word of it is read kStoreDistance trips after it
+// was written at the earliest: what was written since is taken from registers.
+void pack_output(const Task& task, Stream<TileSpan>& tiles, Stream<CodeWord>& codes,
                  Stream<Beat>& beats, long& trips) {
-  static Ram<Int<16>, kStoreRows, kPoolDistance> kept[kPortPositions][kTn];
+  typedef UInt<kSizeBits> Length;
+  typedef UInt<kStoreRowBits> StoreRow;
+  static Ram<Int<16>, kStoreRows, kStoreDistance> kept[kPortPositions][kTn];
 #pragma HLS ARRAY_PARTITION variable = kept complete dim = 1
 #pragma HLS ARRAY_PARTITION variable = kept complete dim = 2
-  typedef UInt<16> Count;
-  const Count pool_d = task[kPoolD], pool_h = task[kPoolH], pool_w = task[kPoolW];
-  const bool pools = task[kPoolD] * task[kPoolH] * task[kPoolW] > 1;
+  const Length last_in_d = task[kPoolD] - 1, last_in_h = task[kPoolH] - 1;
+  const Length width = task[kPoolW], last_in_w = task[kPoolW] - 1;
   // codes of 16 bits in a design with fewer take more than one beat
-  const UInt<3> parts = task[kWide] ? kWidePerBeat : 1;
+  const UInt<4> last_part = (task[kWide] ? int(kWidePerBeat) : 1) - 1;
+  const bool wide = task[kWide] && kWidePerBeat > 1;
+  const UInt<kItemVectorsBits> vectors = task[kVectors];
   const int count = tile_count(task);
 tiles:
   for (int number = 0; number < count; ++number) {
-    const Tile tile = tiles.read();
-    const Count rows = tile.size[1], row_beats = beats_of_row(tile.size[2]);
-    const int row_words = int(row_beats) * int(parts);
-    const int idle = pools ? larger(0, kPoolDistance - row_words) : 0;
-    const int words = task[kVectors] * tile.size[0] * tile.size[1] * (row_words + idle);
-    // of the present code: row of the tile, beat of the row, part of the beat; of its window: plane
-    // and row, the first row of `kept` of this row of windows, and the present one
-    Count h = 0, beat = 0, in_d = 0, in_h = 0, turn = 0, first_row = 0, row = 0;
-    Count idle_left = idle;
-    UInt<3> part = 0;
-    bool waits = false, complete = false;
-    CodeWord in, held, out;
+    const TileSpan span = tiles.read();
+    const Length last_d = span.size[0] - 1, last_h = span.size[1] - 1;
+    const Length last_j = beats_of_row(span.size[2]) - 1;
+    // beats of windows in a row
+    const Length pooled_beats = quotient(last_j, width) + 1;
+    Length d = 0, h = 0, j = 0, in_d = 0, in_h = 0, in_w = 0;
+    UInt<4> part = 0;
+    // in `kept`: the first word of the plane of windows, of their row, and the present one
+    StoreRow plane = 0, first = 0, row = 0;
+    UInt<kItemVectorsBits> vectors_left = vectors;
+    CodeWord in = CodeWord(), gathered = CodeWord(), out = CodeWord();
 #pragma HLS ARRAY_PARTITION variable = in.code complete dim = 0
-#pragma HLS ARRAY_PARTITION variable = held.code complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = gathered.code complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = out.code complete dim = 0
-    for (int lane = 0; lane < kPortPositions; ++lane)
-      for (int n = 0; n < kTn; ++n) in.code[lane][n] = held.code[lane][n] = out.code[lane][n] = 0;
+    // what was written last; the latest first
+    StoreRow recent_row[kStoreDistance - 1];
+    CodeWord recent[kStoreDistance - 1];
+#pragma HLS ARRAY_PARTITION variable = recent_row complete
+#pragma HLS ARRAY_PARTITION variable = recent complete
+    for (int i = 0; i < kStoreDistance - 1; ++i) {
+      recent_row[i] = 0;
+      recent[i] = CodeWord();
+    }
   code_words:
-    for (int word = 0; word < words; ++word) {
-      // II = 1: counters that go up by one. A row of `kept` is read kPoolDistance trips after it
-      // was written, or later.
+    while (vectors_left != 0) {
+      // II = 1: counters, and a comparison with what was written last
 #pragma HLS PIPELINE II = 1
-#pragma HLS DEPENDENCE variable = kept inter RAW distance = kPoolDistance true
+#pragma HLS DEPENDENCE variable = kept inter RAW distance = kStoreDistance true
+#pragma HLS DEPENDENCE variable = kept intra RAW false
       KGRC_TRIP();
-      ++trips;
-      const bool last_beat = beat == row_beats - 1, last_part = part == parts - 1;
-      const bool last_turn = turn == pool_w - 1 || last_beat;
-      if (!waits) {
-        if (part == 0) {
-          in = codes.read();
-          out = in;
-          complete = true;
-          if (pools) {
-            pool_width(in, pool_w, turn, held);
-            const bool starts = in_d == 0 && in_h == 0;
-            const bool ends = in_d == pool_d - 1 && in_h == pool_h - 1;
-            complete = ends && last_turn;
-          lanes:
-            for (int lane = 0; lane < kPortPositions; ++lane)
-              for (int n = 0; n < kTn; ++n) {
+      if (part == 0) {
+        in = codes.read();
+        Neighbours<kPortPositions>::place(in, width, in_w, gathered);
+      }
+      const bool ends_part = part == last_part, ends_row = j == last_j;
+      const bool ends_beat = in_w == last_in_w || ends_row;
+      const bool starts = in_d == 0 && in_h == 0;
+      const bool ends_window_h = in_h == last_in_h;
+      const bool ends = in_d == last_in_d && ends_window_h;
+      bool is_recent = false;
+      CodeWord last = recent[0];
+      for (int i = kStoreDistance - 2; i >= 0; --i) {
 #pragma HLS UNROLL
-                Int<16> most = held.code[lane][n];
-                if (last_turn) {
-                  const Int<16> old = starts ? most : kept[lane][n].read(row);
-                  if (old > most) most = old;
-                  if (!ends) kept[lane][n].write(row, most);
-                }
-                out.code[lane][n] = most;
-              }
+        if (recent_row[i] == row) {
+          is_recent = true;
+          last = recent[i];
+        }
+      }
+      if (part == 0 && ends_beat) {
+      lanes:
+        for (int lane = 0; lane < kPortPositions; ++lane)
+          for (int n = 0; n < kTn; ++n) {
+#pragma HLS UNROLL
+            Int<16> value = gathered.code[lane][n];
+            if (!starts) {
+              Int<16> old = last.code[lane][n];
+              if (!is_recent) old = kept[lane][n].read(row);
+              if (old > value) value = old;
+            }
+            if (!ends) kept[lane][n].write(row, value);
+            out.code[lane][n] = value;
           }
+        if (!ends) {
+        recent_words:
+          for (int i = kStoreDistance - 2; i > 0; --i) {
+#pragma HLS UNROLL
+            recent_row[i] = recent_row[i - 1];
+            recent[i] = recent[i - 1];
+          }
+          recent_row[0] = row;
+          recent[0] = out;
         }
-        if (complete) beats.write(pack(out, parts > 1, part));
       }
-      // the next code
-      const bool ends_codes = !waits && last_beat && last_part;
-      const bool ends_row = waits ? idle_left == 1 : ends_codes && idle == 0;
-      idle_left = waits && !ends_row ? int(idle_left) - 1 : idle;
-      waits = !ends_row && (waits || ends_codes);
-      if (!waits && !ends_row) {
-        if (last_part) {
-          row += last_turn;
-          turn = last_turn ? 0 : int(turn) + 1;
-          beat += 1;
+      if (ends && ends_beat) beats.write(pack(out, wide, part));
+      ++trips;
+      part = ends_part ? 0 : int(part) + 1;
+      if (ends_part) {
+        const bool ends_plane = ends_row && h == last_h, ends_vector = ends_plane && d == last_d;
+        j = ends_row ? 0 : int(j) + 1;
+        in_w = ends_beat ? 0 : int(in_w) + 1;
+        if (ends_row) {
+          h = ends_plane ? 0 : int(h) + 1;
+          in_h = ends_window_h ? 0 : int(in_h) + 1;
         }
-        part = last_part ? 0 : int(part) + 1;
-      }
-      if (ends_row) {
-        const bool ends_window = in_h == pool_h - 1, ends_plane = h == rows - 1;
-        const int next_row = int(row) + 1;
-        row = first_row = ends_plane ? 0 : ends_window ? next_row : int(first_row);
-        in_d = !ends_plane ? int(in_d) : in_d == pool_d - 1 ? 0 : int(in_d) + 1;
-        in_h = ends_window || ends_plane ? 0 : int(in_h) + 1;
-        h = ends_plane ? 0 : int(h) + 1;
-        turn = 0;
-        beat = 0;
-        part = 0;
+        if (ends_plane) {
+          d = ends_vector ? 0 : int(d) + 1;
+          in_d = in_d == last_in_d ? 0 : int(in_d) + 1;
+        }
+        const StoreRow next_first = first + pooled_beats;
+        if (ends_vector) plane = 0;
+        else if (ends_plane && ends) plane = next_first;
+        if (ends_plane) first = plane;
+        else if (ends_row && ends_window_h) first = next_first;
+        row = ends_row ? int(first) : int(row) + ends_beat;
+        if (ends_vector) vectors_left -= 1;
       }
     }
   }

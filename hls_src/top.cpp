@@ -25,12 +25,12 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
 #pragma HLS DATAFLOW
 #pragma HLS STABLE variable = task
   Stream<Word64> item_words("item_words");
-  Stream<Tile> tiles_to_list("tiles_to_list");
-  Stream<Tile> tiles_to_place("tiles_to_place");
-  Stream<Tile> tiles_to_decode("tiles_to_decode");
+  Stream<TileSpan> tiles_to_list("tiles_to_list");
+  Stream<Layout> tiles_to_place("tiles_to_place");
+  Stream<Layout> tiles_to_decode("tiles_to_decode");
   Stream<Tile> tiles_to_inputs("tiles_to_inputs");
-  Stream<Tile> tiles_to_scale("tiles_to_scale");
-  Stream<Tile> tiles_to_pack("tiles_to_pack");
+  Stream<TileSpan> tiles_to_scale("tiles_to_scale");
+  Stream<TileSpan> tiles_to_pack("tiles_to_pack");
   Stream<Item> items_to_list("items_to_list");
   Stream<Item> items_to_place("items_to_place");
   Stream<Item> items_to_decode("items_to_decode");
@@ -56,7 +56,8 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
   Stream<InputStep> input_steps("input_steps");
   Stream<SumStep> sum_steps("sum_steps");
   Stream<RegionWord> region_words("region_words");
-  Stream<WeightWord> weight_words("weight_words");
+  Stream<WeightHalf> weight_words_0("weight_words_0");
+  Stream<WeightHalf> weight_words_1("weight_words_1");
   Stream<SumWord> sum_words("sum_words");
   Stream<CodeWord> code_words("code_words");
   Stream<bool> done("done");
@@ -97,7 +98,8 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
 #pragma HLS STREAM variable = input_steps depth = 32
 #pragma HLS STREAM variable = sum_steps depth = 32
 #pragma HLS STREAM variable = region_words depth = 16
-#pragma HLS STREAM variable = weight_words depth = 4
+#pragma HLS STREAM variable = weight_words_0 depth = 4
+#pragma HLS STREAM variable = weight_words_1 depth = 4
 #pragma HLS STREAM variable = sum_words depth = 64
 #pragma HLS STREAM variable = code_words depth = 64
 #pragma HLS STREAM variable = done depth = 2
@@ -119,12 +121,12 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
                report.weight_requests_1);
   read_indices(task, indices, chunk_indices, report.index_words);
   make_words(task, tiles_to_decode, items_to_decode, weight_beats_0, weight_beats_1, chunk_indices,
-             weight_words, report.weights);
+             weight_words_0, weight_words_1, report.weights);
   schedule(task, items_to_schedule, array_runs, drain_orders);
   address_inputs(task, tiles_to_inputs, items_to_inputs, input_steps, report.macs);
   address_sums(drain_orders, sum_steps);
-  multiply(task, array_runs, input_steps, sum_steps, region_words, weight_words, sum_words,
-           report.array);
+  multiply(task, array_runs, input_steps, sum_steps, region_words, weight_words_0, weight_words_1,
+           sum_words, report.array);
   read_scales(task, scales, scale_words, report.scale_words);
   list_shortcut(task, shortcut_runs, shortcut_lengths);
   read_shortcut(shortcut, shortcut_runs, shortcut_lengths, shortcut_beats, report.shortcut_beats,

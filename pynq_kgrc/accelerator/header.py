@@ -14,10 +14,10 @@ from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
-from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, POOL_DISTANCE, REGION_DISTANCE
+from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, REGION_DISTANCE
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import written_beside
-from pynq_kgrc.quant import ACCUMULATOR_BITS
+from pynq_kgrc.quant import ACCUMULATOR_BITS, MAX_SHIFT, MULT_BITS
 
 IMAGE_VERSION = 2
 """Version of what the hardware reads from memory: maps, tables, weights (docs/format.md). It grows
@@ -49,7 +49,7 @@ each. `vectors` is how many vectors of T_N outputs there are."""
 
 KINDS = ("convolution", "max_pool", "sum_pool")
 
-SCALE_BITS = {"mult": BitField(0, 16), "shift": BitField(16, 8)}
+SCALE_BITS = {"mult": BitField(0, MULT_BITS), "shift": BitField(16, MAX_SHIFT.bit_length())}
 """Bits of the second 64-bit word of a filter's scale; the first is the bias, signed."""
 
 STATUS = (
@@ -180,7 +180,6 @@ def config_header(config: AcceleratorConfig) -> str:
         "RequestsAhead": REQUESTS_AHEAD,
         "RunsAhead": RUNS_AHEAD,
         "RegionDistance": REGION_DISTANCE,
-        "PoolDistance": POOL_DISTANCE,
     }
     lines = [
         f"// The design {config.name}. Made by pynq_kgrc.accelerator.header: change it there.",
