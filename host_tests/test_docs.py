@@ -118,6 +118,7 @@ FILES = {name(path) for path in checkout("*") if path.is_file()}
 
 OTHERS = {
     "ap_int.h",
+    "hls_burst_maxi.h",
     "hls_stream.h",
     "verilated.h",
     "stddef.h",
