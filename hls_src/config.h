@@ -29,6 +29,7 @@ enum Design {
   kRequestsAhead = 16,
   kRunsAhead = 32,
   kRegionDistance = 4,
+  kPoolDistance = 3,
 };
 
 static const unsigned long long kDigest = 0xc458a0c832c5dd7fULL;
@@ -113,6 +114,7 @@ enum Status {
   kStatusShortcutRequests,
   kStatusOutputRequests,
   kStatusWeightRequests,
+  kStatusClocks,
   kStatusWords,
 };
 

@@ -230,13 +230,15 @@ void read_input(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& lengths
                 Stream<Beat>& beats, long& trips, long& requests);
 void read_shortcut(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& lengths,
                    Stream<Beat>& beats, long& trips, long& requests);
-void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, long& trips,
-                  long& requests);
+void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, Stream<bool>& done,
+                  long& trips, long& requests);
 void read_weights(const Task& task, MemoryPort<WeightBeat> weights, bool odd,
                   Stream<WeightBeat>& beats, long& trips, long& requests);
 void read_items(const Task& task, MemoryPort<Word64> tables, Stream<Word64>& items);
 void read_indices(const Task& task, MemoryPort<Word64> tables, Stream<Index>& indices, long& trips);
 void read_scales(const Task& task, MemoryPort<Word64> tables, Stream<Word64>& scales, long& trips);
+// clock.cpp
+void count_clocks(Stream<bool>& done, long& clocks);
 // decode.cpp
 void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats_0,
                  Stream<Beat>& beats_1, Stream<RegionWord>& region_words, long& trips);

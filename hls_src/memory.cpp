@@ -293,8 +293,8 @@ void read_shortcut(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& leng
 
 // The beats of finished codes to the runs of a list. A response says that a run is in memory;
 // responses are taken when kRequestsAhead of them are due, and at the end.
-void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, long& trips,
-                  long& requests) {
+void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, Stream<bool>& done,
+                  long& trips, long& requests) {
   bool more = true;
   int waiting = 0;
   Beats left = 0;
@@ -322,6 +322,7 @@ runs:
   }
 responses:
   for (int i = 0; i < waiting; ++i) maps.write_response();
+  done.write(true);  // to count_clocks
 }
 
 // ---- ports of weights and tables: the same beats once for each output tile --------------------

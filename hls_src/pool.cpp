@@ -27,95 +27,127 @@ wide:
   return beat;
 }
 
+// The maxima of windows of `width` neighbouring positions, a power of two up to B. They come to lie
+// in the part `turn` of the B lanes; the others keep what `held` has of the beats before.
+static void pool_width(const CodeWord& in, int width, int turn, CodeWord& held) {
+#pragma HLS INLINE
+  CodeWord widest = in;
+widths:
+  for (int window = 1; window <= kPortPositions; window *= 2) {
+#pragma HLS UNROLL
+    const int lanes = kPortPositions / window;
+  lanes:
+    for (int lane = 0; lane < kPortPositions; ++lane)
+      for (int n = 0; n < kTn; ++n) {
+#pragma HLS UNROLL
+        if (width == window && turn == lane / lanes)
+          held.code[lane][n] = widest.code[lane % lanes][n];
+      }
+  pairs:
+    for (int lane = 0; lane < lanes / 2; ++lane)
+      for (int n = 0; n < kTn; ++n) {
+#pragma HLS UNROLL
+        const Int<16> a = widest.code[2 * lane][n], b = widest.code[2 * lane + 1][n];
+        widest.code[lane][n] = a > b ? a : b;
+      }
+  }
+}
+
 // Takes the finished codes of a tile; gives the beats of its output map.
 //
-// `kept` holds the largest code so far of each pooling window until the window's last code has
-// come. Each position of a beat has a memory of its own.
-//
-// Known fault: the DEPENDENCE pragma is wrong. With a pool of width 2, or on maps that are at most
-// one beat wide, a maximum is read one trip after it was written, but reading, comparing and
-// writing a block RAM takes two. This simulation writes at once and gives the right codes; silicon
-// with II = 1 would use stale maxima (a simulation with late writes has 23 % of the codes of
-// C3D's conv1 wrong).
+// A pool's windows do not overlap and lie within the tile; along the width they lie within a beat.
+// `held` collects the maxima along the width until they fill a beat, or the row ends. `kept` holds
+// the maxima of a row of windows from one row of codes to the next. Two rows are kPoolDistance
+// trips apart or more: narrow maps have trips without codes at the end of a row.
 void pack_output(const Task& task, Stream<Tile>& tiles, Stream<CodeWord>& codes,
                  Stream<Beat>& beats, long& trips) {
-  static Ram<Int<16>, kStoreRows> kept[kPortPositions][kTn];
+  static Ram<Int<16>, kStoreRows, kPoolDistance> kept[kPortPositions][kTn];
 #pragma HLS ARRAY_PARTITION variable = kept complete dim = 1
 #pragma HLS ARRAY_PARTITION variable = kept complete dim = 2
-  const int pd = task[kPoolD], ph = task[kPoolH], pw = task[kPoolW];
-  const bool pools = pd * ph * pw > 1;
+  typedef UInt<16> Count;
+  const Count pool_d = task[kPoolD], pool_h = task[kPoolH], pool_w = task[kPoolW];
+  const bool pools = task[kPoolD] * task[kPoolH] * task[kPoolW] > 1;
   // codes of 16 bits in a design with fewer take more than one beat
-  const int parts = task[kWide] ? kWidePerBeat : 1;
+  const UInt<3> parts = task[kWide] ? kWidePerBeat : 1;
   const int count = tile_count(task);
 tiles:
   for (int number = 0; number < count; ++number) {
     const Tile tile = tiles.read();
-    const int beats_in = beats_of_row(tile.size[2]);
-    const int words = tile.size[0] * tile.size[1] * beats_in * parts;
-    const int pooled_rows = quotient(tile.size[1] + ph - 1, ph);
-  vectors:
-    for (int vector = 0; vector < task[kVectors]; ++vector) {
-      int d = 0, h = 0, j = 0, part = 0;
-      CodeWord in;
-    code_words:
-      for (int word = 0; word < words; ++word) {
-        // II = 1 is asked for, and the pragma promises that trips do not depend on each other; see
-        // the known fault above
+    const Count rows = tile.size[1], row_beats = beats_of_row(tile.size[2]);
+    const int row_words = int(row_beats) * int(parts);
+    const int idle = pools ? larger(0, kPoolDistance - row_words) : 0;
+    const int words = task[kVectors] * tile.size[0] * tile.size[1] * (row_words + idle);
+    // of the present code: row of the tile, beat of the row, part of the beat; of its window: plane
+    // and row, the first row of `kept` of this row of windows, and the present one
+    Count h = 0, beat = 0, in_d = 0, in_h = 0, turn = 0, first_row = 0, row = 0;
+    Count idle_left = idle;
+    UInt<3> part = 0;
+    bool waits = false, complete = false;
+    CodeWord in, held, out;
+#pragma HLS ARRAY_PARTITION variable = in.code complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = held.code complete dim = 0
+#pragma HLS ARRAY_PARTITION variable = out.code complete dim = 0
+    for (int lane = 0; lane < kPortPositions; ++lane)
+      for (int n = 0; n < kTn; ++n) in.code[lane][n] = held.code[lane][n] = out.code[lane][n] = 0;
+  code_words:
+    for (int word = 0; word < words; ++word) {
+      // II = 1: counters that go up by one. A row of `kept` is read kPoolDistance trips after it
+      // was written, or later.
 #pragma HLS PIPELINE II = 1
-#pragma HLS DEPENDENCE variable = kept inter false
-        KGRC_TRIP();
-        if (part == 0) in = codes.read();
-        CodeWord out = in;
-        bool complete = true;
-        if (pools) {
-          // windows that lie within the beat along the width
-        neighbours:
-          for (int lane = 0; lane < kPortPositions; ++lane) {
+#pragma HLS DEPENDENCE variable = kept inter RAW distance = kPoolDistance true
+      KGRC_TRIP();
+      ++trips;
+      const bool last_beat = beat == row_beats - 1, last_part = part == parts - 1;
+      const bool last_turn = turn == pool_w - 1 || last_beat;
+      if (!waits) {
+        if (part == 0) {
+          in = codes.read();
+          out = in;
+          complete = true;
+          if (pools) {
+            pool_width(in, pool_w, turn, held);
+            const bool starts = in_d == 0 && in_h == 0;
+            const bool ends = in_d == pool_d - 1 && in_h == pool_h - 1;
+            complete = ends && last_turn;
+          lanes:
+            for (int lane = 0; lane < kPortPositions; ++lane)
+              for (int n = 0; n < kTn; ++n) {
 #pragma HLS UNROLL
-            const int target = quotient(lane, pw);
-            const bool starts = remainder(lane, pw) == 0;
-            for (int n = 0; n < kTn; ++n)
-              if (starts || in.code[lane][n] > out.code[target][n])
-                out.code[target][n] = in.code[lane][n];
-          }
-          const int window[2] = {quotient(d, pd), quotient(h, ph)};
-          const int lanes_used = smaller(kPortPositions, tile.size[2] - j * kPortPositions);
-          const int position = quotient(j * kPortPositions, pw);
-          const int lanes = quotient(lanes_used, pw), shift = position % kPortPositions;
-          const int row = (window[0] * pooled_rows + window[1]) * ceil_div(beats_in, pw) +
-                          position / kPortPositions;
-          const bool starts = window[0] * pd == d && window[1] * ph == h;
-          const bool ends = (window[0] + 1) * pd == d + 1 && (window[1] + 1) * ph == h + 1;
-          CodeWord merged;
-        lanes:
-          for (int lane = 0; lane < kPortPositions; ++lane) {
-#pragma HLS UNROLL
-            for (int n = 0; n < kTn; ++n) {
-              const bool mine = lane >= shift && lane < shift + lanes;
-              Int<16> value = mine ? out.code[lane - shift][n] : Int<16>(0);
-              if (!mine || !starts) {
-                const Int<16> old = kept[lane][n].read(row);
-                if (!mine || old > value) value = old;
+                Int<16> most = held.code[lane][n];
+                if (last_turn) {
+                  const Int<16> old = starts ? most : kept[lane][n].read(row);
+                  if (old > most) most = old;
+                  if (!ends) kept[lane][n].write(row, most);
+                }
+                out.code[lane][n] = most;
               }
-              if (mine) kept[lane][n].write(row, value);
-              merged.code[lane][n] = value;
-            }
           }
-          out = merged;
-          complete = ends && (shift + lanes == kPortPositions || j == beats_in - 1);
         }
         if (complete) beats.write(pack(out, parts > 1, part));
-        ++trips;
-        if (++part == parts) {
-          part = 0;
-          if (++j == beats_in) {
-            j = 0;
-            if (++h == tile.size[1]) {
-              h = 0;
-              ++d;
-            }
-          }
+      }
+      // the next code
+      const bool ends_codes = !waits && last_beat && last_part;
+      const bool ends_row = waits ? idle_left == 1 : ends_codes && idle == 0;
+      idle_left = waits && !ends_row ? int(idle_left) - 1 : idle;
+      waits = !ends_row && (waits || ends_codes);
+      if (!waits && !ends_row) {
+        if (last_part) {
+          row += last_turn;
+          turn = last_turn ? 0 : int(turn) + 1;
+          beat += 1;
         }
+        part = last_part ? 0 : int(part) + 1;
+      }
+      if (ends_row) {
+        const bool ends_window = in_h == pool_h - 1, ends_plane = h == rows - 1;
+        const int next_row = int(row) + 1;
+        row = first_row = ends_plane ? 0 : ends_window ? next_row : int(first_row);
+        in_d = !ends_plane ? int(in_d) : in_d == pool_d - 1 ? 0 : int(in_d) + 1;
+        in_h = ends_window || ends_plane ? 0 : int(in_h) + 1;
+        h = ends_plane ? 0 : int(h) + 1;
+        turn = 0;
+        beat = 0;
+        part = 0;
       }
     }
   }

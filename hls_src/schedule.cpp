@@ -126,11 +126,9 @@ tiles:
       run.sums_half = sums_half;
       const int drains = drain_left > 0 ? drain_left : settle_left;
       const bool waits = late && ready > 0;
-      int trips = 1 << kRunBits;
-      if (load_left > 0) trips = smaller(trips, load_left);
-      if (active) trips = smaller(trips, item_left);
-      if (drains > 0) trips = smaller(trips, drains);
-      if (waits) trips = smaller(trips, ready);
+      const int most = 1 << kRunBits;
+      int trips = smaller(smaller(load_left > 0 ? load_left : most, drains > 0 ? drains : most),
+                          smaller(active ? item_left : most, waits ? ready : most));
       // a plan that uses a region that it does not load ends here, and not never
       const bool stuck = load_left == 0 && !active && drains == 0 && !waits;
       if (stuck) trips = 1;

@@ -19,6 +19,7 @@ from pynq_kgrc.accelerator.plan import Item
 from pynq_kgrc.accelerator.tiling import (
     MIN_FEATURE_ROWS,
     NO_POOL,
+    POOL_DISTANCE,
     REGION_DISTANCE,
     Work,
     beats_of_row,
@@ -125,7 +126,9 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
         trips["input"] += regions * region_trips(config, shape, extent, first)
         trips["weights"] += shape.taps + weight_trips
         trips["scale"] += vectors * 2 * config.tn + drained
-        trips["store"] += drained * beats_out
+        row = beats_of_row(config, extent[2]) * beats_out
+        row = max(row, POOL_DISTANCE) if work.pool != NO_POOL else row
+        trips["store"] += vectors * extent[0] * extent[1] * row
         macs += chunks * config.rows_per_cycle * config.pk * config.tn * math.prod(extent)
         input_beats += regions * region_beats(config, shape, extent, first)
         input_requests += regions * region_requests(config, shape, extent, first)

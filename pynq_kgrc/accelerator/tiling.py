@@ -26,6 +26,10 @@ MIN_FEATURE_ROWS = 4
 REGION_DISTANCE = 4
 """Trips from the last write of a region into the input buffer to its first read, at the least."""
 
+POOL_DISTANCE = 3
+"""Fewest trips from a row of codes to the next in a fused max pool: maxima are read, compared and
+written."""
+
 
 @dataclass(frozen=True)
 class Work:

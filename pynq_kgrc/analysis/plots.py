@@ -111,7 +111,7 @@ def plot_confusion(confusion: Array, names: Sequence[str]) -> Figure:
 
 
 def plot_layers(layers: Sequence[LayerTime]) -> Figure:
-    """Modelled cycles of each task, coloured by the process that bounds it; counted trips."""
+    """Modelled cycles of each task, coloured by the process that bounds it; what was counted."""
     figure = Figure(figsize=(8, 0.3 * len(layers) + 1.2), layout="constrained")
     axes = figure.subplots()
     for process, color in PROCESSES.items():
@@ -120,13 +120,17 @@ def plot_layers(layers: Sequence[LayerTime]) -> Figure:
             rows, those = zip(*bound, strict=True)
             cycles = [each.cost.cycles / 1e3 for each in those]
             axes.barh(rows, cycles, color=color, alpha=0.7, label=f"modelled, bound by {process}")
-    counted = [(i, each.counted) for i, each in enumerate(layers) if each.counted is not None]
-    if counted:
-        rows, trips = zip(*counted, strict=True)
-        axes.plot([t / 1e3 for t in trips], rows, "k|", ms=12, label="trips of the array, counted")
+    for label, mark, counts in (
+        ("trips of the array, counted", "k|", [each.trips for each in layers]),
+        ("clock cycles, counted", "k>", [each.cycles for each in layers]),
+    ):
+        counted = [(i, count / 1e3) for i, count in enumerate(counts) if count is not None]
+        if counted:
+            rows, thousands = zip(*counted, strict=True)
+            axes.plot(thousands, rows, mark, ms=12 if mark == "k|" else 4, label=label)
     axes.set_yticks(range(len(layers)), [each.name for each in layers])
     axes.invert_yaxis()
-    axes.set_xlabel("thousand cycles")
+    axes.set_xlabel("thousand clock cycles, or trips of the array")
     axes.legend()
     return figure
 

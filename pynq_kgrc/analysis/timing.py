@@ -19,15 +19,17 @@ from pynq_kgrc.program import ConvTask, Program
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Modelled and counted cycles of one task."""
+    """Modelled and counted time of one task."""
 
     name: str
     cost: Cost
     """Modelled trips of each process; the slowest process sets the cycles."""
     traffic: int
     """Modelled bytes from and to memory."""
-    counted: int | None
+    trips: int | None
     """Trips of the array that a device or the C-simulation counted; None without a run there."""
+    cycles: int | None
+    """Clock cycles that a device counted; None without one: a simulation has no clock."""
 
     @property
     def intensity(self) -> float:
@@ -39,15 +41,20 @@ class LayerTime:
         """Modelled multiply-accumulates per cycle."""
         return self.cost.macs / self.cost.cycles
 
+    @property
+    def slowdown(self) -> float | None:
+        """Counted over modelled clock cycles; None where none were counted."""
+        return None if self.cycles is None else self.cycles / self.cost.cycles
+
 
 def time_layers(program: Program, counters: Sequence[Counters] = ()) -> list[LayerTime]:
-    """The modelled time of each task of a program; `counters` of a run add the counted trips."""
-    counted = {each.task: each.cycles for each in counters}
+    """The modelled time of each task of a program; `counters` of a run add what was counted."""
+    counted = {each.task: (each.trips, each.cycles) for each in counters}
     found = []
     for task in program.tasks:
         cost, bytes_ = task_cost(program.config, program.work(task)), count_task(program, task)
         traffic = bytes_.bytes_in + bytes_.bytes_weight + bytes_.bytes_out
-        found.append(LayerTime(task.name, cost, traffic, counted.get(task.name)))
+        found.append(LayerTime(task.name, cost, traffic, *counted.get(task.name, (None, None))))
     return found
 
 

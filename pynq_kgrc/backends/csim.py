@@ -54,7 +54,7 @@ from pynq_kgrc.quant import Array, ceil_div
 
 SOURCES = (
     *("top.cpp", "plan.cpp", "memory.cpp", "decode.cpp"),
-    *("schedule.cpp", "compute.cpp", "post.cpp", "pool.cpp"),
+    *("schedule.cpp", "compute.cpp", "post.cpp", "pool.cpp", "clock.cpp"),
 )
 
 FAST = ("-O3", "-march=native", "-DKGRC_PLAIN")

@@ -24,8 +24,8 @@ class Image:
     """The constant part of the memory, written once before the program runs."""
 
     weights: Array
-    """Compact weights, uint64: of each task the even chunks, then the odd ones, each in the order in
-    which its port reads them."""
+    """Compact weights, uint64: of each task the even chunks, then the odd ones, each as its port
+    reads them."""
     tables: Array
     """uint64: the descriptors of all tasks, then each task's items, scales and indices."""
 
@@ -44,7 +44,7 @@ def build_image(program: Program) -> Image:
     next_weight, next_table = 0, fields.size // 2
     for number, task in enumerate(program.tasks):
         work = program.work(task)
-        halves, indices = _chunks(config, task, work)
+        areas, indices = _chunks(config, task, work)
         try:
             items, scales = item_words64(work.items), _scales(config, task)
         except ProgramError as error:
@@ -52,15 +52,15 @@ def build_image(program: Program) -> Image:
         descriptor = {
             **_describe(program, task, work),
             "even_weights": next_weight // config.weight_port_words,
-            "odd_weights": (next_weight + halves[0].size) // config.weight_port_words,
+            "odd_weights": (next_weight + areas[0].size) // config.weight_port_words,
             "items": next_table,
             "scales": next_table + items.size,
             "indices": next_table + items.size + scales.size,
         }
         fields[number] = [descriptor.get(name, 0) for name in FIELDS]
-        weights += halves
+        weights += areas
         tables += [items, scales, indices]
-        next_weight += halves[0].size + halves[1].size
+        next_weight += areas[0].size + areas[1].size
         next_table += items.size + scales.size + indices.size
     for number, field in np.argwhere(np.abs(fields) >= 1 << 31)[:1].tolist():
         raise ProgramError(
@@ -98,10 +98,13 @@ def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
         ceil_div(channels, config.tn),
         beats_of_row(config, width) * config.port_positions,
     )
-    full = np.zeros((vectors * config.tn, depth, height, row), code_dtype(bits))
-    full[:channels, :, :, :width] = codes
-    split = full.reshape(vectors, config.tn, depth, height, row).transpose(0, 2, 3, 4, 1)
-    return _to_bytes(split, bits)
+    beats = np.zeros((vectors, depth, height, row, config.tn), code_dtype(bits))
+    pixels = np.ascontiguousarray(codes.transpose(1, 2, 3, 0))
+    for number, vector in enumerate(np.split(pixels, range(config.tn, channels, config.tn), -1)):
+        # numpy copies a vector as one item much faster than code by code
+        item = np.dtype((np.void, vector.shape[-1] * vector.itemsize))
+        beats[number, :, :, :width, : vector.shape[-1]].view(item)[...] = vector.view(item)
+    return _to_bytes(beats, bits)
 
 
 def decode_map(
@@ -205,9 +208,7 @@ def _scales(config: AcceleratorConfig, task: Task) -> Array:
     return words64.ravel()
 
 
-def _chunks(
-    config: AcceleratorConfig, task: Task, work: Work
-) -> tuple[tuple[Array, Array], Array]:
+def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[tuple[Array, Array], Array]:
     """The weights of the even and of the odd chunks, and the indices of all chunks, uint64.
 
     Each is in the order in which the array takes it. A chunk is one kernel group's share of a
