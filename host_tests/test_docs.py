@@ -118,9 +118,11 @@ FILES = {name(path) for path in checkout("*") if path.is_file()}
 
 OTHERS = {
     "ap_int.h",
+    "hls_burst_maxi.h",
     "hls_stream.h",
     "verilated.h",
     "stddef.h",
+    "ucontext.h",
     "variants.h",
     "waving.py",
     "report.md",
