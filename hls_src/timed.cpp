@@ -15,7 +15,7 @@
 
 namespace kgrc {
 
-enum { kStackBytes = 1 << 20, kBuckets = 256, kDdrCycles = 64 };
+enum { kStackBytes = 1 << 20, kBuckets = 256 };
 
 // ---- settings ----------------------------------------------------------------------------------
 
@@ -76,26 +76,26 @@ struct Cancelled {};
 
 // ---- memory ------------------------------------------------------------------------------------
 
-// The memory behind all ports: so many bytes in each kDdrCycles cycles.
+// The memory behind all ports: so many bytes in each span of cycles, which holds many beats.
 class Ddr {
  public:
-  void clear() {
+  void clear(double bytes_a_cycle) {
+    span = std::max(64.0, 4096 / bytes_a_cycle);
+    room = span * bytes_a_cycle;
     used.clear();
     next.clear();
   }
   // When `bytes` are moved that a port could move at `at`.
   double move(double at, double bytes) {
-    const double room = setting_bytes * kDdrCycles;
-    const size_t wanted = size_t(at / kDdrCycles);
+    const size_t wanted = size_t(at / span);
     size_t bucket = free_from(wanted);
     while (used[bucket] > 0 && used[bucket] + bytes > room) {
       next[bucket] = bucket + 1;
       bucket = free_from(bucket + 1);
     }
     used[bucket] += bytes;
-    return bucket == wanted ? at : double(bucket) * kDdrCycles;
+    return bucket == wanted ? at : double(bucket) * span;
   }
-  double setting_bytes;
 
  private:
   size_t free_from(size_t bucket) {
@@ -118,6 +118,7 @@ class Ddr {
     }
     return found;
   }
+  double span, room;         // cycles; bytes
   std::vector<double> used;  // bytes
   std::vector<size_t> next;  // the next bucket that may have room
 };
@@ -256,8 +257,7 @@ void Network::run() {
   flushes = setting("flush") != 0;
   outstanding = size_t(setting("outstanding"));
   burst_beats = long(setting("burst_beats"));
-  ddr.setting_bytes = setting("ddr_bytes");
-  ddr.clear();
+  ddr.clear(setting("ddr_bytes"));
   ports.clear();
   bucket_cycles = 1;
   std::exception_ptr fault;

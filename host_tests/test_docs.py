@@ -122,6 +122,7 @@ OTHERS = {
     "hls_stream.h",
     "verilated.h",
     "stddef.h",
+    "ucontext.h",
     "variants.h",
     "waving.py",
     "report.md",

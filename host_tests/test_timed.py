@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from networks import random_codes
+from networks import Net, compiled, random_codes, small_config
 from reference import run_program
 from test_csim import DESIGNS, QUICK, assert_costs_agree, outputs, program_of, with_sources
 
@@ -407,19 +407,21 @@ def test_a_setup_is_counted_for_each_tile(simulation):
         assert found[number] - fast[number] == pytest.approx(100_000 * tiles, rel=0.1)
 
 
-def test_a_narrow_memory_sets_the_time(simulation):
-    """Where a port, or the memory behind all, is the limit, a task takes its bytes by its rate."""
-    rate = 0.02
-    for settings in ({"port_bytes": rate}, {"ddr_bytes": rate}):
-        cycles(simulation, **settings)
-        for number in range(len(simulation.program.tasks)):
-            time = simulation.task_time(number)
-            moved = [port.beats * port.beat_bytes for port in time.ports]
-            limit = max(moved) if "port_bytes" in settings else sum(moved)
-            processes = max(each.end for each in time.processes)
-            if limit < 8000:  # start and end count, too
-                continue
-            assert limit / rate <= processes <= 1.02 * limit / rate
+def test_a_narrow_memory_sets_the_time():
+    """A fully connected layer waits for its weights: its bytes by the rate of port or memory."""
+    net = Net(size=(2, 4, 4), channels=48)
+    net.dense("clip", 90)
+    program, _ = compiled(net, small_config(8, True))
+    backend = TimedSimulation(program.config, flags=QUICK)
+    backend.load(program)
+    for settings in ({"port_bytes": 2.0}, {"port_bytes": 0.5}, {"ddr_bytes": 3.0}):
+        cycles(backend, **settings)
+        time = backend.task_time(len(program.tasks) - 1)
+        moved = [port.beats * port.beat_bytes for port in time.ports]
+        ((name, rate),) = settings.items()
+        wanted = (max(moved) if name == "port_bytes" else sum(moved)) / rate
+        assert wanted > 20_000
+        assert wanted <= time.cycles <= 1.02 * wanted + 2 * 70 + 1060
 
 
 def test_where_the_time_goes_adds_up(simulation):
