@@ -305,7 +305,7 @@ def table():
     rows = []
     for line in (RTL / "README.md").read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        found = re.fullmatch(r"`(\w+)((?: \w+=\d+)+)`(, each in a DSP)?", cells[0])
+        found = re.fullmatch(r"`(dot|mac_array)((?: \w+=\d+)+)`(, each in a DSP)?", cells[0])
         if found:
             values = {k: int(v) for k, v in (pair.split("=") for pair in found[2].split())}
             counts = tuple(int(cell) for cell in cells[1:])

@@ -35,6 +35,8 @@ PASSES = (
     *("unroll-allow-partial=false", "unroll-allow-peeling=false", "inline-threshold=1000000"),
     # an access of one bank or of another stays two accesses, each with its own address
     *("sink-common-insts=false", "hoist-common-insts=false"),
+    # and one access at a chosen address stays one
+    "jump-threading-threshold=0",
 )
 BACK = [
     *("-O2", "-w", "-fno-vectorize", "-fno-slp-vectorize", "-fno-discard-value-names"),
