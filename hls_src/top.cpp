@@ -64,18 +64,18 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
   // Processes that follow the plan may be some tiles and items apart: the input ports are up to
   // kRunsAhead items and two tiles ahead of the array, and would hang with less room. More tiles are
   // apart where they are so small that several are in the pipelines behind the array.
-#pragma HLS STREAM variable = item_words depth = 64
+#pragma HLS STREAM variable = item_words depth = 512
 #pragma HLS STREAM variable = tiles_to_list depth = 16
 #pragma HLS STREAM variable = tiles_to_place depth = 16
 #pragma HLS STREAM variable = tiles_to_decode depth = 16
 #pragma HLS STREAM variable = tiles_to_inputs depth = 16
 #pragma HLS STREAM variable = tiles_to_scale depth = 16
 #pragma HLS STREAM variable = tiles_to_pack depth = 16
-#pragma HLS STREAM variable = items_to_list depth = 64
-#pragma HLS STREAM variable = items_to_place depth = 64
-#pragma HLS STREAM variable = items_to_decode depth = 64
-#pragma HLS STREAM variable = items_to_schedule depth = 64
-#pragma HLS STREAM variable = items_to_inputs depth = 64
+#pragma HLS STREAM variable = items_to_list depth = 512
+#pragma HLS STREAM variable = items_to_place depth = 512
+#pragma HLS STREAM variable = items_to_decode depth = 512
+#pragma HLS STREAM variable = items_to_schedule depth = 512
+#pragma HLS STREAM variable = items_to_inputs depth = 512
   // as deep as a port is ahead: kRunsAhead
 #pragma HLS STREAM variable = input_runs_0 depth = 32
 #pragma HLS STREAM variable = input_runs_1 depth = 32
