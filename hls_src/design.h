@@ -199,6 +199,10 @@ struct Scale {
   UInt<kScaleMultBits> mult;
   UInt<kScaleShiftBits> shift;
 };
+// Those of the filters of a vector.
+struct VectorScale {
+  Scale of[kTn];
+};
 
 enum StreamBits {
   kItemWordBits = kItemChannelTileBits + kItemHeldTileBits + kItemMaskBits + 3 + kItemVectorsBits,
@@ -210,14 +214,16 @@ enum StreamBits {
   kWeightHalfBits = kHalfGroups * kRows * (kPk * kTn * kBits + kGroupRowBits) +
       kHalfPlaces * kPk * kPlaceBits,
   kSumWordBits = kPortPositions * kTn * kSumBits,
-  kCodeWordBits = kPortPositions * kTn * 16
+  kCodeWordBits = kPortPositions * kTn * 16,
+  kVectorScaleBits = kTn * (kSumBits + kScaleMultBits + kScaleShiftBits)
 };
 static_assert(int(kItemWordBits) <= kMostStreamBits && int(kLayoutBits) <= kMostStreamBits &&
                   int(kTileWordBits) <= kMostStreamBits,
               "a word of the plan is too wide for a stream");
 static_assert(int(kRegionWordBits) <= kMostStreamBits, "a beat of a region is too wide");
 static_assert(int(kWeightHalfBits) <= kMostStreamBits, "half a weight word is too wide");
-static_assert(int(kSumWordBits) <= kMostStreamBits && int(kCodeWordBits) <= kMostStreamBits,
+static_assert(int(kSumWordBits) <= kMostStreamBits && int(kCodeWordBits) <= kMostStreamBits &&
+                  int(kVectorScaleBits) <= kMostStreamBits,
               "a beat of sums is too wide");
 
 // ---- small functions that the processes share ------------------------------------------------
@@ -326,7 +332,8 @@ void make_words(const Task& task, Stream<Layout>& tiles, Stream<Item>& items,
                 Stream<WeightBeat>& beats_0, Stream<WeightBeat>& beats_1, Stream<Index>& indices,
                 Stream<WeightHalf>& words_0, Stream<WeightHalf>& words_1, long& trips);
 // post.cpp
-void scale(const Task& task, Stream<TileSpan>& tiles, Stream<Word64>& scales,
+void gather_scales(const Task& task, Stream<Word64>& scales, Stream<VectorScale>& vectors);
+void scale(const Task& task, Stream<TileSpan>& tiles, Stream<VectorScale>& scales,
            Stream<Beat>& shortcut, Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips);
 // pool.cpp
 void pack_output(const Task& task, Stream<TileSpan>& tiles, Stream<CodeWord>& codes,

@@ -129,14 +129,11 @@ tiles:
       const bool starts = in_d == 0 && in_h == 0;
       const bool ends_window_h = in_h == last_in_h;
       const bool ends = in_d == last_in_d && ends_window_h;
-      bool is_recent = false;
-      CodeWord last = recent[0];
-      for (int i = kStoreDistance - 2; i >= 0; --i) {
+      bool is_recent = false, is[kStoreDistance - 1];
+      for (int i = 0; i < kStoreDistance - 1; ++i) {
 #pragma HLS UNROLL
-        if (recent_row[i] == row) {
-          is_recent = true;
-          last = recent[i];
-        }
+        is[i] = recent_row[i] == row;
+        is_recent = is_recent || is[i];
       }
       if (part == 0 && ends_beat) {
       lanes:
@@ -145,8 +142,12 @@ tiles:
 #pragma HLS UNROLL
             Int<16> value = gathered.code[lane][n];
             if (!starts) {
-              Int<16> old = last.code[lane][n];
+              Int<16> old = 0;
               if (!is_recent) old = kept[lane][n].read(row);
+              for (int i = kStoreDistance - 2; i >= 0; --i) {
+                const Int<16> written = recent[i].code[lane][n];
+                old = is[i] ? written : old;
+              }
               if (old > value) value = old;
             }
             if (!ends) kept[lane][n].write(row, value);

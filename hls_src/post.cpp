@@ -32,7 +32,36 @@ static inline Shift bounded_shift(int shift) {
   return smaller(shift, kWidth);
 }
 
-void scale(const Task& task, Stream<TileSpan>& tiles, Stream<Word64>& scales,
+// The scales of the filters of each vector side by side.
+void gather_scales(const Task& task, Stream<Word64>& scales, Stream<VectorScale>& vectors) {
+  const int count = tile_count(task) * task[kVectors];
+  UInt<bits_for(kTn)> filters_left = kTn - 1;
+  bool is_bias = true;
+  Sum bias = 0;
+  VectorScale vector = VectorScale();
+#pragma HLS ARRAY_PARTITION variable = vector.of complete
+scale_words:
+  for (int word = 0; word < count * 2 * kTn; ++word) {
+    // II = 1: a 64-bit word a trip; the filters move up from register to register
+#pragma HLS PIPELINE II = 1
+    KGRC_TRIP();
+    const Word64 word64 = scales.read();
+    if (is_bias) {
+      bias = Sum(Int<64>(word64));
+    } else {
+      for (int n = 0; n < kTn - 1; ++n) vector.of[n] = vector.of[n + 1];
+      vector.of[kTn - 1].bias = bias;
+      vector.of[kTn - 1].mult = bit_field(word64, kScaleMultFirst, kScaleMultBits);
+      vector.of[kTn - 1].shift = bounded_shift<kProductBits>(
+          bit_field(word64, kScaleShiftFirst, kScaleShiftBits));
+      if (filters_left == 0) vectors.write(vector);
+      filters_left = filters_left == 0 ? kTn - 1 : int(filters_left) - 1;
+    }
+    is_bias = !is_bias;
+  }
+}
+
+void scale(const Task& task, Stream<TileSpan>& tiles, Stream<VectorScale>& scales,
            Stream<Beat>& shortcut, Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips) {
   const int count = tile_count(task);
   const bool has_shortcut = task[kHasShortcut] != 0;
@@ -44,66 +73,41 @@ tiles:
   for (int number = 0; number < count; ++number) {
     const TileSpan span = tiles.read();
     const UInt<kTileBits> rows = span.size[0] * span.size[1];
-    const int words = int(rows * UInt<kSizeBits>(beats_of_row(span.size[2])));
-  vectors:
-    for (int vector = 0; vector < task[kVectors]; ++vector) {
-      Scale of[kTn];
-#pragma HLS ARRAY_PARTITION variable = of complete
-      for (int n = 0; n < kTn; ++n) {
-        of[n].bias = 0;
-        of[n].mult = 0;
-        of[n].shift = 0;
-      }
-      Sum bias = 0;
-      bool is_bias = true;
-    filters:
-      for (int i = 0; i < 2 * kTn; ++i) {
-        // II = 1: a 64-bit word a trip; the filters move up from register to register
+    const UInt<kTileBits> words = rows * UInt<kSizeBits>(beats_of_row(span.size[2]));
+    const UInt<kTileBits> last_word = words - 1;
+    UInt<kTileBits> word = 0;
+    VectorScale vector = VectorScale();
+#pragma HLS ARRAY_PARTITION variable = vector.of complete
+  sum_words:
+    for (int left = task[kVectors] * int(words); left > 0; --left) {
+      // II = 1: a word does not depend on another
 #pragma HLS PIPELINE II = 1
-        KGRC_TRIP();
-        const Word64 word64 = scales.read();
-        if (is_bias) {
-          bias = Sum(Int<64>(word64));
-        } else {
-          for (int n = 0; n < kTn - 1; ++n) of[n] = of[n + 1];
-          of[kTn - 1].bias = bias;
-          of[kTn - 1].mult = bit_field(word64, kScaleMultFirst, kScaleMultBits);
-          of[kTn - 1].shift = bounded_shift<kProductBits>(
-              bit_field(word64, kScaleShiftFirst, kScaleShiftBits));
-        }
-        is_bias = !is_bias;
-        ++trips;
-      }
-    sum_words:
-      for (int word = 0; word < words; ++word) {
-        // II = 1: a word does not depend on another
-#pragma HLS PIPELINE II = 1
-        KGRC_TRIP();
-        const SumWord in = sums.read();
-        Beat beat = Beat();
-        if (has_shortcut) beat = shortcut.read();
-        CodeWord out;
-      positions:
-        for (int i = 0; i < kPortPositions; ++i)
-          for (int n = 0; n < kTn; ++n) {
+      KGRC_TRIP();
+      if (word == 0) vector = scales.read();
+      word = word == last_word ? 0 : int(word) + 1;
+      const SumWord in = sums.read();
+      Beat beat = Beat();
+      if (has_shortcut) beat = shortcut.read();
+      CodeWord out;
+    positions:
+      for (int i = 0; i < kPortPositions; ++i)
+        for (int n = 0; n < kTn; ++n) {
 #pragma HLS UNROLL
-            const Sum sum = in.sum[i][n] + of[n].bias;
-            const Int<kProductBits> product = Int<kProductBits>(sum) * of[n].mult;
-            Int<64> value = rounded_shift<kProductBits>(product, of[n].shift);
-            if (has_shortcut) {
-              const Int<kZeroBits> code = int(code_of(beat.word64, i * kTn + n)) -
-                                          int(shortcut_zero);
-              const Int<kShortcutBits> r = Int<kShortcutBits>(code) * shortcut_mult;
-              value += rounded_shift<kShortcutBits>(r, shortcut_shift);
-            }
-            value += out_zero;
-            if (value < low) value = low;
-            if (value > high) value = high;
-            out.code[i][n] = Int<16>(value);
+          const Sum sum = in.sum[i][n] + vector.of[n].bias;
+          const Int<kProductBits> product = Int<kProductBits>(sum) * vector.of[n].mult;
+          Int<64> value = rounded_shift<kProductBits>(product, vector.of[n].shift);
+          if (has_shortcut) {
+            const Int<kZeroBits> code = int(code_of(beat.word64, i * kTn + n)) - int(shortcut_zero);
+            const Int<kShortcutBits> r = Int<kShortcutBits>(code) * shortcut_mult;
+            value += rounded_shift<kShortcutBits>(r, shortcut_shift);
           }
-        codes.write(out);
-        ++trips;
-      }
+          value += out_zero;
+          if (value < low) value = low;
+          if (value > high) value = high;
+          out.code[i][n] = Int<16>(value);
+        }
+      codes.write(out);
+      ++trips;
     }
   }
 }

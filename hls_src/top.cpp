@@ -51,6 +51,7 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
   Stream<WeightBeat> weight_beats_1("weight_beats_1");
   Stream<Index> chunk_indices("chunk_indices");
   Stream<Word64> scale_words("scale_words");
+  Stream<VectorScale> vector_scales("vector_scales");
   Stream<ArrayRun> array_runs("array_runs");
   Stream<DrainOrder> drain_orders("drain_orders");
   Stream<InputStep> input_steps("input_steps");
@@ -92,6 +93,7 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
 #pragma HLS STREAM variable = weight_beats_1 depth = 512
 #pragma HLS STREAM variable = chunk_indices depth = 64
 #pragma HLS STREAM variable = scale_words depth = 64
+#pragma HLS STREAM variable = vector_scales depth = 16
   // what the array does is decided some runs and trips ahead
 #pragma HLS STREAM variable = array_runs depth = 16
 #pragma HLS STREAM variable = drain_orders depth = 4
@@ -131,7 +133,8 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
   list_shortcut(task, shortcut_runs, shortcut_lengths);
   read_shortcut(shortcut, shortcut_runs, shortcut_lengths, shortcut_beats, report.shortcut_beats,
                 report.shortcut_requests);
-  scale(task, tiles_to_scale, scale_words, shortcut_beats, sum_words, code_words, report.scale);
+  gather_scales(task, scale_words, vector_scales);
+  scale(task, tiles_to_scale, vector_scales, shortcut_beats, sum_words, code_words, report.scale);
   pack_output(task, tiles_to_pack, code_words, output_beats, report.store);
   list_output(task, output_runs);
   write_output(output, output_runs, output_beats, done, report.output_beats,

@@ -108,8 +108,8 @@ SLIPS = {
     "bounds": [
         (
             "pool.cpp",
-            "neighbours:\n          for (int lane = 0; lane < kPortPositions; ++lane) {",
-            "neighbours:\n          for (int lane = 0; lane < ph; ++lane) {",
+            "lanes:\n        for (int lane = 0; lane < kPortPositions; ++lane)",
+            "lanes:\n        for (int lane = 0; lane < last_h; ++lane)",
             "pool.cpp: unrolled, but its bounds are not constant",
         ),
         (
@@ -174,6 +174,12 @@ SLIPS = {
             "compute.cpp: AGGREGATE: no such directive",
         ),
         (
+            "pool.cpp",
+            "variable = kept intra",
+            "variable = keep intra",
+            "pool.cpp: DEPENDENCE: no variable keep",
+        ),
+        (
             "top.cpp",
             "variable = task.field complete",
             "variable = task.fields complete",
@@ -181,8 +187,8 @@ SLIPS = {
         ),
         (
             "plan.cpp",
-            "  Tile tile;\n  const int number[3]",
-            "  Tile tile;\n#pragma HLS UNROLL\n  const int number[3]",
+            "  Tile tile;\n",
+            "  Tile tile;\n#pragma HLS UNROLL\n",
             "plan.cpp: UNROLL: outside of a loop",
         ),
         (
@@ -215,7 +221,7 @@ SLIPS = {
     "pipelines": [
         (
             "pool.cpp",
-            "    code_words:\n",
+            "  code_words:\n",
             "",
             "pool.cpp: PIPELINE: the loop has no label",
         ),
@@ -227,8 +233,8 @@ SLIPS = {
         ),
         (
             "post.cpp",
-            "        // II = 1: a 64-bit word a trip, into registers\n",
-            "        // II = 2: a 64-bit word a trip, into registers\n",
+            "        // II = 1: a 64-bit word a trip; the filters move up from register to register\n",
+            "        // II = 2: a 64-bit word a trip; the filters move up from register to register\n",
             "post.cpp: PIPELINE: no comment says II = and why",
         ),
     ],

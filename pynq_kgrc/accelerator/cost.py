@@ -126,7 +126,7 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
         trips["input"] += regions * region_trips(config, shape, extent, first)
         trips["input"] += len(items) - regions
         trips["weights"] += shape.taps + weight_trips
-        trips["scale"] += vectors * 2 * config.tn + drained
+        trips["scale"] += drained
         trips["store"] += drained * beats_out
         macs += chunks * config.rows_per_cycle * config.pk * config.tn * math.prod(extent)
         input_beats += regions * region_beats(config, shape, extent, first)

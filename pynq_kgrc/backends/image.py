@@ -16,7 +16,14 @@ from pynq_kgrc.accelerator.tiling import Work, beats_of_row, map_beats
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.program import ConvTask, KgrcWeights, PoolTask, Program, Slot, Task
-from pynq_kgrc.quant import Array, ceil_div, code_dtype, pack_int4, unpack_int4
+from pynq_kgrc.quant import (
+    ACCUMULATOR_BITS,
+    Array,
+    ceil_div,
+    code_dtype,
+    pack_int4,
+    unpack_int4,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +209,14 @@ def _scales(config: AcceleratorConfig, task: Task) -> Array:
         channels = task.shape.channels
         bias = np.full(channels, -count * task.in_zero, np.int64)
         mult, shift = np.full(channels, task.mult), np.full(channels, task.shift)
+    # the accelerator adds a bias to a sum in the width of the accumulator
+    limit = 1 << (ACCUMULATOR_BITS[config.bits] - 1)
+    outside = bias[(bias >= limit) | (bias < -limit)]
+    if outside.size:
+        raise ProgramError(
+            f"{task.name}: a bias of {outside[0]} does not fit the {ACCUMULATOR_BITS[config.bits]} "
+            f"bits of the accumulator; use {-limit} to {limit - 1}"
+        )
     words64 = np.zeros((ceil_div(len(bias), config.tn) * config.tn, 2), np.uint64)
     words64[: len(bias), 0] = bias.astype(np.int64).view(np.uint64)
     words64[: len(bias), 1] = pack_fields(SCALE_BITS, {"mult": mult, "shift": shift})
