@@ -58,7 +58,7 @@ tiles:
       bool is_bias = true;
     filters:
       for (int i = 0; i < 2 * kTn; ++i) {
-        // II = 1: a 64-bit word a trip; the filters move up from register to register
+        // II = 1: a word a trip; the filters move from register to register
 #pragma HLS PIPELINE II = 1
         KGRC_TRIP();
         const Word64 word64 = scales.read();
