@@ -233,8 +233,8 @@ SLIPS = {
         ),
         (
             "post.cpp",
-            "        // II = 1: a 64-bit word a trip; the filters move up from register to register\n",
-            "        // II = 2: a 64-bit word a trip; the filters move up from register to register\n",
+            "        // II = 1: a word a trip; the filters move from register to register\n",
+            "        // II = 2: a word a trip; the filters move from register to register\n",
             "post.cpp: PIPELINE: no comment says II = and why",
         ),
     ],

@@ -1,4 +1,4 @@
-"""What follows the array: scales at the ends of their ranges, and fused pools whose memory is late."""
+"""What follows the array: scales at the ends of their ranges, fused pools with a late memory."""
 
 import shutil
 
