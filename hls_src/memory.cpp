@@ -73,8 +73,9 @@ tiles:
 #pragma HLS ARRAY_PARTITION variable = in_window complete dim = 0
   runs:
     while (items_left > 0 || active || given < kRunsAhead / 2) {
-      // II = 1: counters and sums, which an item does not change
-#pragma HLS PIPELINE II = 1
+      // II = 1: counters and sums, which an item does not change. Flushing: runs that stay inside
+      // while this waits for an item would starve the array, whose items are then not taken either.
+#pragma HLS PIPELINE II = 1 style = flp
       KGRC_TRIP();
       if (given < kRunsAhead / 2) ++given;
       if (!active && items_left > 0) {
