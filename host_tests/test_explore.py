@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import numpy as np
@@ -25,7 +25,12 @@ from pynq_kgrc.accelerator.explore import (
     pareto_front,
     rank_designs,
 )
-from pynq_kgrc.accelerator.resources import Resources, bram36, estimate_resources
+from pynq_kgrc.accelerator.resources import (
+    Resources,
+    bram36,
+    estimate_resources,
+    resource_parts,
+)
 from pynq_kgrc.cli import main
 from pynq_kgrc.cli.explore import _networks
 from pynq_kgrc.compress.patterns import Rates, project
@@ -40,13 +45,35 @@ ZCU102 = board("zcu102")
 
 def test_resources_of_the_published_arrays_by_hand():
     """8 Sparse of table V: 16 x 8 x 3 x 8 products, two in each DSP."""
-    found = estimate_resources(preset("8-sparse"))
-    assert found.dsp == 16 * 8 * 3 * 8 // 2 + 3 * 4 * 8 + 32
-    # the published design has 1536 DSPs for products and others for scaling and addresses
-    assert abs(found.dsp / 1651 - 1) < 0.01
+    parts = resource_parts(preset("8-sparse"))
+    assert parts["dot products"].dsp == 16 * 8 * 3 * 8 // 2
+    assert (parts["scale"].dsp, parts["scale"].lut) == (4 * 8 * 3, 4 * 8 * 512)
     # 6 copies x 8 banks x 2 block RAMs, double; 32 x 8 banks of 490 sums, double
-    assert found.bram36 == 2 * 6 * 8 * 2 + 2 * 32 * 8 * 0.5 + 4 * 8 * 0.5 + 30
-    assert found.lut == paper.lut(preset("8-sparse"))
+    assert parts["region"].bram36 == 2 * 6 * 8 * 2
+    assert parts["sums"].bram36 == 2 * 32 * 8 * 0.5
+    # 12 reads of 8 banks of 64-bit vectors; 8 banks that are loaded; rows of two ports of 96 banks
+    assert parts["region"].lut == 12 * 8 * (64 + 10) * 3 + 8 * 235 + 96 * 2 * 6
+    # 512 words of beats of 256 bits on two ports, and of weights
+    assert parts["FIFOs"].bram36 >= 4 * 8 * 0.5
+    found = estimate_resources(preset("8-sparse"))
+    for name in ("dsp", "bram36", "lut"):
+        assert getattr(found, name) == sum(getattr(part, name) for part in parts.values())
+    # the published design has 1536 DSPs for products and others for scaling and addresses
+    assert abs(found.dsp / 1651 - 1) < 0.05
+
+
+@pytest.mark.parametrize(("name", "larger"), [
+    ("pf", "dot products region sums"), ("pk", "dot products region"), ("tm", "sums"),
+    ("beat", "scale place pool FIFOs"),
+])  # fmt: skip
+def test_a_larger_design_has_larger_parts(name, larger):
+    base = preset("8-sparse")
+    before = resource_parts(base)
+    after = resource_parts(replace(base, **{name: 2 * getattr(base, name)}))
+    for part in before:
+        assert after[part].lut >= before[part].lut
+        if part in larger:
+            assert after[part].lut > before[part].lut, part
 
 
 @pytest.mark.parametrize(
@@ -278,6 +305,13 @@ def resource_rows():
         yield f"| {' | '.join(cells)} |"
 
 
+def part_rows():
+    """Rows of the table of docs/hardware.md that has the parts of our design."""
+    parts = resource_parts(preset("8-zcu102"))
+    for name, part in parts.items():
+        yield f"| {name} | {part.dsp} | {part.bram36:g} | {part.lut / 1000:.1f} |"
+
+
 def test_the_page_gives_the_latency_with_memory_beside_the_modelled_one():
     """A paragraph that names our modelled 28.1 or 29.7 ms also names the simulated 107 or 316."""
     paragraphs = HARDWARE_PAGE.read_text("utf-8").split("\n\n")
@@ -291,5 +325,5 @@ def test_the_page_gives_the_latency_with_memory_beside_the_modelled_one():
 
 def test_the_page_shows_what_our_model_says(traced):
     lines = set(HARDWARE_PAGE.read_text("utf-8").splitlines())
-    for line in (*latency_rows(traced), *resource_rows()):
+    for line in (*latency_rows(traced), *resource_rows(), *part_rows()):
         assert line in lines, f"docs/hardware.md lacks or differs from: {line}"

@@ -10,6 +10,7 @@ import pytest
 from networks import small_config
 
 from pynq_kgrc.accelerator.config import PRESETS, preset
+from pynq_kgrc.accelerator.resources import stream_words
 
 pytest.importorskip("clang.cindex", reason="no libclang: pip install -c constraints.txt libclang")
 
@@ -66,6 +67,27 @@ def test_every_stream_can_be_built(design, tmp_path):
     text = (HLS / "top.cpp").read_text("utf-8")
     assert set(found) == set(re.findall(r"STREAM variable = (\w+)", text))
     assert widths.check_widths(found, design) == []
+
+
+GROUPS = {
+    "tiles": "tiles_", "items": "items_", "runs of ports": r"(input|shortcut|output)_runs",
+    "lengths of runs": r"\w+_lengths", "table words": "(item|scale)_words|chunk_indices",
+}  # fmt: skip
+"""Streams of top.cpp by the name that accelerator/resources.py has for them, where it differs."""
+
+
+@parsed
+@pytest.mark.parametrize("design", ["8-zcu102", "16-dense", "4-sparse"])
+def test_resources_count_the_streams_there_are(design, tmp_path):
+    config = preset(design)
+    found = widths.stream_widths(HLS, config, tmp_path)
+    text = (HLS / "top.cpp").read_text("utf-8")
+    depths = dict(re.findall(r"STREAM variable = (\w+) depth = (\d+)", text))
+    for name, count, bits, depth in stream_words(config):
+        group = [each for each in found if re.match(GROUPS.get(name, name), each)]
+        assert {int(depths[each]) for each in group} == {depth}, name
+        total = sum(found[each] for each in group)
+        assert abs(count * bits - total) <= 0.15 * total, (name, count * bits, total)
 
 
 def test_ports_are_used_in_one_place():
@@ -200,13 +222,13 @@ def test_a_wide_stream_is_refused(tmp_path):
     shutil.copytree(HLS, tmp_path / "src", ignore=shutil.ignore_patterns("rtl", "build"))
     header = tmp_path / "src/design.h"
     text = header.read_text("utf-8")
-    assert text.count("struct WeightWord {\n") == 1
-    wider = "struct WeightWord {\n  UInt<3> odd[1400];\n"
-    header.write_text(text.replace("struct WeightWord {\n", wider), "utf-8")
+    assert text.count("struct SumWord {\n") == 1
+    wider = "struct SumWord {\n  UInt<3> odd[1400];\n"
+    header.write_text(text.replace("struct SumWord {\n", wider), "utf-8")
     before = widths.stream_widths(HLS, preset("8-sparse"), tmp_path / "a")
     found = widths.stream_widths(tmp_path / "src", preset("8-sparse"), tmp_path / "b")
-    assert found["weight_words"] == before["weight_words"] + 3 * 1400
-    assert any("weight_words" in fault for fault in widths.check_widths(found, "8-sparse"))
+    assert found["sum_words"] == before["sum_words"] + 3 * 1400
+    assert any("sum_words" in fault for fault in widths.check_widths(found, "8-sparse"))
 
 
 def test_requests_elsewhere_are_refused(tmp_path):

@@ -218,6 +218,10 @@ def check_banks(unit: Unit) -> list[str]:
         worst: dict[str, int] = defaultdict(int)
         for (memory, *_), found in addresses.items():
             name = variable_of(str(memory))
+            # elements of a local variable that constants name are variables of their own
+            local = not str(memory).startswith("@")
+            if local and all(map(is_constant, (i for _, at in found for i in at))):
+                continue
             worst[name] = max(worst[name], len(found))
         for name, count in sorted(worst.items()):
             if count > PORTS * loop.interval:

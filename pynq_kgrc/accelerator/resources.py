@@ -241,7 +241,8 @@ def stream_words(config: AcceleratorConfig) -> Iterator[tuple[str, int, int, int
     reads = config.groups_per_tile * config.pk
     codes = config.groups_per_tile * config.rows_per_cycle * config.pk * config.tn * config.bits
     indices = reads * place + config.groups_per_tile * config.rows_per_cycle * _bits(config.gm)
-    yield "tiles", 6, 16 * (24 + 4 * config.pf), 4
+    # the array's copy has the place of each lane; five others are parts of it
+    yield "tiles", 1, 40 * config.pf + 680, 4
     yield "items", 5, 60, 64
     yield "runs of ports", 4, 65, 32
     yield "lengths of runs", 3, 32, 32
