@@ -1,7 +1,7 @@
 """What a task costs on our accelerator: trips of its pipelined loops, multiply-accumulates, bytes.
 
 The model follows the loops of hls_src: closed forms, and for the array one short walk over the
-plan. Memory never stalls in it. The C-simulation counts the same trips while it runs and the
+plan. Memory never stalls in it; `latency` adds memory and gives times. The C-simulation counts the same trips while it runs and the
 emulation the same bytes; tests require equality (host_tests/test_cost.py, test_csim.py). The
 paper's own model is in `paper.py`.
 """
@@ -66,11 +66,11 @@ class Cost:
 
     @property
     def cycles(self) -> int:
-        """Trips of the slowest process: all processes run at the same time."""
+        """Trips of the slowest process, as all run at the same time: cycles without memory."""
         return int(getattr(self, self.bound))
 
 
-def layer_cycles(
+def layer_work(
     config: AcceleratorConfig,
     shape: ConvShape,
     kr: int,
@@ -78,11 +78,8 @@ def layer_cycles(
     pool: Size = NO_POOL,
     *,
     wide: bool = False,
-) -> int:
-    """Modelled cycles, without memory stalls, of a convolution with all kernel groups enabled.
-
-    The same model judges compiled programs (`task_cost` of `Program.work`). A shortcut that is
-    added to the result costs beats of memory but no cycles of this model.
+) -> Work:
+    """How the array executes a convolution with all kernel groups enabled.
 
     Args:
         config: the design.
@@ -98,8 +95,7 @@ def layer_cycles(
     """
     config.check_kept(shape.taps, kr, kc)
     p, q, _ = config.group_size.counts(shape.filters, shape.channels, shape.taps)
-    work = convolution_work(config, shape, kr, kc, np.ones((p, q), bool), pool, wide=wide)
-    return task_cost(config, work).cycles
+    return convolution_work(config, shape, kr, kc, np.ones((p, q), bool), pool, wide=wide)
 
 
 def task_cost(config: AcceleratorConfig, work: Work) -> Cost:

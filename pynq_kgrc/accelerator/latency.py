@@ -17,47 +17,44 @@ from dataclasses import dataclass
 
 from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Memory
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import Cost, task_cost
+from pynq_kgrc.accelerator.cost import Cost, layer_work, task_cost
 from pynq_kgrc.accelerator.header import FIELDS, STATUS
 from pynq_kgrc.accelerator.tiling import (
+    CODE_WORDS_AHEAD,
+    INPUT_BEATS_AHEAD,
+    ITEMS_AHEAD,
     MIN_FEATURE_ROWS,
+    NO_POOL,
+    OUTPUT_BEATS_AHEAD,
+    PIPELINE,
+    PORTS,
     REGION_DISTANCE,
+    REGION_WORDS_AHEAD,
+    ROWS_AHEAD,
+    SUM_WORDS_AHEAD,
+    TILE_SETUP,
+    TILES_AHEAD,
+    WEIGHT_BEATS_AHEAD,
     Work,
     beats_of_row,
     map_requests,
+    plane_cycles,
     region_beats,
     region_requests,
     region_trips,
+    request_cycles,
+    scale_cycles,
     tiles,
     windows_in,
 )
-from pynq_kgrc.graph import Size
+from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import ceil_div
-
-PIPELINE = 25
-"""Cycles to fill a pipelined loop, each time that it is entered. Assumed."""
-
-TILE_SETUP = 1000
-"""Cycles of the dividers that describe a tile. Estimated."""
 
 REGION_SETUP = 60
 """Cycles of the dividers that describe the region of a tile. Estimated."""
 
 START = 20
 """Cycles to start a task, beside the reading of its descriptor. Assumed."""
-
-# Words that the streams between two processes hold (STREAM pragmas of hls_src/top.cpp).
-INPUT_BEATS_AHEAD = 512
-ROWS_AHEAD = 64
-WEIGHT_BEATS_AHEAD = 512
-SUM_WORDS_AHEAD = 64
-CODE_WORDS_AHEAD = 64
-OUTPUT_BEATS_AHEAD = 64
-TILES_AHEAD = 4
-ITEMS_AHEAD = 64
-
-PORTS = 2
-"""Ports of the input, and of the weights."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,29 @@ class TaskTime:
     def bound(self) -> str:
         """What would take longest alone."""
         return max(self.busy, key=lambda name: self.busy[name])
+
+
+def layer_time(
+    config: AcceleratorConfig,
+    shape: ConvShape,
+    kr: int,
+    kc: int,
+    pool: Size = NO_POOL,
+    *,
+    wide: bool = False,
+    memory: Memory = REFERENCE,
+    clock_mhz: float = CLOCK_MHZ,
+) -> TaskTime:
+    """The modelled time of a convolution with all kernel groups enabled.
+
+    The arguments are those of `cost.layer_work`. The same model judges compiled programs
+    (`task_time` of `Program.work`).
+
+    Raises:
+        ConfigError: a group cannot keep `kr` x `kc`.
+        CompileError: the buffers do not hold the smallest tile.
+    """
+    return task_time(config, layer_work(config, shape, kr, kc, pool, wide=wide), memory, clock_mhz)
 
 
 def task_time(
@@ -132,15 +152,6 @@ class _Walk:
         self.weight = max(1.0 / PORTS, weight_bytes / self.port_bytes) / PORTS
         self.kinds: dict[object, _Tile] = {}
 
-    def request(self, beats: float, beat: float) -> float:
-        """Cycles of a port for each of many requests of `beats`, `beat` cycles each.
-
-        A port has `outstanding` bursts under way, so that short ones wait for their responses.
-        """
-        bursts = math.ceil(beats / self.memory.burst_beats)
-        length = beats / bursts * beat
-        return bursts * max(length, (self.memory.latency + length) / self.memory.outstanding, 1.0)
-
     def tile(self, first: Size, extent: Size) -> _Tile:
         config, work, shape = self.config, self.work, self.work.shape
         load = region_trips(config, shape, extent, first)
@@ -153,13 +164,11 @@ class _Walk:
         region = ahead = 0.0
         if beats:
             length = beats / requests
-            each = self.request(length, self.beat)
+            each = request_cycles(self.memory, length, self.beat)
             # two ports take turns by planes: one is ahead while the other is read
             planes = max(1, min(requests, _planes(work, first, extent)))
             rows = requests / planes
-            in_plane = rows * each
-            hidden = min(INPUT_BEATS_AHEAD * self.beat, ROWS_AHEAD * each)
-            region = planes * max(in_plane / PORTS, in_plane - hidden)
+            region = planes * plane_cycles(rows, each, self.beat)
             ahead = min(PORTS * INPUT_BEATS_AHEAD * self.beat, ROWS_AHEAD * each) / PORTS
         vectors = 1
         drain = extent[0] * extent[1] * beats_of_row(config, extent[2])
@@ -168,11 +177,15 @@ class _Walk:
         parts = 16 // config.bits if work.wide else 1
         beats_out = stored[0] * stored[1] * beats_of_row(config, stored[2]) * parts
         requests = map_requests(config, out, stored, vectors)
-        store = requests * self.request(beats_out / requests, self.beat) if requests else 0.0
+        store = (
+            requests * request_cycles(self.memory, beats_out / requests, self.beat)
+            if requests
+            else 0.0
+        )
         shortcut = 0.0
         if work.shortcut:
             requests = map_requests(config, shape.out_size, extent, vectors)
-            shortcut = requests * self.request(drain / requests, self.beat)
+            shortcut = requests * request_cycles(self.memory, drain / requests, self.beat)
         made = _Tile(
             sum_rows=max(MIN_FEATURE_ROWS, filled),
             settling=max(0, MIN_FEATURE_ROWS + 1 - filled),
@@ -180,7 +193,7 @@ class _Walk:
             region=region,
             region_ahead=ahead,
             drain=drain,
-            scale=2 * config.tn + drain + 2 * PIPELINE,
+            scale=scale_cycles(config, drain),
             shortcut=shortcut,
             store=max(store, drain * parts),
         )
@@ -194,16 +207,17 @@ class _Walk:
         # when each is free, relative to now
         load_start = 0.0
         sums_free = 0.0
-        input_free = self.memory.latency + 3 * PIPELINE
+        input_free = 0.0
         weights_free = -float(begin) + self.memory.latency + 2 * PIPELINE
-        scale_free = store_free = shortcut_free = plan_free = 0.0
+        scale_free = store_free = shortcut_free = 0.0
+        plan_free = place_free = -float(REGION_SETUP)
         known: dict[object, tuple[float, tuple[float, ...]]] = {}
         regions = 0
         for first, extent in tiles(work.out_size, work.tile):
             tile = self.tile(first, extent)
             state = (
                 *(load_start, sums_free, input_free, weights_free),
-                *(scale_free, store_free, shortcut_free, plan_free),
+                *(scale_free, store_free, shortcut_free, plan_free, place_free),
             )
             key = (id(tile), state)
             both_used = regions >= 2
@@ -224,6 +238,7 @@ class _Walk:
                 store_free,
                 shortcut_free,
                 plan_free,
+                place_free,
             ) = state
         end = max(now + sums_free, now + scale_free + PIPELINE, now + store_free + PIPELINE)
         end += 3 * PIPELINE + self.memory.latency
@@ -257,15 +272,23 @@ class _Walk:
         store_free: float,
         shortcut_free: float,
         plan_free: float,
+        place_free: float,
     ) -> tuple[float, tuple[float, ...], int]:
         """Cycles until the array has computed a tile, and the state that it leaves."""
-        time = max(0.0, plan_free)
+        items = len(self.work.items)
+        time = 0.0
         first_regions = regions
+        # the ports begin with a tile when it is described
+        described = plan_free + REGION_SETUP + self.memory.latency + 3 * PIPELINE
+        input_free = max(input_free, described)
         for run in self.runs:
             if run.loads:
                 # a word of the region that is late stops the array
                 input_free = max(input_free, load_start - tile.region_ahead) + tile.region
-                loaded = max(load_start + tile.load, input_free)
+                # the process that places words begins anew with each region and each tile
+                gap = PIPELINE - REGION_WORDS_AHEAD + (REGION_SETUP if time == 0 else 0)
+                loaded = max(load_start + tile.load, input_free, place_free + gap + tile.load)
+                place_free = loaded
                 late = loaded - load_start - tile.load
                 time = max(time + late if time > load_start else time, loaded + REGION_DISTANCE - 1)
                 sums_free += late if sums_free > load_start else 0
@@ -300,13 +323,15 @@ class _Walk:
                 time += late
                 load_start += late if load_start + tile.load > time - late else 0
                 sums_free = time + words + tile.settling
+        # the plan of the next tile, which has room for some tiles and items
+        planned = max(plan_free + items, time - time * ITEMS_AHEAD / items) + TILE_SETUP
         state = (
             *(load_start - time, max(0.0, sums_free - time)),
-            *(max(-2000.0, input_free - time), max(-2000.0, weights_free - time)),
+            max(input_free, load_start - tile.region_ahead) - time,
+            max(weights_free - time, -PORTS * WEIGHT_BEATS_AHEAD * self.weight),
             *(max(0.0, each - time) for each in (scale_free, store_free, shortcut_free)),
-            max(0.0, TILE_SETUP + len(self.work.items) - time)
-            if len(self.work.items) < ITEMS_AHEAD
-            else max(0.0, TILE_SETUP - time * ITEMS_AHEAD / len(self.work.items)),
+            max(planned - time, -TILES_AHEAD * time),
+            place_free - time,
         )
         return round(time), tuple(map(float, map(round, state))), regions - first_regions
 

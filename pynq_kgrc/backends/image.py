@@ -205,9 +205,7 @@ def _scales(config: AcceleratorConfig, task: Task) -> Array:
     return words64.ravel()
 
 
-def _chunks(
-    config: AcceleratorConfig, task: Task, work: Work
-) -> tuple[tuple[Array, Array], Array]:
+def _chunks(config: AcceleratorConfig, task: Task, work: Work) -> tuple[tuple[Array, Array], Array]:
     """The weights of the even and of the odd chunks, and the indices of all chunks, uint64.
 
     Each is in the order in which the array takes it. A chunk is one kernel group's share of a

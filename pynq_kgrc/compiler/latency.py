@@ -1,7 +1,7 @@
 """What pruning a layer saves: cycles of the compiled program, with fewer weights kept.
 
-The cycles are those of `accelerator/cost.py`, which also judges the finished program. They are
-modelled without memory stalls.
+The cycles are those of `accelerator/latency.py`, which also judges the finished program. They are
+modelled with memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.accelerator.cutting import cut_convolution
+from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.tiling import NO_POOL
 from pynq_kgrc.compiler.fold import choose_folding, foldings
 from pynq_kgrc.compiler.pack import pack
@@ -99,7 +99,7 @@ class LatencySearch:
         """What was asked and reached, in one sentence."""
         told = (
             f"asked for {self.asked:.2f}x fewer cycles, reached {self.reached:.2f}x on "
-            f"{self.design} (modelled by accelerator/cost.py, without memory stalls)"
+            f"{self.design} (modelled with memory by accelerator/latency.py)"
         )
         if abs(self.reached / self.asked - 1) <= TOLERANCE:
             return told
@@ -140,4 +140,4 @@ def choose_rates_by_latency(
 
 
 def _cycles(program: Program, task: Task) -> int:
-    return task_cost(program.config, program.work(task)).cycles
+    return task_time(program.config, program.work(task)).cycles
