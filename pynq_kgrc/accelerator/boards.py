@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from pynq_kgrc.errors import ConfigError
 
-
 CLOCK_MHZ = 150.0
 """Clock of the array where nothing else is said: that of the KGRC paper."""
 

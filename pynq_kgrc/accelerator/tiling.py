@@ -284,12 +284,13 @@ def _tile_cycles(
     memory, out = REFERENCE, pooled_size(shape, pool)
     beat = config.beat_bytes / memory.port_bytes(CLOCK_MHZ)
     channel_tiles = ceil_div(shape.channels, config.tn)
-    regions, blocks, held, vectors = 1, channel_tiles, 1, 1
+    regions, blocks, held, vectors = 1, channel_tiles, 1.0, 1.0
     if isinstance(shape, ConvShape):
         filter_tiles = ceil_div(shape.filters, config.tm)
-        held = min(config.filter_tiles, filter_tiles)
-        regions, blocks = channel_tiles, ceil_div(filter_tiles, held)
-        vectors = ceil_div(min(held * config.tm, shape.filters), config.tn)
+        regions, blocks = channel_tiles, ceil_div(filter_tiles, config.filter_tiles)
+        # the last block may hold fewer: their mean
+        held = filter_tiles / blocks
+        vectors = ceil_div(shape.filters, config.tn) / blocks
     sums = max(MIN_FEATURE_ROWS, ceil_div(math.prod(extent), config.pf))
     array = regions * held * words * sums
     chunks = regions * held * words * config.groups_per_tile

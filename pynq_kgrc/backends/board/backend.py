@@ -17,7 +17,6 @@ import numpy as np
 import pynq
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.header import (
     ADDRESSES,
     DONE,
@@ -31,6 +30,7 @@ from pynq_kgrc.accelerator.header import (
     WEIGHT_PORTS,
     register_of,
 )
+from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.backends.base import (
     Counters,
     Loaded,
@@ -255,7 +255,7 @@ class BoardBackend(Loaded):
         self._resources.allocate(sizes, self._cacheable)
         self._modelled_cycles = np.array([time.cycles for time in times], np.float64)
         self._modelled_counts = np.array(
-            [[getattr(cost, name) for name in CHECKED] for cost in costs], np.uint64
+            [[getattr(time.cost, name) for name in CHECKED] for time in times], np.uint64
         )
         self._write_image(image.weights, image.tables)
         self._program = program  # loaded only once all of it is written
