@@ -3,7 +3,7 @@
 Chips: the vendor's device tables, DS891 (Zynq UltraScale+ overview) and DS987 (Kria K26). Memory:
 bus width x 2 x clock of the processing system's DDR port, from the vendors' board presets
 (github.com/Xilinx/XilinxBoardStore, `PSU__DDRC__BUS_WIDTH` and `PSU__CRF_APB__DDR_CTRL__FREQMHZ`).
-None of this was measured here. What a port of the programmable logic gives is assumed: see `Memory`.
+What a port of the programmable logic gives is assumed (`Memory`). None of this was measured here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Memory:
     port_bits: int = 128
     """Width of the AXI ports HP and HPC (UG1085, PS-PL interfaces)."""
     port_clock_mhz: float = 300.0
-    """Clock of the ports, beside the array's. Assumed: the ports allow 333 MHz at speed grade -2."""
+    """Clock of the ports, beside the array's. Assumed: within the ports' 333 MHz (DS925)."""
     efficiency: float = 0.8
     """Share of a port's cycles that move a beat. Assumed: refresh, page misses and the other
     masters take the rest."""

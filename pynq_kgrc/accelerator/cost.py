@@ -1,9 +1,9 @@
 """What a task costs on our accelerator: trips of its pipelined loops, multiply-accumulates, bytes.
 
 The model follows the loops of hls_src: closed forms, and for the array one short walk over the
-plan. Memory never stalls in it; `latency` adds memory and gives times. The C-simulation counts the same trips while it runs and the
-emulation the same bytes; tests require equality (host_tests/test_cost.py, test_csim.py). The
-paper's own model is in `paper.py`.
+plan. Memory never stalls in it; `latency` adds memory and gives times. The C-simulation counts the
+same trips while it runs and the emulation the same bytes; tests require equality
+(host_tests/test_cost.py, test_csim.py). The paper's own model is in `paper.py`.
 """
 
 from __future__ import annotations

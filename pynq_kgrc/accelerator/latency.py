@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Memory
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import Cost, layer_work, task_cost
-from pynq_kgrc.accelerator.header import FIELDS, STATUS
+from pynq_kgrc.accelerator.header import FIELDS, RUNS_AHEAD, STATUS
 from pynq_kgrc.accelerator.tiling import (
     CODE_WORDS_AHEAD,
     INPUT_BEATS_AHEAD,
@@ -123,6 +123,8 @@ class _Tile:
     """Cycles of the input ports for a region."""
     region_ahead: float
     """Cycles by which they are ahead."""
+    region_runs: int
+    """Runs of the list of a region, padding included."""
     drain: int
     """Trips that hand on a vector."""
     scale: float
@@ -150,6 +152,7 @@ class _Walk:
         self.beat = config.beat_bytes / self.port_bytes
         weight_bytes = 8 * config.weight_port_words
         self.weight = max(1.0 / PORTS, weight_bytes / self.port_bytes) / PORTS
+        self.regions = sum(run.loads for run in self.runs)
         self.kinds: dict[object, _Tile] = {}
 
     def tile(self, first: Size, extent: Size) -> _Tile:
@@ -192,6 +195,7 @@ class _Walk:
             load=load,
             region=region,
             region_ahead=ahead,
+            region_runs=_listed(config, work, extent),
             drain=drain,
             scale=scale_cycles(config, drain),
             shortcut=shortcut,
@@ -213,18 +217,20 @@ class _Walk:
         plan_free = place_free = -float(REGION_SETUP)
         known: dict[object, tuple[float, tuple[float, ...]]] = {}
         regions = 0
+        left = math.prod(ceil_div(o, t) for o, t in zip(work.out_size, work.tile, strict=True))
         for first, extent in tiles(work.out_size, work.tile):
+            left -= 1
             tile = self.tile(first, extent)
             state = (
                 *(load_start, sums_free, input_free, weights_free),
                 *(scale_free, store_free, shortcut_free, plan_free, place_free),
             )
-            key = (id(tile), state)
+            key = (id(tile), left == 0, state)
             both_used = regions >= 2
             if both_used and key in known:
                 passed, state = known[key]
             else:
-                passed, state, loads = self.walk(tile, regions, *state)
+                passed, state, loads = self.walk(tile, left == 0, regions, *state)
                 regions += loads
                 if both_used:
                     known[key] = passed, state
@@ -263,6 +269,7 @@ class _Walk:
     def walk(
         self,
         tile: _Tile,
+        last: bool,
         regions: int,
         load_start: float,
         sums_free: float,
@@ -279,10 +286,16 @@ class _Walk:
         time = 0.0
         first_regions = regions
         # the ports begin with a tile when it is described
-        described = plan_free + REGION_SETUP + self.memory.latency + 3 * PIPELINE
-        input_free = max(input_free, described)
+        after_plan = REGION_SETUP + self.memory.latency + 3 * PIPELINE
+        input_free = max(input_free, plan_free + after_plan)
+        # a port takes the beats of a run when it has RUNS_AHEAD runs: of the next tile, if need be
+        next_plan = plan_free + items + TILE_SETUP + PIPELINE
+        runs_left = self.regions * tile.region_runs
         for run in self.runs:
             if run.loads:
+                runs_left -= tile.region_runs
+                if runs_left < RUNS_AHEAD and not last:
+                    input_free = max(input_free, next_plan + after_plan)
                 # a word of the region that is late stops the array
                 input_free = max(input_free, load_start - tile.region_ahead) + tile.region
                 # the process that places words begins anew with each region and each tile
@@ -324,7 +337,7 @@ class _Walk:
                 load_start += late if load_start + tile.load > time - late else 0
                 sums_free = time + words + tile.settling
         # the plan of the next tile, which has room for some tiles and items
-        planned = max(plan_free + items, time - time * ITEMS_AHEAD / items) + TILE_SETUP
+        planned = max(plan_free + items, time - time * ITEMS_AHEAD / items) + TILE_SETUP + PIPELINE
         state = (
             *(load_start - time, max(0.0, sums_free - time)),
             max(input_free, load_start - tile.region_ahead) - time,
@@ -362,6 +375,19 @@ def _runs(config: AcceleratorConfig, work: Work) -> Iterator[_Run]:
         if item.vectors or following is None or following.new_region or not following.mask:
             yield _Run(loads, enabled, 0, chunks * beats, item.vectors)
             loads, enabled, chunks = False, 0, 0
+
+
+def _listed(config: AcceleratorConfig, work: Work, extent: Size) -> int:
+    """Runs of the list of a region: rows, or planes where the rows are whole (`list_input`)."""
+    shape = work.shape
+    planes, rows = (
+        extent[axis] * shape.kernel[axis]
+        if shape.kernel[axis] < shape.stride[axis]
+        else (extent[axis] - 1) * shape.stride[axis] + shape.kernel[axis]
+        for axis in (0, 1)
+    )
+    whole = extent[2] == work.out_size[2] and shape.kernel[1] >= shape.stride[1]
+    return planes if whole else planes * rows
 
 
 def _planes(work: Work, first: Size, extent: Size) -> int:
