@@ -10,8 +10,9 @@ from networks import Net, compiled, small_config
 from reference import run_program
 from test_program import outputs, set_in, with_document
 
-from pynq_kgrc.accelerator import cost
+from pynq_kgrc.accelerator.boards import REFERENCE
 from pynq_kgrc.accelerator.config import preset
+from pynq_kgrc.accelerator.latency import layer_time
 from pynq_kgrc.analysis.description import describe
 from pynq_kgrc.backends.csim import CSimulation
 from pynq_kgrc.backends.emulation.backend import Emulation

@@ -77,6 +77,7 @@ def layer_work(
     kc: int,
     pool: Size = NO_POOL,
     *,
+    shortcut: bool = False,
     wide: bool = False,
 ) -> Work:
     """How the array executes a convolution with all kernel groups enabled.
@@ -87,6 +88,7 @@ def layer_work(
         kr: rows that a group keeps, of G_M.
         kc: columns that a group keeps in a tap tile, of G_K = min(K, T_K).
         pool: window of a pool that is fused into the convolution.
+        shortcut: whether another map is added to the result.
         wide: whether the output has 16 bits on a design of fewer, as logits have.
 
     Raises:
@@ -95,7 +97,8 @@ def layer_work(
     """
     config.check_kept(shape.taps, kr, kc)
     p, q, _ = config.group_size.counts(shape.filters, shape.channels, shape.taps)
-    return convolution_work(config, shape, kr, kc, np.ones((p, q), bool), pool, wide=wide)
+    enabled = np.ones((p, q), bool)
+    return convolution_work(config, shape, kr, kc, enabled, pool, shortcut=shortcut, wide=wide)
 
 
 def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
