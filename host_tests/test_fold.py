@@ -175,7 +175,8 @@ def test_first_layers_of_the_networks_fold_as_docs_format_md_says(network, desig
     folding = foldings[fold.choose_folding(config, layer, pool)]
     assert folding.window.kernel == kernel
     before = fold.folded_cycles(config, foldings[0], pool)
-    assert before == layer_time(config, shape, 8, min(9, shape.taps), pool).cycles
+    whole = layer_time(config, shape, 8, min(9, shape.taps), pool)
+    assert before == max(whole.busy.values()) < whole.cycles
     assert fold.folded_cycles(config, folding, pool) < 0.55 * before
     assert folding.layer.shape.own_macs == shape.macs
 

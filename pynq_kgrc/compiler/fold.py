@@ -103,9 +103,10 @@ def choose_folding(
 def folded_cycles(
     config: AcceleratorConfig, folding: Folding, pool: Size = NO_POOL, *, wide: bool = False
 ) -> float:
-    """Modelled cycles, with memory, of the task that a folded convolution becomes.
+    """Modelled cycles of the task that a folded convolution becomes; infinite if it becomes none.
 
-    Infinite if it becomes none.
+    Those of the array or of the busiest port, whichever takes longer. What a task takes to begin
+    and to end is the same for all foldings and left out.
     """
     window, size = folding.window, folding.window.in_size
     grown = window.taps * math.prod(window.out_size) / math.prod(size)
@@ -129,5 +130,5 @@ def folded_cycles(
             )
         except CompileError:
             return math.inf
-        cycles += task_time(config, work, MEMORY).cycles
+        cycles += max(task_time(config, work, MEMORY).busy.values())
     return cycles
