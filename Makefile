@@ -60,7 +60,7 @@ check: check-cpp ## format, lint and types
 
 # clang-format is stable within a version only: constraints.txt pins it
 check-cpp: $(VENV)/dev ## format of the C++ sources
-	$(BIN)/clang-format --dry-run --Werror $(wildcard hls_src/*.cpp hls_src/*.h hls_src/*/*.cpp hls_src/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard hls_src/*.cpp hls_src/*.h hls_src/*/*.cpp hls_src/*/*.h hls_src/checks/stubs/*.h hls_src/checks/stubs/*/*.h)
 
 docs: $(VENV)/dev ## build the site of the documents into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -71,14 +71,16 @@ test: check ## format, lint, types, and all tests but the slow ones
 test-all: test matrix versions cluster rtl-tools ## every test, the slow ones too
 	$(BIN)/python -m pytest -m slow
 
-# without them the tests of hls_src/rtl are skipped with a message
-rtl-tools: ## install Verilator and yosys, which simulate and synthesize hls_src/rtl
-	@if command -v verilator >/dev/null && command -v yosys >/dev/null; then :; \
+# without them the tests of hls_src/rtl and hls_src/checks are skipped with a message
+rtl-tools: ## install Verilator, yosys and clang 14, which simulate, synthesize and check hls_src
+	@if command -v verilator >/dev/null && command -v yosys >/dev/null \
+		&& command -v clang-14 >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -q && apt-get install -q -y --no-install-recommends verilator yosys make g++ \
-		|| echo 'rtl-tools: apt-get could not install verilator and yosys: RTL not tested'; \
-	else echo 'rtl-tools: RTL not tested; put verilator (5) and yosys (0.23) or later on PATH,' \
-		'on Debian with "sudo apt-get install verilator yosys"'; fi
+		apt-get update -q && apt-get install -q -y --no-install-recommends verilator yosys clang-14 \
+			make g++ \
+		|| echo 'rtl-tools: apt-get could not install verilator, yosys, clang-14: not tested'; \
+	else echo 'rtl-tools: HLS sources and RTL not tested; put verilator (5), yosys (0.23) and' \
+		'clang-14 on PATH, on Debian with "sudo apt-get install verilator yosys clang-14"'; fi
 
 matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## test the driver under older versions of pynq
 	for version in $(OLDER_PYNQ); do \

@@ -55,7 +55,17 @@ setup(
     package_dir=FOLDERS,
     package_data={
         "pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*", "programs/*"],
-        "pynq_kgrc.hls_src": ["Makefile", "*.*", "rtl/*.*", "scripts/*.*"],
+        "pynq_kgrc.hls_src": [
+            *(
+                "Makefile",
+                "*.*",
+                "checks/*.*",
+                "checks/stubs/*.*",
+                "checks/stubs/*/*.*",
+                "rtl/*.*",
+                "scripts/*.*",
+            ),
+        ],
         # includes a bitstream and its .hwh if they were built in this checkout
         "pynq_kgrc.overlays": ["README.md", "*/manifest.json", "*/kgrc.bit", "*/kgrc.hwh"],
         "pynq_kgrc.notebooks": ["*.ipynb"],

@@ -7,27 +7,14 @@
 
 namespace kgrc {
 
-// Bits of a number from 0 to `most`.
-constexpr int bits_for(int most) {
-  int bits = 1;
-  while (most >> bits) ++bits;
-  return bits;
-}
-
 enum ArrayBits {
-  kRegionRowBits = bits_for(kRegionRows - 1),
-  kLaneBits = bits_for(kPf - 1),
   kSumRowBits = bits_for(kSumRows - 1),
-  kFeatureRowBits = bits_for(kFeatureRows + kMinFeatureRows),
-  // coordinates within a tile; lanes past its last output run on for some rows
-  kTileBits = bits_for(kPf * (kFeatureRows + 2 * kMinFeatureRows)),
   kVectorBits = bits_for(kTileVectors - 1),
   kHeldVectorBits = bits_for(kFilterTiles * kTileVectors),
   kDrainBits = bits_for(kFilterTiles * kTileVectors * kStoreRows),
   kRunBits = 20
 };
 
-typedef UInt<kRegionRowBits> RegionRow;
 typedef UInt<kSumRowBits> SumRow;
 
 // Consecutive trips in which the same of the three engines work.
@@ -75,8 +62,8 @@ void address_inputs(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
 void address_sums(Stream<DrainOrder>& orders, Stream<SumStep>& steps);
 // compute.cpp
 void multiply(const Task& task, Stream<ArrayRun>& runs, Stream<InputStep>& input_steps,
-              Stream<SumStep>& sum_steps, Stream<RegionWord>& region, Stream<WeightWord>& words,
-              Stream<SumWord>& sums, long& trips);
+              Stream<SumStep>& sum_steps, Stream<RegionWord>& region, Stream<WeightHalf>& words_0,
+              Stream<WeightHalf>& words_1, Stream<SumWord>& sums, long& trips);
 void clear_sums();
 
 }  // namespace kgrc

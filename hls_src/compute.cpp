@@ -28,7 +28,7 @@ typedef Dot<kBits, kTn> Element;
 #endif
 typedef Int<2 * kBits + 8 + bits_for(kPk)> Total;
 
-// A vector as one word of a memory.
+// A vector as one word of a memory. The calls are in a pipelined loop, which unrolls their loops.
 #ifdef KGRC_PLAIN
 typedef Vector PackedVector;
 static inline PackedVector pack(const Vector& vector) { return vector; }
@@ -36,21 +36,15 @@ static inline Vector unpack(const PackedVector& word) { return word; }
 #else
 typedef UInt<kTn * kBits> PackedVector;
 static inline PackedVector pack(const Vector& vector) {
-#pragma HLS INLINE
   PackedVector word = 0;
-  for (int n = 0; n < kTn; ++n) {
-#pragma HLS UNROLL
+  for (int n = 0; n < kTn; ++n)
     word.range(n * kBits + kBits - 1, n * kBits) = vector.code[n].range(kBits - 1, 0);
-  }
   return word;
 }
 static inline Vector unpack(const PackedVector& word) {
-#pragma HLS INLINE
   Vector vector;
-  for (int n = 0; n < kTn; ++n) {
-#pragma HLS UNROLL
+  for (int n = 0; n < kTn; ++n)
     vector.code[n].range(kBits - 1, 0) = word.range(n * kBits + kBits - 1, n * kBits);
-  }
   return vector;
 }
 #endif
@@ -74,6 +68,26 @@ rows:
   }
 }
 
+// A weight word from its halves.
+static inline WeightWord joined(const WeightHalf& low, const WeightHalf& high) {
+#pragma HLS INLINE
+  WeightWord word;
+groups:
+  for (int group = 0; group < kGroups; ++group) {
+#pragma HLS UNROLL
+    const bool is_low = group < kHalfGroups;
+    const int in_half = is_low ? group : group - kHalfGroups, place = kSparse ? in_half : 0;
+    const WeightHalf& half = is_low ? low : high;
+    for (int k = 0; k < kPk; ++k) word.offset[group][k] = half.offset[place][k];
+    for (int r = 0; r < kRows; ++r) {
+      word.row[group][r] = half.row[in_half][r];
+      for (int k = 0; k < kPk; ++k)
+        for (int n = 0; n < kTn; ++n) word.code[group][r][k][n] = half.code[in_half][r][k][n];
+    }
+  }
+  return word;
+}
+
 // Place number `read` among those of a weight word, as the lanes see it: a constant after unrolling.
 static inline Place place_of(const WeightWord& word, int read) {
 #pragma HLS INLINE
@@ -86,11 +100,20 @@ static inline void access_regions(const ArrayRun& run, bool works, const InputSt
                                   const WeightWord& word, const RegionWord& in,
                                   Vector (&inputs)[kReads][kPf]) {
 #pragma HLS INLINE
+  Vector zero;
+  for (int n = 0; n < kTn; ++n) zero.code[n] = 0;
+  // Each value begins at zero: what a trip does not set is not carried on from the trip before.
   RegionRow read_rows[kReads][kPf];
+  PackedVector found[kReads][kPf];
 places:
   for (int read = 0; read < kReads; ++read) {
 #pragma HLS UNROLL
     const Place place = place_of(word, read);
+    for (int bank = 0; bank < kPf; ++bank) {
+      read_rows[read][bank] = 0;
+      found[read][bank] = pack(zero);
+      inputs[read][bank] = zero;
+    }
   to_banks:
     for (int shift = 0; shift < kPf; ++shift) {
 #pragma HLS UNROLL
@@ -102,14 +125,13 @@ places:
       }
     }
   }
-  PackedVector found[kReads][kPf];
 banks:
   for (int bank = 0; bank < kPf; ++bank) {
 #pragma HLS UNROLL
     // at most two positions of a beat lie in a bank
     bool first = false, second = false;
     RegionRow first_row = 0, second_row = 0;
-    Vector first_vector = Vector(), second_vector = Vector();
+    Vector first_vector = zero, second_vector = zero;
   positions:
     for (int i = 0; i < kPortPositions; ++i) {
 #pragma HLS UNROLL
@@ -161,14 +183,12 @@ reads:
 }
 
 // The dot products of a weight word with the inputs of P_F outputs.
-static inline void multiply_word(const WeightWord& word, UInt<kGroups> mask,
-                                 const Vector (&inputs)[kReads][kPf],
+static inline void multiply_word(const WeightWord& word, const Vector (&inputs)[kReads][kPf],
                                  Total (&totals)[kGroups][kRows][kPf]) {
 #pragma HLS INLINE
 groups:
   for (int group = 0; group < kGroups; ++group) {
 #pragma HLS UNROLL
-    if (!(mask >> group & 1)) continue;  // its totals are not used
     const int first_read = kSparse ? group * kPk : 0;
   rows:
     for (int r = 0; r < kRows; r += Element::kWeights) {
@@ -254,8 +274,8 @@ filters:
 }
 
 void multiply(const Task& task, Stream<ArrayRun>& runs, Stream<InputStep>& input_steps,
-              Stream<SumStep>& sum_steps, Stream<RegionWord>& region, Stream<WeightWord>& words,
-              Stream<SumWord>& sums, long& trips) {
+              Stream<SumStep>& sum_steps, Stream<RegionWord>& region, Stream<WeightHalf>& words_0,
+              Stream<WeightHalf>& words_1, Stream<SumWord>& sums, long& trips) {
   // the arrays of banks, not the rows within a bank
 #pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 1
 #pragma HLS ARRAY_PARTITION variable = region_ram complete dim = 2
@@ -287,7 +307,10 @@ flattened:
     ended = takes_run && run.last;
     InputStep step = InputStep();
     if (run.accumulate) step = input_steps.read();
-    if (run.accumulate && step.begins) word = words.read();
+    if (run.accumulate && step.begins) {
+      const WeightHalf low = words_0.read(), high = words_1.read();
+      word = joined(low, high);
+    }
     RegionWord in = RegionWord();
     if (run.load) in = region.read();
     SumStep hand = SumStep();
@@ -296,13 +319,15 @@ flattened:
     Vector inputs[kReads][kPf];
     access_regions(run, works, step, word, in, inputs);
     Total totals[kGroups][kRows][kPf];
-    if (works && convolves) multiply_word(word, step.mask, inputs, totals);
+    multiply_word(word, inputs, totals);
     Sum handed[kPf][kTn];
     for (int lane = 0; lane < kPf; ++lane)
       for (int n = 0; n < kTn; ++n) handed[lane][n] = 0;
     access_sums(run, works, step, word, hand, convolves, largest, inputs, totals, handed);
     if (run.drain) {
       SumWord out;
+      for (int i = 0; i < kPortPositions; ++i)
+        for (int n = 0; n < kTn; ++n) out.sum[i][n] = 0;
     to_positions:
       for (int shift = 0; shift < kPf; ++shift) {
 #pragma HLS UNROLL

@@ -113,6 +113,7 @@ enum Status {
   kStatusShortcutRequests,
   kStatusOutputRequests,
   kStatusWeightRequests,
+  kStatusClocks,
   kStatusWords,
 };
 
@@ -151,9 +152,9 @@ enum ItemBits {
 // The same of the second word of a filter's scale.
 enum ScaleBits {
   kScaleMultFirst = 0,
-  kScaleMultBits = 16,
+  kScaleMultBits = 15,
   kScaleShiftFirst = 16,
-  kScaleShiftBits = 8,
+  kScaleShiftBits = 6,
 };
 
 }  // namespace kgrc

@@ -26,7 +26,8 @@ enum Derived {
   kReads = (kSparse ? kGroups : 1) * kPk,
   kCopies = (kReads + 1) / 2,
   kBeatWords = kPortPositions * kTn * kBits / 64,
-  kWidePerBeat = 16 / kBits  // beats that the 16-bit codes of one beat of codes take
+  kWidePerBeat = 16 / kBits,  // beats that the 16-bit codes of one beat of codes take
+  kStoreDistance = 4          // trips from a write of a fused pool's memory to a read that sees it
 };
 
 static_assert(kBits == 16 || kBits == 8 || kBits == 4, "a code has 16, 8 or 4 bits");
@@ -45,8 +46,38 @@ static_assert(kPortPositions <= kPf, "a beat of sums would access a bank more th
 static_assert(kWeightPortWords >= 1 && kChunkWords % kWeightPortWords == 0,
               "a chunk of weights has to be made of whole beats of the weight port");
 
+// Bits of a number from 0 to `most`.
+constexpr int bits_for(int most) {
+  int bits = 1;
+  while (most >> bits) ++bits;
+  return bits;
+}
+
+enum Widths {
+  kLengthBits = 16,  // positions along an axis of a padded map: MAX_LENGTH in pynq_kgrc/program.py
+  kStrideBits = 10,  // MAX_STRIDE in pynq_kgrc/program.py
+  kKernelBits = bits_for(kMaxTaps),
+  kSizeBits = bits_for(kStoreRows),  // outputs of a tile along an axis
+  kFeatureRowBits = bits_for(kFeatureRows + kMinFeatureRows),
+  // coordinates within a tile; lanes past its last output run on for some rows
+  kTileBits = bits_for(kPf * (kFeatureRows + 2 * kMinFeatureRows)),
+  kRegionRowBits = bits_for(kRegionRows - 1),
+  kLaneBits = bits_for(kPf - 1),
+  kPlaceBits = kRegionRowBits + kLaneBits,
+  kRegionBits = bits_for(kRegionRows * kPf),  // positions of a region
+  kGroupRowBits = bits_for(kGm - 1),
+  kStoreRowBits = bits_for(kStoreRows),
+  kBeatShift = bits_for(kPortPositions) - 1,
+  kItemCountBits = 31,
+  kWordCountBits = 18,  // weight words of an item
+  kHalfGroups = (kGroups + 1) / 2,
+  kHalfPlaces = kSparse ? kHalfGroups : 1,
+  kMostStreamBits = 4096  // Vitis HLS refuses streams of wider structs
+};
+
 typedef Int<kBits> Code;
 typedef Int<kSumBits> Sum;
+typedef UInt<kRegionRowBits> RegionRow;
 
 typedef Words<kBeatWords> Beat;
 typedef Words<kWeightPortWords> WeightBeat;
@@ -73,32 +104,50 @@ struct Task {
 
 // An item of the plan; Item in pynq_kgrc/accelerator/plan.py.
 struct Item {
-  int channel_tile;
-  int held_tile;    // index of the filter tile among those whose sums are held
-  int mask;         // a bit for each kernel group, set if the group is enabled
-  bool new_region;  // the first item of its block with this channel tile
-  bool end_block;   // the last item of its block: the sums are handed on after it
-  bool first;       // the first item of an output tile
-  int vectors;      // output vectors to hand on, at the end of a block
+  UInt<kItemChannelTileBits> channel_tile;
+  UInt<kItemHeldTileBits> held_tile;  // index of the filter tile among those whose sums are held
+  UInt<kItemMaskBits> mask;           // a bit for each kernel group, set if the group is enabled
+  bool new_region;                    // the first item of its block with this channel tile
+  bool end_block;                     // the last item of its block: the sums are handed on after it
+  bool first;                         // the first item of an output tile
+  UInt<kItemVectorsBits> vectors;     // output vectors to hand on, at the end of a block
 };
 
-// An output tile, and the addresses in the region that it needs. Positions whose coordinates leave
-// the same remainders modulo the stride form a phase; the phases of a region follow each other.
-// Address a of a region lies in row a / P_F of bank a % P_F. The rows of a phase are padded so that
-// output f of the tile reads, at each tap, bank (f + a constant of the tap) % P_F: the P_F outputs
-// of a trip read from P_F different banks.
+// A place in a region. Address a of a region lies in row a / P_F of bank a % P_F.
+struct Place {
+  RegionRow row;
+  UInt<kLaneBits> bank;
+};
+
+// An output tile.
+struct TileSpan {
+  UInt<kLengthBits> first[3];  // its first output along depth, height, width
+  UInt<kSizeBits> size[3];     // outputs along each axis
+};
+
+// Where the positions of a tile's regions lie. Positions whose coordinates leave the same remainders
+// modulo the stride form a phase; the phases of a region follow each other. The rows of a phase are
+// padded so that output f of the tile reads, at each tap, bank (f + a constant of the tap) % P_F:
+// the P_F outputs of a trip read from P_F different banks.
+struct Layout {
+  TileSpan span;
+  // from a position to the next of its phase, along depth, height and width
+  Place plane, pitch, column;
+  // from a phase to the next, along the same axes
+  Place phase[3];
+  Place round;  // all phases along the width, those between the windows included
+};
+
+// How the outputs of a tile pass by the lanes: P_F of them in each trip.
 struct Tile {
-  int first[3];      // its first output along depth, height, width
-  int size[3];       // outputs along each axis
-  int feature_rows;  // ceil(outputs / P_F): trips for one weight word
-  int phases[3];     // min(kernel, stride)
-  // addresses from a row to the next, from a plane to the next, from a phase to the next
-  int pitch, plane, phase_size;
-  int step[3];  // coordinates of output P_F of the tile: from one trip to the next
+  UInt<kSizeBits> size[3];
+  UInt<kFeatureRowBits> feature_rows;  // ceil(outputs / P_F): trips for one weight word
+  UInt<kTileBits> step[3];  // coordinates of output P_F of the tile: from one trip to the next
   // rows of a bank from one trip to the next; more where the width or the height wraps around
-  int row_step, row_wrap_w, row_wrap_h;
-  int lane_at[kPf][3];  // of each lane in the first trip: the coordinates of its output,
-  int lane_row[kPf];    // and the row in its bank
+  RegionRow row_step, row_wrap_w, row_wrap_h;
+  // of each lane in the first trip: the coordinates of its output, and the row in its bank
+  UInt<kTileBits> lane_at[kPf][3];
+  RegionRow lane_row[kPf];
 };
 
 // The part of a map that one output tile reads of one channel tile, padding included.
@@ -109,11 +158,6 @@ struct Region {
   int width;
   int first_beat, beats;  // along the width, counted from the start of the map's row
   int row_beats;          // beats in a row of the map
-};
-
-// A place in a region.
-struct Place {
-  int row, bank;
 };
 
 // A beat of a region with the place of each position.
@@ -127,7 +171,15 @@ struct RegionWord {
 struct WeightWord {
   Code code[kGroups][kRows][kPk][kTn];
   Place offset[kGroups][kPk];  // of the tap of each column, from the place of an output
-  int row[kGroups][kRows];     // filter of the group
+  UInt<kGroupRowBits> row[kGroups][kRows];  // filter of the group
+};
+
+// The groups of a weight word travel in two streams: the whole word is too wide for one. In a dense
+// design all groups have the places of the first.
+struct WeightHalf {
+  Code code[kHalfGroups][kRows][kPk][kTn];
+  Place offset[kHalfPlaces][kPk];
+  UInt<kGroupRowBits> row[kHalfGroups][kRows];
 };
 
 struct SumWord {
@@ -143,20 +195,49 @@ struct Index {
 };
 
 struct Scale {
-  Int<64> bias;
-  int mult, shift;
+  Sum bias;
+  UInt<kScaleMultBits> mult;
+  UInt<kScaleShiftBits> shift;
 };
+// Those of the filters of a vector.
+struct VectorScale {
+  Scale of[kTn];
+};
+
+enum StreamBits {
+  kItemWordBits = kItemChannelTileBits + kItemHeldTileBits + kItemMaskBits + 3 + kItemVectorsBits,
+  kSpanBits = 3 * (kLengthBits + kSizeBits),
+  kLayoutBits = kSpanBits + 7 * kPlaceBits,
+  kTileWordBits = 3 * kSizeBits + kFeatureRowBits + 3 * kTileBits + 3 * kRegionRowBits +
+      kPf * (3 * kTileBits + kRegionRowBits),
+  kRegionWordBits = 1 + kPortPositions * (1 + kPlaceBits + kTn * kBits),
+  kWeightHalfBits = kHalfGroups * kRows * (kPk * kTn * kBits + kGroupRowBits) +
+      kHalfPlaces * kPk * kPlaceBits,
+  kSumWordBits = kPortPositions * kTn * kSumBits,
+  kCodeWordBits = kPortPositions * kTn * 16,
+  kVectorScaleBits = kTn * (kSumBits + kScaleMultBits + kScaleShiftBits)
+};
+static_assert(int(kItemWordBits) <= kMostStreamBits && int(kLayoutBits) <= kMostStreamBits &&
+                  int(kTileWordBits) <= kMostStreamBits,
+              "a word of the plan is too wide for a stream");
+static_assert(int(kRegionWordBits) <= kMostStreamBits, "a beat of a region is too wide");
+static_assert(int(kWeightHalfBits) <= kMostStreamBits, "half a weight word is too wide");
+static_assert(int(kSumWordBits) <= kMostStreamBits && int(kCodeWordBits) <= kMostStreamBits &&
+                  int(kVectorScaleBits) <= kMostStreamBits,
+              "a beat of sums is too wide");
 
 // ---- small functions that the processes share ------------------------------------------------
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
 inline int larger(int a, int b) { return a > b ? a : b; }
-// floor(a / b) for any sign of a
-inline int floor_div(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+// Dividers for lengths of an axis: 17 by 10 bits suffice.
+inline int quotient(int a, int b) { return int(UInt<kLengthBits + 1>(a) / UInt<kStrideBits>(b)); }
 
 inline int tiles_along(const Task& task, int axis) {
-  return ceil_div(task[Field(kOutD + axis)], task[Field(kTileD + axis)]);
+  const int size = task[Field(kTileD + axis)];
+  return int(UInt<kLengthBits + 1>(task[Field(kOutD + axis)] + size - 1) / UInt<kSizeBits>(size));
 }
 inline int tile_count(const Task& task) {
   return tiles_along(task, 0) * tiles_along(task, 1) * tiles_along(task, 2);
@@ -167,11 +248,23 @@ inline int taps_of(const Task& task) { return task[kKernelD] * task[kKernelH] * 
 inline int item_words(const Task& task) {
   return is_convolution(task) ? task[kTapTiles] * task[kColSteps] * task[kRowSteps] : taps_of(task);
 }
-inline int beats_of_row(int width) { return ceil_div(width, kPortPositions); }
+// Beats that hold `width` positions.
+inline int beats_of_row(int width) {
+  return int(UInt<kLengthBits + 1>(width + kPortPositions - 1) / kPortPositions);
+}
 
-// Dividers for coordinates within a tile: 16 by 10 bits suffice.
-inline int quotient(int a, int b) { return int(UInt<16>(a) / UInt<10>(b)); }
-inline int remainder(int a, int b) { return int(UInt<16>(a) % UInt<10>(b)); }
+// The place `by` further.
+inline Place moved(const Place& place, const Place& by) {
+#pragma HLS INLINE
+  const int bank = int(place.bank) + int(by.bank);
+  const bool wraps = bank >= kPf;
+  // rows are counted modulo a power of two
+  const int row = int(place.row) + int(by.row) + (wraps ? 1 : 0);
+  Place sum;
+  sum.bank = wraps ? bank - kPf : bank;
+  sum.row = row & ((1 << kRegionRowBits) - 1);
+  return sum;
+}
 
 // The number in `bits` bits of a 64-bit word, from bit `first` on.
 inline int bit_field(const Word64& word64, int first, int bits) {
@@ -194,35 +287,27 @@ inline Code code_of(const Word64 (&words64)[kCount], int i) {
   return Code(Int<64>(words64[bit / 64] << (64 - kBits - bit % 64)) >> (64 - kBits));
 }
 
-// The offset of row `row` of a region, from the region's first position.
-inline int row_offset(const Region& region, int axis, int row) {
-#pragma HLS INLINE
-  const int kernel = region.kernel[axis], stride = region.stride[axis];
-  return kernel < stride ? quotient(row, kernel) * stride + remainder(row, kernel) : row;
-}
-
 // A bank has two ports. With a stride of 3 or more a whole beat could access one bank three times:
 // it is cut into parts of two positions.
 inline int parts_of_beat(const Region& region) {
   return region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1;
 }
 
-Tile make_tile(const Task& task, int d, int h, int w);
-Region make_region(const Task& task, const Tile& tile);
+Region make_region(const Task& task, const TileSpan& span);
 
 // ---- the processes ---------------------------------------------------------------------------
 
 // `trips` counts the trips of a process's pipelined loops.
 
 // plan.cpp
-void read_plan(const Task& task, Stream<Word64>& item_words, Stream<Tile>& tiles_to_list,
-               Stream<Tile>& tiles_to_place, Stream<Tile>& tiles_to_decode,
-               Stream<Tile>& tiles_to_inputs, Stream<Tile>& tiles_to_scale,
-               Stream<Tile>& tiles_to_pack, Stream<Item>& items_to_list,
+void read_plan(const Task& task, Stream<Word64>& item_words, Stream<TileSpan>& tiles_to_list,
+               Stream<Layout>& tiles_to_place, Stream<Layout>& tiles_to_decode,
+               Stream<Tile>& tiles_to_inputs, Stream<TileSpan>& tiles_to_scale,
+               Stream<TileSpan>& tiles_to_pack, Stream<Item>& items_to_list,
                Stream<Item>& items_to_place, Stream<Item>& items_to_decode,
                Stream<Item>& items_to_schedule, Stream<Item>& items_to_inputs, long& trips);
 // memory.cpp
-void list_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Run>& runs_0,
+void list_input(const Task& task, Stream<TileSpan>& tiles, Stream<Item>& items, Stream<Run>& runs_0,
                 Stream<Beats>& lengths_0, Stream<Run>& runs_1, Stream<Beats>& lengths_1);
 void list_shortcut(const Task& task, Stream<Run>& runs, Stream<Beats>& lengths);
 void list_output(const Task& task, Stream<Run>& runs);
@@ -230,24 +315,28 @@ void read_input(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& lengths
                 Stream<Beat>& beats, long& trips, long& requests);
 void read_shortcut(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& lengths,
                    Stream<Beat>& beats, long& trips, long& requests);
-void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, long& trips,
-                  long& requests);
+void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, Stream<bool>& done,
+                  long& trips, long& requests);
 void read_weights(const Task& task, MemoryPort<WeightBeat> weights, bool odd,
                   Stream<WeightBeat>& beats, long& trips, long& requests);
 void read_items(const Task& task, MemoryPort<Word64> tables, Stream<Word64>& items);
 void read_indices(const Task& task, MemoryPort<Word64> tables, Stream<Index>& indices, long& trips);
 void read_scales(const Task& task, MemoryPort<Word64> tables, Stream<Word64>& scales, long& trips);
+// clock.cpp
+void count_clocks(Stream<bool>& done, long& clocks);
 // decode.cpp
-void place_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Beat>& beats_0,
-                 Stream<Beat>& beats_1, Stream<RegionWord>& region_words, long& trips);
-void make_words(const Task& task, Stream<Tile>& tiles, Stream<Item>& items,
+void place_input(const Task& task, Stream<Layout>& tiles, Stream<Item>& items,
+                 Stream<Beat>& beats_0, Stream<Beat>& beats_1, Stream<RegionWord>& region_words,
+                 long& trips);
+void make_words(const Task& task, Stream<Layout>& tiles, Stream<Item>& items,
                 Stream<WeightBeat>& beats_0, Stream<WeightBeat>& beats_1, Stream<Index>& indices,
-                Stream<WeightWord>& words, long& trips);
+                Stream<WeightHalf>& words_0, Stream<WeightHalf>& words_1, long& trips);
 // post.cpp
-void scale(const Task& task, Stream<Tile>& tiles, Stream<Word64>& scales, Stream<Beat>& shortcut,
-           Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips);
+void gather_scales(const Task& task, Stream<Word64>& scales, Stream<VectorScale>& vectors);
+void scale(const Task& task, Stream<TileSpan>& tiles, Stream<VectorScale>& scales,
+           Stream<Beat>& shortcut, Stream<SumWord>& sums, Stream<CodeWord>& codes, long& trips);
 // pool.cpp
-void pack_output(const Task& task, Stream<Tile>& tiles, Stream<CodeWord>& codes,
+void pack_output(const Task& task, Stream<TileSpan>& tiles, Stream<CodeWord>& codes,
                  Stream<Beat>& beats, long& trips);
 
 }  // namespace kgrc

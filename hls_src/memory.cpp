@@ -37,7 +37,7 @@ static void give_input(const Run& run, bool odd, Stream<Run>& runs_0, Stream<Bea
 // each item has a run, though it be empty, and each tile has at least kRunsAhead / 2: a port is
 // never ahead by more than kRunsAhead items and two tiles, for which the streams of the plan have
 // room.
-void list_input(const Task& task, Stream<Tile>& tiles, Stream<Item>& items, Stream<Run>& runs_0,
+void list_input(const Task& task, Stream<TileSpan>& tiles, Stream<Item>& items, Stream<Run>& runs_0,
                 Stream<Beats>& lengths_0, Stream<Run>& runs_1, Stream<Beats>& lengths_1) {
   const int in_d = task[kInD], in_h = task[kInH];
   const int count = tile_count(task);
@@ -293,8 +293,8 @@ void read_shortcut(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& leng
 
 // The beats of finished codes to the runs of a list. A response says that a run is in memory;
 // responses are taken when kRequestsAhead of them are due, and at the end.
-void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, long& trips,
-                  long& requests) {
+void write_output(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beat>& beats, Stream<bool>& done,
+                  long& trips, long& requests) {
   bool more = true;
   int waiting = 0;
   Beats left = 0;
@@ -322,6 +322,7 @@ runs:
   }
 responses:
   for (int i = 0; i < waiting; ++i) maps.write_response();
+  done.write(true);  // to count_clocks
 }
 
 // ---- ports of weights and tables: the same beats once for each output tile --------------------

@@ -1,4 +1,4 @@
-// A memory bank with two ports, and the streams between processes.
+// A memory bank with two ports.
 //
 // With KGRC_PORTS a simulation counts the accesses of every bank in each trip of a pipelined loop.
 // Two faults are counted that II = 1 would not forgive: more than two accesses to a bank in a trip,
@@ -96,53 +96,6 @@ class Ram {
 #endif
 };
 
-#if defined(__SYNTHESIS__)
-
-#include <hls_stream.h>
-template <class Value>
-using Stream = hls::stream<Value>;
-
-#else
-
-// A FIFO without a bound: a simulation runs the processes one after the other, so that a stream
-// has to hold all that its writer writes.
-template <class Value>
-class Stream {
- public:
-  explicit Stream(const char* name) : name(name), cells(0), size(0), first(0), last(0) {}
-  ~Stream() { std::free(cells); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-
-  void write(const Value& value) {
-    if (last == size) grow();
-    cells[last++] = value;
-  }
-  // Throws std::runtime_error if the stream is empty: hardware would wait for ever.
-  Value read() {
-    if (first == last) fail();
-    Value value = cells[first++];
-    if (first == last) first = last = 0;
-    return value;
-  }
-  bool empty() const { return first == last; }
-
- private:
-  [[noreturn]] void fail() const {
-    throw std::runtime_error("the stream " + std::string(name) +
-                             " is empty where it is read; hardware would hang");
-  }
-  void grow() {
-    size = size ? 2 * size : 256;
-    void* moved = std::realloc(static_cast<void*>(cells), size * sizeof(Value));
-    if (!moved) throw std::bad_alloc();
-    cells = static_cast<Value*>(moved);
-  }
-  const char* name;
-  Value* cells;
-  size_t size, first, last;
-};
-
-#endif
-
 }  // namespace kgrc
+
+#include "stream.h"

@@ -20,7 +20,7 @@ struct Extent {
 static inline int product(int a, int b) { return int(UInt<16>(a)) * int(UInt<16>(b)); }
 
 static Extent measure(const Task& task, const int (&number)[3]) {
-  Tile tile;
+  TileSpan tile;
   for (int axis = 0; axis < 3; ++axis) {
     const int size = task[Field(kTileD + axis)], out = task[Field(kOutD + axis)];
     tile.first[axis] = product(number[axis], size);
@@ -126,11 +126,9 @@ tiles:
       run.sums_half = sums_half;
       const int drains = drain_left > 0 ? drain_left : settle_left;
       const bool waits = late && ready > 0;
-      int trips = 1 << kRunBits;
-      if (load_left > 0) trips = smaller(trips, load_left);
-      if (active) trips = smaller(trips, item_left);
-      if (drains > 0) trips = smaller(trips, drains);
-      if (waits) trips = smaller(trips, ready);
+      const int most = 1 << kRunBits;
+      int trips = smaller(smaller(load_left > 0 ? load_left : most, drains > 0 ? drains : most),
+                          smaller(active ? item_left : most, waits ? ready : most));
       // a plan that uses a region that it does not load ends here, and not never
       const bool stuck = load_left == 0 && !active && drains == 0 && !waits;
       if (stuck) trips = 1;
@@ -235,8 +233,9 @@ tiles:
           outputs += exists;
           const bool wraps_w = at_w[lane] >= limit_w;
           const bool wraps_h = at_h[lane] >= (wraps_w ? carried_h : limit_h);
-          const int moved = int(rows[lane]) + tile.row_step + (wraps_w ? tile.row_wrap_w : 0) +
-                            (wraps_h ? tile.row_wrap_h : 0);
+          const int moved = int(rows[lane]) + int(tile.row_step) +
+                            (wraps_w ? int(tile.row_wrap_w) : 0) +
+                            (wraps_h ? int(tile.row_wrap_h) : 0);
           const int w = int(at_w[lane]) + int(step_w) - (wraps_w ? int(size_w) : 0);
           const int h = int(at_h[lane]) + int(step_h) + wraps_w - (wraps_h ? int(size_h) : 0);
           const int d = int(at_d[lane]) + int(step_d) + wraps_h;

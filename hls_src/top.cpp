@@ -12,24 +12,25 @@ struct Report {
   long input_beats_0, input_beats_1, shortcut_beats, output_beats, weight_beats_0, weight_beats_1;
   long input_requests_0, input_requests_1, shortcut_requests, output_requests, weight_requests_0,
       weight_requests_1;
+  long clocks;  // clock cycles from the start of the task to its end
 };
 
 // The processes of one task. They run side by side; the streams between them decouple the loads,
 // the array and the stores. Each memory port is accessed by one process.
-static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat> input_1,
+static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat> input1,
                      MemoryPort<Beat> shortcut, MemoryPort<Beat> output,
-                     MemoryPort<WeightBeat> weights_0, MemoryPort<WeightBeat> weights_1,
+                     MemoryPort<WeightBeat> weights0, MemoryPort<WeightBeat> weights1,
                      MemoryPort<Word64> items, MemoryPort<Word64> indices,
                      MemoryPort<Word64> scales, Report& report) {
 #pragma HLS DATAFLOW
 #pragma HLS STABLE variable = task
   Stream<Word64> item_words("item_words");
-  Stream<Tile> tiles_to_list("tiles_to_list");
-  Stream<Tile> tiles_to_place("tiles_to_place");
-  Stream<Tile> tiles_to_decode("tiles_to_decode");
+  Stream<TileSpan> tiles_to_list("tiles_to_list");
+  Stream<Layout> tiles_to_place("tiles_to_place");
+  Stream<Layout> tiles_to_decode("tiles_to_decode");
   Stream<Tile> tiles_to_inputs("tiles_to_inputs");
-  Stream<Tile> tiles_to_scale("tiles_to_scale");
-  Stream<Tile> tiles_to_pack("tiles_to_pack");
+  Stream<TileSpan> tiles_to_scale("tiles_to_scale");
+  Stream<TileSpan> tiles_to_pack("tiles_to_pack");
   Stream<Item> items_to_list("items_to_list");
   Stream<Item> items_to_place("items_to_place");
   Stream<Item> items_to_decode("items_to_decode");
@@ -50,28 +51,32 @@ static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat
   Stream<WeightBeat> weight_beats_1("weight_beats_1");
   Stream<Index> chunk_indices("chunk_indices");
   Stream<Word64> scale_words("scale_words");
+  Stream<VectorScale> vector_scales("vector_scales");
   Stream<ArrayRun> array_runs("array_runs");
   Stream<DrainOrder> drain_orders("drain_orders");
   Stream<InputStep> input_steps("input_steps");
   Stream<SumStep> sum_steps("sum_steps");
   Stream<RegionWord> region_words("region_words");
-  Stream<WeightWord> weight_words("weight_words");
+  Stream<WeightHalf> weight_words_0("weight_words_0");
+  Stream<WeightHalf> weight_words_1("weight_words_1");
   Stream<SumWord> sum_words("sum_words");
   Stream<CodeWord> code_words("code_words");
+  Stream<bool> done("done");
   // Processes that follow the plan may be some tiles and items apart: the input ports are up to
-  // kRunsAhead items and two tiles ahead of the array, and would hang with less room.
-#pragma HLS STREAM variable = item_words depth = 64
-#pragma HLS STREAM variable = tiles_to_list depth = 4
-#pragma HLS STREAM variable = tiles_to_place depth = 4
-#pragma HLS STREAM variable = tiles_to_decode depth = 4
-#pragma HLS STREAM variable = tiles_to_inputs depth = 4
-#pragma HLS STREAM variable = tiles_to_scale depth = 4
-#pragma HLS STREAM variable = tiles_to_pack depth = 4
-#pragma HLS STREAM variable = items_to_list depth = 64
-#pragma HLS STREAM variable = items_to_place depth = 64
-#pragma HLS STREAM variable = items_to_decode depth = 64
-#pragma HLS STREAM variable = items_to_schedule depth = 64
-#pragma HLS STREAM variable = items_to_inputs depth = 64
+  // kRunsAhead items and two tiles ahead of the array, and would hang with less room. More tiles are
+  // apart where they are so small that several are in the pipelines behind the array.
+#pragma HLS STREAM variable = item_words depth = 512
+#pragma HLS STREAM variable = tiles_to_list depth = 16
+#pragma HLS STREAM variable = tiles_to_place depth = 16
+#pragma HLS STREAM variable = tiles_to_decode depth = 16
+#pragma HLS STREAM variable = tiles_to_inputs depth = 16
+#pragma HLS STREAM variable = tiles_to_scale depth = 16
+#pragma HLS STREAM variable = tiles_to_pack depth = 16
+#pragma HLS STREAM variable = items_to_list depth = 512
+#pragma HLS STREAM variable = items_to_place depth = 512
+#pragma HLS STREAM variable = items_to_decode depth = 512
+#pragma HLS STREAM variable = items_to_schedule depth = 512
+#pragma HLS STREAM variable = items_to_inputs depth = 512
   // as deep as a port is ahead: kRunsAhead
 #pragma HLS STREAM variable = input_runs_0 depth = 32
 #pragma HLS STREAM variable = input_runs_1 depth = 32
@@ -88,47 +93,53 @@ static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat
 #pragma HLS STREAM variable = weight_beats_1 depth = 512
 #pragma HLS STREAM variable = chunk_indices depth = 64
 #pragma HLS STREAM variable = scale_words depth = 64
+#pragma HLS STREAM variable = vector_scales depth = 16
   // what the array does is decided some runs and trips ahead
 #pragma HLS STREAM variable = array_runs depth = 16
 #pragma HLS STREAM variable = drain_orders depth = 4
 #pragma HLS STREAM variable = input_steps depth = 32
 #pragma HLS STREAM variable = sum_steps depth = 32
 #pragma HLS STREAM variable = region_words depth = 16
-#pragma HLS STREAM variable = weight_words depth = 4
+#pragma HLS STREAM variable = weight_words_0 depth = 4
+#pragma HLS STREAM variable = weight_words_1 depth = 4
 #pragma HLS STREAM variable = sum_words depth = 64
 #pragma HLS STREAM variable = code_words depth = 64
+#pragma HLS STREAM variable = done depth = 2
   read_items(task, items, item_words);
   read_plan(task, item_words, tiles_to_list, tiles_to_place, tiles_to_decode, tiles_to_inputs,
             tiles_to_scale, tiles_to_pack, items_to_list, items_to_place, items_to_decode,
             items_to_schedule, items_to_inputs, report.plan);
   list_input(task, tiles_to_list, items_to_list, input_runs_0, input_lengths_0, input_runs_1,
              input_lengths_1);
-  read_input(input_0, input_runs_0, input_lengths_0, input_beats_0, report.input_beats_0,
+  read_input(input0, input_runs_0, input_lengths_0, input_beats_0, report.input_beats_0,
              report.input_requests_0);
-  read_input(input_1, input_runs_1, input_lengths_1, input_beats_1, report.input_beats_1,
+  read_input(input1, input_runs_1, input_lengths_1, input_beats_1, report.input_beats_1,
              report.input_requests_1);
   place_input(task, tiles_to_place, items_to_place, input_beats_0, input_beats_1, region_words,
               report.input);
-  read_weights(task, weights_0, false, weight_beats_0, report.weight_beats_0,
+  read_weights(task, weights0, false, weight_beats_0, report.weight_beats_0,
                report.weight_requests_0);
-  read_weights(task, weights_1, true, weight_beats_1, report.weight_beats_1,
+  read_weights(task, weights1, true, weight_beats_1, report.weight_beats_1,
                report.weight_requests_1);
   read_indices(task, indices, chunk_indices, report.index_words);
   make_words(task, tiles_to_decode, items_to_decode, weight_beats_0, weight_beats_1, chunk_indices,
-             weight_words, report.weights);
+             weight_words_0, weight_words_1, report.weights);
   schedule(task, items_to_schedule, array_runs, drain_orders);
   address_inputs(task, tiles_to_inputs, items_to_inputs, input_steps, report.macs);
   address_sums(drain_orders, sum_steps);
-  multiply(task, array_runs, input_steps, sum_steps, region_words, weight_words, sum_words,
-           report.array);
+  multiply(task, array_runs, input_steps, sum_steps, region_words, weight_words_0, weight_words_1,
+           sum_words, report.array);
   read_scales(task, scales, scale_words, report.scale_words);
   list_shortcut(task, shortcut_runs, shortcut_lengths);
   read_shortcut(shortcut, shortcut_runs, shortcut_lengths, shortcut_beats, report.shortcut_beats,
                 report.shortcut_requests);
-  scale(task, tiles_to_scale, scale_words, shortcut_beats, sum_words, code_words, report.scale);
+  gather_scales(task, scale_words, vector_scales);
+  scale(task, tiles_to_scale, vector_scales, shortcut_beats, sum_words, code_words, report.scale);
   pack_output(task, tiles_to_pack, code_words, output_beats, report.store);
   list_output(task, output_runs);
-  write_output(output, output_runs, output_beats, report.output_beats, report.output_requests);
+  write_output(output, output_runs, output_beats, done, report.output_beats,
+               report.output_requests);
+  count_clocks(done, report.clocks);
 }
 
 }  // namespace kgrc
@@ -137,26 +148,26 @@ static void run_task(const Task& task, MemoryPort<Beat> input_0, MemoryPort<Beat
 // a third. Each is accessed by one process, so that none waits for another.
 // `status` takes kStatusWords 64-bit words a task. `digest` is the design's: a driver refuses
 // programs that were compiled for another.
-extern "C" void kgrc_run(kgrc::MemoryPort<kgrc::Beat> input_0, kgrc::MemoryPort<kgrc::Beat> input_1,
+extern "C" void kgrc_run(kgrc::MemoryPort<kgrc::Beat> input0, kgrc::MemoryPort<kgrc::Beat> input1,
                          kgrc::MemoryPort<kgrc::Beat> shortcut, kgrc::MemoryPort<kgrc::Beat> output,
-                         kgrc::MemoryPort<kgrc::WeightBeat> weights_0,
-                         kgrc::MemoryPort<kgrc::WeightBeat> weights_1, const kgrc::Word64* tables,
+                         kgrc::MemoryPort<kgrc::WeightBeat> weights0,
+                         kgrc::MemoryPort<kgrc::WeightBeat> weights1, const kgrc::Word64* tables,
                          kgrc::MemoryPort<kgrc::Word64> items,
                          kgrc::MemoryPort<kgrc::Word64> indices,
                          kgrc::MemoryPort<kgrc::Word64> scales, kgrc::Word64* status,
                          kgrc::Word64* digest, int first_task, int task_count) {
   // clang-format off
-#pragma HLS INTERFACE m_axi port = input_0 offset = slave bundle = maps_in_0 depth = 65536 \
+#pragma HLS INTERFACE m_axi port = input0 offset = slave bundle = maps_in0 depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 16
-#pragma HLS INTERFACE m_axi port = input_1 offset = slave bundle = maps_in_1 depth = 65536 \
+#pragma HLS INTERFACE m_axi port = input1 offset = slave bundle = maps_in1 depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = shortcut offset = slave bundle = maps_shortcut depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = output offset = slave bundle = maps_out depth = 65536 \
     max_write_burst_length = 64 num_write_outstanding = 16
-#pragma HLS INTERFACE m_axi port = weights_0 offset = slave bundle = weights_0 depth = 65536 \
+#pragma HLS INTERFACE m_axi port = weights0 offset = slave bundle = weights0 depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 16
-#pragma HLS INTERFACE m_axi port = weights_1 offset = slave bundle = weights_1 depth = 65536 \
+#pragma HLS INTERFACE m_axi port = weights1 offset = slave bundle = weights1 depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = tables offset = slave bundle = tables depth = 65536 \
     max_read_burst_length = 64 num_read_outstanding = 4
@@ -168,12 +179,12 @@ extern "C" void kgrc_run(kgrc::MemoryPort<kgrc::Beat> input_0, kgrc::MemoryPort<
     max_read_burst_length = 16 num_read_outstanding = 16
 #pragma HLS INTERFACE m_axi port = status offset = slave bundle = tables depth = 65536
   // clang-format on
-#pragma HLS INTERFACE s_axilite port = input_0
-#pragma HLS INTERFACE s_axilite port = input_1
+#pragma HLS INTERFACE s_axilite port = input0
+#pragma HLS INTERFACE s_axilite port = input1
 #pragma HLS INTERFACE s_axilite port = shortcut
 #pragma HLS INTERFACE s_axilite port = output
-#pragma HLS INTERFACE s_axilite port = weights_0
-#pragma HLS INTERFACE s_axilite port = weights_1
+#pragma HLS INTERFACE s_axilite port = weights0
+#pragma HLS INTERFACE s_axilite port = weights1
 #pragma HLS INTERFACE s_axilite port = tables
 #pragma HLS INTERFACE s_axilite port = items
 #pragma HLS INTERFACE s_axilite port = indices
@@ -200,7 +211,7 @@ tasks:
       task.field[i + 1] = int(word64 >> 32);
     }
     Report report = Report();
-    run_task(task, input_0, input_1, shortcut, output, weights_0, weights_1, items, indices, scales,
+    run_task(task, input0, input1, shortcut, output, weights0, weights1, items, indices, scales,
              report);
     long counts[kStatusWords] = {};
     counts[kStatusDone] = 1;
@@ -220,6 +231,7 @@ tasks:
     counts[kStatusShortcutRequests] = report.shortcut_requests;
     counts[kStatusOutputRequests] = report.output_requests;
     counts[kStatusWeightRequests] = report.weight_requests_0 + report.weight_requests_1;
+    counts[kStatusClocks] = report.clocks;
   status_words:
     for (int i = 0; i < kStatusWords; ++i) {
       // II = 1: a word does not depend on another
@@ -238,25 +250,25 @@ extern "C" const char* kgrc_simulate(void* const* memory, const uint64_t* bytes,
   using namespace kgrc;
   static std::string fault;
   try {
-    SimulatedPort<Beat> input_0("input_0", kPortInput0, memory, bytes);
-    SimulatedPort<Beat> input_1("input_1", kPortInput1, memory, bytes);
+    SimulatedPort<Beat> input0("input0", kPortInput0, memory, bytes);
+    SimulatedPort<Beat> input1("input1", kPortInput1, memory, bytes);
     SimulatedPort<Beat> shortcut("shortcut", kPortShortcut, memory, bytes);
     SimulatedPort<Beat> output("output", kPortOutput, memory, bytes);
-    SimulatedPort<WeightBeat> weights_0("weights_0", kPortWeights0, memory, bytes);
-    SimulatedPort<WeightBeat> weights_1("weights_1", kPortWeights1, memory, bytes);
+    SimulatedPort<WeightBeat> weights0("weights0", kPortWeights0, memory, bytes);
+    SimulatedPort<WeightBeat> weights1("weights1", kPortWeights1, memory, bytes);
     SimulatedPort<Word64> items("items", kPortItems, memory, bytes);
     SimulatedPort<Word64> indices("indices", kPortIndices, memory, bytes);
     SimulatedPort<Word64> scales("scales", kPortScales, memory, bytes);
-    kgrc_run(input_0.port(), input_1.port(), shortcut.port(), output.port(), weights_0.port(),
-             weights_1.port(), static_cast<Word64*>(memory[kPortTables]), items.port(),
+    kgrc_run(input0.port(), input1.port(), shortcut.port(), output.port(), weights0.port(),
+             weights1.port(), static_cast<Word64*>(memory[kPortTables]), items.port(),
              indices.port(), scales.port(), static_cast<Word64*>(memory[kPortStatus]), digest,
              first_task, task_count);
-    input_0.check_idle();
-    input_1.check_idle();
+    input0.check_idle();
+    input1.check_idle();
     shortcut.check_idle();
     output.check_idle();
-    weights_0.check_idle();
-    weights_1.check_idle();
+    weights0.check_idle();
+    weights1.check_idle();
     items.check_idle();
     indices.check_idle();
     scales.check_idle();

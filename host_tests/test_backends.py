@@ -116,6 +116,7 @@ def test_transformed_convolutions(run, kernel, channels, bits, monkeypatch):
     """
     monkeypatch.setattr(choice, "ELEMENT_COST", 0)
     monkeypatch.setattr(choice, "WEIGHT_COST", 0)
+    monkeypatch.setattr(choice, "ONE_AXIS_CHANNELS", 16)
     net = Net(size=(5, 6, 7))
     source = net.conv("clip", channels, 1, pad=0)
     pad = tuple(k // 2 for k in kernel)

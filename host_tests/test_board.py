@@ -27,8 +27,10 @@ from pynq_kgrc.accelerator.header import (  # noqa: E402
     ADDRESSES,
     IMAGE_VERSION,
     REGISTERS,
+    STATUS,
     register_of,
 )
+from pynq_kgrc.analysis.timing import time_layers  # noqa: E402
 from pynq_kgrc.backends.base import count_task, open_backend  # noqa: E402
 from pynq_kgrc.backends.board import backend as driver  # noqa: E402
 from pynq_kgrc.backends.board import overlays, simulated, simulated_overlay  # noqa: E402
@@ -155,7 +157,8 @@ def test_counters_are_the_devices_own(board, program, clips):
     simulation.write(program.source, clips[0][0])
     for ours, theirs, task in zip(found, simulation.run(), program.tasks, strict=True):
         assert replace(ours, seconds=0) == replace(theirs, seconds=0)
-        assert replace(ours, seconds=0, cycles=None) == count_task(program, task)
+        assert replace(ours, seconds=0, trips=None) == count_task(program, task)
+        assert ours.cycles is None, "a C-simulation has no clock"
         assert ours.seconds > 0
 
 
@@ -217,18 +220,18 @@ def test_the_file_may_be_newer_than_the_overlay_but_not_the_memory_image(
     board, program, clips, monkeypatch
 ):
     """A manifest's `program_version` is about what the hardware reads."""
-    assert program.version == VERSION == 2
+    assert program.version == VERSION > 1
     manifests = sorted((ROOT / "overlays").glob("*/manifest.json"))
     assert len(manifests) >= 6
     for path in manifests:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
         assert manifest.program_version == IMAGE_VERSION, path
-    for version in (1, 2):
+    for version in range(1, VERSION + 1):
         board.load(msgspec.structs.replace(program, version=version))
         np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
     older = msgspec.structs.replace(board._found_overlay.manifest, program_version=9)
     monkeypatch.setattr(board, "_found_overlay", replace(board._found_overlay, manifest=older))
-    with pytest.raises(ProgramError, match="image of version 1, the overlay reads version 9"):
+    with pytest.raises(ProgramError, match="image of version 2, the overlay reads version 9"):
         board.load(program)
     np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
 
@@ -283,9 +286,9 @@ def test_both_kinds_of_interrupt_status(program, clips, clears_on_read, caplog):
         ("never_done", r"task conv1 \(1 of 3\) did not finish .*; registers CTRL=0x1 "),
         ("error_status", r"task conv2 \(2 of 3\) reports 0xdead instead of 1 \(done\)"),
         ("wrong_digest", r"the device is of the design .*, not small-8"),
-        ("decode_error", r"bus decode error: .*weights_0_2 reads 0x0, not 0x8"),
+        ("decode_error", r"bus decode error: .*weights0_2 reads 0x0, not 0x8"),
         ("bad_table", r"task conv1 .* probably a bus decode error: the tables in memory"),
-        ("reprogrammed", r"re-programmed or reset while it ran: input_0_2 reads 0x0, not 0x8"),
+        ("reprogrammed", r"re-programmed or reset while it ran: input0_2 reads 0x0, not 0x8"),
         ("power_cycle", r"reset, re-programmed or without power while it ran"),
     ],
 )
@@ -317,7 +320,7 @@ def test_names_of_the_tasks_are_those_of_the_program(program):
 
 def test_every_fault_is_tested():
     named = {"never_done", "error_status", "wrong_digest", "decode_error", "bad_table"}
-    elsewhere = {"late", "interrupt_lost", "cma_full", "reprogrammed", "power_cycle"}
+    elsewhere = {"late", "interrupt_lost", "cma_full", "reprogrammed", "power_cycle", "open_burst"}
     assert named | elsewhere == set(simulated.FAULTS)
 
 
@@ -428,6 +431,121 @@ def test_a_device_that_stays_dead_is_refused_with_the_reason(
     np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
 
 
+def test_a_slow_kernel_is_seen(board, device, program, clips, caplog):
+    """II = 4: codes, trips and counts are those of a fast kernel; the clock cycles are not."""
+    board.write(program.source, clips[0][0])
+    fast = board.run()
+    assert not caplog.records
+    device.clocks_per_trip = 4
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+    board.write(program.source, clips[0][0])
+    caplog.clear()
+    slow = board.run()
+    assert [each.trips for each in slow] == [each.trips for each in fast]
+    assert [each.cycles for each in slow] == [4 * each.trips for each in fast]
+    assert re.search(r"kernel took \d+ clock cycles, [\d.]+ times the modelled", caplog.text)
+    layers = time_layers(program, slow)
+    for layer, counters in zip(layers, slow, strict=True):
+        assert layer.slowdown == counters.cycles / layer.cost.cycles
+    bound_by_array = [layer for layer in layers if layer.cost.bound == "array"]
+    assert bound_by_array
+    assert {layer.slowdown for layer in bound_by_array} == {4}
+    assert {layer.slowdown for layer in time_layers(program, fast)} == {None}
+    # the time of the run is shared out by clock cycles
+    total = sum(each.cycles for each in slow)
+    for each in slow:
+        assert each.seconds / sum(s.seconds for s in slow) == pytest.approx(each.cycles / total)
+
+
+def test_the_shares_of_a_run_are_those_of_the_clock(board, device, program, clips, monkeypatch):
+    """Not of the trips: a task that waits for memory takes time but makes no trips."""
+    real = simulated.Kernel._run
+
+    def stalls(self, first, count):
+        real(self, first, count)
+        size = 8 * len(STATUS)
+        status = device.memory.bytes_at(self._address("status"), count * size)
+        words = status.view(np.uint64).reshape(count, len(STATUS))
+        words[:, STATUS.index("clocks")] = [10_000, 1, 1]
+
+    monkeypatch.setattr(simulated.Kernel, "_run", lambda *a: stalls(*a) if a[2] else real(*a))
+    board.write(program.source, clips[0][0])
+    found = board.run()
+    assert found[0].seconds > 0.99 * sum(each.seconds for each in found)
+    assert found[0].trips < 2 * found[1].trips
+
+
+# ---- memory ports at rest before the device is programmed ------------------------------------
+
+
+def test_a_hung_kernel_is_programmed_only_after_its_memory_ports_rest(
+    board, device, program, clips
+):
+    device.faults = ["never_done"]
+    board.write(program.source, clips[0][0])
+    with pytest.raises(DeviceError, match="did not finish"):
+        board.run()
+    assert not device.hung
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_a_kernel_left_running_by_a_killed_process_is_stopped_by_the_next(device, program, clips):
+    with BoardBackend(program.config, device=device, **QUICK) as board:
+        board.load(program)
+    device.kernel._control = simulated.START
+    with BoardBackend(program.config, device=device, **QUICK) as board:
+        board.load(program)
+        np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_a_burst_that_does_not_end_is_no_reason_to_hang_the_board(
+    board, device, program, clips, caplog
+):
+    board.write(program.source, clips[0][0])
+    device.faults = ["never_done", "open_burst"]
+    downloads = device.downloads
+    with pytest.raises(DeviceError, match="did not finish"):
+        board.run()
+    assert re.search(r"shutdown_\w+ has a burst open after 0.1 s \(state 0x1", caplog.text)
+    assert (device.downloads, device.hung) == (downloads, False)
+    # once it has ended, the device is programmed
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+    assert device.downloads == downloads + 1
+
+
+def test_a_port_that_never_rests_is_refused_each_time(board, device, program, clips, monkeypatch):
+    board.write(program.source, clips[0][0])
+    device.faults = ["never_done"]
+    with monkeypatch.context() as patch:
+        patch.setattr(simulated.Manager, "read", lambda *_: 5)
+        with pytest.raises(DeviceError, match="did not finish"):
+            board.run()
+        for _ in range(2):
+            with pytest.raises(DeviceError, match=r"does not come back .*burst open.*state 0x5"):
+                board.write(program.source, clips[0][0])
+    assert not device.hung
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+def test_pynq_does_not_program_over_an_open_burst_of_the_overlay_before(device, program):
+    """pynq asks the managers of any overlay, but programs after a timeout all the same."""
+    BoardBackend(program.config, device=device).close()
+    device.kernel._control, device.faults = simulated.START, ["open_burst"]
+    with pytest.raises(DeviceError, match="overlay that is loaded do not come to rest"):
+        BoardBackend(program.config, device=device)
+    assert not device.hung
+
+
+def test_programming_over_an_open_burst_hangs_the_simulated_board(device, program):
+    """The tests above rely on this."""
+    overlay = KgrcOverlay(str(device.supply_overlay(program.config) / "kgrc.bit"), device=device)
+    device.kernel._control, device.faults = simulated.START, ["open_burst"]
+    with pytest.warns(UserWarning, match="Timeout for shutdown manager"):
+        pynq.Overlay.download(overlay)
+    with pytest.raises(simulated.BusError, match="a memory port hangs"):
+        overlay.bind().get("CTRL")
+
+
 def test_wrong_counts_are_no_result(board, program, clips):
     board._modelled_counts[1, 0] += 1
     board.write(program.source, clips[0][0])
@@ -473,6 +591,12 @@ def replace_in(folder, name, old, new):
         (lambda f: change(f, digest="0" * 16), r"digest 0{16} is not that of its config"),
         (lambda f: change(f, clock_mhz=200), r"reads back as 149.\d+ MHz, .* built for 200"),
         (lambda f: change(f, pl_clock=1), r"set that frequency of pl_clk1 in the block design"),
+        (lambda f: change(f, port_pl_clock=4), r"use a port_clock_mhz above 0 and a port_pl_cl"),
+        (lambda f: change(f, port_clock_mhz=0), r"use a port_clock_mhz above 0"),
+        (
+            lambda f: change(f, port_clock_mhz=250),
+            r"memory ports reads back as 299.997 MHz, .* built for 250 MHz; .* pl_clk1",
+        ),
     ],
 )
 def test_a_damaged_overlay_is_refused(device, overlay, program, damage, text):
@@ -821,8 +945,8 @@ def test_whole_networks(network):
         left, right = emulated.run(frames), board.run(frames)
     np.testing.assert_array_equal(left.logits, right.logits)
     for ours, theirs in zip(right.layers, left.layers, strict=True):
-        assert replace(ours, seconds=0, cycles=None) == replace(theirs, seconds=0)
-        assert ours.cycles > 0
+        assert replace(ours, seconds=0, trips=None) == replace(theirs, seconds=0)
+        assert ours.trips > 0
 
 
 def test_an_interrupt_controller_inside_a_hierarchy(device, program, tmp_path):

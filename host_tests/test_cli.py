@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -135,6 +136,14 @@ def test_compile_with_a_report(network, clips, config, tmp_path, capsys):
     assert document["fidelity"]["clips"] == 2
     assert min(document["fidelity"]["snr_db"].values()) > (60 if config == "16-sparse" else 0)
     assert path.is_file()
+
+
+def test_compile_without_folding(network, clips, tmp_path, capsys):
+    arguments = ["compile", network, "--clips", *clips, "-o", str(tmp_path / "x.kgrc")]
+    folded = run_json(capsys, *arguments)
+    assert folded["tasks"][0]["in"][0] == 3 * math.prod(folded["folded"]) > 3
+    plain = run_json(capsys, *arguments, "--no-fold")
+    assert plain["tasks"][0]["in"] == [3, 8, 16, 16] and "folded" not in plain
 
 
 def test_compile_takes_the_design_that_explore_writes(network, clips, tmp_path, capsys):

@@ -138,6 +138,7 @@ def read_slots(program, video, network, folder):
         "compare program": ("{}.kgrc", "compare", video, "-p={}"),
         "info": ("{}.kgrc", "info", "--", "{}"),
         "explore": ("{}.kgrc", "explore", "-p={}"),
+        "simulate": ("{}.kgrc", "simulate", "--", "{}"),
         "compile clips": ("{}.mp4", *build, "--clips", video, "{}"),
         "compile labels": ("{}.txt", *build, "--clips", video, "--labels={}"),
         "compile weights": ("{}.pt", *build, "--clips", video, "--weights={}"),
@@ -152,6 +153,7 @@ def read_slots(program, video, network, folder):
 
 READ_SLOTS = (
     "classify video", "classify program", "compare video", "compare program", "info", "explore",
+    "simulate",
     "compile clips", "compile labels", "compile weights", "compile design", "doctor design",
     "serve keys", "cluster keys", "batch program", "train index",
 )  # fmt: skip
@@ -198,6 +200,14 @@ WRONG_VALUES = {
         "--top": WHOLE,
         "--clock": ("0", "-1", "nan", "inf", "1_0", "\u0665", "", "1e999", "1001"),
         "--share": ("0", "-1", "nan", "1.1", "true"),
+    },
+    ("simulate", "x.kgrc"): {
+        "--clock": ("0", "-1", "nan", "inf", "1_0", "", "1e999", "2e6"),
+        "--latency": ("-1", "nan", "", "2e6"),
+        "--port-bytes": ("0", "-1", "inf", "1_0"),
+        "--ddr-bytes": ("0", "-1", "inf", "1_0"),
+        "--outstanding": (*WHOLE, "257"),
+        "--depth": (*WHOLE[1:], "1001"),
     },
     ("serve", "-p", "x.kgrc"): {
         "--workers": WHOLE,

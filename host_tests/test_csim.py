@@ -1,9 +1,11 @@
 """The C-simulation: codes bit for bit, trips equal to the cost model's, accesses of its banks."""
 
 import ctypes
+import re
 import shutil
 import subprocess
-from dataclasses import asdict, fields
+import sys
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 
 import msgspec
@@ -33,6 +35,8 @@ DESIGNS = [(bits, sparse) for bits in (16, 8, 4) for sparse in (True, False)]
 QUICK = ("-O0", "-DKGRC_PLAIN")
 """Quick to build, for small programs."""
 PORTS = ("-O2", "-DKGRC_PLAIN", "-DKGRC_PORTS")
+LATE = ("-O2", "-DKGRC_PLAIN", "-DKGRC_LATE")
+"""Writes to memories come out as late as a pipeline with one trip a clock may let them."""
 
 
 def every_kind(size=(5, 9, 17)):
@@ -71,6 +75,7 @@ def assert_costs_agree(backend, program):
     for number, task in enumerate(program.tasks):
         reported = backend.status(number)
         assert reported.pop("done") == 1
+        assert reported.pop("clocks") == 0, "the C-simulation has no clock"
         assert reported == asdict(cost.task_cost(program.config, program.work(task))), task.name
 
 
@@ -126,9 +131,9 @@ def with_header(monkeypatch, old, new):
     ("name", "old", "new"),
     [
         # one copy of the region for all columns: more than two reads of a bank
-        ("compute.cpp", "region_ram[s.in_use][read / 2]", "region_ram[s.in_use][0]"),
+        ("compute.cpp", "= region_ram[half][copy][bank]", "= region_ram[half][0][bank]"),
         # a stride of 3 and more without cutting the beat in parts
-        ("decode.cpp", "region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1", "1"),
+        ("design.h", "region.stride[2] > 2 ? ceil_div(kPortPositions, 2) : 1", "1"),
     ],
 )
 def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
@@ -137,35 +142,54 @@ def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
     net.conv("clip", 16, (1, 3, 4), (1, 1, 4), 0)
     program, _ = compiled(net, small_config(4, tm=16, pm=16, pk=3, pf=4))
     backend = csim.CSimulation(program.config, PORTS)
-    outputs(backend, program, random_codes(program))
-    assert backend._library.kgrc_port_conflicts() > 0
+    codes = random_codes(program)
+    found = outputs(backend, program, codes)
+    # a third word for a bank has no port, and is lost
+    wrong = any(
+        (found[name] != wanted).any() for name, wanted in run_program(program, codes).items()
+    )
+    assert wrong or backend._library.kgrc_port_conflicts() > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        # a sum is added to again before it is read, added to and written
-        (None, "kMinFeatureRows = 4", "kMinFeatureRows = 1"),
-        # a block begins as soon as the sums of the block before the last are handed on
-        ("compute.cpp", "larger(0, kMinFeatureRows + 1 - s.tile.feature_rows)", "0"),
-    ],
-)
-def test_sums_are_left_alone_long_enough(monkeypatch, tmp_path, name, old, new):
-    # the distance that the bank checks stays what it is
-    changes = [("compute.cpp", "kSumRows, kMinFeatureRows>", "kSumRows, 4>")]
-    # blocks of four trips, whose sums are handed on in four: the shortest there are
+def shortest_blocks():
+    """Blocks of four trips, whose sums are handed on in four, and regions that load in one."""
     net = Net(size=(1, 1, 1))
     net.conv("clip", 96, 1, pad=0)
-    program, _ = compiled(net, small_config(8, tm=16, pm=16, pk=2, pf=3, filter_tiles=1))
-    codes = random_codes(program)
-    clean = csim.CSimulation(program.config, PORTS)
-    outputs(clean, program, codes)
-    assert clean._library.kgrc_early_reads() == 0
+    return compiled(net, small_config(8, tm=16, pm=16, pk=2, pf=3, filter_tiles=1))[0]
+
+
+TOO_SHORT = [
+    # a sum is added to again before it is read, added to and written
+    (None, "kMinFeatureRows = 4", "kMinFeatureRows = 1"),
+    # a block begins as soon as the sums of the block before the last are handed on
+    ("schedule.cpp", "larger(0, kMinFeatureRows + 1 - feature_rows)", "0"),
+    # a region is read in the trip after its last write
+    (None, "kRegionDistance = 4", "kRegionDistance = 1"),
+]
+"""Gaps between a write and a read that are shorter than the distances of the memories."""
+
+
+def with_short_gap(monkeypatch, folder, name, old, new):
+    """Sources whose schedule waits less, while the memories keep their distances."""
+    changes = [
+        ("compute.cpp", "kSumRows, kMinFeatureRows>", "kSumRows, 4>"),
+        ("compute.cpp", "kRegionRows, kRegionDistance>", "kRegionRows, 4>"),
+    ]
     if name is None:
         with_header(monkeypatch, old, new)
     else:
         changes.append((name, old, new))
-    with_sources(monkeypatch, tmp_path / "hls", changes)
+    with_sources(monkeypatch, folder, changes)
+
+
+@pytest.mark.parametrize(("name", "old", "new"), TOO_SHORT)
+def test_memories_are_left_alone_long_enough(monkeypatch, tmp_path, name, old, new):
+    program = shortest_blocks()
+    codes = random_codes(program)
+    clean = csim.CSimulation(program.config, PORTS)
+    outputs(clean, program, codes)
+    assert clean._library.kgrc_early_reads() == 0
+    with_short_gap(monkeypatch, tmp_path / "hls", name, old, new)
     backend = csim.CSimulation(program.config, PORTS)
     outputs(backend, program, codes)
     assert backend._library.kgrc_early_reads() > 0
@@ -173,14 +197,57 @@ def test_sums_are_left_alone_long_enough(monkeypatch, tmp_path, name, old, new):
         assert_costs_agree(backend, program)
 
 
+def assert_late_writes_change_nothing(program):
+    backend = csim.CSimulation(program.config, LATE)
+    codes = random_codes(program)
+    found = outputs(backend, program, codes)
+    for name, wanted in run_program(program, codes).items():
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+
+
+@pytest.mark.parametrize(("bits", "sparse"), DESIGNS)
+def test_late_writes_change_nothing(bits, sparse):
+    assert_late_writes_change_nothing(program_of(bits, sparse))
+
+
+def test_late_writes_change_nothing_where_gaps_are_shortest():
+    assert_late_writes_change_nothing(shortest_blocks())
+
+
+@pytest.mark.parametrize(("name", "old", "new"), TOO_SHORT)
+def test_a_gap_too_short_gives_wrong_codes_where_writes_are_late(
+    monkeypatch, tmp_path, name, old, new
+):
+    program = shortest_blocks()
+    with_short_gap(monkeypatch, tmp_path / "hls", name, old, new)
+    backend = csim.CSimulation(program.config, LATE)
+    codes = random_codes(program)
+    found = outputs(backend, program, codes)
+    wanted = run_program(program, codes)
+    assert any((found[name] != codes).any() for name, codes in wanted.items())
+
+
 @pytest.mark.parametrize(("bits", "sparse"), DESIGNS)
 def test_packed_multipliers_give_the_same_codes(bits, sparse):
     program = program_of(bits, sparse)
     codes = random_codes(program)
-    direct = outputs(csim.CSimulation(program.config), program, codes)
-    packed = csim.CSimulation(program.config, ("-O2", "-DKGRC_PLAIN", "-DKGRC_PACKED"))
-    for name, found in outputs(packed, program, codes).items():
-        np.testing.assert_array_equal(found, direct[name], err_msg=name)
+    packed = outputs(csim.CSimulation(program.config), program, codes)
+    direct = csim.CSimulation(program.config, ("-O2", "-DKGRC_PLAIN", "-DKGRC_DIRECT"))
+    for name, found in outputs(direct, program, codes).items():
+        np.testing.assert_array_equal(found, packed[name], err_msg=name)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_synthesis_without_packing_is_refused(bits, tmp_path):
+    """At 16 bits a product takes a DSP anyway."""
+    (tmp_path / "config.h").write_text(config_header(small_config(bits)))
+    (tmp_path / "hls_stream.h").write_text(STREAM)
+    command = ["g++", "-std=c++14", "-fsyntax-only", "-w", "-DKGRC_PLAIN", "-D__SYNTHESIS__"]
+    command += ["-I", str(tmp_path), str(csim.source_folder() / "compute.cpp")]
+    for flags, refused in ((), False), (("-DKGRC_DIRECT",), bits < 16):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+        assert ("each product of 8 or 4 bits takes a DSP" in done.stderr) == refused
+        assert (done.returncode != 0) == refused
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -191,10 +258,22 @@ def test_both_sets_of_types_give_the_same_codes(bits):
     program = program_of(bits, True)
     codes = random_codes(program)
     plain = outputs(csim.CSimulation(program.config), program, codes)
-    wide = csim.CSimulation(program.config, ("-O1", "-DKGRC_PACKED", *flags))
+    wide = csim.CSimulation(program.config, ("-O1", *flags))
     for name, found in outputs(wide, program, codes).items():
         np.testing.assert_array_equal(found, plain[name], err_msg=name)
 
+
+STREAM = """
+namespace hls {
+template <class Value>
+struct stream {
+  Value cell;
+  void write(const Value& value) { cell = value; }
+  Value read() { return cell; }
+};
+}
+"""
+"""A stand-in for the vendor's header."""
 
 SANITIZED = """
 #include <cstdio>
@@ -254,7 +333,7 @@ def test_sanitizers_find_nothing(bits, sparse, tmp_path):
     folder = csim.source_folder()
     checks = "-fsanitize=address,undefined"
     command = ["g++", "-std=c++14", "-O1", "-g", checks, "-fno-sanitize-recover=all"]
-    command += ["-DKGRC_PLAIN", "-DKGRC_PACKED", "-Wall", "-Wextra", "-Werror"]
+    command += ["-DKGRC_PLAIN", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", "-Wno-unused-label", "-I", str(tmp_path), "-I", str(folder)]
     command += [str(folder / source) for source in csim.SOURCES]
     command += [str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main")]
@@ -269,6 +348,11 @@ def test_sanitizers_find_nothing(bits, sparse, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     backend.run()
     np.testing.assert_array_equal(np.fromfile(tmp_path / "out", np.uint8), backend._maps)
+
+
+@pytest.mark.parametrize("pf", [9, 10])
+def test_lanes_need_not_be_a_power_of_two(pf):
+    assert_follows(program_of(8, True, pf=pf, beat=8))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -332,7 +416,7 @@ def shared(monkeypatch, tmp_path):
 
 def test_status_words_follow(monkeypatch, shared):
     """In reverse order; the C++ names them as Python does, and does not build with other names."""
-    assert set(header.STATUS) == {"done", *(field.name for field in fields(cost.Cost))}
+    assert set(header.STATUS) == {"done", "clocks", *(field.name for field in fields(cost.Cost))}
     order = header.STATUS[::-1]
     for module in (header, csim, base):
         monkeypatch.setattr(module, "STATUS", order)
@@ -369,6 +453,14 @@ def test_the_least_trips_between_two_accesses_to_a_sum_follow(monkeypatch, share
         assert_follows(shared)
     for module in (tiling, cost):
         monkeypatch.setattr(module, "MIN_FEATURE_ROWS", 6)
+    assert_follows(shared)
+
+
+def test_the_trips_from_a_region_s_last_write_to_its_first_read_follow(monkeypatch, shared):
+    monkeypatch.setattr(header, "REGION_DISTANCE", 9)
+    with pytest.raises(AssertionError, match="array"):  # only the C++ has changed
+        assert_follows(shared)
+    monkeypatch.setattr(cost, "REGION_DISTANCE", 9)
     assert_follows(shared)
 
 
@@ -412,6 +504,195 @@ def test_a_process_that_waits_for_ever_is_named(monkeypatch, tmp_path):
     backend.load(program)
     with pytest.raises(DeviceError, match="task 0: the stream region_words is empty where it is"):
         backend.run()
+
+
+@pytest.mark.parametrize("stride", [(3, 1, 2), (1, 3, 1), (2, 2, 2)])
+def test_rows_between_windows_are_not_requested(stride):
+    """Kernels smaller than their strides, in several tiles and regions, with padding."""
+    net = Net(size=(7, 11, 13), channels=9)
+    net.conv("clip", 17, (1, 2, 1), stride, (0, 1, 0))
+    program, _ = compiled(net, small_config(8))
+    codes = random_codes(program)
+    backend = csim.CSimulation(program.config)
+    found = outputs(backend, program, codes)
+    for name, wanted in run_program(program, codes).items():
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+    assert_costs_agree(backend, program)
+    (task,) = program.tasks
+    assert program.work(task).tile != task.out_size
+
+
+ASK = "const bool ask = more && ahead < kRunsAhead && waiting < kRequestsAhead;"
+READ, WRITE = (f"maps.{way}_request(int(run.first), int(run.beats))" for way in ("read", "write"))
+WAITING = "if (waiting == kRequestsAhead) maps.write_response();\n        else ++waiting;"
+RESPONSES = "responses:\n  for (int i = 0; i < waiting; ++i) maps.write_response();\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        # the beats of a run are taken before the run is requested
+        (f"        {READ};\n", "", "input0: read without a request"),
+        (READ, READ.replace("int(run.beats)", "0"), "input0: a request of no beats"),
+        (READ, READ.replace("int(run.first)", "int(run.first) - 1"), "input0: .* passes the end"),
+        (
+            READ,
+            READ.replace("int(run.beats)", "1 + int(run.beats)"),
+            "input0: requested beats were",
+        ),
+        (ASK, ASK.replace(" && waiting < kRequestsAhead", ""), "shortcut: more than 16 requests"),
+        (WRITE + ";\n", "", "output: written without a request"),
+        (WRITE, WRITE.replace("int(run.first)", "1 << 30"), "output: .* passes the end of its mem"),
+        (
+            WRITE,
+            WRITE.replace("int(run.beats)", "1 + int(run.beats)"),
+            "output: no write has ended",
+        ),
+        (WAITING, "++waiting;", "output: more than 16 requests at a time"),
+        (RESPONSES, "", "output: responses to writes were not taken"),
+        (RESPONSES, RESPONSES.replace("i < waiting", "i <= waiting"), "output: no write has ended"),
+        # a run that is never written, at the very end
+        (
+            RESPONSES,
+            RESPONSES + "  maps.write_request(0, 1);\n",
+            "output: requested beats were not",
+        ),
+    ],
+)
+def test_a_port_that_is_misused_is_named(monkeypatch, tmp_path, old, new, text):
+    """Faults of the protocol that hardware would answer by hanging, or by a bus error."""
+    with_sources(monkeypatch, tmp_path / "hls", [("memory.cpp", old, new)])
+    program = program_of(8, True)
+    backend = csim.CSimulation(program.config, QUICK)
+    with pytest.raises(DeviceError, match=text):
+        outputs(backend, program, random_codes(program))
+
+
+def test_memory_that_ends_too_early_is_named():
+    """The address of a run past the end of each port's memory, in the order of use."""
+    program = program_of(8, True)
+    backend = csim.CSimulation(program.config)
+    for name, text in (("tables", "indices"), ("weights", "weights[01]"), ("maps", "output|input")):
+        backend.load(program)
+        image = backend._image
+        if name == "maps":
+            backend._maps = backend._maps[:64]
+        else:
+            shorter = {name: getattr(image, name)[: getattr(image, name).size // 2]}
+            backend._image = replace(image, **shorter)
+        with pytest.raises(DeviceError, match=f"the port .*({text}).* passes the end of its mem"):
+            backend.run()
+
+
+@pytest.mark.parametrize(("bits", "sparse"), [(8, True), (16, False)])
+def test_runs_are_as_long_as_the_map_lets_them_be(bits, sparse):
+    """A region's whole planes are a run each, a tile that is a whole map is a single one."""
+    net = Net(size=(6, 8, 8), channels=8)
+    net.dense(net.conv("clip", 16), 5)
+    program, _ = compiled(net, small_config(bits, sparse, td=6, th=8, tw=8))
+    backend = csim.CSimulation(program.config)
+    outputs(backend, program, random_codes(program))
+    first, last = program.tasks
+    regions = sum(item.new_region for item in program.work(first).items)
+    assert program.work(first).tile == (6, 8, 8), "a single tile"
+    assert backend.status(0)["input_requests"] == regions * 6, "a plane is one run"
+    assert backend.status(0)["output_requests"] == 1, "so is the whole map"
+    assert backend.status(0)["weight_requests"] == 2
+    assert backend.status(1)["output_requests"] == 1
+    assert last.shape.taps == 6 * 8 * 8
+
+
+BURST_MAXI = """
+#pragma once
+#include <ap_int.h>
+#include <algorithm>
+#include <cassert>
+#include <cstdio>
+#include <deque>
+#include <map>
+namespace hls {
+struct Run {
+  size_t next, end;
+};
+// The most runs that were under way at a time; printed when the program ends.
+struct Most {
+  size_t reads = 0, responses = 0;
+  ~Most() { std::printf("%zu reads, %zu writes under way\\n", reads, responses); }
+};
+static Most most;
+// What UG1399, "Using Manual Burst", says of the class: the state is the memory's, not the copy's.
+template <class Value>
+class burst_maxi {
+ public:
+  burst_maxi(Value* memory) : memory(memory) { open() = Open(); }
+  void read_request(size_t first, unsigned count) {
+    assert(count > 0);
+    open().reads.push_back(Run{first, first + count});
+    most.reads = std::max(most.reads, open().reads.size());
+  }
+  Value read() { return memory[next(open().reads)]; }
+  void write_request(size_t first, unsigned count) {
+    assert(count > 0 && open().reads.empty());
+    open().writes.push_back(Run{first, first + count});
+    most.responses = std::max(most.responses, ++open().responses);
+  }
+  void write(const Value& value) { memory[next(open().writes)] = value; }
+  void write_response() {
+    assert(open().responses > open().writes.size());
+    --open().responses;
+  }
+
+ private:
+  struct Open {
+    std::deque<Run> reads, writes;
+    size_t responses = 0;
+  };
+  static size_t next(std::deque<Run>& runs) {
+    assert(!runs.empty());
+    const size_t place = runs.front().next++;
+    if (runs.front().next == runs.front().end) runs.pop_front();
+    return place;
+  }
+  Open& open() {
+    static std::map<void*, Open> all;
+    return all[memory];
+  }
+  Value* memory;
+};
+}  // namespace hls
+"""
+
+
+@pytest.mark.parametrize("design", ["8-sparse", "4-dense"])
+def test_the_ports_of_the_vendor_carry_the_same_beats(tmp_path, design):
+    """The sources as Vitis HLS simulates them, with a stand-in for its class of ports.
+
+    Requests run ahead of the beats: more than half of those that a port may have are under way.
+    """
+    flags = include_folders().get("ap_int")
+    if flags is None:
+        pytest.skip("the headers of ap_int are not here: pip install --no-deps hls4ml")
+    folder = csim.source_folder()
+    (tmp_path / "config.h").write_text(config_header(preset(design)))
+    (tmp_path / "hls_burst_maxi.h").write_text(BURST_MAXI)
+    vectors = [sys.executable, str(folder / "scripts/vectors.py"), "--design", design]
+    subprocess.run([*vectors, "-o", str(tmp_path / "vectors")], check=True, timeout=300)
+    command = ["g++", "-std=c++14", "-O1", "-w", "-DKGRC_VITIS", *flags, f"-I{tmp_path}"]
+    command += [f"-I{folder}", str(folder / "scripts/bench.cpp")]
+    command += [str(folder / name) for name in csim.SOURCES]
+    subprocess.run([*command, "-o", str(tmp_path / "bench")], check=True, timeout=300)
+    done = subprocess.run(
+        [str(tmp_path / "bench"), str(tmp_path / "vectors")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "7 tasks, 0 differences" in done.stdout
+    # one static object for each source that includes the header; that of memory.cpp counts
+    counts = re.findall(r"(\d+) reads, (\d+) writes under way", done.stdout)
+    most = [max(map(int, each)) for each in zip(*counts, strict=True)]
+    assert all(header.REQUESTS_AHEAD // 2 < number <= header.REQUESTS_AHEAD for number in most)
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):

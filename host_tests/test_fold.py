@@ -214,7 +214,7 @@ def test_a_pruned_layer_keeps_its_pattern():
 
 
 def test_a_clip_is_not_folded_beyond_its_limits(monkeypatch):
-    layer = layer_of(ConvShape(3, (8, 16, 16), (3, 5, 5), ONE, NONE, NONE, 8))
+    layer = layer_of(ConvShape(3, (8, 16, 16), (3, 5, 5), (1, 2, 2), NONE, NONE, 8))
     foldings = list(fold.foldings(layer))
 
     def finite():
@@ -225,8 +225,8 @@ def test_a_clip_is_not_folded_beyond_its_limits(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fold, "MAX_TAPS", 25)
         assert finite() == {1, 3, 5, 15, 25}
-    monkeypatch.setattr(fold, "MAX_GROWTH", 8)
-    assert finite() == {1, 3, 5}
+    monkeypatch.setattr(fold, "MAX_GROWTH", 4)
+    assert finite() == {1, 3, 5, 25}
 
 
 def branches(net):
@@ -343,7 +343,8 @@ def test_info_says_what_is_folded(tmp_path, capsys):
     program.save(path)
     assert main(["info", str(path)]) == 0
     taps = "x".join(map(str, program.fold.kernel))
-    assert f"clip 4 x 12 x 16, {taps} taps of conv1 written as its" in capsys.readouterr().out
+    wanted = f"clip 4 x 12 x 16, unnamed classes; {taps} taps of conv1 are written as channels\n"
+    assert wanted in capsys.readouterr().out
     assert describe(program).folded == list(program.fold.kernel)
     plain, _ = compiled(network_of_tasks(), fold=False)
     assert describe(plain).folded is msgspec.UNSET

@@ -54,7 +54,7 @@ def test_the_lint_sees_the_loops_and_pragmas_there_are(tmp_path):
     assert labels >= {"flattened", "code_words", "taps", "channels"}
     multiply = next(f for f in parsed.functions.values() if f.name == "multiply")
     reads = {f.name for f in lint.reached(parsed, [multiply]).values()}
-    assert reads >= {"read_region", "run", "read", "write"}
+    assert reads >= {"access_regions", "access_sums", "run", "read", "write"}
 
 
 def planted(folder, changes):
@@ -108,8 +108,8 @@ SLIPS = {
     "bounds": [
         (
             "pool.cpp",
-            "neighbours:\n          for (int lane = 0; lane < kPortPositions; ++lane) {",
-            "neighbours:\n          for (int lane = 0; lane < ph; ++lane) {",
+            "lanes:\n        for (int lane = 0; lane < kPortPositions; ++lane)",
+            "lanes:\n        for (int lane = 0; lane < last_h; ++lane)",
             "pool.cpp: unrolled, but its bounds are not constant",
         ),
         (
@@ -128,8 +128,8 @@ SLIPS = {
         ),
         (
             "dot.h",
-            "sum += Out(Out(w[0][n]) * Out(x[0][n]));",
-            "for (int i = 0; i < int(x[0][n]); ++i) sum += Out(w[0][n]);",
+            "const Int<27> weights = Int<27>(w[1][n]) * (1 << 18) + Int<27>(w[0][n]);",
+            "Int<27> weights = 0; for (int i = 0; i < int(w[1][n]); ++i) weights += w[0][n];",
             "dot.h: unrolled, but its bounds are not constant",
         ),
     ],
@@ -168,9 +168,15 @@ SLIPS = {
             "compute.cpp: ARRAY_PARTITION: no option variables",
         ),
         (
+            "compute.cpp",
+            "#pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 3\n",
+            "#pragma HLS AGGREGATE variable = sum_ram\n",
+            "compute.cpp: AGGREGATE: no such directive",
+        ),
+        (
             "pool.cpp",
-            "variable = kept inter",
-            "variable = keep inter",
+            "variable = kept intra",
+            "variable = keep intra",
             "pool.cpp: DEPENDENCE: no variable keep",
         ),
         (
@@ -181,21 +187,41 @@ SLIPS = {
         ),
         (
             "plan.cpp",
-            "  Tile tile;\n  const int number[3]",
-            "  Tile tile;\n#pragma HLS UNROLL\n  const int number[3]",
+            "  Tile tile;\n",
+            "  Tile tile;\n#pragma HLS UNROLL\n",
             "plan.cpp: UNROLL: outside of a loop",
         ),
         (
             "ram.h",
-            "namespace kgrc {\n\n#ifdef",
-            "#pragma HLS INLINE\nnamespace kgrc {\n\n#ifdef",
+            "namespace kgrc {\n\n#if",
+            "#pragma HLS INLINE\nnamespace kgrc {\n\n#if",
             "ram.h: INLINE: outside of a function",
+        ),
+    ],
+    "dependences": [
+        (
+            "compute.cpp",
+            "region_ram inter RAW distance = kRegionDistance true",
+            "region_ram inter RAW distance = 5 true",
+            "compute.cpp: DEPENDENCE: region_ram keeps a RAW distance of 4",
+        ),
+        (
+            "compute.cpp",
+            "sum_ram inter RAW distance = kMinFeatureRows true",
+            "sum_ram inter false",
+            "compute.cpp: DEPENDENCE: sum_ram keeps a RAW distance of 4",
+        ),
+        (
+            "compute.cpp",
+            "variable = sum_ram intra RAW false",
+            "variable = trips intra RAW false",
+            "compute.cpp: DEPENDENCE: trips is no Ram",
         ),
     ],
     "pipelines": [
         (
             "pool.cpp",
-            "    code_words:\n",
+            "  code_words:\n",
             "",
             "pool.cpp: PIPELINE: the loop has no label",
         ),
@@ -207,8 +233,8 @@ SLIPS = {
         ),
         (
             "post.cpp",
-            "        // II = 1: a 64-bit word a trip, into registers\n",
-            "        // II = 2: a 64-bit word a trip, into registers\n",
+            "        // II = 1: a 64-bit word a trip; the filters move up from register to register\n",
+            "        // II = 2: a 64-bit word a trip; the filters move up from register to register\n",
             "post.cpp: PIPELINE: no comment says II = and why",
         ),
     ],
@@ -240,9 +266,9 @@ SLIPS = {
         ),
         (
             "top.cpp",
-            "bundle = maps_in_1",
-            "bundle = maps_in_0",
-            "top.cpp: INTERFACE: input_1 shares the bundle maps_in_0 with input_0",
+            "bundle = maps_in1",
+            "bundle = maps_in0",
+            "top.cpp: INTERFACE: input1 shares the bundle maps_in0 with input0",
         ),
     ],
     "dataflow": [

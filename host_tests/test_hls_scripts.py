@@ -19,7 +19,16 @@ import pytest
 from pynq_kgrc.accelerator import header
 from pynq_kgrc.accelerator.boards import board
 from pynq_kgrc.accelerator.config import PRESETS, preset, write_design
-from pynq_kgrc.accelerator.header import ADDRESSES, REGISTERS, STATUS, VLNV
+from pynq_kgrc.accelerator.header import (
+    ADDRESSES,
+    MANAGER,
+    OTHER_PORT,
+    REGISTERS,
+    STATUS,
+    VLNV,
+    memory_ports,
+)
+from pynq_kgrc.accelerator.reports import read_asked
 from pynq_kgrc.backends.board.overlays import read_overlay, write_manifests
 from pynq_kgrc.backends.csim import SOURCES
 from pynq_kgrc.errors import ConfigError
@@ -27,7 +36,8 @@ from pynq_kgrc.program import ConvTask
 
 HLS = Path(__file__).resolve().parents[1] / "hls_src"
 TOP = (HLS / "top.cpp").read_text()
-BUNDLES = set(re.findall(r"m_axi .*bundle = (\w+)", TOP))
+BUNDLES = dict(re.findall(r"m_axi port = (\w+) .*bundle = (\w+)", TOP))
+"""Memory port of the kernel -> its AXI master."""
 
 needs_tclsh = pytest.mark.skipif(
     shutil.which("tclsh") is None, reason="no tclsh: the Tcl files are not run"
@@ -82,7 +92,7 @@ def test_the_makefile_knows_the_designs_the_sources_and_the_board():
     assert variable("HEADERS") == sorted(p.name for p in HLS.glob("*.h") if p.name != "config.h")
     assert variable("PART") == [board(*variable("BOARD")).part]
     assert set(SOURCES) == {p.name for p in HLS.glob("*.cpp")}
-    listed = re.search(r"foreach name \{(.*?)\}", (HLS / "scripts/hls.tcl").read_text())
+    listed = re.search(r"foreach name \{(.*?)\}", (HLS / "scripts/hls.tcl").read_text(), re.DOTALL)
     assert listed[1].split() == list(SOURCES)
 
 
@@ -109,6 +119,36 @@ def test_the_scripts_export_what_the_driver_looks_for():
     assert (
         f"make_cell {name}_0 {vendor}:{library}:{name}" in (HLS / "scripts/overlay.tcl").read_text()
     )
+
+
+def test_every_memory_port_of_the_kernel_has_one_port_of_the_system(monkeypatch, capsys):
+    found = memory_ports()
+    assert sorted(port for ports in found.values() for port in ports) == sorted(ADDRESSES)
+    assert set(BUNDLES) == set(ADDRESSES)
+    for port in ("HPC0", "HP0", "HP2"):
+        assert len(found[port]) == 1, "the fast ports carry one of the kernel's"
+    homes = {}
+    for system, ports in found.items():
+        for port in ports:
+            assert homes.setdefault(BUNDLES[port], system) == system, "a master has one slave"
+    two = ("input0", "input1", "shortcut", "output", "weights0", "weights1", "tables", "status")
+    monkeypatch.setattr(header, "ADDRESSES", two)
+    assert memory_ports() == {
+        "HPC0": ("input0",),
+        "HPC1": ("input1",),
+        "HP0": ("weights0",),
+        "HP1": ("weights1",),
+        "HP2": ("output",),
+        OTHER_PORT: ("shortcut", "tables", "status"),
+    }
+    header.main(["--ports"])
+    assert capsys.readouterr().out == (
+        "HPC0 {input0} HPC1 {input1} HP3 {shortcut tables status} HP2 {output} HP0 {weights0} "
+        "HP1 {weights1}\n"
+    )
+    monkeypatch.setattr(header, "ADDRESSES", ("input2",))
+    with pytest.raises(ConfigError, match="input2: SYSTEM_PORTS has 2 for input"):
+        memory_ports()
 
 
 # ---- the C test bench ------------------------------------------------------------------------
@@ -163,6 +203,19 @@ def test_a_second_make_does_nothing(built):
 
 
 @needs_make
+def test_the_header_in_the_source_folder_is_on_no_include_path(tmp_path):
+    shutil.copytree(HLS, tmp_path / "hls_src")
+    for package in ("pynq_kgrc", "overlays"):
+        (tmp_path / package).symlink_to(HLS.parent / package)
+    (tmp_path / "hls_src/config.h").write_text("#error the design of another build\n")
+    target = tmp_path / "build/8-dense/bench-plain"
+    command = ["make", "-C", str(tmp_path / "hls_src"), f"PYTHON={sys.executable}", str(target)]
+    command += [f"BUILD={tmp_path / 'build'}", "CXXFLAGS=-O0 -fsyntax-only"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_make
 def test_a_stale_header_in_the_build_folder_is_renewed(tmp_path):
     path = tmp_path / "8-dense/config.h"
     path.parent.mkdir()
@@ -173,9 +226,7 @@ def test_a_stale_header_in_the_build_folder_is_renewed(tmp_path):
 
 @pytest.mark.parametrize("design", ["8-dense", "8-sparse"])
 def test_the_vectors_have_one_of_everything(design):
-    spec = importlib.util.spec_from_file_location("vectors", HLS / "scripts/vectors.py")
-    vectors = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(vectors)
+    vectors = load_script("vectors")
     program = vectors.random_program(preset(design), 0)
     tasks = program.tasks
     convolutions = [task for task in tasks if isinstance(task, ConvTask)]
@@ -247,6 +298,20 @@ def test_a_status_word_that_differs_is_seen(built, tmp_path):
 
 
 @needs_make
+def test_clock_cycles_are_at_least_the_trips_of_the_array(built, tmp_path):
+    """In co-simulation the kernel counts them; here the vectors ask for another count than 0."""
+
+    def ask(words):
+        words[task_at(words, 2) + STATUS.index("clocks")] = np.uint64(1)
+        return words
+
+    done = run_bench(changed(built, tmp_path / "b", ask))
+    assert done.returncode == 1
+    place = STATUS.index("clocks")
+    assert f"apart: task 2: status word {place} is 0, not 1" in done.stdout
+
+
+@needs_make
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -273,16 +338,69 @@ def test_the_c_simulation_of_every_design_in_both_types(tmp_path, design):
     assert done.stdout.count("7 tasks, 0 differences") == 2
 
 
+# ---- the counter of clock cycles, as synthesis sees it ------------------------------------------
+
+TOKEN_COMES = """
+#pragma once
+namespace hls {
+template <class Value>
+class stream {
+ public:
+  explicit stream(const char*) : polls(0) {}
+  bool read_nb(Value&) { return ++polls == 1000; }
+  void write(const Value&) {}
+  Value read() { return Value(); }
+  bool empty() const { return false; }
+  long polls;
+};
+}
+"""
+"""A stand-in for the vendor's header, in which the token comes in cycle 1000."""
+
+COUNT = """
+#include "design.h"
+int main() {
+  kgrc::Stream<bool> done("done");
+  long clocks = -1;
+  kgrc::count_clocks(done, clocks);
+  return clocks == 1000 && done.polls == 1000 ? 0 : 1;
+}
+"""
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, HLS / f"scripts/{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_make
+@pytest.mark.parametrize("fault", [None, ("++count;", "count += 2;"), ("while (!ended)", "if (1)")])
+def test_clock_cycles_are_counted_until_the_token_comes(tmp_path, fault):
+    pytest.importorskip("clang", reason="no libclang: no stand-ins for the vendor's headers")
+    flags = load_script("lint").synthesis_flags(HLS, tmp_path, "8-sparse")
+    (tmp_path / "hls_stream.h").write_text(TOKEN_COMES)
+    (tmp_path / "main.cpp").write_text(COUNT)
+    text = (HLS / "clock.cpp").read_text()
+    (tmp_path / "clock.cpp").write_text(text if fault is None else text.replace(*fault))
+    command = ["g++", *flags, "-Wno-unknown-pragmas", "-o", str(tmp_path / "main")]
+    command += [str(tmp_path / name) for name in ("main.cpp", "clock.cpp")]
+    subprocess.run(command, check=True, timeout=120)
+    done = subprocess.run([str(tmp_path / "main")], timeout=60)
+    assert (done.returncode == 0) == (fault is None)
+
+
 # ---- the Tcl files, with the tools' commands stubbed ------------------------------------------
 
 COMMANDS = """
-add_files apply_bd_automation assign_bd_address connect_bd_intf_net connect_bd_net cosim_design
-create_bd_cell create_bd_design create_clock create_project csim_design csynth_design
+add_files apply_bd_automation assign_bd_address config_compile connect_bd_intf_net connect_bd_net
+cosim_design create_bd_cell create_bd_design create_clock create_project csim_design csynth_design
 current_fileset current_project export_design generate_target get_bd_addr_segs get_bd_addr_spaces
 get_bd_cells get_bd_intf_pins get_bd_pins get_board_parts get_files get_ipdefs get_property
 get_runs launch_runs make_wrapper open_project open_run open_solution report_timing_summary
-report_utilization save_bd_design set_part set_property set_top update_compile_order
-update_ip_catalog validate_bd_design version wait_on_run
+report_utilization save_bd_design set_clock_uncertainty set_part set_property set_top
+update_compile_order update_ip_catalog validate_bd_design version wait_on_run
 """
 """Commands of Vitis HLS and of Vivado that the stub takes (UG1399, UG835)."""
 
@@ -311,6 +429,8 @@ proc unknown {name args} {
     }
     "get_property PROGRESS *" {return [expr {$::env(STUB_LACKS) eq "progress" ? "40%" : "100%"}]}
     "get_property STATS.*" {return $::env(STUB_SLACK)}
+    "report_timing_summary *" {make_file [lindex $args end] $::env(STUB_TIMING)}
+    "report_utilization *" {make_file [lindex $args end] $::env(STUB_UTILIZATION)}
     "get_property DIRECTORY *" {return vivado/kgrc.runs/impl_1}
     "version *" {return 2022.1}
     "csynth_design *" {make_file hls/solution/syn/report/csynth.xml $::env(STUB_REPORT)}
@@ -332,20 +452,42 @@ proc make_file {path text} {
 source [lindex $argv end]
 """
 
-REPORT = """<profile><ReportVersion><Version>2022.1</Version></ReportVersion><UserAssignments>
+LOOPS = "".join(
+    f"<Module><Name>{function}</Name><PerformanceEstimates><SummaryOfLoopLatency><{label}>"
+    f"<Name>{label}</Name><TripCount>undef</TripCount><PipelineII>{asked}</PipelineII>"
+    f"<PipelineDepth>9</PipelineDepth></{label}></SummaryOfLoopLatency></PerformanceEstimates>"
+    f"</Module>"
+    for (function, label), asked in read_asked(HLS, HLS / "config.h").items()
+)
+
+REPORT = f"""<profile><ReportVersion><Version>2022.1</Version></ReportVersion><UserAssignments>
 <Part>p</Part><TopModelName>kgrc_run</TopModelName><TargetClockPeriod>6.67</TargetClockPeriod>
 </UserAssignments><PerformanceEstimates><SummaryOfTimingAnalysis>
 <EstimatedClockPeriod>5</EstimatedClockPeriod></SummaryOfTimingAnalysis><SummaryOfOverallLatency>
 <Best-caseLatency>undef</Best-caseLatency><Worst-caseLatency>undef</Worst-caseLatency>
 </SummaryOfOverallLatency></PerformanceEstimates><AreaEstimates><Resources><BRAM_18K>1</BRAM_18K>
-<DSP>1</DSP><FF>1</FF><LUT>1</LUT><URAM>0</URAM></Resources></AreaEstimates></profile>"""
+<DSP>1</DSP><FF>1</FF><LUT>1</LUT><URAM>0</URAM></Resources></AreaEstimates><ModuleInformation>
+{LOOPS}</ModuleInformation></profile>"""
 """A report written by hand, with the parts that the manifest needs."""
+
+TIMING = """    WNS(ns)      TNS(ns)      WHS(ns)
+    -------      -------      -------
+      0.412        0.000        0.011
+"""
+
+UTILIZATION = """| CLB LUTs* | 120000 |
+| CLB Registers | 140000 |
+| Block RAM Tile | 388.5 |
+| DSPs | 1648 |
+"""
 
 
 def handoff(names=tuple(REGISTERS)):
     """A .hwh written by hand, with the parts that the manifest's check reads."""
     registers = "".join(f'<REGISTER NAME="{name}"/>' for name in names)
-    return f'<EDKSYSTEM><MODULE VLNV="{VLNV}">{registers}</MODULE></EDKSYSTEM>'
+    kernel = f'<MODULE VLNV="{VLNV}">{registers}</MODULE>'
+    managers = f'<MODULE VLNV="{MANAGER}"/>' * len(memory_ports())
+    return f"<EDKSYSTEM>{kernel}{managers}</EDKSYSTEM>"
 
 
 @pytest.fixture
@@ -358,6 +500,11 @@ def tools(tmp_path, monkeypatch):
         "KGRC_CLOCK_MHZ": "150",
         "KGRC_BOARD": "zcu102",
         "KGRC_JOBS": "3",
+        "KGRC_PORT_CLOCK_MHZ": "300",
+        "KGRC_PORTS": " ".join(f"{s} {{{' '.join(p)}}}" for s, p in memory_ports().items()),
+        "KGRC_STEP": "build",
+        "STUB_TIMING": TIMING,
+        "STUB_UTILIZATION": UTILIZATION,
         "STUB_LOG": str(tmp_path / "log"),
         "STUB_COMMANDS": COMMANDS,
         "STUB_LACKS": "nothing",
@@ -385,30 +532,50 @@ def with_name(calls, *names):
 
 
 @needs_tclsh
-def test_the_calls_of_vitis_hls_come_in_order(tools, tmp_path):
-    done = source(HLS / "scripts/hls.tcl", tmp_path / "build", tmp_path / "stub.tcl")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_calls_of_vitis_hls_come_in_order(tools, tmp_path, monkeypatch):
     build = str(tmp_path / "build")
-    flags = f"-std=c++14 -I{build} -I{HLS}"
+    flags = f"-std=c++14 -DKGRC_VITIS -I{build}"
     bench = ["-tb", str(HLS / "scripts/bench.cpp"), "-cflags", f"{flags} -Wno-unknown-pragmas"]
-    assert calls_of(tools) == [
-        ["open_project", "-reset", "hls"],
-        ["set_top", "kgrc_run"],
-        *(["add_files", str(HLS / name), "-cflags", flags] for name in SOURCES),
-        ["add_files", *bench],
-        ["open_solution", "-reset", "solution", "-flow_target", "vivado"],
-        ["set_part", "a-part"],
-        ["create_clock", "-period", "6.667", "-name", "default"],
-        ["csim_design", "-O", "-argv", f"{build}/vectors.bin"],
-        ["csynth_design"],
-        ["cosim_design", "-rtl", "verilog", "-argv", f"{build}/vectors.bin apart"],
-        [
-            *("export_design", "-rtl", "verilog", "-format", "ip_catalog", "-vendor", "pynq-kgrc"),
-            *("-library", "hls", "-ipname", "kgrc_run", "-version", "1.0"),
+    again = [["open_project", "hls"], ["open_solution", "solution"]]
+    wanted = {
+        "synthesize": [
+            ["open_project", "-reset", "hls"],
+            ["set_top", "kgrc_run"],
+            *(["add_files", str(HLS / name), "-cflags", flags] for name in SOURCES),
+            ["add_files", *bench],
+            ["open_solution", "-reset", "solution", "-flow_target", "vivado"],
+            ["set_part", "a-part"],
+            ["create_clock", "-period", "6.667", "-name", "default"],
+            ["set_clock_uncertainty", "27%", "default"],
+            ["config_compile", "-pipeline_style", "flp"],
+            ["csim_design", "-O", "-argv", f"{build}/vectors.bin"],
+            ["csynth_design"],
         ],
-    ]
-    made = {str(path.relative_to(build)) for path in Path(build).rglob("*") if path.is_file()}
-    assert {"ip/component.xml", "reports/csynth.xml", "reports/kgrc_run_cosim.rpt"} <= made
+        "cosimulate": [
+            *again,
+            ["cosim_design", "-rtl", "verilog", "-argv", f"{build}/vectors.bin apart"],
+        ],
+        "export": [
+            *again,
+            [
+                *("export_design", "-rtl", "verilog", "-format", "ip_catalog"),
+                *("-vendor", "pynq-kgrc", "-library", "hls"),
+                *("-ipname", "kgrc_run", "-version", "1.0"),
+            ],
+        ],
+    }
+    made = {
+        "synthesize": "reports/csynth.xml",
+        "cosimulate": "reports/kgrc_run_cosim.rpt",
+        "export": "ip/component.xml",
+    }
+    for step, calls in wanted.items():
+        monkeypatch.setenv("KGRC_STEP", step)
+        tools.unlink(missing_ok=True)
+        done = source(HLS / "scripts/hls.tcl", tmp_path / "build", tmp_path / "stub.tcl")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert calls_of(tools) == calls
+        assert (tmp_path / "build" / made[step]).is_file()
 
 
 @needs_tclsh
@@ -425,31 +592,53 @@ def test_the_block_design_is_complete(tools, tmp_path):
     assert cells["kgrc_run_0"] == VLNV.replace(":1.0", ":1.10")
     assert all(kind.endswith(":1.10") for kind in cells.values())
 
-    settings = next(c for c in calls if c[0] == "set_property" and c[-1] == "ps")[2].split()
-    settings = dict(zip(settings[::2], settings[1::2], strict=True))
-    assert settings["CONFIG.PSU__CRL_APB__PL0_REF_CTRL__FREQMHZ"] == "150"
-    assert settings["CONFIG.PSU__USE__IRQ0"] == "1"
-    for port in "2345":
-        assert settings[f"CONFIG.PSU__USE__S_AXI_GP{port}"] == "1"
-        assert settings[f"CONFIG.PSU__SAXIGP{port}__DATA_WIDTH"] == "128"
+    def settings_of(cell):
+        found = [c[2].split() for c in calls if c[0] == "set_property" and c[-1] == cell]
+        words = [word for setting in found for word in setting]
+        return dict(zip(words[::2], words[1::2], strict=True))
 
+    settings = settings_of("ps")
+    assert settings["CONFIG.PSU__CRL_APB__PL0_REF_CTRL__FREQMHZ"] == "150"
+    assert settings["CONFIG.PSU__CRL_APB__PL1_REF_CTRL__FREQMHZ"] == "300"
+    assert settings["CONFIG.PSU__FPGA_PL1_ENABLE"] == settings["CONFIG.PSU__USE__IRQ0"] == "1"
+    ports = memory_ports()
+    for number, port in enumerate(("HPC0", "HPC1", "HP0", "HP1", "HP2", "HP3")):
+        used = settings[f"CONFIG.PSU__USE__S_AXI_GP{number}"]
+        assert used == str(int(port in ports))
+        assert settings.get(f"CONFIG.PSU__SAXIGP{number}__DATA_WIDTH") == (
+            "128" if port in ports else None
+        )
+
+    # every master of the kernel goes through a smartconnect and a shutdown manager to its port
     wires = [tuple(call) for call in with_name(calls, "connect_bd_intf_net")]
-    masters = [a for a, _ in wires if a.startswith("kgrc_run_0/m_axi_")]
-    assert sorted(masters) == sorted(f"kgrc_run_0/m_axi_{bundle}" for bundle in BUNDLES)
-    joins = {b.split("/")[0] for a, b in wires if a in masters}
-    assert {(f"smartconnect_HP{i}/M00_AXI", f"ps/S_AXI_HP{i}_FPD") for i in range(4)} <= set(wires)
-    assert joins == {f"smartconnect_HP{i}" for i in range(4)}
     slaves = [b for _, b in wires]
     assert len(set(slaves)) == len(slaves)
-    for end in ("kgrc_run_0/s_axi_control", "axi_intc_0/s_axi"):
-        assert end in slaves
-    counts = {
-        call[-1]: call[2].split()[1]
-        for call in calls
-        if call[0] == "set_property" and call[-1].startswith("smartconnect_HP")
+    masters = [a for a, _ in wires]
+    assert len(set(masters)) == len(masters)
+    assert {a for a in masters if a.startswith("kgrc_run_0/")} == {
+        f"kgrc_run_0/m_axi_{bundle}" for bundle in BUNDLES.values()
     }
-    for join in joins:
-        assert int(counts[join]) == sum(b.startswith(f"{join}/S") for b in slaves)
+    for port, memory in ports.items():
+        join, manager = f"smartconnect_{port}", f"shutdown_{port}"
+        assert cells[manager] == MANAGER.replace(":1.0", ":1.10")
+        assert (f"{join}/M00_AXI", f"{manager}/S_AXI") in wires
+        assert (f"{manager}/M_AXI", f"ps/S_AXI_{port}_FPD") in wires
+        joined = {a for a, b in wires if b.startswith(f"{join}/S")}
+        assert joined == {f"kgrc_run_0/m_axi_{BUNDLES[each]}" for each in memory}
+        assert settings_of(join) == {
+            "CONFIG.NUM_SI": str(len(joined)),
+            "CONFIG.NUM_MI": "1",
+            "CONFIG.NUM_CLKS": "2",
+        }
+        found = settings_of(manager)
+        assert (found["CONFIG.RP_IS_MASTER"], found["CONFIG.CTRL_INTERFACE_TYPE"]) == ("true", "1")
+        assert found["CONFIG.DP_AXI_DATA_WIDTH"] == "128"
+    control = {b for a, b in wires if a.startswith("smartconnect_control/M")}
+    assert control == {
+        *("kgrc_run_0/s_axi_control", "axi_intc_0/s_axi"),
+        *(f"shutdown_{port}/S_AXI_CTRL" for port in ports),
+    }
+    assert settings_of("smartconnect_control")["CONFIG.NUM_MI"] == str(len(control))
 
     nets = {tuple(call) for call in with_name(calls, "connect_bd_net")}
     assert nets >= {
@@ -457,17 +646,33 @@ def test_the_block_design_is_complete(tools, tmp_path):
         ("xlconcat_0/dout", "axi_intc_0/intr"),
         ("axi_intc_0/irq", "ps/pl_ps_irq0"),
     }
-    clocked = {b for a, b in nets if a == "ps/pl_clk0"}
-    resetted = {b for a, b in nets if a == "reset/peripheral_aresetn"}
-    for cell in cells:
-        if cell.startswith("smartconnect"):
-            assert f"{cell}/aclk" in clocked
-            assert f"{cell}/aresetn" in resetted
-    assert {"kgrc_run_0/ap_clk", "ps/maxihpm0_fpd_aclk", "ps/saxihp3_fpd_aclk"} <= clocked
-    assert {"kgrc_run_0/ap_rst_n", "axi_intc_0/s_axi_aresetn"} <= resetted
+    driven = [b for _, b in nets]
+    assert len(set(driven)) == len(driven), "a pin has one clock"
+    clock = {b: a for a, b in nets if a.startswith("ps/pl_clk")}
+    reset = {b: a for a, b in nets if a.endswith("/peripheral_aresetn")}
+    kernel, port_clock = "ps/pl_clk0", "ps/pl_clk1"
+    for cell in ("kgrc_run_0/ap_clk", "axi_intc_0/s_axi_aclk", "ps/maxihpm0_fpd_aclk"):
+        assert clock[cell] == kernel
+    assert (clock["reset/slowest_sync_clk"], clock["reset_ports/slowest_sync_clk"]) == (
+        kernel,
+        port_clock,
+    )
+    for join in (cell for cell in cells if cell.startswith("smartconnect")):
+        assert (clock[f"{join}/aclk"], clock[f"{join}/aclk1"]) == (kernel, port_clock)
+        assert reset[f"{join}/aresetn"] == "reset/peripheral_aresetn"
+    for port in ports:
+        assert clock[f"shutdown_{port}/clk"] == port_clock
+        assert clock[f"ps/saxi{port.lower()}_fpd_aclk"] == port_clock
+        assert reset[f"shutdown_{port}/resetn"] == "reset_ports/peripheral_aresetn"
+    for pin in ("kgrc_run_0/ap_rst_n", "axi_intc_0/s_axi_aresetn"):
+        assert reset[pin] == "reset/peripheral_aresetn"
+    assert {b for a, b in nets if a == "ps/pl_resetn0"} == {
+        *("reset/ext_reset_in", "reset_ports/ext_reset_in")
+    }
     places = [c[1:] for c in calls if c[0] == "assign_bd_address"]
     assert [place[1] for place in places[:2]] == ["0xA0000000", "0xA0010000"]
-    assert places[2] == []
+    assert len({place[1] for place in places[:-1]}) == len(control)
+    assert places[-1] == []
 
     order = [
         *("create_project", "create_bd_design", "assign_bd_address", "validate_bd_design"),
@@ -485,13 +690,40 @@ def test_the_block_design_is_complete(tools, tmp_path):
 
 @needs_tclsh
 @pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("nothing", ""),
+        ("board", "no board files of zcu102"),
+        ("dfx_axi_shutdown_manager", "no xilinx.com:ip:dfx_axi_shutdown_manager in the catalogue"),
+    ],
+)
+def test_vivado_is_asked_for_all_that_a_build_needs_first(
+    tools, tmp_path, monkeypatch, lacks, says
+):
+    monkeypatch.setenv("STUB_LACKS", lacks)
+    monkeypatch.setenv("KGRC_STEP", "look")
+    done = source(HLS / "scripts/overlay.tcl", tmp_path / "build", tmp_path / "stub.tcl")
+    assert (done.returncode == 0) == (lacks == "nothing")
+    assert says in done.stderr
+    kinds = {call[-1] for call in with_name(calls_of(tools), "get_ipdefs")}
+    assert not with_name(calls_of(tools), "create_bd_design")
+    if lacks == "nothing":
+        text = (HLS / "scripts/overlay.tcl").read_text()
+        used = set(re.findall(r"make_cell \S+ (xilinx\.com:ip:\w+)", text))
+        assert kinds == {f"{kind}:*" for kind in used}
+
+
+@needs_tclsh
+@pytest.mark.parametrize(
     ("setting", "value", "says"),
     [
+        ("KGRC_PORTS", "HP0 {nothing}", "top.cpp has no m_axi interface for nothing"),
+        ("KGRC_PORTS", "", "KGRC_PORTS is not set"),
         ("STUB_LACKS", "board", "no board files of zcu102"),
         ("STUB_LACKS", "axi_intc", "no xilinx.com:ip:axi_intc in the catalogue"),
         ("STUB_LACKS", "memory", "does not reach all memory"),
         ("STUB_LACKS", "progress", "no bitstream"),
-        ("STUB_SLACK", "-0.2", "timing is not met at 150 MHz: WNS is -0.2 ns"),
+        ("STUB_SLACK", "-0.2", "at 150 MHz (kernel) and 300 MHz (memory ports): WNS is -0.2"),
         ("KGRC_PART", None, "KGRC_PART is not set"),
     ],
 )
@@ -511,7 +743,9 @@ def test_what_fails_makes_no_bitstream(tools, tmp_path, monkeypatch, setting, va
 @pytest.mark.parametrize(
     ("old", "new"), [("exit", "exit}"), ("return $::env", "return [$::env"), ("create_", "creat_")]
 )
-def test_an_error_of_syntax_is_seen(tools, tmp_path, name, old, new):
+def test_an_error_of_syntax_is_seen(tools, tmp_path, monkeypatch, name, old, new):
+    if name == "hls.tcl":
+        monkeypatch.setenv("KGRC_STEP", "synthesize")
     text = (HLS / "scripts" / name).read_text()
     (tmp_path / name).write_text(new.join(text.rsplit(old, 1)))
     done = source(tmp_path / name, tmp_path / "build", tmp_path / "stub.tcl")
@@ -526,9 +760,10 @@ def road(tools, tmp_path):
     """Runs make to an overlay with stubs for the tools."""
     stub = f"tclsh {tmp_path / 'stub.tcl'}"
 
-    def run(*targets):
+    def run(*targets, **variables):
+        settings = {"HLS": stub, "VIVADO": stub, "CXXFLAGS": "-O0"}
         folders = {"BUILD": tmp_path / "build", "OVERLAYS": tmp_path / "overlays"}
-        return make(*targets, HLS=stub, VIVADO=stub, **folders)
+        return make(*targets, **{**settings, **folders, **variables})
 
     return run
 
@@ -545,13 +780,24 @@ def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
     manifest = overlay.manifest
     assert manifest.config == preset("4-sparse")
     assert (manifest.clock_mhz, manifest.board) == (150, "zcu102")
+    assert (manifest.port_clock_mhz, manifest.setup_slack_ns) == (300, 0.412)
     assert manifest.tool == "Vitis HLS 2022.1, Vivado 2022.1"
+    assert manifest.cosimulated
+    assert manifest.loops["multiply/flattened"] == 1
+    page = (tmp_path / "overlays/4-sparse/report.md").read_text()
+    assert "| multiply/flattened | 1 | 1 |" in page
+    assert "- worst slack after placement and routing: 0.412 ns (setup)" in page
+    assert "- co-simulation: passed" in page
+    assert re.search(r"^\| dsp \| \d+ \| 1 \| 1648 \|", page, re.MULTILINE)
     assert (tmp_path / "build/4-sparse/config.h").read_text() == header.config_header(
         preset("4-sparse")
     )
     calls = calls_of(tools)
     assert with_name(calls, "set_part") == [[board("zcu102").part]]
-    assert with_name(calls, "csynth_design") == [[]]
+    names = [call[0] for call in calls]
+    once = [name for name in names if name in ("csynth_design", "cosim_design", "export_design")]
+    assert once == ["csynth_design", "cosim_design", "export_design"]
+    assert names.index("get_ipdefs") < names.index("csynth_design"), "Vivado is looked at first"
     # again: nothing is built, and the manifest of a built design is kept
     write_manifests(tmp_path / "overlays")
     assert road("4-sparse").returncode == 0
@@ -569,6 +815,65 @@ def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
 
 @needs_tclsh
 @needs_make
+def test_quick_leaves_out_the_cosimulation_until_it_is_asked_for(road, tools, tmp_path):
+    done = road("quick-4-dense")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [call[0] for call in calls_of(tools)]
+    assert "cosim_design" not in names
+    assert not read_overlay(tmp_path / "overlays/4-dense").manifest.cosimulated
+    assert "- co-simulation: not run" in (tmp_path / "overlays/4-dense/report.md").read_text()
+    assert road("4-dense").returncode == 0
+    more = [call[0] for call in calls_of(tools)][len(names) :]
+    assert [name for name in more if name.endswith("_design")] == ["cosim_design"]
+    assert read_overlay(tmp_path / "overlays/4-dense").manifest.cosimulated
+
+
+@needs_tclsh
+@needs_make
+@pytest.mark.parametrize(
+    ("name", "old", "new", "says"),
+    [
+        (
+            *("STUB_REPORT", "<flattened><Name>flattened</Name><TripCount>undef</TripCount>"),
+            *("<PipelineII>1<", "multiply/flattened: II = 2, II = 1 was asked for"),
+        ),
+        ("STUB_TIMING", "0.412", "-0.003", r"worst slack of setup \(WNS\) is -0.003 ns"),
+        ("STUB_TIMING", "0.011", "-0.003", r"worst slack of hold \(WHS\) is -0.003 ns"),
+    ],
+)
+def test_a_build_that_would_be_slow_or_wrong_is_refused(
+    road, tools, tmp_path, monkeypatch, name, old, new, says
+):
+    text = {"STUB_REPORT": REPORT, "STUB_TIMING": TIMING}[name]
+    if name == "STUB_REPORT":
+        old, new = old + new, old + "<PipelineII>2<"
+    assert old in text
+    monkeypatch.setenv(name, text.replace(old, new))
+    done = road("4-dense")
+    assert done.returncode != 0
+    assert re.search(says, done.stderr), done.stderr
+    assert not (tmp_path / "overlays").exists()
+    # an II is seen before the hours of co-simulation, placement and routing
+    names = [call[0] for call in calls_of(tools)]
+    assert ("cosim_design" in names) == ("launch_runs" in names) == (name == "STUB_TIMING")
+
+
+@needs_tclsh
+@needs_make
+@pytest.mark.parametrize("tool", ["HLS", "VIVADO", "CXX", "PYTHON"])
+def test_every_tool_is_looked_for_before_the_first_one_runs(road, tools, tmp_path, tool):
+    if tool != "PYTHON":
+        done = road("4-dense", **{tool: "no-such-tool -x"})
+        assert re.search(r"^not found: no-such-tool\. .*settings64\.sh", done.stdout, re.MULTILINE)
+    else:  # config.h is made by Python, before the tools are needed
+        done = road("4-dense", PYTHON="no-such-tool")
+        assert "no-such-tool" in done.stderr
+    assert done.returncode != 0
+    assert not tools.exists(), "a tool has run"
+
+
+@needs_tclsh
+@needs_make
 def test_a_design_from_a_file_is_built(road, tools, tmp_path):
     config = replace(preset("8-zcu102"), name="mine", pf=10)
     write_design(config, tmp_path / "mine.json")
@@ -582,9 +887,10 @@ def test_a_design_from_a_file_is_built(road, tools, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (handoff([n for n in REGISTERS if n != "weights_0_2"]), "no register weights_0_2"),
+        (handoff([n for n in REGISTERS if n != "weights0_2"]), "no register weights0_2"),
         (handoff().replace(VLNV, "xilinx.com:hls:kgrc_run:1.0"), f"no {VLNV}"),
         ("<EDKSYSTEM>", "no .hwh"),
+        (handoff().replace(f'<MODULE VLNV="{MANAGER}"/>', "", 1), f"of {MANAGER}, one for each of"),
     ],
 )
 def test_an_overlay_that_the_driver_would_refuse_is_not_made(

@@ -83,7 +83,7 @@ def test_where_the_time_goes(tmp_path, monkeypatch, backend):
     if backend == "board":
         pytest.importorskip("pynq", reason="no pynq: the notebook is not run on a simulated board")
     text, pictures = run("02_where_the_time_goes", tmp_path, monkeypatch, PYNQ_KGRC_BACKEND=backend)
-    rows = re.findall(r"^\S+ +(\d+) +(\d+) +(\d+)  (\w+)$", text, re.MULTILINE)
+    rows = re.findall(r"^\S+ +(\d+) +(\d+) +(\d+) +none  (\w+)$", text, re.MULTILINE)
     assert len(rows) > 5
     for modelled, array, counted, bound in rows:
         assert array == counted

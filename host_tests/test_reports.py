@@ -14,9 +14,14 @@ from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.accelerator.reports import (
     ChipResources,
     Loop,
+    PipelinedLoop,
     TimingSummary,
+    build_report,
+    check_build,
     compare,
     main,
+    pipelined_loops,
+    read_asked,
     read_synthesis,
     read_timing,
     read_utilization,
@@ -181,6 +186,165 @@ def test_a_missing_report_or_one_that_is_not_text_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path / name)
+
+
+SOURCE = """
+static void helper(int a) {}
+void multiply(const Task& task,
+              long& trips) {
+outer:
+  for (int i = 0; i < 3; ++i)
+  flattened:
+    for (int j = 0; j < 3; ++j) {
+      // II = 1: because
+#pragma HLS PIPELINE II = 1 style = flp
+    }
+plain:
+  for (int i = 0; i < 3; ++i) helper(i);
+}
+extern "C" void kgrc_run(int first) {
+fields:
+  for (int i = 0; i < 3; ++i) {
+#pragma HLS PIPELINE II = kWords
+  }
+}
+"""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    folder = tmp_path / "hls_src"
+    folder.mkdir()
+    (folder / "a.cpp").write_text(SOURCE)
+    (folder / "config.h").write_text("enum Design {\n  kWords = 2,\n};\n")
+    return folder
+
+
+ASKED = {("multiply", "flattened"): 1, ("kgrc_run", "fields"): 2}
+
+
+def test_what_the_sources_ask_for_is_read(sources):
+    assert read_asked(sources, sources / "config.h") == ASKED
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("fields:\n", "", r"a.cpp:17: PIPELINE with II = 2 in the loop without label"),
+        ("kWords", "kOther", r"a.cpp:18: PIPELINE with II = kOther in the loop fields"),
+        ("PIPELINE II = 1", "PIPELINE", r"a.cpp:10: PIPELINE with II = nothing"),
+        ("PIPELINE", "UNROLL", "no .cpp with a PIPELINE pragma"),
+    ],
+)
+def test_a_pragma_that_asks_for_nothing_clear_is_refused(sources, old, new, says):
+    (sources / "a.cpp").write_text(SOURCE.replace(old, new))
+    with pytest.raises(ConfigError, match=says):
+        read_asked(sources, sources / "config.h")
+
+
+def loops_of(tmp_path, text, asked=ASKED):
+    (tmp_path / "csynth.xml").write_text(text)
+    return pipelined_loops(read_synthesis(tmp_path / "csynth.xml"), asked)
+
+
+FAST = CSYNTH.replace("<PipelineII>2<", "<PipelineII>1<")
+"""The report with the II that the sources ask for."""
+
+
+def test_the_loops_of_a_report_stand_beside_those_of_the_sources(tmp_path):
+    assert loops_of(tmp_path, FAST) == [
+        PipelinedLoop("kgrc_run/fields", 2, 1, True),
+        PipelinedLoop("multiply/flattened", 1, 1, True),
+    ]
+    # as the tool names the module of a loop, and a nest that it has made one loop of
+    text = FAST.replace("<Name>multiply</Name>", "<Name>multiply_Pipeline_outer_flattened</Name>")
+    text = text.replace("<Name>flattened</Name>", "<Name>outer_flattened</Name>")
+    found = loops_of(tmp_path, text)[1]
+    assert found.name == "multiply_Pipeline_outer_flattened/outer_flattened"
+    assert (found.asked, found.reached) == (1, 1)
+    # the longest label; loops of another function; a loop that the report lacks
+    asked = {
+        ("multiply", "flattened"): 1,
+        ("multiply", "x_flattened"): 3,
+        ("scale", "words"): 9,
+    }
+    rows = loops_of(tmp_path, FAST.replace("<Name>flattened<", "<Name>x_flattened<"), asked)
+    assert {row.name: row.asked for row in rows if row.found} == {
+        "kgrc_run/fields": None,
+        "multiply/x_flattened": 3,
+    }
+    assert [row for row in rows if not row.found] == [
+        PipelinedLoop("multiply/flattened", 1, None, False),
+        PipelinedLoop("scale/words", 9, None, False),
+    ]
+    # a function that is inlined has no module of its own
+    asked = {("read_runs", "flattened"): 1, ("kgrc_run", "fields"): 2}
+    assert [row.fault for row in loops_of(tmp_path, CSYNTH, asked)] == [
+        "",
+        "multiply/flattened: II = 2, II = 1 was asked for",
+    ]
+
+
+MET = TimingSummary(0.412, 0.011, met=True)
+
+
+def test_a_build_is_refused_with_all_its_faults(tmp_path):
+    check_build(loops_of(tmp_path, FAST), MET)
+    # an II smaller than asked for, and a loop that the tool pipelined by itself, are no faults
+    check_build(loops_of(tmp_path, FAST, {("multiply", "flattened"): 1}), MET)
+    with pytest.raises(ConfigError, match=r"multiply/flattened: II = 2, II = 1 was asked for"):
+        check_build(loops_of(tmp_path, CSYNTH), MET)
+    text = CSYNTH.replace("<PipelineII>2</PipelineII>", "")
+    with pytest.raises(ConfigError, match=r"flattened: not pipelined, II = 1 was asked for"):
+        check_build(loops_of(tmp_path, text), MET)
+    with pytest.raises(ConfigError, match="none of the loops that the sources pipeline"):
+        check_build(loops_of(tmp_path, FAST, {("scale", "filters"): 1}), MET)
+    slow = TimingSummary(-1.25, -0.02, met=False)
+    with pytest.raises(ConfigError) as refused:
+        check_build(loops_of(tmp_path, CSYNTH), slow)
+    assert str(refused.value).splitlines() == [
+        "the build is refused:",
+        "  multiply/flattened: II = 2, II = 1 was asked for",
+        "  the clock is not met: the worst slack of setup (WNS) is -1.25 ns",
+        "  the clock is not met: the worst slack of hold (WHS) is -0.02 ns",
+    ]
+
+
+def test_the_command_checks_a_build(folder, sources, capsys):
+    (folder / "config.h").write_text((sources / "config.h").read_text())
+    reports = folder / "reports"
+    reports.mkdir()
+    for name in READERS:
+        (folder / name).rename(reports / name)
+    with pytest.raises(ConfigError, match="II = 2, II = 1 was asked for"):
+        main([str(reports), "--check", str(sources)])
+    assert "II = 2   multiply/flattened" in capsys.readouterr().out, "the report is shown as well"
+    (reports / "csynth.xml").write_text(FAST)
+    main([str(reports), "--check", str(sources)])
+    (reports / "timing.rpt").write_text(TIMING.replace("0.412", "-0.001"))
+    with pytest.raises(ConfigError, match="WNS"):
+        main([str(reports), "--check", str(sources), "--json"])
+    main([str(reports)])
+
+
+def test_the_page_of_a_build_has_resources_intervals_and_slacks(folder):
+    synthesis = read_synthesis(folder / "csynth.xml")
+    placed = read_utilization(folder / "utilization.rpt")
+    rows = compare(ChipResources(dsp=1642), synthesis.resources, placed)
+    loops = pipelined_loops(synthesis, {**ASKED, ("scale", "filters"): 1})
+    page = build_report("A build", synthesis, loops, rows, MET, ("board: none",))
+    for line in (
+        "# A build",
+        "- board: none",
+        "- clock: 6.67 ns asked for, 4.867 ns estimated by Vitis HLS 2022.1 before placement",
+        "- worst slack after placement and routing: 0.412 ns (setup), 0.011 ns (hold); met",
+        "| dsp | 1642 | 1650 | 1648 | -0.4% |",
+        "| ff | - | 150000 | 140000 | - |",
+        "| multiply/flattened | 1 | 2 |",
+        "| scale/filters | 1 | not in the report |",
+    ):
+        assert line in page.splitlines()
+    assert "after placement" not in build_report("A", synthesis, loops, rows, None)
 
 
 def test_the_estimate_is_compared_with_the_latest_report(folder):

@@ -13,7 +13,7 @@ from test_csim import every_kind
 
 from pynq_kgrc.accelerator import header
 from pynq_kgrc.accelerator.header import config_header, verilog_parameters
-from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS
+from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, REGION_DISTANCE
 from pynq_kgrc.backends.csim import source_folder
 from pynq_kgrc.backends.image import build_image
 from pynq_kgrc.program import ConvTask
@@ -21,7 +21,7 @@ from pynq_kgrc.quant import ACCUMULATOR_BITS
 
 RTL = source_folder() / "rtl"
 MODULES = ("mac_array", "sum_bank", "region_bank", "dot", "cascade", "delay")
-PROCESSES = ("compute", "plan", "memory", "decode")
+PROCESSES = ("schedule", "compute", "plan", "memory", "decode")
 """HLS sources that the array and its streams need."""
 PRODUCTS = {16: 1, 8: 2, 4: 4}
 """Products a DSP48E2."""
@@ -56,6 +56,7 @@ def test_is_plain_verilog_without_a_warning(bits, sparse):
     command = ["verilator", "--lint-only", "--default-language", "1364-2001", "-Wall", "-Wno-WIDTH"]
     command += ["-y", str(RTL), "--top-module", "mac_array", f"-GBITS={bits}", f"-GSPARSE={sparse}"]
     command += [f"-GSUM={ACCUMULATOR_BITS[bits]}", f"-GMIN_ROWS={MIN_FEATURE_ROWS}"]
+    command += [f"-GREGION_DISTANCE={REGION_DISTANCE}"]
     run_tool([*command, str(RTL / "mac_array.v")], 60)
 
 
@@ -79,7 +80,7 @@ def verilate(folder, top, sources, flags=(), rtl=RTL):
     # the model runs for a second only: a fast build saves more than a fast model
     command += ["-MAKEFLAGS", "OPT_FAST=-O1 OPT_SLOW=-O0 OPT_GLOBAL=-O1"]
     include = " ".join(f"-I{path}" for path in (folder, RTL, source_folder()))
-    command += ["-CFLAGS", f"-std=c++17 -DKGRC_PLAIN -DKGRC_PACKED -Wno-unknown-pragmas {include}"]
+    command += ["-CFLAGS", f"-std=c++17 -DKGRC_PLAIN -Wno-unknown-pragmas {include}"]
     run_tool([*command, "--top-module", top, *flags, *map(str, sources)], 600)
     return folder / "made" / f"V{top}"
 
@@ -241,17 +242,27 @@ def test_three_trips_between_two_accesses_to_a_sum_are_too_few(tmp_path):
     assert "sum" in lines[-1]
 
 
+@simulated
+@pytest.mark.slow
+def test_a_region_that_is_read_too_soon_costs_other_trips(tmp_path):
+    """The memories of the twin would bear it: a region is written in the stage that reads it."""
+    with pytest.raises(AssertionError):
+        assert_twins(Bench(tmp_path, small_program(), REGION_DISTANCE=REGION_DISTANCE - 1))
+
+
 def test_verilog_and_c_get_the_same_constants(monkeypatch):
     """The Verilog has no usable value of its own: its defaults are 0."""
     monkeypatch.setattr(header, "MIN_FEATURE_ROWS", 7)
+    monkeypatch.setattr(header, "REGION_DISTANCE", 6)
     monkeypatch.setitem(ACCUMULATOR_BITS, 8, 40)
     config = small_config(8)
     values = verilog_parameters(config)
-    assert (values["MIN_ROWS"], values["SUM"]) == (7, 40)
+    assert (values["MIN_ROWS"], values["REGION_DISTANCE"], values["SUM"]) == (7, 6, 40)
     assert "kMinFeatureRows = 7," in config_header(config)
+    assert "kRegionDistance = 6," in config_header(config)
     assert "kSumBits = 40," in config_header(config)
     text = (RTL / "mac_array.v").read_text("utf-8")
-    assert re.findall(r"\b(?:SUM|MIN_ROWS) = (\w+)", text) == ["0", "0"]
+    assert re.findall(r"\b(?:SUM|MIN_ROWS|REGION_DISTANCE) = (\w+)", text) == ["0"] * 3
 
 
 # ---- synthesis ------------------------------------------------------------------------------
@@ -273,6 +284,7 @@ def synthesize(folder, top, values, each=False):
     """Cells by type, of the whole hierarchy."""
     if top == "mac_array":
         values = values | {"SUM": ACCUMULATOR_BITS[values["BITS"]], "MIN_ROWS": MIN_FEATURE_ROWS}
+        values["REGION_DISTANCE"] = REGION_DISTANCE
     report = folder / "report"
     sources = " ".join(str(RTL / f"{name}.v") for name in MODULES)
     sets = " ".join(f"-set {name} {value}" for name, value in values.items())
@@ -293,7 +305,7 @@ def table():
     rows = []
     for line in (RTL / "README.md").read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        found = re.fullmatch(r"`(\w+)((?: \w+=\d+)+)`(, each in a DSP)?", cells[0])
+        found = re.fullmatch(r"`(dot|mac_array)((?: \w+=\d+)+)`(, each in a DSP)?", cells[0])
         if found:
             values = {k: int(v) for k, v in (pair.split("=") for pair in found[2].split())}
             counts = tuple(int(cell) for cell in cells[1:])

@@ -1,5 +1,5 @@
-// Compares mac_array.v with multiply() of ../compute.cpp on the same streams, for each convolution
-// of a program: the sums and the number of trips have to be equal.
+// Compares mac_array.v with the array of ../schedule.cpp and ../compute.cpp on the same streams, for
+// each convolution of a program: the sums and the number of trips have to be equal.
 //
 //   Vmac_array MAPS WEIGHTS TABLES TASKS SEED STALL EXTREME
 //
@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "Vmac_array.h"
+#include "array.h"
 #include "bits.h"
-#include "design.h"
 
 using namespace kgrc;
 
@@ -49,12 +49,6 @@ void give_all(const std::vector<Value>& values, Stream<Value>& stream) {
 }
 
 // ---- words in the layout of mac_array.v ------------------------------------------------------
-
-int bits_for(int most) {
-  int bits = 1;
-  while (most >> bits) ++bits;
-  return bits;
-}
 
 const int kRow = bits_for(kRegionRows - 1), kBank = bits_for(kPf - 1);
 const int kFeature = bits_for(kFeatureRows + kMinFeatureRows);
@@ -192,26 +186,31 @@ int main(int, char** given) {
 
     long trips = 0, unused = 0;
     Stream<Tile> to_read("to_read"), to_place("to_place"), to_decode("to_decode"),
-        to_multiply("to_multiply"), to_scale("to_scale"), to_add("to_add"), to_pack("to_pack"),
+        to_inputs("to_inputs"), to_scale("to_scale"), to_add("to_add"), to_pack("to_pack"),
         to_write("to_write");
     Stream<Item> items_to_read("items_to_read"), items_to_place("items_to_place"),
-        items_to_decode("items_to_decode"), items_to_multiply("items_to_multiply");
+        items_to_decode("items_to_decode"), items_to_schedule("items_to_schedule"),
+        items_to_inputs("items_to_inputs");
     Stream<Beat> beats("beats");
     Stream<WeightBeat> weight_beats("weight_beats");
     Stream<Index> indices("indices");
     Stream<RegionWord> region("region");
     Stream<WeightWord> words("words");
+    Stream<Run> runs("runs");
+    Stream<DrainOrder> orders("orders");
+    Stream<InputStep> input_steps("input_steps");
+    Stream<SumStep> sum_steps("sum_steps");
     Stream<SumWord> sums("sums");
-    read_plan(task, tables.data(), to_read, to_place, to_decode, to_multiply, to_scale, to_add,
-              to_pack, to_write, items_to_read, items_to_place, items_to_decode, items_to_multiply,
-              unused);
+    read_plan(task, tables.data(), to_read, to_place, to_decode, to_inputs, to_scale, to_add,
+              to_pack, to_write, items_to_read, items_to_place, items_to_decode, items_to_schedule,
+              items_to_inputs, unused);
     read_input(task, maps.data(), to_read, items_to_read, beats, unused);
     place_input(task, to_place, items_to_place, beats, region, unused);
     read_weights(task, weights.data(), weight_beats, unused);
     read_indices(task, tables.data(), indices, unused);
     make_words(task, to_decode, items_to_decode, weight_beats, indices, words, unused);
-    const std::vector<Tile> tiles = take_all(to_multiply);
-    const std::vector<Item> items = take_all(items_to_multiply);
+    const std::vector<Tile> tiles = take_all(to_inputs);
+    const std::vector<Item> items = take_all(items_to_inputs);
     std::vector<RegionWord> region_words = take_all(region);
     std::vector<WeightWord> weight_words = take_all(words);
     if (at_extremes) {
@@ -224,11 +223,14 @@ int main(int, char** given) {
             for (auto& column : row)
               for (Code& code : column) code = extreme(true);
     }
-    give_all(tiles, to_multiply);
-    give_all(items, items_to_multiply);
+    give_all(tiles, to_inputs);
+    give_all(items, items_to_inputs);
     give_all(region_words, region);
     give_all(weight_words, words);
-    multiply(task, to_multiply, items_to_multiply, region, words, sums, trips, unused);
+    schedule(task, items_to_schedule, runs, orders);
+    address_inputs(task, to_inputs, items_to_inputs, input_steps, unused);
+    address_sums(orders, sum_steps);
+    multiply(task, runs, input_steps, sum_steps, region, words, sums, trips);
     const std::vector<SumWord> wanted = take_all(sums);
 
     Source<Tile> tile_source(tiles);

@@ -1,7 +1,7 @@
 // The array: each step is a trip, unless it waits for a stream. A trip does three things at once:
 // it multiplies one weight word with the inputs of PF outputs, it loads one word of the next
-// region, and it hands on one word of finished sums. The twin of multiply() in ../compute.cpp for
-// convolutions, trip by trip.
+// region, and it hands on one word of finished sums. For convolutions it is the twin, trip by trip, of
+// schedule(), address_inputs() and address_sums() in ../schedule.cpp with multiply() in ../compute.cpp.
 //
 // A stream passes a word where valid and ready are both high. The first field of a word is in its
 // lowest bits; in [a][b] a is outermost:
@@ -25,6 +25,7 @@ module mac_array #(
   parameter POSITIONS = 4, REGION_ROWS = 1024, FEATURE_ROWS = 10, FILTER_TILES = 2,
   parameter SUM = 0,         // bits of a sum
   parameter MIN_ROWS = 0,    // least trips between two accesses to a sum; see sum_bank.v
+  parameter REGION_DISTANCE = 0,   // from the last write of a region to its first read
   parameter PACKED = 1
 ) (clk, rst, start, words_of_item, item_count, region_count, busy, trips,
    tile_valid, tile_ready, tile, item_valid, item_ready, item,
@@ -49,6 +50,7 @@ module mac_array #(
   localparam CODES = TN * BITS;
   localparam ROW = bits_for(REGION_ROWS - 1), BANK = bits_for(PF - 1), PLACE = ROW + BANK;
   localparam SUM_ROW = bits_for(SUM_ROWS - 1), FEATURE = bits_for(FEATURE_ROWS + MIN_ROWS);
+  localparam WAIT = bits_for(REGION_DISTANCE);
   localparam SIZE = bits_for(PF * (FEATURE_ROWS + 8));
   localparam FILTER = bits_for(GM - 1), VECTOR = bits_for(VECTORS - 1);
   localparam HELD = bits_for(FILTER_TILES - 1), HANDED = bits_for(FILTER_TILES * VECTORS);
@@ -86,6 +88,7 @@ module mac_array #(
   reg have_next, active, block_done, draining, emptied, in_use, sums_in_use, load_into, in_flight,
       holds_region;
   reg [1:0] full;
+  reg [WAIT-1:0] ready_in [0:1];      // trips until a full half may be read
   reg [ITEM-1:0] held_item, next_item;
   reg [TILE-1:0] held_tile;
   reg [FEATURE-1:0] feature_row;
@@ -117,7 +120,7 @@ module mac_array #(
   wire take_item = !have_next && items_left != 0 && !active;
   wire [ITEM-1:0] next_now = take_item ? item : next_item;
   wire begin_item = (have_next || take_item) && !active && !waits
-                    && (!next_now[ITEM_FLAGS] || full[!in_use]);
+                    && (!next_now[ITEM_FLAGS] || full[!in_use] && ready_in[!in_use] == 0);
   wire [ITEM-1:0] item_now = begin_item ? next_now : held_item;
   wire [HELD-1:0] filter_tile = item_now[0 +: HELD];  // among those whose sums are held
   wire [GROUPS-1:0] mask = item_now[ITEM_MASK +: GROUPS];
@@ -222,6 +225,7 @@ module mac_array #(
                       && !(begin_item && !active_now && end_block) && !waits
                       && (!drain_now || drain_ends);
 
+  integer half_at;
   always @(posedge clk) begin
     if (rst) begin
       items_left <= 0;
@@ -241,6 +245,8 @@ module mac_array #(
       sums_in_use <= 0;
       load_into <= 0;
       full <= 2'b00;
+      ready_in[0] <= {WAIT{1'b0}};
+      ready_in[1] <= {WAIT{1'b0}};
       trips <= 0;
     end else if (go) begin
       trips <= trips + 1;
@@ -282,6 +288,9 @@ module mac_array #(
       end
 
       full <= full_now | {region_ends && load_into, region_ends && !load_into};
+      for (half_at = 0; half_at < 2; half_at = half_at + 1)
+        ready_in[half_at] <= region_ends && load_into == half_at ? REGION_DISTANCE - 1
+                           : ready_in[half_at] != 0 ? ready_in[half_at] - 1'b1 : {WAIT{1'b0}};
       if (region_ends) begin
         load_into <= !load_into;
         regions_left <= regions_left - 1;

@@ -3,9 +3,9 @@
 ``python hls_src/scripts/lint.py hls_src --design 8-sparse``
 
 libclang parses the sources as synthesis sees them (`__SYNTHESIS__`, with stand-ins for the
-vendor's headers of streams and of memory ports). Rules check the syntax tree and the pragmas. Findings are printed as
-`file:line: text`; the exit status is 1 if there are any. Whether the tool reaches the II that is
-asked for cannot be said here.
+vendor's headers of streams and of memory ports). Rules check the syntax tree and the pragmas.
+Findings are printed as `file:line: text`; the exit status is 1 if there are any. Whether the tool
+reaches the II that is asked for cannot be said here.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class stream {
   explicit stream(const char*) {}
   void write(const Value& value) { cell = value; }
   Value read() { return cell; }
+  bool read_nb(Value& value) { value = cell; return true; }
   bool empty() const { return false; }
  private:
   Value cell;
@@ -96,6 +97,9 @@ FUNCTIONS = (Kind.FUNCTION_DECL, Kind.CXX_METHOD, Kind.FUNCTION_TEMPLATE, Kind.C
 VARIABLES = (Kind.VAR_DECL, Kind.PARM_DECL, Kind.FIELD_DECL)
 LOOPS = (Kind.FOR_STMT, Kind.WHILE_STMT, Kind.DO_STMT, Kind.CXX_FOR_RANGE_STMT)
 
+RAM = re.compile(r"\bRam<[^,]+, \d+(?:, (\d+))?>")
+"""A type that is or holds a Ram, and its distance where it is not the default 0."""
+
 DIRECTIVES = {
     "INTERFACE": "m_axi s_axilite port offset bundle depth max_read_burst_length "
     "max_write_burst_length num_read_outstanding num_write_outstanding",
@@ -107,11 +111,12 @@ DIRECTIVES = {
     "STREAM": "variable depth",
     "DEPENDENCE": "variable inter intra RAW WAR WAW distance true false",
     "ARRAY_PARTITION": "variable complete cyclic block factor dim",
-    "AGGREGATE": "variable",
     "BIND_OP": "variable op impl",
     "BIND_STORAGE": "variable type impl",
 }
-"""The directives that hls_src may use, and their words; UG1399 has more."""
+"""The directives that hls_src may use, and their words; UG1399 has more.
+
+AGGREGATE is not among them: it would make one scalar of a whole array of structs."""
 
 
 @dataclass
@@ -182,10 +187,13 @@ class Sources:
 
     def __init__(self, sources: Path, folder: Path, design: str) -> None:
         self.folder = sources
+        self.scratch = folder
         self.faults: list[str] = []
         self.functions: dict[str, Function] = {}
         self.globals: set[str] = set()
         self.members: set[str] = set()
+        self.memories: dict[str, int] = {}
+        """Variables of class Ram -> the distance that they keep (kDistance)."""
         flags = synthesis_flags(sources, folder, design)
         flags += ["-x", "c++", "-isystem", include_folder()]
         index = cindex.Index.create()
@@ -236,6 +244,9 @@ class Sources:
                 function.loops.append(loop)
                 around = (loop, *loops)
             elif child.kind in VARIABLES:
+                memory = RAM.search(child.type.get_canonical().spelling)
+                if memory:
+                    self.memories[child.spelling] = int(memory[1] or 0)
                 if function is not None:
                     function.variables[child.spelling] = child
                 elif child.kind == Kind.FIELD_DECL:
@@ -428,6 +439,27 @@ def check_directives(sources: Sources) -> None:
             sources.faults.append(f"{pragma.where}: outside of a loop")
 
 
+def check_dependences(sources: Sources) -> None:
+    """A DEPENDENCE between trips is that of a memory, and has the distance that the memory keeps.
+
+    A simulation with KGRC_LATE holds the memory to it.
+    """
+    config = (sources.scratch / "config.h").read_text()
+    numbers = dict(re.findall(r"(\w+) = (\d+),", config))
+    for pragma in sources.pragmas:
+        if pragma.directive != "DEPENDENCE":
+            continue
+        name = pragma.options.get("variable", "")
+        if name not in sources.memories:
+            sources.faults.append(f"{pragma.where}: {name} is no Ram")
+        elif "inter" in pragma.options:
+            said = pragma.options.get("distance", "none")
+            kept = sources.memories[name]
+            true = {"RAW", "true"} <= set(pragma.options)
+            if not true or numbers.get(said, said) != str(kept):
+                sources.faults.append(f"{pragma.where}: {name} keeps a RAW distance of {kept}")
+
+
 def check_pipelines(sources: Sources) -> None:
     """A pipelined loop has a label, and a comment that gives the reason for its II."""
     for pragma in sources.pragmas:
@@ -514,6 +546,7 @@ RULES = (
     check_recursion,
     check_unrolled,
     check_directives,
+    check_dependences,
     check_pipelines,
     check_interfaces,
     check_dataflow,

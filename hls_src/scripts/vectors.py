@@ -123,7 +123,7 @@ def vectors(config: AcceleratorConfig, seed: int = 0) -> Array:
         wanted = encode_map(config, found, bits).view(np.uint64)
         # the padding of a map to whole vectors and beats may hold any value
         known = encode_map(config, np.full_like(found, -1), bits).view(np.uint64)
-        words = {"done": 1, **asdict(task_cost(config, program.work(task)))}
+        words = {"done": 1, "clocks": 0, **asdict(task_cost(config, program.work(task)))}
         status = [words[name] for name in STATUS]
         at = slot_beat(program, task.target, task.name) * config.beat_bytes // 8
         parts += [np.array([*status, at, wanted.size], np.uint64), wanted, known]

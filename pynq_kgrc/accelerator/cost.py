@@ -121,9 +121,11 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
     for first, extent in tiles(work.out_size, work.tile):
         tile_count += 1
         drained = vectors * extent[0] * extent[1] * beats_of_row(config, extent[2])
+        # an item without a new region takes one trip
         trips["input"] += regions * region_trips(config, shape, extent, first)
+        trips["input"] += len(items) - regions
         trips["weights"] += shape.taps + weight_trips
-        trips["scale"] += vectors * 2 * config.tn + drained
+        trips["scale"] += drained
         trips["store"] += drained * beats_out
         macs += chunks * config.rows_per_cycle * config.pk * config.tn * math.prod(extent)
         input_beats += regions * region_beats(config, shape, extent, first)

@@ -17,7 +17,7 @@ from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
 from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, REGION_DISTANCE
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import written_beside
-from pynq_kgrc.quant import ACCUMULATOR_BITS
+from pynq_kgrc.quant import ACCUMULATOR_BITS, MAX_SHIFT, MULT_BITS
 
 IMAGE_VERSION = 2
 """Version of what the hardware reads from memory: maps, tables, weights (docs/format.md). It grows
@@ -41,15 +41,15 @@ FIELDS = (
 """Fields of a task's descriptor, 32 bits each, in memory order.
 
 `source`, `target`, `shortcut`, `even_weights` and `odd_weights` are addresses, counted in beats of
-their port from the start of its memory; the chunks of a tile with even numbers lie one after the
-other at one, the others at the other. `items`, `scales` and `indices` are counted in 64-bit words of the tables.
-Every output tile reads the same items, scales, weights and indices. The task has `chunks` chunks:
-`chunk_beats` beats of the weight port and `AcceleratorConfig.index_words` 64-bit words of indices
+their port from the start of its memory: the chunks of even numbers lie at one, those of odd numbers
+at the other. `items`, `scales` and `indices` are counted in 64-bit words of the tables. Every
+output tile reads the same items, scales, weights and indices. The task has `chunks` chunks:
+`chunk_beats` beats of a weight port and `AcceleratorConfig.index_words` 64-bit words of indices
 each. `vectors` is how many vectors of T_N outputs there are."""
 
 KINDS = ("convolution", "max_pool", "sum_pool")
 
-SCALE_BITS = {"mult": BitField(0, 16), "shift": BitField(16, 8)}
+SCALE_BITS = {"mult": BitField(0, MULT_BITS), "shift": BitField(16, MAX_SHIFT.bit_length())}
 """Bits of the second 64-bit word of a filter's scale; the first is the bias, signed."""
 
 STATUS = (
@@ -58,17 +58,19 @@ STATUS = (
     "macs",
     *("input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words"),
     *("input_requests", "shortcut_requests", "output_requests", "weight_requests"),
+    "clocks",
 )
 """What the kernel reports of a task, a 64-bit word each: 1 when it is done, the trips of its
-pipelined loops, then counts. All but `done` are the fields of `cost.Cost`."""
+pipelined loops, then counts, then the clock cycles that it took; 0 in the C-simulation, which has
+no clock. All but `done` and `clocks` are the fields of `cost.Cost`."""
 
-INPUT_PORTS = ("input_0", "input_1")
+INPUT_PORTS = ("input0", "input1")
 """Memory ports that read the input map: plane n of a task is read by port n % 2."""
 
 MAP_PORTS = (*INPUT_PORTS, "shortcut", "output")
 """Memory ports that see the memory of maps."""
 
-WEIGHT_PORTS = ("weights_0", "weights_1")
+WEIGHT_PORTS = ("weights0", "weights1")
 """Memory ports that see the memory of weights: chunk c of a tile is read by port c % 2."""
 
 TABLE_PORTS = ("tables", "items", "indices", "scales")
@@ -86,6 +88,34 @@ RUNS_AHEAD = 32
 
 VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
 """Vendor, library, name and version of the kernel. The driver finds the kernel by it."""
+
+MANAGER = "xilinx.com:ip:dfx_axi_shutdown_manager:1.0"
+"""The block between a memory port and the processing system that ends open bursts (PG377). pynq
+asks all blocks of this VLNV to shut down before it programs the device."""
+
+SYSTEM_PORTS = {"input": ("HPC0", "HPC1"), "weights": ("HP0", "HP1"), "output": ("HP2",)}
+"""Ports of the processing system by the kernel's memory ports: `input0` takes the first of `input`,
+`input1` the second. All other memory ports share OTHER_PORT."""
+
+OTHER_PORT = "HP3"
+
+
+def memory_ports() -> dict[str, tuple[str, ...]]:
+    """Port of the processing system -> the kernel's memory ports that it carries, in order.
+
+    Raises:
+        ConfigError: the kernel has more ports of a kind than SYSTEM_PORTS has for it.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for port in ADDRESSES:
+        kind = port.rstrip("0123456789_")
+        number = int(port[len(kind) :].lstrip("_") or 0)
+        system = SYSTEM_PORTS.get(kind, (OTHER_PORT,))
+        if number >= len(system):
+            raise ConfigError(f"{port}: SYSTEM_PORTS has {len(system)} for {kind}: {system}")
+        found[system[number]] = (*found.get(system[number], ()), port)
+    return found
+
 
 START, DONE, IDLE = 1, 2, 4
 """Bits of the register CTRL; DONE clears when it is read."""
@@ -248,7 +278,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--design", default="8-sparse", help="a name, or the JSON file of a design")
     parser.add_argument("-o", "--output", type=Path, help="file to write instead of printing")
+    parser.add_argument(
+        "--ports", action="store_true", help="print memory_ports as a Tcl dictionary instead"
+    )
     chosen = parser.parse_args(arguments)
+    if chosen.ports:
+        print(
+            " ".join(f"{system} {{{' '.join(ports)}}}" for system, ports in memory_ports().items())
+        )
+        return
     text = config_header(read_design(chosen.design))
     path: Path | None = chosen.output
     if path is None:

@@ -221,7 +221,7 @@ class _Walk:
         for first, extent in tiles(work.out_size, work.tile):
             left -= 1
             tile = self.tile(first, extent)
-            state = (
+            state: tuple[float, ...] = (
                 *(load_start, sums_free, input_free, weights_free),
                 *(scale_free, store_free, shortcut_free, plan_free, place_free),
             )

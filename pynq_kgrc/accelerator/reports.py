@@ -1,6 +1,9 @@
-"""Reports of Vitis HLS and Vivado about a design, compared with our resource estimate.
+"""Reports of Vitis HLS and Vivado about a design, held against the sources and our estimate.
 
 ``python -m pynq_kgrc.accelerator.reports hls_src/build/8-sparse/reports --design 8-sparse``
+
+With ``--check`` the exit status is 1 if a loop has a larger initiation interval (II) than its
+pragma in hls_src asks for, or if the clock is not met.
 
 The readers expect csynth.xml (Vitis HLS 2020.2 and later) and the text files of Vivado's
 report_utilization and report_timing_summary. They were never tried on reports of our own designs:
@@ -25,6 +28,9 @@ from pynq_kgrc.errors import ConfigError
 
 SYNTHESIS, UTILIZATION, TIMING = "csynth.xml", "utilization.rpt", "timing.rpt"
 """Names of the reports in the folder that hls_src/Makefile fills."""
+
+Asked = dict[tuple[str, str], int]
+"""(function, label) of a loop -> the II that its pragma asks for."""
 
 
 class Loop(msgspec.Struct, frozen=True):
@@ -87,6 +93,30 @@ class Comparison(msgspec.Struct, frozen=True):
     placed: float | None
     error: float | None
     """Relative error of the estimate against `placed`, or else against `synthesized`."""
+
+
+class PipelinedLoop(msgspec.Struct, frozen=True):
+    """A loop that the sources pipeline, or that the tool pipelined by itself."""
+
+    name: str
+    """`module/label` of the report; `function/label` of the sources if the report lacks it."""
+    asked: int | None
+    """II of the pragma; None if there is none."""
+    reached: int | None
+    """II of the report; None if the report lacks the loop, or it is not pipelined."""
+    found: bool
+    """Whether the report has the loop."""
+
+    @property
+    def fault(self) -> str:
+        """Why a build with this loop is refused; "" if it is not."""
+        if self.asked is None or not self.found:
+            return ""
+        if self.reached is None:
+            return f"{self.name}: not pipelined, II = {self.asked} was asked for"
+        if self.reached > self.asked:
+            return f"{self.name}: II = {self.reached}, II = {self.asked} was asked for"
+        return ""
 
 
 class ReportSummary(msgspec.Struct, frozen=True):
@@ -210,6 +240,101 @@ def read_timing(path: Path) -> TimingSummary:
     raise ConfigError(f"{path}: no Design Timing Summary with WNS(ns) and WHS(ns)")
 
 
+def read_asked(sources: Path, header: Path) -> Asked:
+    """The II that each pipelined loop of the HLS sources asks for.
+
+    Args:
+        sources: the folder hls_src.
+        header: config.h of the design; an II may be one of its constants.
+
+    Raises:
+        ConfigError: a file cannot be read, a pragma belongs to no loop with a label, or its II is
+            neither a number nor in config.h; names file and line.
+    """
+    constants = dict(re.findall(r"\b(k\w+) = (\d+),", _read(header)))
+    found: Asked = {}
+    for path in sorted(sources.glob("*.cpp")):
+        function = label = ""
+        for number, line in enumerate(_read(path).splitlines(), 1):
+            if begins := re.match(r"[A-Za-z].*?\b(\w+)\(", line):
+                function, label = begins[1], ""
+            elif begins := re.match(r"\s*(\w+):$", line):
+                label = begins[1]
+            elif pragma := re.match(r"\s*#\s*pragma\s+HLS\s+PIPELINE\b(.*)", line):
+                asked = re.search(r"\bII\s*=\s*(\w+)", pragma[1])
+                text = str(constants.get(asked[1], asked[1])) if asked else "nothing"
+                if not (function and label and text.isdecimal()):
+                    raise ConfigError(
+                        f"{path}:{number}: PIPELINE with II = {text} in the loop "
+                        f"{label or 'without label'}; accepted are a number or a constant of "
+                        f"{header}, in a loop with a label"
+                    )
+                found[function, label] = int(text)
+    if not found:
+        raise ConfigError(f"{sources}: no .cpp with a PIPELINE pragma; is it the folder hls_src?")
+    return found
+
+
+def pipelined_loops(synthesis: Synthesis, asked: Asked) -> list[PipelinedLoop]:
+    """The loops of a report beside those of the sources; loops of the sources only come last.
+
+    Vitis HLS names a loop by its label, and a nest that it has flattened by the labels joined with
+    `_`. A module is named after the function, with more behind it. The loops of a function that is
+    inlined lie in the module of its caller.
+    """
+    rows, left = [], dict(asked)
+
+    def belongs(module: str, function: str) -> bool:
+        return f"{module}_".startswith(f"{function}_")
+
+    inlined = {
+        function
+        for function, _ in asked
+        if not any(belongs(loop.module, function) for loop in synthesis.loops)
+    }
+    for loop in synthesis.loops:
+        named = [place for place in asked if f"_{loop.name}".endswith(f"_{place[1]}")]
+        places = [place for place in named if belongs(loop.module, place[0])]
+        places = places or [place for place in named if place[0] in inlined]
+        # the longest label, as region_words also ends in words; of several the least II
+        place = max(places, key=lambda place: (len(place[1]), -asked[place]), default=None)
+        if place is not None:
+            left.pop(place, None)
+        if place is not None or loop.ii is not None:
+            wanted = None if place is None else asked[place]
+            rows.append(PipelinedLoop(f"{loop.module}/{loop.name}", wanted, loop.ii, True))
+    for (function, label), wanted in left.items():
+        rows.append(PipelinedLoop(f"{function}/{label}", wanted, None, False))
+    return rows
+
+
+def check_build(
+    loops: Sequence[PipelinedLoop] = (),
+    timing: TimingSummary | None = None,
+) -> None:
+    """Refuse a build that would not run as modelled. What is not given is not checked.
+
+    Raises:
+        ConfigError: a loop has a larger II than asked for or is not pipelined, the report has none
+            of the loops of the sources, or a slack is negative; the message lists all faults.
+    """
+    faults = [loop.fault for loop in loops if loop.fault]
+    if loops and not any(loop.found and loop.asked is not None for loop in loops):
+        faults.append("the report has none of the loops that the sources pipeline")
+    for kind, slack in (
+        ()
+        if timing is None
+        else (
+            ("setup (WNS)", timing.setup_ns),
+            ("hold (WHS)", timing.hold_ns),
+        )
+    ):
+        if slack < 0:
+            faults.append(f"the clock is not met: the worst slack of {kind} is {slack:g} ns")
+    if faults:
+        raise ConfigError("the build is refused:\n  " + "\n  ".join(faults))
+
+
 def compare(
     estimate: ChipResources,
     synthesized: ChipResources | None = None,
@@ -275,6 +400,53 @@ def _pair(low: int | None, high: int | None) -> tuple[int, int] | None:
     return None if low is None or high is None else (low, high)
 
 
+def build_report(
+    title: str,
+    synthesis: Synthesis,
+    loops: Sequence[PipelinedLoop],
+    resources: Sequence[Comparison],
+    timing: TimingSummary | None,
+    facts: Sequence[str] = (),
+) -> str:
+    """The reports of a build as a page of Markdown; it is kept beside the manifest.
+
+    Args:
+        title: the page's title.
+        synthesis: the report of Vitis HLS.
+        loops: see `pipelined_loops`.
+        resources: see `compare`.
+        timing: the slacks after placement and routing.
+        facts: further lines for the list at the top.
+    """
+    lines = [f"# {title}", ""]
+    lines += [f"- {fact}" for fact in facts]
+    lines.append(
+        f"- clock: {synthesis.target_ns:g} ns asked for, {synthesis.estimated_ns:g} ns estimated "
+        f"by Vitis HLS {synthesis.version} before placement"
+    )
+    if timing is not None:
+        lines.append(
+            f"- worst slack after placement and routing: {timing.setup_ns:g} ns (setup), "
+            f"{timing.hold_ns:g} ns (hold); {'met' if timing.met else 'NOT met'}"
+        )
+    lines += ["", "## Resources", "", "| | modelled | synthesized | placed | model's error |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in resources:
+        error = "-" if row.error is None else f"{row.error:+.1%}"
+        numbers = (_cell(n) for n in (row.estimated, row.synthesized, row.placed))
+        lines.append(f"| {' | '.join((row.resource, *numbers, error))} |")
+    lines += ["", "## Initiation intervals", "", "As Vitis HLS reports them after synthesis.", ""]
+    lines += ["| loop | asked for | reached |", "|---|---|---|"]
+    for loop in loops:
+        reached = _cell(loop.reached) if loop.found else "not in the report"
+        lines.append(f"| {loop.name} | {_cell(loop.asked)} | {reached} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
 def _parse_estimate(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     if name not in RESOURCES:
@@ -308,7 +480,7 @@ def _lines(summary: ReportSummary) -> Iterator[str]:
     yield f"{'':8} {'estimated':>10} {'synthesized':>12} {'placed':>10} {'difference':>11}"
     for row in summary.resources:
         numbers = (row.estimated, row.synthesized, row.placed)
-        a, b, c = ("-" if value is None else f"{value:g}" for value in numbers)
+        a, b, c = map(_cell, numbers)
         error = "-" if row.error is None else f"{row.error:+.1%}"
         yield f"{row.resource:8} {a:>10} {b:>12} {c:>10} {error:>11}"
 
@@ -336,6 +508,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help=f"your own estimate of {', '.join(RESOURCES)}",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="HLS_SRC",
+        help="fail if a loop has a larger II than these sources ask for, or the clock is not met; "
+        "config.h of the design lies beside the folder of the reports",
+    )
     chosen = parser.parse_args(arguments)
     folder: Path = chosen.folder
     paths = [folder / name for name in (SYNTHESIS, UTILIZATION, TIMING)]
@@ -356,9 +535,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary = ReportSummary(synthesis, timing, rows)
     if chosen.json:
         print(msgspec.json.format(msgspec.json.encode(summary), indent=2).decode())
-        return
-    for line in _lines(summary):
-        print(line)
+    else:
+        for line in _lines(summary):
+            print(line)
+    if chosen.check is not None:
+        asked = read_asked(chosen.check, folder.parent / "config.h")
+        loops = () if synthesis is None else pipelined_loops(synthesis, asked)
+        check_build(loops, timing)
 
 
 if __name__ == "__main__":

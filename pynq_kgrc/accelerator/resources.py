@@ -1,15 +1,17 @@
-"""Modelled resources of a design of ours on a chip.
+"""Modelled resources of a design of ours on a chip, counted from what hls_src instantiates.
 
-DSPs and block RAMs are counted from the multipliers and memories that hls_src instantiates. LUTs
-are the estimate `paper.lut`, which is fitted to the published designs of the same array. No design
-was synthesized here; `accelerator/reports.py` compares the estimate with a synthesis report.
+`resource_parts` counts DSPs, block RAMs and LUTs part by part. The formulas of the lanes (constants
+below without "assumed") are held within 15 % of what yosys finds for their twins in hls_src/rtl
+(host_tests/test_rtl_lanes.py; synthesized, not placed). What has no twin is assumed, and its name
+says so. No design was synthesized by the vendor's tools; `accelerator/reports.py` compares the
+estimate with a synthesis report.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pynq_kgrc.accelerator import paper
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.quant import ACCUMULATOR_BITS, ceil_div
@@ -17,14 +19,51 @@ from pynq_kgrc.quant import ACCUMULATOR_BITS, ceil_div
 PACKED = {16: (1, 1), 8: (2, 1), 4: (2, 2)}
 """By bit width: (filters, output positions) that share one DSP (hls_src/dot.h)."""
 
-DSP_PER_SCALE = 3
-"""Two for a sum of up to 48 bits times 15 bits, one for the shortcut's 17 by 15 (post.cpp)."""
+FIELD_BITS = {16: 32, 8: 18, 4: 11}
+"""By bit width: bits of a product's field in the sum of a cascade (hls_src/dot.h)."""
 
-DSP_OF_ADDRESSES = 32
-"""DSPs for products of tile sizes and pitches in all processes; an allowance, not a count."""
+ROW_BITS, SUM_ROW_BITS = 10, 9
+"""Bits of a row of a region bank, and of a sum bank."""
 
-BRAM36_OF_PORTS = 30
-"""Block RAMs for the eight memory ports and the streams between processes; an allowance."""
+DSP_PER_SCALE = {16: 4, 8: 3, 4: 3}
+"""By bit width, of a lane of scale(): yosys's count for rtl/scale_lane.v. Two or three for a biased
+sum times a multiplier of 15 bits, one for the shortcut's code."""
+
+ADDRESSING_PROCESSES = 12
+"""Processes that multiply sizes and pitches (hls_src: plan, memory, decode, schedule, pool)."""
+
+DSP_PER_ADDRESS_ASSUMED = 6
+"""Two products of 32 bits, 3 DSPs each, that a process uses again and again; assumed. The review
+of the sources expects 60 to 100 DSPs for all of them."""
+
+SRL_DEPTH_ASSUMED = 32
+"""Depth up to which a FIFO is made of shift registers, 32 words a LUT; deeper ones are block RAM.
+Assumed: what the tool chooses depends on its version."""
+
+PROCESSES = 22
+"""Of a task (hls_src/top.cpp)."""
+
+LUT_PER_PROCESS_ASSUMED = 900
+"""Counters, addresses, comparisons and control of a process, outside of its lanes; assumed."""
+
+DIVIDERS_ASSUMED = 20
+LUT_PER_DIVIDER_ASSUMED = 250
+"""Sequential dividers that run where a tile begins, shared within a process; assumed."""
+
+PORTS = (("input", 2, 16), ("weights", 2, 16), ("shortcut", 1, 8), ("output", 1, 8))
+"""Memory ports of beats: name, how many, bursts of 64 beats that are outstanding."""
+
+TABLE_PORTS = 4
+"""Ports of 64 bits for the plan, indices, scales and descriptors."""
+
+LUT_PER_PORT_ASSUMED = 1200
+"""The tool's AXI adapter of a memory port, without its buffer; assumed."""
+
+SMARTCONNECTS = 6
+LUT_PER_SMARTCONNECT_ASSUMED = 3000
+"""One for each port of the processing system; each converts width and clock. Assumed. Adapters and
+smartconnects together are within the 25 to 40 thousand LUTs that the review of the sources expects.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,30 +80,145 @@ class Resources:
 
 
 def estimate_resources(config: AcceleratorConfig) -> Resources:
-    """Modelled resources of a design.
+    """Modelled resources of a design: the sum of its parts."""
+    parts = resource_parts(config).values()
+    return Resources(
+        dsp=sum(part.dsp for part in parts),
+        bram36=sum(part.bram36 for part in parts),
+        lut=sum(part.lut for part in parts),
+    )
+
+
+def resource_parts(config: AcceleratorConfig) -> dict[str, Resources]:
+    """Modelled resources of the parts of a design, by name.
 
     The array multiplies T_M/G_M groups of P_M G_M/T_M rows, P_F positions, P_K columns and T_N
     channels, packed into DSPs as in hls_src/dot.h. The input buffer has two halves. Each half has
     P_F banks of 1024 vectors of T_N codes, in as many copies as the reads per trip need at two
     ports a bank. The sums have two halves of T_M x P_F banks.
     """
-    filters, positions = PACKED[config.bits]
-    products = config.groups_per_tile * ceil_div(config.rows_per_cycle, filters)
-    products *= ceil_div(config.pf, positions) * config.pk * config.tn
-    scales = config.port_positions * config.tn
+    bits, pf, tn = config.bits, config.pf, config.tn
+    sum_bits = ACCUMULATOR_BITS[bits]
+    filters, positions = PACKED[bits]
+    rows = config.rows_per_cycle
+    lanes = config.port_positions * tn
     reads = (config.groups_per_tile if config.sparse else 1) * config.pk
     copies = ceil_div(reads, 2)
-    region = copies * config.pf * bram36(config.tn * config.bits, config.region_rows, True)
-    sums = config.tm * config.pf
-    sums_each = bram36(
-        ACCUMULATOR_BITS[config.bits], config.filter_tiles * config.feature_rows, False
-    )
-    pooled = scales * bram36(16, config.features, True)
-    return Resources(
-        dsp=products + scales * DSP_PER_SCALE + DSP_OF_ADDRESSES,
-        bram36=2 * region + 2 * sums * sums_each + pooled + BRAM36_OF_PORTS,
-        lut=paper.lut(config),
-    )
+    dots = config.groups_per_tile * ceil_div(rows, filters) * ceil_div(pf, positions)
+    # the low factor of a DSP holds one filter, the high one another: 9 bits of it are added
+    weights = config.groups_per_tile * ceil_div(rows, filters) * config.pk * tn
+    parts = {
+        "dot products": Resources(
+            dsp=dots * config.pk * tn,
+            bram36=0,
+            lut=dots * dot_total_luts(bits, config.pk) + (9 * weights if filters == 2 else 0),
+        ),
+        "region": Resources(
+            dsp=0,
+            bram36=2 * copies * pf * bram36(tn * bits, config.region_rows, True),
+            lut=reads * region_lanes_luts(pf, tn * bits)
+            + pf * region_load_luts(config.port_positions, tn * bits)
+            # each port reads or is loaded: a choice of two rows
+            + 2 * copies * pf * 2 * (ROW_BITS // 2 + 1),
+        ),
+        "sums": Resources(
+            dsp=0,
+            bram36=2
+            * config.tm
+            * pf
+            * bram36(sum_bits, config.filter_tiles * config.feature_rows, False),
+            # a total of P_K dot products of T_N channels
+            lut=config.tm * pf * sum_lane_luts(sum_bits, 2 * bits + 10, rows)
+            # pools: largest or sum, of the first T_N filters
+            + tn * pf * 3 * sum_bits
+            # handed on: one vector of the filter tile, turned from lanes to positions
+            + pf * tn * sum_bits * ceil_div(config.tm // tn, 4)
+            + lanes * sum_bits * ceil_div(pf, 4),
+        ),
+        "scale": Resources(
+            dsp=lanes * DSP_PER_SCALE[bits], bram36=0, lut=lanes * scale_lane_luts(sum_bits, bits)
+        ),
+        "place": Resources(
+            dsp=0,
+            # the places of a kernel's taps, a copy for each column
+            bram36=config.pk * bram36(ROW_BITS + _bits(pf), 512, False),
+            lut=config.port_positions * (place_lane_luts(pf, tn * bits) + tn * bits),
+        ),
+        "pool": Resources(
+            dsp=0,
+            bram36=lanes * bram36(16, config.features, True),
+            # a lane, a pair of neighbours, and its bits in a beat of narrow or wide codes
+            lut=lanes * (pool_lane_luts(_bits(config.features)) + 32 + 2 * bits),
+        ),
+        "FIFOs": _fifos(config),
+        "memory ports": _ports(config),
+        "addresses and control": Resources(
+            dsp=ADDRESSING_PROCESSES * DSP_PER_ADDRESS_ASSUMED,
+            bram36=0,
+            lut=PROCESSES * LUT_PER_PROCESS_ASSUMED + DIVIDERS_ASSUMED * LUT_PER_DIVIDER_ASSUMED,
+        ),
+    }
+    return parts
+
+
+# ---- LUTs of the lanes: hls_src/rtl has a twin of each -------------------------------------------
+
+
+def dot_total_luts(bits: int, columns: int) -> int:
+    """Fields of the cascades of `columns` taps, and their sums (rtl/dot_total.v)."""
+    if bits == 16:
+        return (columns - 1) * 40
+    pair = round(2.5 * FIELD_BITS[bits] * (columns - 1))
+    # four fields: two pairs, and the borrow of the one from the other
+    return pair if bits == 8 else 2 * pair + 2 * FIELD_BITS[4] * columns
+
+
+def region_lanes_luts(pf: int, vector_bits: int) -> int:
+    """A read of P_F banks: rows are turned to the banks, vectors back (rtl/region_lanes.v).
+
+    A bit takes one LUT for an addition, or to choose the half, and a LUT for each four of the P_F
+    places that it may come from.
+    """
+    return pf * (vector_bits + ROW_BITS) * (1 + ceil_div(pf, 4))
+
+
+def region_load_luts(positions: int, vector_bits: int) -> int:
+    """What a bank takes of a beat: two of its positions, or fewer (rtl/region_load.v)."""
+    return (positions - 1) * (vector_bits + ROW_BITS) + round(0.8 * positions**2)
+
+
+def sum_lane_luts(sum_bits: int, total_bits: int, rows: int) -> int:
+    """A filter in a lane: the total of its row, two halves, handing on (rtl/sum_lane.v)."""
+    chosen = total_bits * rows // 2 if rows > 1 else 0
+    return 3 * sum_bits + 2 * SUM_ROW_BITS + 6 + chosen
+
+
+def scale_lane_luts(sum_bits: int, bits: int) -> int:
+    """A lane of scale() (rtl/scale_lane.v).
+
+    Additions take a LUT a bit, comparisons half of one, a shift by 6 bits three.
+    """
+    wide, narrow = sum_bits + 18, bits + 18
+    added = (sum_bits + 1) + (bits + 1) + wide + narrow + 2 * wide
+    return added + wide + 3 * (wide + narrow) + 16
+
+
+def place_lane_luts(pf: int, vector_bits: int) -> int:
+    """A lane of place_input() (rtl/place_lane.v): two additions, two comparisons, fill or code."""
+    return vector_bits + 2 * ROW_BITS + 2 * _bits(pf) + 11
+
+
+def pool_lane_luts(row_bits: int) -> int:
+    """A lane of pack_output() (rtl/pool_lane.v): the row's last values, the largest of two."""
+    return 3 * 16 + 2 * ceil_div(row_bits, 3) + 4
+
+
+def _bits(count: int) -> int:
+    """Bits of a number below `count`."""
+    return max(1, (count - 1).bit_length())
+
+
+# ---- memories --------------------------------------------------------------------------------
 
 
 def bram36(bits: int, rows: int, both_ports: bool) -> float:
@@ -77,3 +231,51 @@ def bram36(bits: int, rows: int, both_ports: bool) -> float:
         return 0.0
     width, depth = (18, 1024) if both_ports else (36, 512)
     return ceil_div(bits, width) * ceil_div(rows, depth) / 2
+
+
+def stream_words(config: AcceleratorConfig) -> Iterator[tuple[str, int, int, int]]:
+    """(what, how many, bits, depth) of the streams between the processes (hls_src/top.cpp)."""
+    beat = 8 * config.beat_bytes
+    place = ROW_BITS + _bits(config.pf)
+    lanes = config.port_positions * config.tn
+    reads = config.groups_per_tile * config.pk
+    codes = config.groups_per_tile * config.rows_per_cycle * config.pk * config.tn * config.bits
+    indices = reads * place + config.groups_per_tile * config.rows_per_cycle * _bits(config.gm)
+    yield "tiles", 6, 16 * (24 + 4 * config.pf), 4
+    yield "items", 5, 60, 64
+    yield "runs of ports", 4, 65, 32
+    yield "lengths of runs", 3, 32, 32
+    yield "input_beats", 2, beat, 512
+    yield "weight_beats", 2, 64 * config.weight_port_words, 512
+    yield "shortcut_beats", 1, beat, 64
+    yield "output_beats", 1, beat, 64
+    yield "table words", 3, 64, 64
+    yield "array_runs", 1, 27, 16
+    yield "input_steps", 1, config.pf * (ROW_BITS + 1) + config.groups_per_tile + 12, 32
+    yield "sum_steps", 1, config.pf + 15, 32
+    yield "region_words", 1, config.port_positions * (config.tn * config.bits + place + 1) + 1, 16
+    yield "weight_words", 1, codes + indices, 4
+    yield "sum_words", 1, lanes * ACCUMULATOR_BITS[config.bits], 64
+    yield "code_words", 1, lanes * 16, 64
+
+
+def _fifos(config: AcceleratorConfig) -> Resources:
+    luts, blocks = 0, 0.0
+    for _, count, bits, depth in stream_words(config):
+        if depth <= SRL_DEPTH_ASSUMED:
+            luts += count * bits
+        else:
+            blocks += count * ceil_div(bits, 36) * ceil_div(depth, 512) / 2
+    return Resources(0, blocks, luts)
+
+
+def _ports(config: AcceleratorConfig) -> Resources:
+    """Adapters with a buffer for all that is outstanding, and smartconnects."""
+    beats = {"weights": 64 * config.weight_port_words}
+    blocks, count = TABLE_PORTS * bram36(64, 4 * 64, False), TABLE_PORTS
+    for name, ports, outstanding in PORTS:
+        bits = beats.get(name, 8 * config.beat_bytes)
+        blocks += ports * bram36(bits, outstanding * 64, False)
+        count += ports
+    luts = count * LUT_PER_PORT_ASSUMED + SMARTCONNECTS * LUT_PER_SMARTCONNECT_ASSUMED
+    return Resources(0, blocks, luts)

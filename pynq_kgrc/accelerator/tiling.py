@@ -70,8 +70,8 @@ def plane_cycles(rows: float, request: float, beat: float) -> float:
 
 
 def scale_cycles(config: AcceleratorConfig, words: int) -> int:
-    """Cycles that scale a vector of `words` words: its scales are read first."""
-    return 2 * config.tn + words + 2 * PIPELINE
+    """Cycles that scale a vector of `words` words, while the scales of the next are read."""
+    return max(words, 2 * config.tn)
 
 
 @dataclass(frozen=True)
@@ -294,8 +294,11 @@ def _tile_cycles(
     sums = max(MIN_FEATURE_ROWS, ceil_div(math.prod(extent), config.pf))
     array = regions * held * words * sums
     chunks = regions * held * words * config.groups_per_tile
-    weights = chunks * (chunk_beats(config, columns) if columns else 1)
-    weights *= max(1.0, 8 * config.weight_port_words / memory.port_bytes(CLOCK_MHZ) / PORTS)
+    weights = (
+        chunks
+        * (chunk_beats(config, columns) if columns else 1)
+        * max(1.0, 8 * config.weight_port_words / memory.port_bytes(CLOCK_MHZ) / PORTS)
+    )
     # the region, without what lies past the map
     planes, rows = (
         min(len(_row_offsets(shape, axis, extent[axis])), shape.in_size[axis]) for axis in (0, 1)

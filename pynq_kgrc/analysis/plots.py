@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.explore import Candidate, macs_a_cycle, pareto_front
 from pynq_kgrc.analysis.fidelity import Fidelity
+from pynq_kgrc.analysis.simulation import ARRAY, SimulatedTask, SimulationReport
 from pynq_kgrc.analysis.timing import LayerTime
 from pynq_kgrc.backends.board.power import Recording
 from pynq_kgrc.groups import GroupSize, split
@@ -110,7 +112,7 @@ def plot_confusion(confusion: Array, names: Sequence[str]) -> Figure:
 
 
 def plot_layers(layers: Sequence[LayerTime]) -> Figure:
-    """Modelled cycles of each task, with memory, coloured by what bounds it; counted trips."""
+    """Modelled cycles of each task, coloured by what bounds it; what was counted."""
     figure = Figure(figsize=(8, 0.3 * len(layers) + 1.2), layout="constrained")
     axes = figure.subplots()
     for process, color in PROCESSES.items():
@@ -119,13 +121,17 @@ def plot_layers(layers: Sequence[LayerTime]) -> Figure:
             rows, those = zip(*bound, strict=True)
             cycles = [each.time.cycles / 1e3 for each in those]
             axes.barh(rows, cycles, color=color, alpha=0.7, label=f"modelled, bound by {process}")
-    counted = [(i, each.counted) for i, each in enumerate(layers) if each.counted is not None]
-    if counted:
-        rows, trips = zip(*counted, strict=True)
-        axes.plot([t / 1e3 for t in trips], rows, "k|", ms=12, label="trips of the array, counted")
+    for label, mark, counts in (
+        ("trips of the array, counted", "k|", [each.trips for each in layers]),
+        ("clock cycles, counted", "k>", [each.cycles for each in layers]),
+    ):
+        counted = [(i, count / 1e3) for i, count in enumerate(counts) if count is not None]
+        if counted:
+            rows, thousands = zip(*counted, strict=True)
+            axes.plot(thousands, rows, mark, ms=12 if mark == "k|" else 4, label=label)
     axes.set_yticks(range(len(layers)), [each.name for each in layers])
     axes.invert_yaxis()
-    axes.set_xlabel("thousand cycles")
+    axes.set_xlabel("thousand clock cycles, or trips of the array")
     axes.legend()
     return figure
 
@@ -244,3 +250,76 @@ def plot_power(recordings: Mapping[str, Recording]) -> Figure:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     all_axes[-1].set_xlabel("seconds")
     return figure
+
+
+STATES = {"busy": "tab:blue", "port": "tab:red", "empty": "0.85", "full": "tab:orange"}
+"""Colour of what a process does in a simulation: it works, or waits for memory, for a word of a
+stream, for room in one."""
+
+
+def plot_simulation(report: SimulationReport, shown: SimulatedTask) -> Figure:
+    """Simulated times: where each process of a task spends its time, and what the array waits for.
+
+    Args:
+        report: of the tasks whose waits are drawn below.
+        shown: the task whose processes are drawn above, over its time.
+    """
+    processes, tasks = shown.time.processes, report.tasks
+    heights = (0.28 * len(processes) + 1, 0.28 * len(tasks) + 1)
+    figure = Figure(figsize=(10, sum(heights) + 0.8), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=heights)
+    scale = report.timing.clock_mhz * 1e3
+    _draw_processes(above, shown, scale)
+    _draw_waits(below, tasks, scale)
+    figure.suptitle(f"{report.program} on {report.design}\n{report.figures}", fontsize=7)
+    return figure
+
+
+def _draw_processes(axes: Axes, shown: SimulatedTask, scale: float) -> None:
+    width = shown.time.bucket_cycles
+    for row, process in enumerate(shown.time.processes):
+        waits = {why: np.array(cycles) / width for why, cycles in process.timeline.items()}
+        edges = np.minimum(np.arange(len(waits["port"]) + 1) * width, process.end) / scale
+        rest = np.ones(len(waits["port"]))
+        level = np.full(len(rest), row + 0.4)
+        shares = {"busy": rest - sum(waits.values()), **waits}
+        for state, color in STATES.items():
+            # rows grow downward: each state is stacked upon the one before
+            upper = level - 0.8 * np.clip(shares[state], 0, 1)
+            axes.stairs(upper, edges, baseline=level, fill=True, color=color)
+            level = upper
+    names = [each.name for each in shown.time.processes]
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{shown.name}, simulated ms")
+    labels = {
+        "busy": "works",
+        "port": "waits for memory",
+        "empty": "for a word",
+        "full": "for room",
+    }
+    for state, color in STATES.items():
+        axes.plot([], [], "s", color=color, label=labels[state])
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+
+
+def _draw_waits(axes: Axes, tasks: Sequence[SimulatedTask], scale: float) -> None:
+    rows = range(len(tasks))
+    parts: dict[str, list[float]] = {"the array works": [0.0] * len(tasks)}
+    for row, task in enumerate(tasks):
+        process = task.time.process(ARRAY)
+        parts["the array works"][row] = process.busy / scale
+        for wait in process.waits:
+            name = wait.on if wait.why == "empty" else f"room in {wait.on}"
+            parts.setdefault(name, [0.0] * len(tasks))[row] += wait.cycles / scale
+        after = parts.setdefault("start and end", [0.0] * len(tasks))
+        after[row] = (task.time.cycles - process.end) / scale
+    left = np.zeros(len(tasks))
+    for name, values in parts.items():
+        axes.barh(rows, values, left=left, label=name)
+        left += values
+    axes.plot([task.ideal_ms for task in tasks], rows, "k|", ms=9, label="ideal, modelled")
+    axes.set_yticks(rows, [task.name for task in tasks], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("simulated ms, and what the array waits for")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)

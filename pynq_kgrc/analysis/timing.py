@@ -21,15 +21,17 @@ from pynq_kgrc.program import ConvTask, Program
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Modelled and counted cycles of one task."""
+    """Modelled and counted time of one task."""
 
     name: str
     time: TaskTime
     """Modelled, with memory."""
     traffic: int
     """Modelled bytes from and to memory."""
-    counted: int | None
+    trips: int | None
     """Trips of the array that a device or the C-simulation counted; None without a run there."""
+    cycles: int | None
+    """Clock cycles that a device counted; None without one: a simulation has no clock."""
 
     @property
     def cost(self) -> Cost:
@@ -46,15 +48,20 @@ class LayerTime:
         """Modelled multiply-accumulates per cycle."""
         return self.cost.macs / self.time.cycles
 
+    @property
+    def slowdown(self) -> float | None:
+        """Counted over modelled clock cycles; None where none were counted."""
+        return None if self.cycles is None else self.cycles / self.time.cycles
+
 
 def time_layers(program: Program, counters: Sequence[Counters] = ()) -> list[LayerTime]:
-    """The modelled time of each task of a program; `counters` of a run add the counted trips."""
-    counted = {each.task: each.cycles for each in counters}
+    """The modelled time of each task of a program; `counters` of a run add what was counted."""
+    counted = {each.task: (each.trips, each.cycles) for each in counters}
     found = []
     for task in program.tasks:
         time, bytes_ = task_time(program.config, program.work(task)), count_task(program, task)
         traffic = bytes_.bytes_in + bytes_.bytes_weight + bytes_.bytes_out
-        found.append(LayerTime(task.name, time, traffic, counted.get(task.name)))
+        found.append(LayerTime(task.name, time, traffic, *counted.get(task.name, (None, None))))
     return found
 
 

@@ -34,8 +34,12 @@ class Counters:
     bytes_out: int
     seconds: float
     """Time on this host. A backend that starts several tasks at once shares the time out."""
+    trips: int | None = None
+    """Trips of the array (iterations of its pipelined loop) that the kernel counted; None if no
+    kernel ran. They do not depend on how fast it ran."""
     cycles: int | None = None
-    """Trips of the array that the kernel reported, one per clock cycle; None if it did not."""
+    """Clock cycles from the start of the task to its end that the kernel counted; None where there
+    is no clock: in the emulation and in the C-simulation."""
 
 
 def count_task(program: Program, task: Task) -> Counters:
@@ -61,6 +65,7 @@ def reported_counters(
     """
     word = dict(zip(STATUS, status.astype(np.int64).T, strict=True))
     weight_bytes = word["weight_beats"] * (config.weight_port_words * 8)
+    clocks = [count or None for count in word["clocks"].tolist()]
     columns = (
         word["macs"],
         (word["input_beats"] + word["shortcut_beats"]) * config.beat_bytes,
@@ -69,7 +74,7 @@ def reported_counters(
         seconds,
         word["array"],
     )
-    return list(map(Counters, names, *(column.tolist() for column in columns)))
+    return list(map(Counters, names, *(column.tolist() for column in columns), clocks))
 
 
 def check_design(program: Program, config: AcceleratorConfig) -> None:
@@ -310,6 +315,7 @@ class Backend(Protocol):
 BACKENDS = {
     "emulate": "pynq_kgrc.backends.emulation.backend:Emulation",
     "csim": "pynq_kgrc.backends.csim:CSimulation",
+    "timed": "pynq_kgrc.backends.timed:TimedSimulation",
     "board": "pynq_kgrc.backends.board.backend:BoardBackend",
 }
 """Name of a backend -> module:class. A new backend needs one line here and no other change."""

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ from pynq_kgrc.quant import Array, ceil_div
 
 SOURCES = (
     *("top.cpp", "plan.cpp", "memory.cpp", "decode.cpp"),
-    *("schedule.cpp", "compute.cpp", "post.cpp", "pool.cpp"),
+    *("schedule.cpp", "compute.cpp", "post.cpp", "pool.cpp", "clock.cpp"),
 )
 
 FAST = ("-O3", "-march=native", "-DKGRC_PLAIN")
@@ -79,8 +79,19 @@ def source_folder() -> Path:
     return folder
 
 
-def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> Path:
+def build_library(
+    config: AcceleratorConfig,
+    flags: tuple[str, ...] = FAST,
+    change: Callable[[str], str] | None = None,
+    more: tuple[str, ...] = (),
+) -> Path:
     """The shared library of a design, from the cache or built now.
+
+    Args:
+        config: the design.
+        flags: of the compiler.
+        change: is applied to each source and header before they are compiled.
+        more: sources besides `SOURCES`.
 
     Raises:
         DeviceError: no compiler, or it fails; the message begins with what it printed.
@@ -88,9 +99,12 @@ def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> P
     folder = source_folder()
     header = config_header(config)
     state = hashlib.sha256(f"{header}\0{flags}\0{_processor()}".encode())
-    for path in sorted(folder.glob("*.[ch]*")):
-        if path.name != "config.h":
-            state.update(path.read_bytes())
+    paths = [path for path in sorted(folder.glob("*.[ch]*")) if path.name != "config.h"]
+    texts = {path.name: path.read_text() for path in paths}
+    if change is not None:
+        texts = {name: change(text) for name, text in texts.items()}
+    for text in texts.values():
+        state.update(text.encode())
     cache = user_cache() / "csim"
     library = cache / f"{config.name}-{state.hexdigest()[:16]}.so"
     if library.is_file():
@@ -101,9 +115,19 @@ def build_library(config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> P
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         (Path(scratch) / "config.h").write_text(header)
+        if change is not None:
+            folder = Path(scratch)
+            for name, text in texts.items():
+                (folder / name).write_text(text)
         beside = Path(scratch) / library.name
         command = [compiler, "-std=c++14", "-shared", "-fPIC", "-Wno-unknown-pragmas", *flags]
-        command += ["-I", scratch, *(str(folder / name) for name in SOURCES), "-o", str(beside)]
+        command += [
+            "-I",
+            scratch,
+            *(str(folder / name) for name in (*SOURCES, *more)),
+            "-o",
+            str(beside),
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
         except subprocess.TimeoutExpired as error:
@@ -164,8 +188,11 @@ class CSimulation(Loaded):
     def __init__(self, config: AcceleratorConfig, flags: tuple[str, ...] = FAST) -> None:
         super().__init__()
         self.config = config
-        self._path = build_library(config, flags)
+        self._path = self._build(flags)
         self._library = ctypes.CDLL(str(self._path))
+
+    def _build(self, flags: tuple[str, ...]) -> Path:
+        return build_library(self.config, flags)
 
     @locked
     def load(self, program: Program) -> None:
@@ -237,13 +264,18 @@ class CSimulation(Loaded):
         memory |= dict.fromkeys(TABLE_PORTS, self._image.tables)
         ports = [(memory[name].ctypes.data, memory[name].nbytes) for name in ADDRESSES]
         with library_lock(self._path):
-            text = simulate(self._library, ports, digest, first, count)
+            text = self._simulate(ports, digest, first, count)
         if text:
             raise DeviceError(f"{self.program.name}, task {first}: {text}")
         if f"{digest.value:016x}" != self.config.digest:
             raise DeviceError(
                 f"the library is of design {digest.value:016x}, not {self.config.digest}"
             )
+
+    def _simulate(
+        self, ports: Sequence[tuple[int, int]], digest: ctypes.c_uint64, first: int, count: int
+    ) -> str:
+        return simulate(self._library, ports, digest, first, count)
 
     def _counters(self, number: int, seconds: float) -> Counters:
         status = self._status[number : number + 1]

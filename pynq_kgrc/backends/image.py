@@ -16,7 +16,14 @@ from pynq_kgrc.accelerator.tiling import Work, beats_of_row, map_beats
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.program import ConvTask, KgrcWeights, PoolTask, Program, Slot, Task
-from pynq_kgrc.quant import Array, ceil_div, code_dtype, pack_int4, unpack_int4
+from pynq_kgrc.quant import (
+    ACCUMULATOR_BITS,
+    Array,
+    ceil_div,
+    code_dtype,
+    pack_int4,
+    unpack_int4,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +31,8 @@ class Image:
     """The constant part of the memory, written once before the program runs."""
 
     weights: Array
-    """Compact weights, uint64: of each task the even chunks, then the odd ones, each in the order in
-    which its port reads them."""
+    """Compact weights, uint64: of each task the even chunks, then the odd ones, each as its port
+    reads them."""
     tables: Array
     """uint64: the descriptors of all tasks, then each task's items, scales and indices."""
 
@@ -44,7 +51,7 @@ def build_image(program: Program) -> Image:
     next_weight, next_table = 0, fields.size // 2
     for number, task in enumerate(program.tasks):
         work = program.work(task)
-        halves, indices = _chunks(config, task, work)
+        areas, indices = _chunks(config, task, work)
         try:
             items, scales = item_words64(work.items), _scales(config, task)
         except ProgramError as error:
@@ -52,15 +59,15 @@ def build_image(program: Program) -> Image:
         descriptor = {
             **_describe(program, task, work),
             "even_weights": next_weight // config.weight_port_words,
-            "odd_weights": (next_weight + halves[0].size) // config.weight_port_words,
+            "odd_weights": (next_weight + areas[0].size) // config.weight_port_words,
             "items": next_table,
             "scales": next_table + items.size,
             "indices": next_table + items.size + scales.size,
         }
         fields[number] = [descriptor.get(name, 0) for name in FIELDS]
-        weights += halves
+        weights += areas
         tables += [items, scales, indices]
-        next_weight += halves[0].size + halves[1].size
+        next_weight += areas[0].size + areas[1].size
         next_table += items.size + scales.size + indices.size
     for number, field in np.argwhere(np.abs(fields) >= 1 << 31)[:1].tolist():
         raise ProgramError(
@@ -98,10 +105,13 @@ def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
         ceil_div(channels, config.tn),
         beats_of_row(config, width) * config.port_positions,
     )
-    full = np.zeros((vectors * config.tn, depth, height, row), code_dtype(bits))
-    full[:channels, :, :, :width] = codes
-    split = full.reshape(vectors, config.tn, depth, height, row).transpose(0, 2, 3, 4, 1)
-    return _to_bytes(split, bits)
+    beats = np.zeros((vectors, depth, height, row, config.tn), code_dtype(bits))
+    pixels = np.ascontiguousarray(codes.transpose(1, 2, 3, 0))
+    for number, vector in enumerate(np.split(pixels, range(config.tn, channels, config.tn), -1)):
+        # numpy copies a vector as one item much faster than code by code
+        item = np.dtype((np.void, vector.shape[-1] * vector.itemsize))
+        beats[number, :, :, :width, : vector.shape[-1]].view(item)[...] = vector.view(item)
+    return _to_bytes(beats, bits)
 
 
 def decode_map(
@@ -199,6 +209,14 @@ def _scales(config: AcceleratorConfig, task: Task) -> Array:
         channels = task.shape.channels
         bias = np.full(channels, -count * task.in_zero, np.int64)
         mult, shift = np.full(channels, task.mult), np.full(channels, task.shift)
+    # the accelerator adds a bias to a sum in the width of the accumulator
+    limit = 1 << (ACCUMULATOR_BITS[config.bits] - 1)
+    outside = bias[(bias >= limit) | (bias < -limit)]
+    if outside.size:
+        raise ProgramError(
+            f"{task.name}: a bias of {outside[0]} does not fit the {ACCUMULATOR_BITS[config.bits]} "
+            f"bits of the accumulator; use {-limit} to {limit - 1}"
+        )
     words64 = np.zeros((ceil_div(len(bias), config.tn) * config.tn, 2), np.uint64)
     words64[: len(bias), 0] = bias.astype(np.int64).view(np.uint64)
     words64[: len(bias), 1] = pack_fields(SCALE_BITS, {"mult": mult, "shift": shift})

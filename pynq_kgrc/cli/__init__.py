@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         explore,
         info,
         serve,
+        simulate,
         train,
     )
 
@@ -195,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON for a script to read")
         return added
 
-    for family in (classify, build, train, calibrate, info, explore, doctor, serve, cluster):
+    families = (classify, build, train, calibrate, info, explore, simulate, doctor, serve, cluster)
+    for family in families:
         family.declare(command)
     return parser

@@ -96,6 +96,22 @@ def file_to_write(text: str) -> Path:
     return path
 
 
+def check_plot(path: Path) -> None:
+    """Check before the work that a plot can be made.
+
+    Raises:
+        ConfigError: its name has another suffix, or matplotlib is missing.
+    """
+    from importlib.util import find_spec
+
+    from pynq_kgrc.errors import ConfigError
+
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--plot {path}: use a name that ends in .png, .svg or .pdf")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'pynq_kgrc[plots]'")
+
+
 def readable(text: object) -> str:
     """A path or text as valid Unicode: bytes that are not UTF-8 become escapes."""
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

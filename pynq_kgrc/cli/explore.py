@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pynq_kgrc.cli.arguments import Declare, file_to_write, number, positive, progress
+from pynq_kgrc.cli.arguments import (
+    Declare,
+    check_plot,
+    file_to_write,
+    number,
+    positive,
+    progress,
+)
 
 if TYPE_CHECKING:
     from pynq_kgrc.accelerator.boards import Board
@@ -92,7 +99,7 @@ def run_explore(options: argparse.Namespace) -> int:
     if not 0 < options.clock <= 1000:
         raise ConfigError(f"--clock {options.clock}: use a clock above 0 MHz, 1000 MHz at most")
     if options.plot:
-        _check_plot(options.plot)
+        check_plot(options.plot)
     target = board(options.board)
     programs = [load(path) for path in options.program]
     networks = _networks(programs, options.program)
@@ -178,18 +185,6 @@ def _table(report: SearchReport) -> str:
             f"{'  pareto' if row.pareto else ''}"
         )
     return "\n".join(lines)
-
-
-def _check_plot(path: Path) -> None:
-    """Raise ConfigError before the long search if the plot could not be made."""
-    from importlib.util import find_spec
-
-    from pynq_kgrc.errors import ConfigError
-
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"--plot {path}: use a name that ends in .png, .svg or .pdf")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'pynq_kgrc[plots]'")
 
 
 def _plot(

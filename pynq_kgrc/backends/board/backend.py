@@ -69,6 +69,9 @@ MARGIN = 20.0
 FLOOR_SECONDS = 1.0
 """Added to every timeout, for a busy host."""
 
+SLOW = 1.5
+"""A run of more than SLOW times the modelled clock cycles is logged."""
+
 CHECKED = (
     *("macs", "input_beats", "shortcut_beats", "output_beats", "weight_beats", "table_words"),
     *("input_requests", "shortcut_requests", "output_requests", "weight_requests"),
@@ -168,14 +171,8 @@ class BoardBackend(Loaded):
                 f"the kernel is not idle (CTRL={control:#x}): an earlier run was left behind; "
                 f"{busy_cure}"
             )
-        clock = float(getattr(pynq.Clocks, f"fclk{manifest.pl_clock}_mhz"))
-        if abs(clock - manifest.clock_mhz) > 0.01 * manifest.clock_mhz:
-            raise DeviceError(
-                f"the clock reads back as {clock:.6g} MHz, but the overlay is built for "
-                f"{manifest.clock_mhz:.6g} MHz; set that frequency of pl_clk{manifest.pl_clock} "
-                f"in the block design, and copy the new kgrc.hwh"
-            )
-        self._clock_hz = clock * 1e6
+        self._check_clock("memory ports", manifest.port_pl_clock, manifest.port_clock_mhz)
+        self._clock_hz = 1e6 * self._check_clock("kernel", manifest.pl_clock, manifest.clock_mhz)
         if self._interrupts:
             self._ip.enable_interrupt()
         # A start with no tasks makes the kernel report the digest of its design.
@@ -186,6 +183,17 @@ class BoardBackend(Loaded):
             raise DeviceError(f"the kernel does not answer within {self._floor} s; {registers}")
         self._resources.running = False
         self._check_digest()
+
+    def _check_clock(self, of: str, number: int, built_mhz: float) -> float:
+        """The frequency in MHz that a PL clock reads back as; raises if it is another."""
+        clock = float(getattr(pynq.Clocks, f"fclk{number}_mhz"))
+        if abs(clock - built_mhz) > 0.01 * built_mhz:
+            raise DeviceError(
+                f"the clock of the {of} reads back as {clock:.6g} MHz, but the overlay is built "
+                f"for {built_mhz:.6g} MHz; set that frequency of pl_clk{number} in the block "
+                f"design, and copy the new kgrc.hwh"
+            )
+        return clock
 
     def describe(self) -> str:
         """The design, digest and clock that the device reported, and how runs are awaited."""
@@ -363,7 +371,8 @@ class BoardBackend(Loaded):
         """Run the tasks [first, last) in one start of the kernel.
 
         The time of the whole start is measured; each task's `seconds` are its share of it by
-        the cycles that the kernel reports.
+        the clock cycles that the kernel counted, or by its trips where it counted none. A run of
+        more than SLOW times the modelled clock cycles is logged as a warning.
 
         Raises:
             ProgramError: no program is loaded, or the range is not within it (`task_range`).
@@ -402,9 +411,11 @@ class BoardBackend(Loaded):
         buffers["status"].invalidate()
         self._check_digest()
         self._check_status(status, first, last)
-        cycles = status[first:last, STATUS.index("array")]
-        shares = cycles / max(1, int(cycles.sum())) * seconds
+        clocks = status[first:last, STATUS.index("clocks")]
+        counted = clocks if clocks.all() else status[first:last, STATUS.index("array")]
+        shares = counted / max(1, int(counted.sum())) * seconds
         names = [task.name for task in tasks[first:last]]
+        self._warn_if_slow(clocks, first, last)
         return reported_counters(self.config, names, status[first:last], shares)
 
     def _check_ready(self) -> None:
@@ -450,6 +461,20 @@ class BoardBackend(Loaded):
                 f"{self._task_text(number)} counted {int(status[number, places[column]])} "
                 f"{CHECKED[column]}; the cost model says "
                 f"{int(self._modelled_counts[number, column])}"
+            )
+
+    def _warn_if_slow(self, clocks: Array, first: int, last: int) -> None:
+        modelled = self._modelled_cycles[first:last]
+        if clocks.sum() > SLOW * modelled.sum():
+            worst = int(np.argmax(clocks / modelled))
+            log.warning(
+                "the kernel took %d clock cycles, %.3g times the modelled %d; worst is %s, %.3g "
+                "times. Its loops reach another II, or memory is slower, than the model assumes",
+                clocks.sum(),
+                clocks.sum() / modelled.sum(),
+                modelled.sum(),
+                self._task_text(first + worst),
+                clocks[worst] / modelled[worst],
             )
 
     def _task_text(self, number: int) -> str:

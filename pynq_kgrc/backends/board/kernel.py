@@ -5,12 +5,20 @@ pynq imports this file by the entry point `pynq.lib`, which binds `KgrcIp` to th
 
 from __future__ import annotations
 
+import logging
+import time
+import warnings
 from typing import Any
 
 import pynq
 
-from pynq_kgrc.accelerator.header import REGISTERS, START, VLNV
+from pynq_kgrc.accelerator.header import MANAGER, REGISTERS, START, VLNV
 from pynq_kgrc.errors import DeviceError
+
+SHUTDOWN_SECONDS = 0.1
+"""How long the open bursts of a memory port may take to end; a burst takes microseconds."""
+
+log = logging.getLogger(__name__)
 
 
 class KgrcIp(pynq.DefaultIP):  # type: ignore[misc]
@@ -97,6 +105,63 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
             there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "nothing"
             raise DeviceError(f"{bitfile_name}: no {VLNV} in its .hwh; it lists {there}")
         self.kernel_name = names[0]
+        self._programmed = True
+
+    _programmed = False
+    """Whether the device holds this overlay, so that its registers may be accessed."""
+
+    def download(self, dtbo: str | None = None) -> None:
+        """Program the device, once no memory port has a burst open.
+
+        To program the logic while a kernel reads or writes memory may hang the processing system.
+
+        Raises:
+            DeviceError: a memory port does not come to rest; the device is not programmed.
+        """
+        if self._programmed and self.is_loaded():
+            self.stop_memory_ports()
+        with warnings.catch_warnings():
+            # pynq stops the ports of the overlay loaded before, but programs even if they go on
+            warnings.filterwarnings("error", message="Timeout for shutdown manager")
+            try:
+                super().download(dtbo)
+            except UserWarning as warning:
+                raise DeviceError(
+                    f"the memory ports of the overlay that is loaded do not come to rest "
+                    f"({warning}); to program the device now could hang the board. Turn the "
+                    f"board off and on"
+                ) from warning
+
+    def stop_memory_ports(self) -> None:
+        """Have the shutdown managers end all open bursts and take no new ones.
+
+        Only programming the device lets bursts through again.
+
+        Raises:
+            DeviceError: a burst is still open after SHUTDOWN_SECONDS; names the memory port.
+        """
+        managers = {
+            name: pynq.MMIO(entry["phys_addr"], 0x1000, device=self.device)
+            for name, entry in self.ip_dict.items()
+            if entry.get("type") == MANAGER
+        }
+        for manager in managers.values():
+            manager.write(0, 1)
+        end = time.monotonic() + SHUTDOWN_SECONDS
+        for name, manager in managers.items():
+            # the time is taken before the state is read: after a long sleep it is read once more
+            late = False
+            while (state := manager.read(0) & 0xF) != 0xF and not late:
+                late = time.monotonic() > end
+            if state == 0:
+                # A manager keeps the request; what does not is no longer there.
+                log.warning("%s does not answer: the logic was reset or lost its power", name)
+            elif state != 0xF:
+                raise DeviceError(
+                    f"{name} has a burst open after {SHUTDOWN_SECONDS} s (state {state:#x}, not "
+                    f"0xf); to program the device now could hang the board. Turn the board off "
+                    f"and on"
+                )
 
     def bind(self) -> KgrcIp:
         """A new driver of the kernel; after a download the old driver's interrupt is dead."""

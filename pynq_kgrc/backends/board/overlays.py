@@ -17,13 +17,14 @@ from pathlib import Path
 import msgspec
 
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig
+from pynq_kgrc.accelerator.header import IMAGE_VERSION
 from pynq_kgrc.errors import ConfigError, DeviceError
 from pynq_kgrc.files import find_folder, written_beside
 
 OVERLAY = "KGRC_OVERLAY"
 """Environment variable: a bitstream, its folder, or a folder of such folders."""
 
-BIT, HWH, MANIFEST = "kgrc.bit", "kgrc.hwh", "manifest.json"
+BIT, HWH, MANIFEST, REPORT = "kgrc.bit", "kgrc.hwh", "manifest.json", "report.md"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,6 +45,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     older than that name; it is no version of the program's file."""
     pl_clock: int = 0
     """Which of the clocks pl_clk0 to pl_clk3 drives the kernel."""
+    port_clock_mhz: float = 300.0
+    """Clock in MHz of the ports of the processing system that access memory."""
+    port_pl_clock: int = 1
+    """Which of the clocks pl_clk0 to pl_clk3 drives them."""
+    loops: dict[str, int] = msgspec.field(default_factory=dict)
+    """Pipelined loop (module/label) -> its initiation interval in cycles, as Vitis HLS reports it
+    after synthesis; empty if nothing is built."""
+    setup_slack_ns: float | None = None
+    """The worst slack of setup (WNS) after placement and routing; None if nothing is built."""
+    cosimulated: bool = False
+    """Whether the co-simulation of Vitis HLS passed before the bitstream was made."""
 
     @property
     def built(self) -> bool:
@@ -104,11 +116,13 @@ def read_overlay(folder: Path) -> FoundOverlay:
         raise DeviceError(
             f"{path}: digest {manifest.digest} is not that of its config, {manifest.config.digest}"
         )
-    if not manifest.clock_mhz > 0 or manifest.pl_clock not in range(4):
-        raise DeviceError(
-            f"{path}: clock_mhz={manifest.clock_mhz}, pl_clock={manifest.pl_clock}; "
-            f"use a clock_mhz above 0 and a pl_clock of 0 to 3"
-        )
+    for name in ("", "port_"):
+        mhz, clock = getattr(manifest, f"{name}clock_mhz"), getattr(manifest, f"{name}pl_clock")
+        if not mhz > 0 or clock not in range(4):
+            raise DeviceError(
+                f"{path}: {name}clock_mhz={mhz}, {name}pl_clock={clock}; "
+                f"use a {name}clock_mhz above 0 and a {name}pl_clock of 0 to 3"
+            )
     return FoundOverlay(folder, manifest)
 
 
@@ -157,7 +171,14 @@ def find_overlay(config: AcceleratorConfig, place: Path | None = None) -> FoundO
 
 def describe_unbuilt(config: AcceleratorConfig, clock_mhz: float = 150.0) -> bytes:
     """The manifest of a design that is not built, as the bytes of its file."""
-    manifest = Manifest(config, config.digest, clock_mhz, {}, "none: not built")
+    manifest = Manifest(
+        config,
+        config.digest,
+        clock_mhz,
+        {},
+        "none: not built",
+        program_version=IMAGE_VERSION,
+    )
     return msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
 
 

@@ -3,6 +3,7 @@
 Its kernel is the C-simulation. It reads descriptors, weights and maps by physical address from the
 accelerator's copy of memory, which differs from the processor's copy until a flush. Time is not
 simulated: a run takes as long as this host computes, and CTRL shows DONE `latency` seconds later.
+The kernel counts no clock cycles, unless a test sets `clocks_per_trip`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import struct
 import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +46,12 @@ from pynq_kgrc.accelerator.header import (
 )
 from pynq_kgrc.accelerator.plan import ITEM_BITS
 from pynq_kgrc.accelerator.tiling import beats_of_row
-from pynq_kgrc.backends.board.simulated_overlay import CONTROLLER_AT, KERNEL_AT, write_overlay
+from pynq_kgrc.backends.board.simulated_overlay import (
+    CONTROLLER_AT,
+    KERNEL_AT,
+    MANAGERS_AT,
+    write_overlay,
+)
 from pynq_kgrc.backends.csim import build_library, library_lock, simulate
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array, ceil_div
@@ -75,6 +82,7 @@ FAULTS = (
     "cma_full",
     "reprogrammed",  # another user programs the device while the kernel runs
     "power_cycle",  # the logic loses its power while the kernel runs
+    "open_burst",  # a memory port does not come to rest when it is asked to, once
 )
 
 
@@ -220,6 +228,24 @@ class Controller(Registers):
             loop.call_later(max(1e-4, due - time.monotonic()), self._deliver, loop)
 
 
+class Manager(Registers):
+    """A shutdown manager: lets no burst of its memory port through once it is asked to."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.kernel, self.state = kernel, 0
+
+    def read(self, offset: int) -> int:
+        return self.state
+
+    def write(self, offset: int, value: int) -> None:
+        if self.kernel.config is None:
+            return
+        self.state = 0xF if value & 1 else 0
+        if self.state and self.kernel.is_running() and self.kernel.device.take("open_burst"):
+            self.state = 1
+
+
 class Kernel(Registers):
     """The kernel: its control registers as Vitis HLS makes them, and its runs."""
 
@@ -249,6 +275,11 @@ class Kernel(Registers):
             except DeviceError as error:
                 raise DeviceError(f"the simulated board runs the C-simulation: {error}") from error
             self._library = ctypes.CDLL(str(library))
+
+    def is_running(self) -> bool:
+        """Whether a run has been started and has not ended: bursts may be open."""
+        self._finish_if_due()
+        return bool(self._control & START) and not self._control & DONE
 
     def line(self) -> int:
         """The level of the interrupt line."""
@@ -292,7 +323,7 @@ class Kernel(Registers):
         # No fault happens in a start without tasks, by which the driver asks for the digest.
         take: Callable[[str], bool] = device.take if count else lambda _: False
         if take("decode_error"):
-            self.values[REGISTERS["weights_0_2"]] = 0
+            self.values[REGISTERS["weights0_2"]] = 0
         if take("bad_table"):
             # The high half of a descriptor's first 64-bit word is its field `source`.
             self._words64("tables")[first * len(FIELDS) // 2] |= np.uint64(0x7FFF_FFFF << 32)
@@ -330,6 +361,14 @@ class Kernel(Registers):
             fault = simulate(self._library, ports, digest, first, count)
         if fault:
             raise BusError(fault)
+        if count and self.device.clocks_per_trip:
+            size = 8 * len(STATUS)
+            status = self.device.memory.bytes_at(
+                self._address("status") + first * size, count * size
+            )
+            words = status.view(np.uint64).reshape(count, len(STATUS))
+            trips = words[:, STATUS.index("array")]
+            words[:, STATUS.index("clocks")] = np.ceil(trips * self.device.clocks_per_trip)
         found = digest.value ^ (1 if self.device.take("wrong_digest") else 0)
         self.values[REGISTERS["digest_1"]] = found & 0xFFFF_FFFF
         self.values[REGISTERS["digest_2"]] = found >> 32
@@ -404,8 +443,8 @@ def _accesses(
     found = [
         *((name, field["source"] * beat, beats("in", sources) * beat) for name in INPUT_PORTS),
         ("output", field["target"] * beat, beats("out", targets) * wide * beat),
-        ("weights_0", field["even_weights"] * port, ceil_div(chunks, 2) * chunk),
-        ("weights_1", field["odd_weights"] * port, chunks // 2 * chunk),
+        ("weights0", field["even_weights"] * port, ceil_div(chunks, 2) * chunk),
+        ("weights1", field["odd_weights"] * port, chunks // 2 * chunk),
         ("scales", field["scales"] * 8, 16 * config.tn * targets),
         ("indices", field["indices"] * 8, chunks * config.index_words * 8),
     ]
@@ -458,7 +497,12 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         self.interrupt, self.clears_on_read = interrupt, clears_on_read
         self.faults: list[str] = []
         """Faults (of FAULTS) to inject, each once, at the next opportunity."""
+        self.clocks_per_trip = 0.0
+        """Clock cycles that the kernel reports for a trip of the array, as if its loop had that II;
+        0 reports none, as the C-simulation does."""
         self.downloads = 0
+        self.hung = False
+        """Whether the device was programmed while the kernel had a burst open; stays so."""
         self.memory = Memory(self, memory_bytes)
         self.kernel = Kernel(self)
         self.controller = Controller(self.kernel)
@@ -466,7 +510,9 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         # Every PLL runs at 33.333 MHz * 90 / 2 = 1500 MHz.
         plls = dict.fromkeys((0x20, 0x24, 0x2C, 0x30, 0x38), 90 << 8 | 1 << 16)
         dividers = {0xC0 + 4 * i: 1 << 24 | 1 << 16 | 15 << 8 for i in range(4)}
+        self.managers = {address: Manager(self.kernel) for address in MANAGERS_AT.values()}
         self._blocks: dict[int, tuple[int, Registers]] = {
+            **{address: (0x1_0000, manager) for address, manager in self.managers.items()},
             KERNEL_AT: (0x1_0000, self.kernel),
             CONTROLLER_AT: (0x1_0000, self.controller),
             CRL_AT: (0x1000, Registers({**plls, **dividers})),
@@ -506,6 +552,8 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
     # ---- registers (called by pynq)
 
     def _block(self, address: int) -> tuple[Registers, int]:
+        if self.hung:
+            raise BusError("a memory port hangs: the device was programmed with a burst open")
         for base, (size, block) in self._blocks.items():
             if base <= address < base + size:
                 return block, address - base
@@ -577,9 +625,28 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
         design = msgspec.json.decode(
             Path(bitstream.bitfile_name).read_bytes(), type=AcceleratorConfig
         )
+        self.shutdown()
         self.downloads += 1
+        if self.kernel.is_running():
+            self.hung = any(manager.state != 0xF for manager in self.managers.values())
+        for manager in self.managers.values():
+            manager.state = 0
         self.kernel.program(design)
         self.post_download(bitstream, parser, self.name)
+
+    def shutdown(self) -> None:
+        """Stop the memory ports as `pynq.Device.shutdown` does: a timeout is only a warning."""
+        for address in self.managers if self.kernel.config is not None else ():
+            self.write_registers(address, struct.pack("<I", 1))
+            for _ in range(16000):
+                if self.read_registers(address, 4)[0] == 0xF:
+                    break
+            else:
+                warnings.warn(
+                    "Timeout for shutdown manager. It's likely the configured bitstream and "
+                    "metadata don't match.",
+                    stacklevel=2,
+                )
 
     def gen_cache(self, bitstream: Any, parser: Any = None) -> None:
         """Required by pynq; nothing to cache."""

@@ -11,11 +11,22 @@ from xml.sax.saxutils import quoteattr
 import msgspec
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.header import REGISTERS, VLNV
+from pynq_kgrc.accelerator.header import (
+    IMAGE_VERSION,
+    MANAGER,
+    REGISTERS,
+    VLNV,
+    memory_ports,
+)
 from pynq_kgrc.backends.board.overlays import BIT, HWH, MANIFEST, Manifest
 
 KERNEL_AT, CONTROLLER_AT = 0xA000_0000, 0xA001_0000
 """Physical addresses of the registers of the kernel and of the interrupt controller."""
+
+MANAGERS_AT = {port: 0xA002_0000 + 0x1_0000 * i for i, port in enumerate(memory_ports())}
+"""Port of the processing system -> physical address of its shutdown manager's register."""
+
+PORT_MHZ = 300.0
 
 
 def write_overlay(
@@ -30,7 +41,14 @@ def write_overlay(
     (folder / BIT).write_text(json.dumps(asdict(config)))
     (folder / HWH).write_text(hardware_handoff(clock_mhz, interrupt))
     sums = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in (BIT, HWH)}
-    manifest = Manifest(config, config.digest, clock_mhz, sums, "simulated, no bitstream")
+    manifest = Manifest(
+        config,
+        config.digest,
+        clock_mhz,
+        sums,
+        "simulated, no bitstream",
+        program_version=IMAGE_VERSION,
+    )
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     return folder / BIT
 
@@ -68,7 +86,14 @@ def hardware_handoff(clock_mhz: float, interrupt: bool) -> str:
             ),
         ]
         ranges.append(("axi_intc_0", "s_axi", CONTROLLER_AT))
-    modules.append(_processor(clock_mhz, ranges, interrupt))
+    for port, base in MANAGERS_AT.items():
+        modules.append(
+            _module(
+                f"shutdown_{port}", "dfx_axi_shutdown_manager", MANAGER, _slave("CTRL", "S_AXI")
+            )
+        )
+        ranges.append((f"shutdown_{port}", "S_AXI_CTRL", base))
+    modules.append(_processor((clock_mhz, PORT_MHZ), ranges, interrupt))
     return (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
         "<!-- Only what pynq needs; for the simulated board. -->\n"
@@ -99,18 +124,21 @@ def _port(direction: str, name: str, instance: str, port: str, wired: bool = Tru
     )
 
 
-def _slave(name: str) -> str:
+def _slave(name: str, kind: str = "s_axi") -> str:
     """The AXI slave interface `s_axi`, or `s_axi_NAME`."""
     return (
-        f'<BUSINTERFACES><BUSINTERFACE NAME="s_axi{"_" * bool(name)}{name}" TYPE="SLAVE" '
+        f'<BUSINTERFACES><BUSINTERFACE NAME="{kind}{"_" * bool(name)}{name}" TYPE="SLAVE" '
         f'VLNV="xilinx.com:interface:aximm:1.0"/></BUSINTERFACES>'
     )
 
 
-def _processor(clock_mhz: float, ranges: list[tuple[str, str, int]], interrupt: bool) -> str:
+def _processor(
+    clocks: tuple[float, float], ranges: list[tuple[str, str, int]], interrupt: bool
+) -> str:
     values: dict[str, object] = {}
     for i in range(4):
-        values[f"PSU__FPGA_PL{i}_ENABLE"] = int(i == 0)
+        clock_mhz = clocks[min(i, 1)]
+        values[f"PSU__FPGA_PL{i}_ENABLE"] = int(i < len(clocks))
         clock = f"PSU__CRL_APB__PL{i}_REF_CTRL__"
         values |= {f"{clock}DIVISOR0": round(1500 / clock_mhz), f"{clock}DIVISOR1": 1}
         values[f"{clock}SRCSEL"] = "IOPLL"

@@ -26,6 +26,10 @@ PLANAR_CHANNELS = 4
 """Up to this many channels the planar form is faster: a position's channels are too short to copy
 one by one."""
 
+ONE_AXIS_CHANNELS = 32
+"""With fewer channels Winograd along one axis is no faster than a GEMM, which can pool the sums of
+any window. A folded clip has so few."""
+
 ExactConvolution = GemmConvolution | PlanarConvolution | WinogradConvolution
 
 # Costs in MACs of a GEMM: what takes as much time as this many MACs.
@@ -50,15 +54,14 @@ def choose_convolution(
     """The exact form of a convolution with the least estimated work.
 
     Args are those of `GemmConvolution`. Winograd is considered for stride 1, kernels of 3 (and 1)
-    along each axis, and at least 16 outputs and 16 channels, or 32 channels if one axis only is
-    transformed: with fewer (a folded clip) it is no faster, and it cannot pool all sums.
+    along each axis, and at least 16 channels and 16 outputs.
     """
     if shape.channels <= PLANAR_CHANNELS and shape.taps > 1 and shape.out_size[2] >= 16:
         return PlanarConvolution(weight, shape, interval, dtype, cores)
     axes = axes_of_three_taps(shape)
     others = [axis for axis in range(3) if shape.kernel[axis] != 3]
     suits_winograd = all(shape.kernel[axis] == 1 for axis in others) and shape.stride == (1, 1, 1)
-    enough = shape.channels >= (16 if len(axes) > 1 else 32)
+    enough = shape.channels >= (16 if len(axes) > 1 else ONE_AXIS_CHANNELS)
     if axes and suits_winograd and math.prod(shape.out_size) >= 16 and enough:
         direct = _gemm_work(shape)
         works = {tuple(axes): _winograd_work(shape, axes)}
