@@ -6,6 +6,7 @@ test_csim.py compares the counts of whole programs with those of the C-simulatio
 import json
 import math
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 from networks import Net, compiled, random_codes, small_config
 
 from pynq_kgrc.accelerator import cost, tiling
+from pynq_kgrc.accelerator.boards import BOARDS, REFERENCE
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig, preset
+from pynq_kgrc.accelerator.latency import layer_time, task_time
 from pynq_kgrc.accelerator.plan import plan_convolution
 from pynq_kgrc.backends import csim
 from pynq_kgrc.compress.patterns import Rates, project
@@ -44,7 +47,7 @@ SHAPES = [
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_tile_fits_the_buffers_and_fills_the_ports(name, shape, pool):
     config = preset(name)
-    tile = tiling.tile_size(config, shape, pool, 9)
+    tile = tiling.tile_size(config, shape, pool, 9, 3)
     out = tiling.pooled_size(shape, pool)
     assert math.prod(tile) <= config.features
     assert tiling.region_footprint(config, shape, tile) <= config.input_positions
@@ -99,7 +102,7 @@ def test_the_slowest_process_of_a_layer():
 @pytest.mark.parametrize("pool", [None, 2])
 @pytest.mark.parametrize("name", ["8-sparse", "4-sparse", "8-zcu102"])
 def test_a_layer_alone_costs_what_its_compiled_task_costs(name, pool):
-    """`layer_cycles` from kept rows and columns equals the cost of the pruned, compiled layer."""
+    """`layer_time` from kept rows and columns is that of the pruned, compiled layer."""
     config = preset(name)
     net = Net(size=(4, 15, 30), channels=24)
     conv = net.conv("clip", 72, kernel=3, pad=1)
@@ -114,9 +117,75 @@ def test_a_layer_alone_costs_what_its_compiled_task_costs(name, pool):
     assert (task.pool is not None) == bool(pool)
     window = (pool,) * 3 if pool else tiling.NO_POOL
     wide = task.out.bits > config.bits
-    found = cost.layer_cycles(config, task.shape, 4, 3, window, wide=wide)
-    assert found == cost.task_cost(config, program.work(task)).cycles
-    assert found < cost.layer_cycles(config, task.shape, 8, 9, window, wide=wide)
+    found = layer_time(config, task.shape, 4, 3, window, wide=wide)
+    assert found == task_time(config, program.work(task))
+    assert found.cycles < layer_time(config, task.shape, 8, 9, window, wide=wide).cycles
+
+
+# ---- time, with memory ------------------------------------------------------------------------
+
+
+def test_what_memory_gives_by_hand():
+    assert REFERENCE.port_bytes(150.0) == pytest.approx(25.6)
+    assert REFERENCE.port_bytes(300.0) == pytest.approx(12.8)
+    assert REFERENCE.all_bytes(150.0) == pytest.approx(64 / 8 * 2 * 1067e6 * 0.75 / 150e6)
+    assert BOARDS["ultra96"].memory.all_bytes() < REFERENCE.all_bytes() / 2
+    assert "latency 70 cycles, 16 bursts" in REFERENCE.describe()
+
+
+def test_a_port_waits_where_bursts_are_short():
+    """16 bursts under way hide a latency of 70 cycles from 6 beats of 1 cycle on, not below."""
+    assert tiling.request_cycles(REFERENCE, 200, 1.0) == 200
+    assert tiling.request_cycles(REFERENCE, 6, 1.0) == 6
+    assert tiling.request_cycles(REFERENCE, 1, 1.0) == (70 + 1) / 16
+    far = replace(REFERENCE, latency=100.0)
+    assert tiling.request_cycles(far, 6, 1.0) == (100 + 6) / 16
+
+
+def test_ports_of_the_input_take_turns_as_far_as_their_streams_hold():
+    assert tiling.plane_cycles(1, 400.0, 2.5) == 200
+    # of a plane of 2000 beats the second port has 512 when it is its turn
+    assert tiling.plane_cycles(1, 2000.0, 1.0) == 2000 - 512
+    # 64 runs of rows of a single beat
+    assert tiling.plane_cycles(128, 4.5, 2.5) == 64 * 4.5
+
+
+def memory_bound(**fields):
+    """A 1x1x1 layer of few products a position: its traffic takes longer than the array."""
+    shape = ConvShape(64, (8, 56, 56), (1, 1, 1), filters=64)
+    return layer_time(preset("8-zcu102"), shape, 8, 1, memory=replace(REFERENCE, **fields))
+
+
+def test_time_with_memory():
+    time = memory_bound()
+    assert time.ideal < time.cycles
+    # 64 channels of 8 x 56 x 56 are written at 25.6 bytes a cycle, and read by two such ports
+    assert time.busy["output"] == round(64 * 8 * 56 * 56 / 25.6)
+    assert time.busy["input"] >= time.busy["output"] / 2
+    assert time.cycles >= max(time.busy.values())
+    assert memory_bound(port_bits=64).bound == "output"
+    assert memory_bound(port_bits=64).cycles > 1.3 * time.cycles
+    assert memory_bound(latency=1000.0, outstanding=1).cycles > 2 * time.cycles
+    tight = memory_bound(peak_bytes_per_second=2e9)
+    assert tight.bound == "memory" and tight.cycles > tight.busy["memory"] > time.cycles
+
+
+def test_an_array_that_is_busy_hides_memory():
+    shape = ConvShape(256, (4, 14, 14), (3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), filters=256)
+    time = layer_time(preset("8-zcu102"), shape, 8, 9)
+    assert time.bound == "array"
+    assert time.ideal < time.cycles < 1.05 * time.ideal
+    late = layer_time(preset("8-zcu102"), shape, 8, 9, memory=replace(REFERENCE, latency=100.0))
+    assert 0 < late.cycles - time.cycles < 1000
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_tiles_have_long_bursts(name):
+    """A 3x1x1 layer gets tiles of whole rows, or of as many positions as a burst needs."""
+    config = preset(name)
+    shape = ConvShape(64, (16, 56, 56), (3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 0, 0), filters=64)
+    tile = tiling.tile_size(config, shape, (1, 1, 1), 1, 3)
+    assert tile[2] == 56 or tile[2] >= 4 * config.port_positions
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

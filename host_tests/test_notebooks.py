@@ -87,7 +87,8 @@ def test_where_the_time_goes(tmp_path, monkeypatch, backend):
     assert len(rows) > 5
     for modelled, array, counted, bound in rows:
         assert array == counted
-        assert (modelled == array) == (bound == "array")
+        assert int(modelled) > int(array)
+        assert bound in plots.PROCESSES
     assert f"run on {backend}" in text
     assert pictures == 2
 

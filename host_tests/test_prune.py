@@ -249,7 +249,7 @@ def test_a_latency_that_is_asked_for_is_that_of_the_compiled_program(name, desig
     assert found.reached == pytest.approx(reached, rel=1e-9)
     assert str(found).endswith(
         f"asked for {asked:.2f}x fewer cycles, reached {reached:.2f}x on {design.name} "
-        f"(modelled by accelerator/cost.py, without memory stalls)"
+        f"(modelled with memory by accelerator/latency.py)"
     )
 
 

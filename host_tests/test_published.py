@@ -10,7 +10,7 @@ import pytest
 from pynq_kgrc.accelerator import paper
 from pynq_kgrc.accelerator.boards import BOARDS, board
 from pynq_kgrc.accelerator.config import AcceleratorConfig, preset
-from pynq_kgrc.accelerator.cost import layer_cycles
+from pynq_kgrc.accelerator.latency import layer_time
 from pynq_kgrc.compress.patterns import Rates, recipe
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import ConvShape
@@ -231,7 +231,7 @@ def test_kept_rows_and_columns_are_checked(config, kr, kc, text):
         (paper.utilisation, ()),
         (paper.weight_cycles, (ASSUMED,)),
         (paper.compute_cycles, ()),
-        (layer_cycles, ()),
+        (layer_time, ()),
     ):
         with pytest.raises(ConfigError, match=text):
             function(config, CONV, kr, kc, *ports)

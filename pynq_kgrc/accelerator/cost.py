@@ -1,9 +1,9 @@
 """What a task costs on our accelerator: trips of its pipelined loops, multiply-accumulates, bytes.
 
 The model follows the loops of hls_src: closed forms, and for the array one short walk over the
-plan. Memory never stalls in it. The C-simulation counts the same trips while it runs and the
-emulation the same bytes; tests require equality (host_tests/test_cost.py, test_csim.py). The
-paper's own model is in `paper.py`.
+plan. Memory never stalls in it; `latency` adds memory and gives times. The C-simulation counts the
+same trips while it runs and the emulation the same bytes; tests require equality
+(host_tests/test_cost.py, test_csim.py). The paper's own model is in `paper.py`.
 """
 
 from __future__ import annotations
@@ -66,23 +66,21 @@ class Cost:
 
     @property
     def cycles(self) -> int:
-        """Trips of the slowest process: all processes run at the same time."""
+        """Trips of the slowest process, as all run at the same time: cycles without memory."""
         return int(getattr(self, self.bound))
 
 
-def layer_cycles(
+def layer_work(
     config: AcceleratorConfig,
     shape: ConvShape,
     kr: int,
     kc: int,
     pool: Size = NO_POOL,
     *,
+    shortcut: bool = False,
     wide: bool = False,
-) -> int:
-    """Modelled cycles, without memory stalls, of a convolution with all kernel groups enabled.
-
-    The same model judges compiled programs (`task_cost` of `Program.work`). A shortcut that is
-    added to the result costs beats of memory but no cycles of this model.
+) -> Work:
+    """How the array executes a convolution with all kernel groups enabled.
 
     Args:
         config: the design.
@@ -90,6 +88,7 @@ def layer_cycles(
         kr: rows that a group keeps, of G_M.
         kc: columns that a group keeps in a tap tile, of G_K = min(K, T_K).
         pool: window of a pool that is fused into the convolution.
+        shortcut: whether another map is added to the result.
         wide: whether the output has 16 bits on a design of fewer, as logits have.
 
     Raises:
@@ -98,8 +97,8 @@ def layer_cycles(
     """
     config.check_kept(shape.taps, kr, kc)
     p, q, _ = config.group_size.counts(shape.filters, shape.channels, shape.taps)
-    work = convolution_work(config, shape, kr, kc, np.ones((p, q), bool), pool, wide=wide)
-    return task_cost(config, work).cycles
+    enabled = np.ones((p, q), bool)
+    return convolution_work(config, shape, kr, kc, enabled, pool, shortcut=shortcut, wide=wide)
 
 
 def task_cost(config: AcceleratorConfig, work: Work) -> Cost:

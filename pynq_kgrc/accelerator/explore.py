@@ -1,7 +1,7 @@
 """Search for designs: which ones fit a board, and the latency of whole networks on them.
 
-Everything here is modelled: latency by `cost`, without memory stalls; resources by `resources`.
-There are some ten thousand designs. A lower bound that takes microseconds ranks them, and the full
+Everything here is modelled: latency by `latency`, with memory; resources by `resources`. There are
+some ten thousand designs. A lower bound that takes microseconds ranks them, and the full
 cost model evaluates only the best.
 """
 
@@ -14,12 +14,12 @@ from itertools import product
 
 import msgspec
 
-from pynq_kgrc.accelerator.boards import Board
+from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Board, Memory
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.paper import KeptConv
 from pynq_kgrc.accelerator.resources import PACKED, Resources, estimate_resources
-from pynq_kgrc.accelerator.tiling import Work, conv_words
+from pynq_kgrc.accelerator.tiling import PORTS, Work, conv_words
 from pynq_kgrc.errors import CompileError, ConfigError
 from pynq_kgrc.graph import ConvShape
 from pynq_kgrc.quant import ceil_div
@@ -53,13 +53,10 @@ BEATS = (4, 8)
 SHARE = 0.8
 """Largest share of each resource that a design may use: above it routing fails (eq. 14, rho)."""
 
-FIGURES = "modelled, without memory stalls"
-"""What the latencies of this module are; printed wherever they are."""
-
 
 @dataclass(frozen=True)
 class Latency:
-    """Modelled milliseconds of one clip, without memory stalls."""
+    """Modelled milliseconds of one clip, with memory."""
 
     convolutions: float
     """Without fully connected layers and pools, as the KGRC paper counts latency."""
@@ -167,7 +164,8 @@ def rank_designs(
 def least_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) -> int:
     """A lower bound of a convolution's cycles: computing it as one tile, or loading its input.
 
-    The input is loaded once for `filter_tiles` filter tiles, B positions a cycle.
+    The input is loaded once for `filter_tiles` filter tiles, B positions a cycle, or what the ports
+    of the memory `boards.REFERENCE` bring.
     """
     channel_tiles = ceil_div(shape.channels, config.tn)
     filter_tiles = ceil_div(shape.filters, config.tm)
@@ -180,17 +178,22 @@ def least_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) 
         skips = shape.kernel[axis] < shape.stride[axis]
         used = shape.out_size[axis] * shape.kernel[axis]
         loaded *= used if skips else shape.in_size[axis]
-    return max(compute, loads * loaded // config.port_positions)
+    beats = loads * loaded / config.port_positions
+    port = config.beat_bytes / REFERENCE.port_bytes(CLOCK_MHZ) / PORTS
+    return int(max(compute, beats, beats * port))
 
 
 def evaluate(
-    configs: Iterable[AcceleratorConfig], networks: Mapping[str, Network], clock_mhz: float
+    configs: Iterable[AcceleratorConfig],
+    networks: Mapping[str, Network],
+    clock_mhz: float = CLOCK_MHZ,
+    memory: Memory = REFERENCE,
 ) -> Iterator[Candidate]:
     """Candidates of the designs; a design that cannot run one of the networks is left out."""
     for config in configs:
         try:
             latency = {
-                name: model_latency(config, network, clock_mhz)
+                name: model_latency(config, network, clock_mhz, memory)
                 for name, network in networks.items()
             }
         except CompileError:
@@ -198,11 +201,16 @@ def evaluate(
         yield Candidate(config, estimate_resources(config), latency)
 
 
-def model_latency(config: AcceleratorConfig, network: Network, clock_mhz: float) -> Latency:
-    """Modelled latency, without memory stalls, of a network: its tasks one after the other."""
+def model_latency(
+    config: AcceleratorConfig,
+    network: Network,
+    clock_mhz: float = CLOCK_MHZ,
+    memory: Memory = REFERENCE,
+) -> Latency:
+    """Modelled latency, with memory, of a network: its tasks one after the other."""
     convolutions = whole = 0
     for work in network.work(config):
-        cycles = task_cost(config, work).cycles
+        cycles = task_time(config, work, memory, clock_mhz).cycles
         whole += cycles
         convolutions += cycles if work.columns and math.prod(work.out_size) > 1 else 0
     return Latency(convolutions / (clock_mhz * 1e3), whole / (clock_mhz * 1e3))
@@ -249,8 +257,8 @@ class SearchReport(msgspec.Struct, frozen=True):
     """The design of the programs that were given."""
     designs: list[DesignReport]
     """Designs that fit the board, the fastest first."""
-    figures: str = FIGURES
-    """What the latencies are."""
+    figures: str
+    """What the latencies are: `Memory.describe`."""
 
 
 def report_design(candidate: Candidate, board: Board, pareto: bool) -> DesignReport:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Memory
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.plan import Item, plan_convolution, plan_pool
 from pynq_kgrc.errors import CompileError
@@ -25,6 +26,52 @@ MIN_FEATURE_ROWS = 4
 
 REGION_DISTANCE = 4
 """Trips from the last write of a region into the input buffer to its first read, at the least."""
+
+# ---- how far the processes of a task are apart ------------------------------------------------
+
+PIPELINE = 25
+"""Cycles to fill a pipelined loop, each time that it is entered. Assumed."""
+
+TILE_SETUP = 1000
+"""Cycles of the dividers that describe a tile. Estimated."""
+
+# Words that the streams between two processes hold (STREAM pragmas of hls_src/top.cpp).
+INPUT_BEATS_AHEAD = 512
+ROWS_AHEAD = 64
+WEIGHT_BEATS_AHEAD = 512
+REGION_WORDS_AHEAD = 16
+SUM_WORDS_AHEAD = 64
+CODE_WORDS_AHEAD = 64
+OUTPUT_BEATS_AHEAD = 64
+TILES_AHEAD = 4
+ITEMS_AHEAD = 64
+
+PORTS = 2
+"""Ports of the input, and of the weights."""
+
+
+def request_cycles(memory: Memory, beats: float, beat: float) -> float:
+    """Cycles of a port for each of many requests of `beats`, `beat` cycles each.
+
+    A port has `outstanding` bursts under way, so that short ones wait for their responses.
+    """
+    bursts = math.ceil(beats / memory.burst_beats)
+    length = beats / bursts * beat
+    return bursts * max(length, (memory.latency + length) / memory.outstanding, 1.0)
+
+
+def plane_cycles(rows: float, request: float, beat: float) -> float:
+    """Cycles of the input ports for each of many planes of `rows` requests.
+
+    The ports take turns by planes: while one is read, the other is ahead as far as streams allow.
+    """
+    plane = rows * request
+    return max(plane / PORTS, plane - min(INPUT_BEATS_AHEAD * beat, ROWS_AHEAD * request))
+
+
+def scale_cycles(config: AcceleratorConfig, words: int) -> int:
+    """Cycles that scale a vector of `words` words, while the scales of the next are read."""
+    return max(words, 2 * config.tn)
 
 
 @dataclass(frozen=True)
@@ -58,8 +105,7 @@ class Work:
 
     def chunk_beats(self, config: AcceleratorConfig) -> int:
         """Beats of the weight port for a chunk of rows x columns x T_N codes."""
-        bits = config.rows_per_cycle * self.columns * config.tn * config.bits
-        return ceil_div(bits, 64 * config.weight_port_words)
+        return chunk_beats(config, self.columns)
 
 
 def convolution_work(
@@ -83,16 +129,15 @@ def convolution_work(
         CompileError: the buffers do not hold the smallest tile.
     """
     words = conv_words(config, shape, kr, kc)
-    # one loading of a region serves all filter tiles that are held at once
-    held = min(config.filter_tiles, ceil_div(shape.filters, config.tm))
+    columns = min(config.pk, kc)
     return Work(
         shape=shape,
         out_size=pooled_size(shape, pool),
         pool=pool,
-        tile=tile_size(config, shape, pool, held * words, name),
+        tile=tile_size(config, shape, pool, words, columns, shortcut, wide, name),
         weight_words=words,
         items=tuple(plan_convolution(config, enabled, shape.filters)),
-        columns=min(config.pk, kc),
+        columns=columns,
         shortcut=shortcut,
         wide=wide,
     )
@@ -110,12 +155,18 @@ def pool_work(
         shape=shape,
         out_size=shape.out_size,
         pool=NO_POOL,
-        tile=tile_size(config, shape, NO_POOL, shape.taps, name),
+        tile=tile_size(config, shape, NO_POOL, shape.taps, wide=wide, what=name),
         weight_words=shape.taps,
         items=tuple(plan_pool(config, shape.channels)),
         columns=0,
         wide=wide,
     )
+
+
+def chunk_beats(config: AcceleratorConfig, columns: int) -> int:
+    """Beats of the weight port for a chunk of that many columns."""
+    bits = config.rows_per_cycle * columns * config.tn * config.bits
+    return ceil_div(bits, 64 * config.weight_port_words)
 
 
 def beats_of_row(config: AcceleratorConfig, width: int) -> int:
@@ -165,13 +216,26 @@ def tile_size(
     shape: WindowShape,
     pool: Size = NO_POOL,
     words: int = 1,
+    columns: int = 0,
+    shortcut: bool = False,
+    wide: bool = False,
     what: str = "layer",
 ) -> Size:
-    """T_D, T_H, T_W of a layer: the tile with the fewest trips among those that fit the buffers.
+    """T_D, T_H, T_W of a layer: the tile with the fewest cycles among those that fit the buffers.
 
-    The tile's width is the map's, or a multiple of a beat's positions. Each axis holds whole
-    windows of a fused pool. The array uses one region for `words` weight words; `what` names the
-    layer in the error message.
+    The cycles are an estimate with the memory `boards.REFERENCE` (`_tile_cycles`), whatever the
+    board: a program has the same tiles everywhere. The tile's width is the map's, or a multiple of
+    a beat's positions. Each axis holds whole windows of a fused pool.
+
+    Args:
+        config: the design.
+        shape: of the layer.
+        pool: window of a fused pool.
+        words: weight words of an item.
+        columns: in a weight word; 0 for a pool.
+        shortcut: whether another map is added to the result.
+        wide: whether the output has 16 bits on a design of fewer.
+        what: names the layer in the error message.
 
     Raises:
         CompileError: not even the smallest tile fits.
@@ -185,13 +249,12 @@ def tile_size(
             continue
         if region_footprint(config, shape, tile) > config.input_positions:
             continue
-        trips = 0
-        for count, extent in _count_extents(out, tile):
-            sums = max(MIN_FEATURE_ROWS, ceil_div(math.prod(extent), config.pf))
-            load = region_trips(config, shape, extent, (0, 0, 0))
-            trips += count * max(sums * words, load)
-        if trips < fewest:
-            best, fewest = tile, trips
+        cycles = sum(
+            count * _tile_cycles(config, shape, pool, words, columns, shortcut, wide, extent)
+            for count, extent in _count_extents(out, tile)
+        )
+        if cycles < fewest:
+            best, fewest = tile, cycles
     if best is None:
         least = (min(out[0], step[0]), min(out[1], step[1]), min(out[2], step[2]))
         raise CompileError(
@@ -201,6 +264,70 @@ def tile_size(
             f"{config.features}"
         )
     return best
+
+
+def _tile_cycles(
+    config: AcceleratorConfig,
+    shape: WindowShape,
+    pool: Size,
+    words: int,
+    columns: int,
+    shortcut: bool,
+    wide: bool,
+    extent: Size,
+) -> float:
+    """About the cycles of a tile, all kernel groups enabled: what `latency` walks, in closed form.
+
+    The block of filter tiles whose sums are held together takes as long as the slowest of the array
+    with what it waits for, the input, the weights and the output.
+    """
+    memory, out = REFERENCE, pooled_size(shape, pool)
+    beat = config.beat_bytes / memory.port_bytes(CLOCK_MHZ)
+    channel_tiles = ceil_div(shape.channels, config.tn)
+    regions, blocks, held, vectors = 1, channel_tiles, 1.0, 1.0
+    if isinstance(shape, ConvShape):
+        filter_tiles = ceil_div(shape.filters, config.tm)
+        regions, blocks = channel_tiles, ceil_div(filter_tiles, config.filter_tiles)
+        # the last block may hold fewer: their mean
+        held = filter_tiles / blocks
+        vectors = ceil_div(shape.filters, config.tn) / blocks
+    sums = max(MIN_FEATURE_ROWS, ceil_div(math.prod(extent), config.pf))
+    array = regions * held * words * sums
+    chunks = regions * held * words * config.groups_per_tile
+    weights = (
+        chunks
+        * (chunk_beats(config, columns) if columns else 1)
+        * max(1.0, 8 * config.weight_port_words / memory.port_bytes(CLOCK_MHZ) / PORTS)
+    )
+    # the region, without what lies past the map
+    planes, rows = (
+        min(len(_row_offsets(shape, axis, extent[axis])), shape.in_size[axis]) for axis in (0, 1)
+    )
+    limit = beats_of_row(config, shape.in_size[2])
+    length = min(len(_beat_range(config, shape, 0, extent[2])), limit)
+    requests = 1 if length == limit and shape.kernel[1] >= shape.stride[1] else rows
+    request = request_cycles(memory, rows * length / requests, beat)
+    ports = planes * plane_cycles(requests, request, beat)
+    load = region_trips(config, shape, extent, (0, 0, 0)) + PIPELINE
+    loads = regions * max(load, ports)
+    # the output, which stops the array when its streams are full
+    drain = extent[0] * extent[1] * beats_of_row(config, extent[2])
+    stored = windows_in(extent, pool)
+    beats = (
+        stored[0] * stored[1] * beats_of_row(config, stored[2]) * (16 // config.bits if wide else 1)
+    )
+    writes = map_requests(config, windows_in(out, pool), stored, 1)
+    store = max(drain, writes * request_cycles(memory, beats / writes, beat) if writes else 0)
+    scale = scale_cycles(config, drain)
+    room = (CODE_WORDS_AHEAD + OUTPUT_BEATS_AHEAD + memory.burst_beats) * store / drain
+    if shortcut:
+        reads = map_requests(config, shape.out_size, extent, 1)
+        scale = max(scale, reads * request_cycles(memory, drain / reads, beat))
+    slowest = max(vectors * scale, vectors * store - room) - SUM_WORDS_AHEAD * scale / drain
+    waits = max(0.0, slowest - vectors * drain)
+    block = max(array + waits, loads, weights, vectors * max(scale, store))
+    # a region that follows the drain of another tile is late
+    return max(TILE_SETUP, blocks * block) + PIPELINE
 
 
 def region_footprint(config: AcceleratorConfig, shape: WindowShape, tile: Size) -> int:

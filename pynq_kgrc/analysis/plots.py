@@ -26,10 +26,11 @@ PROCESSES = {
     "input": "tab:orange",
     "weights": "tab:red",
     "scale": "tab:green",
-    "store": "tab:purple",
-    "plan": "tab:gray",
+    "shortcut": "tab:olive",
+    "output": "tab:purple",
+    "memory": "tab:gray",
 }
-"""Colour of each process of the accelerator that can bound a task."""
+"""Colour of each part of `TaskTime.busy` that can bound a task."""
 
 MOST_GROUPS = (4, 6)
 """The most kernel groups that `plot_groups` shows, along filters and along channels."""
@@ -111,14 +112,14 @@ def plot_confusion(confusion: Array, names: Sequence[str]) -> Figure:
 
 
 def plot_layers(layers: Sequence[LayerTime]) -> Figure:
-    """Modelled cycles of each task, coloured by the process that bounds it; what was counted."""
+    """Modelled cycles of each task, coloured by what bounds it; what was counted."""
     figure = Figure(figsize=(8, 0.3 * len(layers) + 1.2), layout="constrained")
     axes = figure.subplots()
     for process, color in PROCESSES.items():
-        bound = [(i, each) for i, each in enumerate(layers) if each.cost.bound == process]
+        bound = [(i, each) for i, each in enumerate(layers) if each.time.bound == process]
         if bound:
             rows, those = zip(*bound, strict=True)
-            cycles = [each.cost.cycles / 1e3 for each in those]
+            cycles = [each.time.cycles / 1e3 for each in those]
             axes.barh(rows, cycles, color=color, alpha=0.7, label=f"modelled, bound by {process}")
     for label, mark, counts in (
         ("trips of the array, counted", "k|", [each.trips for each in layers]),
@@ -149,7 +150,7 @@ def plot_roofline(
     axes.plot(x, np.minimum(peak, slope * x), color="0.4")
     for i, each in enumerate(layers):
         place, aside = (each.intensity, each.rate), (4, -12 if i % 2 else 5)
-        axes.plot(*place, "o", color=PROCESSES[each.cost.bound])
+        axes.plot(*place, "o", color=PROCESSES[each.time.bound])
         axes.annotate(each.name, place, aside, textcoords="offset points")
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Memory
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import Cost, task_cost
+from pynq_kgrc.accelerator.cost import Cost
 from pynq_kgrc.accelerator.explore import Network
+from pynq_kgrc.accelerator.latency import TaskTime, task_time
 from pynq_kgrc.accelerator.tiling import Work
 from pynq_kgrc.backends.base import Counters, count_task
 from pynq_kgrc.errors import ConfigError
@@ -22,14 +24,19 @@ class LayerTime:
     """Modelled and counted time of one task."""
 
     name: str
-    cost: Cost
-    """Modelled trips of each process; the slowest process sets the cycles."""
+    time: TaskTime
+    """Modelled, with memory."""
     traffic: int
     """Modelled bytes from and to memory."""
     trips: int | None
     """Trips of the array that a device or the C-simulation counted; None without a run there."""
     cycles: int | None
     """Clock cycles that a device counted; None without one: a simulation has no clock."""
+
+    @property
+    def cost(self) -> Cost:
+        """Modelled trips of each process, and beats."""
+        return self.time.cost
 
     @property
     def intensity(self) -> float:
@@ -39,12 +46,12 @@ class LayerTime:
     @property
     def rate(self) -> float:
         """Modelled multiply-accumulates per cycle."""
-        return self.cost.macs / self.cost.cycles
+        return self.cost.macs / self.time.cycles
 
     @property
     def slowdown(self) -> float | None:
         """Counted over modelled clock cycles; None where none were counted."""
-        return None if self.cycles is None else self.cycles / self.cost.cycles
+        return None if self.cycles is None else self.cycles / self.time.cycles
 
 
 def time_layers(program: Program, counters: Sequence[Counters] = ()) -> list[LayerTime]:
@@ -52,15 +59,18 @@ def time_layers(program: Program, counters: Sequence[Counters] = ()) -> list[Lay
     counted = {each.task: (each.trips, each.cycles) for each in counters}
     found = []
     for task in program.tasks:
-        cost, bytes_ = task_cost(program.config, program.work(task)), count_task(program, task)
+        time, bytes_ = task_time(program.config, program.work(task)), count_task(program, task)
         traffic = bytes_.bytes_in + bytes_.bytes_weight + bytes_.bytes_out
-        found.append(LayerTime(task.name, cost, traffic, *counted.get(task.name, (None, None))))
+        found.append(LayerTime(task.name, time, traffic, *counted.get(task.name, (None, None))))
     return found
 
 
-def modelled_ms(program: Program, clock_mhz: float = 150.0) -> float:
-    """Modelled milliseconds for one clip at `clock_mhz`: the tasks run one after the other."""
-    return sum(layer.cost.cycles for layer in time_layers(program)) / (clock_mhz * 1e3)
+def modelled_ms(
+    program: Program, memory: Memory = REFERENCE, clock_mhz: float = CLOCK_MHZ
+) -> float:
+    """Modelled milliseconds for one clip, with memory: the tasks run one after the other."""
+    times = (task_time(program.config, program.work(t), memory, clock_mhz) for t in program.tasks)
+    return sum(time.cycles for time in times) / (clock_mhz * 1e3)
 
 
 def network_of(program: Program) -> Network:

@@ -30,9 +30,9 @@ def declare(command: Declare) -> None:
         run_explore,
         "find accelerator designs for compiled networks and a board",
         "Lists the designs that fit a board and are fastest for all the programs together. All\n"
-        "figures are modelled. Latency comes from the cost model, whose trips equal those of the\n"
-        "C-simulation, without memory stalls: simulated memory with latency made it several times\n"
-        "longer (docs/hardware.md). Resources are counted from the sources, not synthesized.\n"
+        "figures are modelled. Latency is that of the cost model, whose trips equal those of the\n"
+        "C-simulation, with the board's memory: its ports, their latency and bandwidth are assumed\n"
+        "(docs/hardware.md). Resources are counted from the sources, not synthesized.\n"
         "Kernel groups and bit width stay those of the programs, so that their weights need no\n"
         "new pruning:\n\n"
         "  pynq-kgrc explore -p c3d.kgrc -p r2plus1d.kgrc --board zcu102 --plot designs.png\n"
@@ -107,7 +107,9 @@ def run_explore(options: argparse.Namespace) -> int:
     ranked = rank_designs(list_designs(base, target, options.share), networks)[: options.effort]
     if base not in ranked:
         ranked.append(base)
-    evaluated = evaluate(progress(ranked, "explore", len(ranked)), networks, options.clock)
+    evaluated = evaluate(
+        progress(ranked, "explore", len(ranked)), networks, options.clock, target.memory
+    )
     candidates = sorted(evaluated, key=lambda each: each.mean_ms)
     fitting = [each for each in candidates if each.resources.share(target) <= options.share]
     if not fitting:
@@ -131,6 +133,7 @@ def run_explore(options: argparse.Namespace) -> int:
             report_design(each, target, each.config.digest in front)
             for each in fitting[: options.top]
         ],
+        figures=target.memory.describe(options.clock),
     )
     if options.json:
         print(msgspec.json.format(msgspec.json.encode(report), indent=2).decode())
@@ -166,8 +169,7 @@ def _table(report: SearchReport) -> str:
     own = report.compiled_for
     head = f"{'design':36} {'MAC/cycle':>9} {'DSP':>10} {'BRAM36':>10} {'LUT':>6}  "
     lines = [
-        f"{report.figures}, for {report.board} at {report.clock_mhz:g} MHz; ms of the "
-        f"convolutions, and of all tasks",
+        f"for {report.board}: ms of the convolutions, and of all tasks; {report.figures}",
         head + "  ".join(f"{name:>18}" for name in own.latency_ms),
     ]
     for row in (*report.designs, own):

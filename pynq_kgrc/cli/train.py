@@ -77,7 +77,7 @@ def declare(command: Declare) -> None:
         "--pattern and --reduction search the rates instead: of those that satisfy eq. (9) of the\n"
         "paper, the ones that keep most of the weights while the cost falls by that factor. The\n"
         "cost is operations, or with --target latency the cycles of the whole compiled program on\n"
-        "--design (modelled by accelerator/cost.py, without memory stalls).",
+        "--design (modelled with memory by accelerator/latency.py).",
     )
     _learning(prune, "folder of the run; gets weights.safetensors and recipe.toml")
     prune.add_argument("--weights", required=True, help="state dict of the dense network")

@@ -14,18 +14,18 @@ from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
+from pynq_kgrc.accelerator.boards import REFERENCE
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.accelerator.cutting import cut_convolution
 from pynq_kgrc.accelerator.header import MAX_TAPS
+from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.tiling import NO_POOL, convolution_work
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ConvShape, Layer, Size, WindowShape
 
-INPUT_BYTES_PER_CYCLE = 51
-"""What two input ports bring in one cycle of the array: 80 % of 128 bits each, at 300 MHz beside
-an array at 150 MHz. Assumed, not measured."""
+MEMORY = REFERENCE
+"""Memory for which foldings are chosen, whatever the board: a program does not depend on it."""
 
 LEAST_GAIN = 1.02
 """A folding that makes the host write more codes has to be this many times faster."""
@@ -105,8 +105,8 @@ def folded_cycles(
 ) -> float:
     """Modelled cycles of the task that a folded convolution becomes; infinite if it becomes none.
 
-    The slower of the array and its input, at `INPUT_BYTES_PER_CYCLE`; the latency of memory is
-    left out.
+    Those of the array or of the busiest port, whichever takes longer. What a task takes to begin
+    and to end is the same for all foldings and left out.
     """
     window, size = folding.window, folding.window.in_size
     grown = window.taps * math.prod(window.out_size) / math.prod(size)
@@ -130,7 +130,5 @@ def folded_cycles(
             )
         except CompileError:
             return math.inf
-        cost = task_cost(config, work)
-        loading = cost.input_beats * config.beat_bytes / INPUT_BYTES_PER_CYCLE
-        cycles += max(cost.cycles, loading)
+        cycles += max(task_time(config, work, MEMORY).busy.values())
     return cycles

@@ -1,24 +1,27 @@
 """What pruning a layer saves: cycles of the compiled program, with fewer weights kept.
 
-The cycles are those of `accelerator/cost.py`, which also judges the finished program. They are
-modelled without memory stalls.
+The cycles are those of `accelerator/latency.py`, which also judges the finished program. They are
+modelled with memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
-from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.cost import layer_work
 from pynq_kgrc.accelerator.cutting import cut_convolution
-from pynq_kgrc.accelerator.tiling import NO_POOL
+from pynq_kgrc.accelerator.latency import task_time
+from pynq_kgrc.accelerator.tiling import NO_POOL, Work, pool_work
 from pynq_kgrc.compiler.fold import choose_folding, foldings
+from pynq_kgrc.compiler.lower import cut_drafts, fold_clip, fuse, lower, place_tensors
 from pynq_kgrc.compiler.pack import pack
-from pynq_kgrc.compress.patterns import prune
+from pynq_kgrc.compress.patterns import Rates, prune
 from pynq_kgrc.compress.recipes import (
     NEARER,
     TOLERANCE,
@@ -27,14 +30,67 @@ from pynq_kgrc.compress.recipes import (
     choose_rates,
 )
 from pynq_kgrc.errors import ConfigError
-from pynq_kgrc.graph import Graph, Layer
+from pynq_kgrc.graph import ConvShape, Graph, Layer
 from pynq_kgrc.program import ConvTask, Program, Task
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, QuantParams
 
 
 def program_cycles(program: Program) -> int:
     """Modelled cycles of one clip: all tasks, pools and copies included, one after the other."""
     return sum(_cycles(program, task) for task in program.tasks)
+
+
+def compile_shapes(graph: Graph, config: AcceleratorConfig) -> Program:
+    """The program of a float graph whose tensors all have one format of codes.
+
+    Its answers mean nothing, but it takes as long as the program of the calibrated graph, and no
+    clip has to run in float.
+
+    Raises:
+        CompileError: the accelerator cannot run a layer.
+    """
+    return lower(_of_one_format(graph, config), config)
+
+
+def list_work(
+    graph: Graph, config: AcceleratorConfig, rates: Mapping[str, Rates]
+) -> list[tuple[str, Work]]:
+    """The tasks of a dense graph, by name, if its layers were pruned by `rates`.
+
+    No weight is looked at but the first layer's: every kernel group is taken as enabled. It takes
+    a moment where `compile_shapes` takes a minute.
+
+    Raises:
+        CompileError: the accelerator cannot run a layer.
+    """
+    graph = _of_one_format(graph, config)
+    graph, drafts, _ = fold_clip(graph, fuse(graph, config), config)
+    drafts, places = place_tensors(graph, drafts, config.tn)
+    drafts, _ = cut_drafts(graph, drafts, places)
+    found = []
+    for draft in drafts:
+        shape, name, out = draft.layer.shape, draft.layer.name, draft.output.out_quant
+        assert shape is not None and out is not None
+        wide = out.bits > config.bits
+        if isinstance(shape, ConvShape):
+            kr, kc = rates.get(name, Rates()).kept(config.group_size, shape.taps)
+            pool = NO_POOL if draft.pool is None else draft.pool.kernel
+            shortcut = draft.shortcut is not None
+            work = layer_work(config, shape, kr, kc, pool, shortcut=shortcut, wide=wide)
+        else:
+            work = pool_work(config, shape, wide=wide, name=name)
+        found.append((name, work))
+    return found
+
+
+def _of_one_format(graph: Graph, config: AcceleratorConfig) -> Graph:
+    layers = (
+        dataclasses.replace(
+            layer, out_quant=QuantParams(16 if layer.name == graph.output else config.bits, 1 / 16)
+        )
+        for layer in graph.layers
+    )
+    return dataclasses.replace(graph, layers=tuple(layers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +155,7 @@ class LatencySearch:
         """What was asked and reached, in one sentence."""
         told = (
             f"asked for {self.asked:.2f}x fewer cycles, reached {self.reached:.2f}x on "
-            f"{self.design} (modelled by accelerator/cost.py, without memory stalls)"
+            f"{self.design} (modelled with memory by accelerator/latency.py)"
         )
         if abs(self.reached / self.asked - 1) <= TOLERANCE:
             return told
@@ -140,4 +196,4 @@ def choose_rates_by_latency(
 
 
 def _cycles(program: Program, task: Task) -> int:
-    return task_cost(program.config, program.work(task)).cycles
+    return task_time(program.config, program.work(task)).cycles

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
-from pynq_kgrc.accelerator.cost import task_cost
+from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.paper import PUBLISHED_CLOCK_MHZ
 from pynq_kgrc.analysis.description import describe
 from pynq_kgrc.errors import KgrcError, ProgramError
@@ -122,7 +122,7 @@ def describe_for_clients(program: Program) -> ProgramDocument:
     description = describe(program)
     tasks = []
     for task, row in zip(program.tasks, description.tasks, strict=True):
-        cycles = task_cost(program.config, program.work(task)).cycles
+        cycles = task_time(program.config, program.work(task)).cycles
         modelled_ms = round(cycles / (PUBLISHED_CLOCK_MHZ * 1e3), 4)
         tasks.append(TimedTask(**msgspec.structs.asdict(row), modelled_ms=modelled_ms))
     fields = {

@@ -17,7 +17,6 @@ import numpy as np
 import pynq
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.accelerator.header import (
     ADDRESSES,
     DONE,
@@ -31,6 +30,7 @@ from pynq_kgrc.accelerator.header import (
     WEIGHT_PORTS,
     register_of,
 )
+from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.backends.base import (
     Counters,
     Loaded,
@@ -64,7 +64,7 @@ from pynq_kgrc.program import Program, Slot
 from pynq_kgrc.quant import Array, ceil_div
 
 MARGIN = 20.0
-"""Timeout = 20 x the modelled time (the model ignores memory stalls) + FLOOR_SECONDS."""
+"""Timeout = 20 x the time that is modelled with memory + FLOOR_SECONDS."""
 
 FLOOR_SECONDS = 1.0
 """Added to every timeout, for a busy host."""
@@ -251,7 +251,7 @@ class BoardBackend(Loaded):
             self._load(program, image)
 
     def _load(self, program: Program, image: Image) -> None:
-        costs = [task_cost(self.config, program.work(task)) for task in program.tasks]
+        times = [task_time(self.config, program.work(task)) for task in program.tasks]
         self._restore_device()
         self._program = None
         sizes = {
@@ -261,9 +261,9 @@ class BoardBackend(Loaded):
             "status": len(program.tasks) * len(STATUS) * 8,
         }
         self._resources.allocate(sizes, self._cacheable)
-        self._modelled_cycles = np.array([cost.cycles for cost in costs], np.float64)
+        self._modelled_cycles = np.array([time.cycles for time in times], np.float64)
         self._modelled_counts = np.array(
-            [[getattr(cost, name) for name in CHECKED] for cost in costs], np.uint64
+            [[getattr(time.cost, name) for name in CHECKED] for time in times], np.uint64
         )
         self._write_image(image.weights, image.tables)
         self._program = program  # loaded only once all of it is written

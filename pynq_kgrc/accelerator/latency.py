@@ -1,0 +1,398 @@
+"""How long a task takes with a memory that has latency and limited ports.
+
+`cost` counts trips and beats, which the C-simulation counts too. This module adds time: the array
+stops while a region or a weight that it needs is still on its way, and while the sums that it hands
+on find no room. Ports request ahead of their data, so that latency shows only at the start and
+where bursts are too short. The timed simulation (`backends/timed.py`) runs the same processes word
+by word, with the same assumptions; tests hold this model near to it.
+
+Everything here is modelled. The memory is assumed (`boards.Memory`), and so is II = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Memory
+from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.cost import Cost, layer_work, task_cost
+from pynq_kgrc.accelerator.header import FIELDS, RUNS_AHEAD, STATUS
+from pynq_kgrc.accelerator.tiling import (
+    CODE_WORDS_AHEAD,
+    INPUT_BEATS_AHEAD,
+    ITEMS_AHEAD,
+    MIN_FEATURE_ROWS,
+    NO_POOL,
+    OUTPUT_BEATS_AHEAD,
+    PIPELINE,
+    PORTS,
+    REGION_DISTANCE,
+    REGION_WORDS_AHEAD,
+    ROWS_AHEAD,
+    SUM_WORDS_AHEAD,
+    TILE_SETUP,
+    TILES_AHEAD,
+    WEIGHT_BEATS_AHEAD,
+    Work,
+    beats_of_row,
+    map_requests,
+    plane_cycles,
+    region_beats,
+    region_requests,
+    region_trips,
+    request_cycles,
+    scale_cycles,
+    tiles,
+    windows_in,
+)
+from pynq_kgrc.graph import ConvShape, Size
+from pynq_kgrc.quant import ceil_div
+
+REGION_SETUP = 60
+"""Cycles of the dividers that describe the region of a tile. Estimated."""
+
+START = 20
+"""Cycles to start a task, beside the reading of its descriptor. Assumed."""
+
+
+@dataclass(frozen=True)
+class TaskTime:
+    """The modelled time of a task, in cycles of the array's clock."""
+
+    cost: Cost
+    cycles: int
+    """From the start of the task to its end, with memory."""
+    busy: dict[str, int]
+    """Cycles that the array, each kind of port and the whole memory would take alone."""
+
+    @property
+    def ideal(self) -> int:
+        """Trips of the slowest process: the cycles without memory, setup and filling."""
+        return self.cost.cycles
+
+    @property
+    def bound(self) -> str:
+        """What would take longest alone."""
+        return max(self.busy, key=lambda name: self.busy[name])
+
+
+def layer_time(
+    config: AcceleratorConfig,
+    shape: ConvShape,
+    kr: int,
+    kc: int,
+    pool: Size = NO_POOL,
+    *,
+    wide: bool = False,
+    memory: Memory = REFERENCE,
+    clock_mhz: float = CLOCK_MHZ,
+) -> TaskTime:
+    """The modelled time of a convolution with all kernel groups enabled.
+
+    The arguments are those of `cost.layer_work`. The same model judges compiled programs
+    (`task_time` of `Program.work`).
+
+    Raises:
+        ConfigError: a group cannot keep `kr` x `kc`.
+        CompileError: the buffers do not hold the smallest tile.
+    """
+    return task_time(config, layer_work(config, shape, kr, kc, pool, wide=wide), memory, clock_mhz)
+
+
+def task_time(
+    config: AcceleratorConfig,
+    work: Work,
+    memory: Memory = REFERENCE,
+    clock_mhz: float = CLOCK_MHZ,
+) -> TaskTime:
+    """The modelled time of a task with memory."""
+    return _Walk(config, work, memory, clock_mhz).time()
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What a tile moves, and how long each process takes for it alone."""
+
+    sum_rows: int
+    settling: int
+    load: int
+    """Trips that write a region into its banks."""
+    region: float
+    """Cycles of the input ports for a region."""
+    region_ahead: float
+    """Cycles by which they are ahead."""
+    region_runs: int
+    """Runs of the list of a region, padding included."""
+    drain: int
+    """Trips that hand on a vector."""
+    scale: float
+    """Cycles that scale a vector."""
+    shortcut: float
+    store: float
+    """Cycles of their ports for a vector."""
+
+
+class _Walk:
+    """The walk of `cost._array_trips`, with the trips at which the array stands still.
+
+    Times are cycles since the start of a tile. A process that is ahead of the array has a time at
+    which it is free; streams limit how far it is ahead.
+    """
+
+    def __init__(
+        self, config: AcceleratorConfig, work: Work, memory: Memory, clock_mhz: float
+    ) -> None:
+        self.config, self.work, self.memory = config, work, memory
+        self.port_bytes = memory.port_bytes(clock_mhz)
+        self.all_bytes = memory.all_bytes(clock_mhz)
+        self.cost = task_cost(config, work)
+        self.runs = list(_runs(config, work))
+        self.beat = config.beat_bytes / self.port_bytes
+        weight_bytes = 8 * config.weight_port_words
+        self.weight = max(1.0 / PORTS, weight_bytes / self.port_bytes) / PORTS
+        self.regions = sum(run.loads for run in self.runs)
+        self.kinds: dict[object, _Tile] = {}
+
+    def tile(self, first: Size, extent: Size) -> _Tile:
+        config, work, shape = self.config, self.work, self.work.shape
+        load = region_trips(config, shape, extent, first)
+        beats = region_beats(config, shape, extent, first)
+        requests = region_requests(config, shape, extent, first)
+        key = extent, load, beats, requests
+        if key in self.kinds:
+            return self.kinds[key]
+        filled = ceil_div(math.prod(extent), config.pf)
+        region = ahead = 0.0
+        if beats:
+            length = beats / requests
+            each = request_cycles(self.memory, length, self.beat)
+            # two ports take turns by planes: one is ahead while the other is read
+            planes = max(1, min(requests, _planes(work, first, extent)))
+            rows = requests / planes
+            region = planes * plane_cycles(rows, each, self.beat)
+            ahead = min(PORTS * INPUT_BEATS_AHEAD * self.beat, ROWS_AHEAD * each) / PORTS
+        vectors = 1
+        drain = extent[0] * extent[1] * beats_of_row(config, extent[2])
+        out = windows_in(work.out_size, work.pool)
+        stored = windows_in(extent, work.pool)
+        parts = 16 // config.bits if work.wide else 1
+        beats_out = stored[0] * stored[1] * beats_of_row(config, stored[2]) * parts
+        requests = map_requests(config, out, stored, vectors)
+        store = (
+            requests * request_cycles(self.memory, beats_out / requests, self.beat)
+            if requests
+            else 0.0
+        )
+        shortcut = 0.0
+        if work.shortcut:
+            requests = map_requests(config, shape.out_size, extent, vectors)
+            shortcut = requests * request_cycles(self.memory, drain / requests, self.beat)
+        made = _Tile(
+            sum_rows=max(MIN_FEATURE_ROWS, filled),
+            settling=max(0, MIN_FEATURE_ROWS + 1 - filled),
+            load=load,
+            region=region,
+            region_ahead=ahead,
+            region_runs=_listed(config, work, extent),
+            drain=drain,
+            scale=scale_cycles(config, drain),
+            shortcut=shortcut,
+            store=max(store, drain * parts),
+        )
+        self.kinds[key] = made
+        return made
+
+    def time(self) -> TaskTime:
+        work, config = self.work, self.config
+        begin = TILE_SETUP + REGION_SETUP
+        now = float(begin)  # of the array
+        # when each is free, relative to now
+        load_start = 0.0
+        sums_free = 0.0
+        input_free = 0.0
+        weights_free = -float(begin) + self.memory.latency + 2 * PIPELINE
+        scale_free = store_free = shortcut_free = 0.0
+        plan_free = place_free = -float(REGION_SETUP)
+        known: dict[object, tuple[float, tuple[float, ...]]] = {}
+        regions = 0
+        left = math.prod(ceil_div(o, t) for o, t in zip(work.out_size, work.tile, strict=True))
+        for first, extent in tiles(work.out_size, work.tile):
+            left -= 1
+            tile = self.tile(first, extent)
+            state: tuple[float, ...] = (
+                *(load_start, sums_free, input_free, weights_free),
+                *(scale_free, store_free, shortcut_free, plan_free, place_free),
+            )
+            key = (id(tile), left == 0, state)
+            both_used = regions >= 2
+            if both_used and key in known:
+                passed, state = known[key]
+            else:
+                passed, state, loads = self.walk(tile, left == 0, regions, *state)
+                regions += loads
+                if both_used:
+                    known[key] = passed, state
+            now += passed
+            (
+                load_start,
+                sums_free,
+                input_free,
+                weights_free,
+                scale_free,
+                store_free,
+                shortcut_free,
+                plan_free,
+                place_free,
+            ) = state
+        end = max(now + sums_free, now + scale_free + PIPELINE, now + store_free + PIPELINE)
+        end += 3 * PIPELINE + self.memory.latency
+        cost = self.cost
+        port = {
+            "input": cost.input_beats * self.beat / PORTS,
+            "weights": max(cost.weights, cost.weight_beats * self.weight),
+            "scale": cost.scale,
+            "output": cost.output_beats * self.beat,
+            "shortcut": cost.shortcut_beats * self.beat,
+        }
+        maps = cost.input_beats + cost.shortcut_beats + cost.output_beats
+        bytes_ = maps * config.beat_bytes + 8 * (
+            cost.weight_beats * config.weight_port_words + cost.table_words
+        )
+        memory = bytes_ / self.all_bytes
+        end = max(end, begin + memory)
+        end += START + 2 * self.memory.latency + len(FIELDS) / 2 + len(STATUS)
+        busy = {"array": float(cost.array), **port, "memory": memory}
+        return TaskTime(cost, round(end), {name: round(value) for name, value in busy.items()})
+
+    def walk(
+        self,
+        tile: _Tile,
+        last: bool,
+        regions: int,
+        load_start: float,
+        sums_free: float,
+        input_free: float,
+        weights_free: float,
+        scale_free: float,
+        store_free: float,
+        shortcut_free: float,
+        plan_free: float,
+        place_free: float,
+    ) -> tuple[float, tuple[float, ...], int]:
+        """Cycles until the array has computed a tile, and the state that it leaves."""
+        items = len(self.work.items)
+        time = 0.0
+        first_regions = regions
+        # the ports begin with a tile when it is described
+        after_plan = REGION_SETUP + self.memory.latency + 3 * PIPELINE
+        input_free = max(input_free, plan_free + after_plan)
+        # a port takes the beats of a run when it has RUNS_AHEAD runs: of the next tile, if need be
+        next_plan = plan_free + items + TILE_SETUP + PIPELINE
+        runs_left = self.regions * tile.region_runs
+        for run in self.runs:
+            if run.loads:
+                runs_left -= tile.region_runs
+                if runs_left < RUNS_AHEAD and not last:
+                    input_free = max(input_free, next_plan + after_plan)
+                # a word of the region that is late stops the array
+                input_free = max(input_free, load_start - tile.region_ahead) + tile.region
+                # the process that places words begins anew with each region and each tile
+                gap = PIPELINE - REGION_WORDS_AHEAD + (REGION_SETUP if time == 0 else 0)
+                loaded = max(load_start + tile.load, input_free, place_free + gap + tile.load)
+                place_free = loaded
+                late = loaded - load_start - tile.load
+                time = max(time + late if time > load_start else time, loaded + REGION_DISTANCE - 1)
+                sums_free += late if sums_free > load_start else 0
+                load_start = time if regions else loaded
+                regions += 1
+            trips = run.enabled * self.work.weight_words * tile.sum_rows + run.idle
+            if run.beats:
+                ahead = PORTS * WEIGHT_BEATS_AHEAD * self.weight
+                weights_free = max(weights_free, time - ahead) + run.beats * self.weight
+                done = max(time + max(trips, run.beats), weights_free)
+                late = done - time - trips
+                sums_free += late if sums_free > time else 0
+                time = done
+            else:
+                time += trips
+            if run.vectors:
+                time = max(time, sums_free)
+                words = run.vectors * tile.drain
+                scale_free = max(scale_free, time) + run.vectors * tile.scale
+                store_free = max(store_free, time) + run.vectors * tile.store
+                shortcut_free = (
+                    max(shortcut_free, time - SUM_WORDS_AHEAD * self.beat)
+                    + run.vectors * tile.shortcut
+                )
+                scale_free = max(scale_free, shortcut_free)
+                held = SUM_WORDS_AHEAD * tile.scale / tile.drain
+                per_word = tile.store / tile.drain
+                later = (CODE_WORDS_AHEAD + OUTPUT_BEATS_AHEAD + self.memory.burst_beats) * per_word
+                scale_free = max(scale_free, store_free - later)
+                drained = max(time + words, scale_free - held)
+                late = drained - time - words
+                time += late
+                load_start += late if load_start + tile.load > time - late else 0
+                sums_free = time + words + tile.settling
+        # the plan of the next tile, which has room for some tiles and items
+        planned = max(plan_free + items, time - time * ITEMS_AHEAD / items) + TILE_SETUP + PIPELINE
+        state = (
+            *(load_start - time, max(0.0, sums_free - time)),
+            max(input_free, load_start - tile.region_ahead) - time,
+            max(weights_free - time, -PORTS * WEIGHT_BEATS_AHEAD * self.weight),
+            *(max(0.0, each - time) for each in (scale_free, store_free, shortcut_free)),
+            max(planned - time, -TILES_AHEAD * time),
+            place_free - time,
+        )
+        return round(time), tuple(map(float, map(round, state))), regions - first_regions
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive items that use one input region, or one item without enabled groups."""
+
+    loads: bool
+    enabled: int
+    idle: int
+    beats: int
+    """Beats of weights."""
+    vectors: int
+
+
+def _runs(config: AcceleratorConfig, work: Work) -> Iterator[_Run]:
+    beats = work.weight_words * work.chunk_beats(config) if work.columns else 0
+    loads, enabled, chunks = False, 0, 0
+    for place, item in enumerate(work.items):
+        if not item.mask:
+            yield _Run(item.new_region, 0, 1, 0, item.vectors)
+            continue
+        loads = loads or item.new_region
+        enabled += 1
+        chunks += item.mask.bit_count()
+        following = work.items[place + 1] if place + 1 < len(work.items) else None
+        if item.vectors or following is None or following.new_region or not following.mask:
+            yield _Run(loads, enabled, 0, chunks * beats, item.vectors)
+            loads, enabled, chunks = False, 0, 0
+
+
+def _listed(config: AcceleratorConfig, work: Work, extent: Size) -> int:
+    """Runs of the list of a region: rows, or planes where the rows are whole (`list_input`)."""
+    shape = work.shape
+    planes, rows = (
+        extent[axis] * shape.kernel[axis]
+        if shape.kernel[axis] < shape.stride[axis]
+        else (extent[axis] - 1) * shape.stride[axis] + shape.kernel[axis]
+        for axis in (0, 1)
+    )
+    whole = extent[2] == work.out_size[2] and shape.kernel[1] >= shape.stride[1]
+    return planes if whole else planes * rows
+
+
+def _planes(work: Work, first: Size, extent: Size) -> int:
+    """Planes of the region of a tile that lie inside the map."""
+    shape = work.shape
+    begin = first[0] * shape.stride[0] - shape.pad_before[0]
+    end = begin + (extent[0] - 1) * shape.stride[0] + shape.kernel[0]
+    return min(end, shape.in_size[0]) - max(begin, 0)
