@@ -196,12 +196,36 @@ groups:
   return half;
 }
 
+// The beats of each chunk of a weight port side by side. The chunks of a tile are shared out to the
+// two ports: the even ones to the first.
+void gather_chunks(const Task& task, bool odd, Stream<WeightBeat>& beats, Stream<Chunk>& chunks) {
+  const UInt<8> last_beat = task[kChunkBeats] - 1;
+  const int of_tile = (task[kChunks] + (odd ? 0 : 1)) / 2;
+  UInt<8> beat = 0;
+  Chunk chunk = Chunk();
+#pragma HLS ARRAY_PARTITION variable = chunk.word64 complete
+weight_beats:
+  for (int left = tile_count(task) * of_tile * task[kChunkBeats]; left > 0; --left) {
+    // II = 1: a beat a trip, into registers
+#pragma HLS PIPELINE II = 1
+    KGRC_TRIP();
+    const WeightBeat read = beats.read();
+  words:
+    for (int i = 0; i < kChunkWords; ++i) {
+#pragma HLS UNROLL
+      if (i / kWeightPortWords == beat) chunk.word64[i] = read.word64[i % kWeightPortWords];
+      else if (beat == 0) chunk.word64[i] = 0;
+    }
+    if (beat == last_beat) chunks.write(chunk);
+    beat = beat == last_beat ? 0 : int(beat) + 1;
+  }
+}
+
 // Makes the weight words of each item, for every tap tile, column step and row step: the weights
-// of the enabled groups, the places of their taps, and their rows. A beat of the weight port takes
-// a trip. A pool has words without weights, one for each tap. Chunk c of a tile is taken from port
-// c % 2.
+// of the enabled groups, the places of their taps, and their rows. A chunk takes a trip. A pool has
+// words without weights, one for each tap. Chunk c of a tile is taken from port c % 2.
 void make_words(const Task& task, Stream<Layout>& tiles, Stream<Item>& items,
-                Stream<WeightBeat>& beats_0, Stream<WeightBeat>& beats_1, Stream<Index>& indices,
+                Stream<Chunk>& chunks_0, Stream<Chunk>& chunks_1, Stream<Index>& indices,
                 Stream<WeightHalf>& words_0, Stream<WeightHalf>& words_1, long& trips) {
   typedef UInt<kKernelBits> Tap;
   typedef UInt<kWordCountBits> Count;
@@ -216,7 +240,6 @@ void make_words(const Task& task, Stream<Layout>& tiles, Stream<Item>& items,
   const Tap last_phase_h = smaller(task[kKernelH], task[kStrideH]) - 1;
   const Tap last_phase_w = smaller(task[kKernelW], task[kStrideW]) - 1;
   const Count last_word = item_words(task) - 1;
-  const UInt<8> last_beat = (convolves ? task[kChunkBeats] : 1) - 1;
   const Tap last_row_step = task[kRowSteps] - 1, last_col_step = task[kColSteps] - 1;
   const int count = tile_count(task);
 tiles:
@@ -251,22 +274,18 @@ tiles:
     UInt<kGroups> mask = 0;  // enabled groups of the item
     UInt<kGroups> left = 0;  // those whose chunks of the weight word are still to come
     Count word = 0;
-    UInt<8> beat = 0;
     Tap row_step = 0, col_step = 0;
     // the first row of the step, the first tap of the tap tile, and of the step in it
     UInt<kGroupRowBits> first_row = 0;
     Tap tile_tap = 0, step_tap = 0;
     bool active = false, odd = false;  // odd: the number of the chunk in the tile; its port
     WeightWord out = WeightWord();
-    Word64 chunk[kChunkWords];
 #pragma HLS ARRAY_PARTITION variable = out.code complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = out.offset complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = out.row complete dim = 0
-#pragma HLS ARRAY_PARTITION variable = chunk complete dim = 0
-    for (int i = 0; i < kChunkWords; ++i) chunk[i] = 0;
   chunks:
     while (items_left > 0 || active) {
-      // II = 1: a beat a trip; what is carried is which groups are left, and counters
+      // II = 1: a chunk a trip; what is carried is which groups are left, and counters
 #pragma HLS PIPELINE II = 1
       KGRC_TRIP();
       ++trips;
@@ -279,71 +298,60 @@ tiles:
         active = mask != 0;
       }
       if (active) {
-        if (convolves) {
-          const WeightBeat read = odd ? beats_1.read() : beats_0.read();
-        chunk_words:
-          for (int i = 0; i < kChunkWords; ++i) {
+        Chunk chunk = Chunk();
+        if (convolves) chunk = odd ? chunks_1.read() : chunks_0.read();
+        odd = !odd;
+        Index index = Index();
+        if (kSparse && convolves) index = indices.read();
+        Place places[kPk];
+      columns:
+        for (int k = 0; k < kPk; ++k) {
 #pragma HLS UNROLL
-            if (i / kWeightPortWords == beat) chunk[i] = read.word64[i % kWeightPortWords];
-            else if (beat == 0) chunk[i] = 0;
+          const int kept = index_byte(index, k), dense = int(step_tap) + k;
+          const int tap = !convolves ? int(word) : int(tile_tap) + (kSparse ? kept : dense);
+          // A column that pads P_K or the last tap tile has zero weights: any tap will do.
+          places[k] = offset[k].read(tap < int(taps) ? tap : 0);
+        }
+      groups:
+        for (int group = 0; group < kGroups; ++group) {
+#pragma HLS UNROLL
+          // the first of those that are left
+          const bool mine = (left >> group & 1) && (left & ((1 << group) - 1)) == 0;
+          // a dense design reads the same taps for all groups, whichever are enabled
+          if (kSparse ? mine : group == 0)
+            for (int k = 0; k < kPk; ++k) out.offset[group][k] = places[k];
+          if (!mine) continue;
+        rows:
+          for (int r = 0; r < kRows; ++r) {
+#pragma HLS UNROLL
+            out.row[group][r] = kSparse && convolves ? index_byte(index, kPk + r)
+                                                     : int(first_row) + r;
+            for (int k = 0; k < kPk; ++k)
+              for (int n = 0; n < kTn; ++n)
+                out.code[group][r][k][n] = code_of(chunk.word64, (k * kRows + r) * kTn + n);
           }
         }
-        const bool ends_chunk = beat == last_beat;
-        beat = ends_chunk ? 0 : int(beat) + 1;
-        if (ends_chunk) {
-          odd = !odd;
-          Index index = Index();
-          if (kSparse && convolves) index = indices.read();
-          Place places[kPk];
-        columns:
-          for (int k = 0; k < kPk; ++k) {
-#pragma HLS UNROLL
-            const int kept = index_byte(index, k), dense = int(step_tap) + k;
-            const int tap = !convolves ? int(word) : int(tile_tap) + (kSparse ? kept : dense);
-            // A column that pads P_K or the last tap tile has zero weights: any tap will do.
-            places[k] = offset[k].read(tap < int(taps) ? tap : 0);
+        const UInt<kGroups> rest = left & (left - 1);
+        const bool ends_word = rest == 0, ends_item = ends_word && word == last_word;
+        left = ends_word ? mask : rest;
+        if (ends_word) {
+          words_0.write(half_of(out, 0));
+          words_1.write(half_of(out, 1));
+          const bool ends_rows = row_step == last_row_step;
+          const bool ends_columns = ends_rows && col_step == last_col_step;
+          row_step = ends_rows ? 0 : int(row_step) + 1;
+          first_row = ends_rows ? 0 : int(first_row) + kRows;
+          if (ends_rows) {
+            col_step = ends_columns ? 0 : int(col_step) + 1;
+            step_tap = ends_columns ? 0 : int(step_tap) + kPk;
           }
-        groups:
-          for (int group = 0; group < kGroups; ++group) {
-#pragma HLS UNROLL
-            // the first of those that are left
-            const bool mine = (left >> group & 1) && (left & ((1 << group) - 1)) == 0;
-            // a dense design reads the same taps for all groups, whichever are enabled
-            if (kSparse ? mine : group == 0)
-              for (int k = 0; k < kPk; ++k) out.offset[group][k] = places[k];
-            if (!mine) continue;
-          rows:
-            for (int r = 0; r < kRows; ++r) {
-#pragma HLS UNROLL
-              out.row[group][r] = kSparse && convolves ? index_byte(index, kPk + r)
-                                                       : int(first_row) + r;
-              for (int k = 0; k < kPk; ++k)
-                for (int n = 0; n < kTn; ++n)
-                  out.code[group][r][k][n] = code_of(chunk, (k * kRows + r) * kTn + n);
-            }
-          }
-          const UInt<kGroups> rest = left & (left - 1);
-          const bool ends_word = rest == 0, ends_item = ends_word && word == last_word;
-          left = ends_word ? mask : rest;
-          if (ends_word) {
-            words_0.write(half_of(out, 0));
-            words_1.write(half_of(out, 1));
-            const bool ends_rows = row_step == last_row_step;
-            const bool ends_columns = ends_rows && col_step == last_col_step;
-            row_step = ends_rows ? 0 : int(row_step) + 1;
-            first_row = ends_rows ? 0 : int(first_row) + kRows;
-            if (ends_rows) {
-              col_step = ends_columns ? 0 : int(col_step) + 1;
-              step_tap = ends_columns ? 0 : int(step_tap) + kPk;
-            }
-            if (ends_columns) tile_tap += columns;
-            word += 1;
-          }
-          if (ends_item) {
-            word = 0;
-            tile_tap = 0;
-            active = false;
-          }
+          if (ends_columns) tile_tap += columns;
+          word += 1;
+        }
+        if (ends_item) {
+          word = 0;
+          tile_tap = 0;
+          active = false;
         }
       }
     }

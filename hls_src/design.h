@@ -168,6 +168,10 @@ struct RegionWord {
   Vector vector[kPortPositions];
 };
 
+struct Chunk {
+  Word64 word64[kChunkWords];
+};
+
 struct WeightWord {
   Code code[kGroups][kRows][kPk][kTn];
   Place offset[kGroups][kPk];  // of the tap of each column, from the place of an output
@@ -215,13 +219,15 @@ enum StreamBits {
       kHalfPlaces * kPk * kPlaceBits,
   kSumWordBits = kPortPositions * kTn * kSumBits,
   kCodeWordBits = kPortPositions * kTn * 16,
+  kChunkBits = 64 * kChunkWords,
   kVectorScaleBits = kTn * (kSumBits + kScaleMultBits + kScaleShiftBits)
 };
 static_assert(int(kItemWordBits) <= kMostStreamBits && int(kLayoutBits) <= kMostStreamBits &&
                   int(kTileWordBits) <= kMostStreamBits,
               "a word of the plan is too wide for a stream");
 static_assert(int(kRegionWordBits) <= kMostStreamBits, "a beat of a region is too wide");
-static_assert(int(kWeightHalfBits) <= kMostStreamBits, "half a weight word is too wide");
+static_assert(int(kWeightHalfBits) <= kMostStreamBits && int(kChunkBits) <= kMostStreamBits,
+              "half a weight word or a chunk is too wide");
 static_assert(int(kSumWordBits) <= kMostStreamBits && int(kCodeWordBits) <= kMostStreamBits &&
                   int(kVectorScaleBits) <= kMostStreamBits,
               "a beat of sums is too wide");
@@ -328,8 +334,9 @@ void count_clocks(Stream<bool>& done, long& clocks);
 void place_input(const Task& task, Stream<Layout>& tiles, Stream<Item>& items,
                  Stream<Beat>& beats_0, Stream<Beat>& beats_1, Stream<RegionWord>& region_words,
                  long& trips);
+void gather_chunks(const Task& task, bool odd, Stream<WeightBeat>& beats, Stream<Chunk>& chunks);
 void make_words(const Task& task, Stream<Layout>& tiles, Stream<Item>& items,
-                Stream<WeightBeat>& beats_0, Stream<WeightBeat>& beats_1, Stream<Index>& indices,
+                Stream<Chunk>& chunks_0, Stream<Chunk>& chunks_1, Stream<Index>& indices,
                 Stream<WeightHalf>& words_0, Stream<WeightHalf>& words_1, long& trips);
 // post.cpp
 void gather_scales(const Task& task, Stream<Word64>& scales, Stream<VectorScale>& vectors);

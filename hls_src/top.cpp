@@ -49,6 +49,8 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
   Stream<Beat> output_beats("output_beats");
   Stream<WeightBeat> weight_beats_0("weight_beats_0");
   Stream<WeightBeat> weight_beats_1("weight_beats_1");
+  Stream<Chunk> weight_chunks_0("weight_chunks_0");
+  Stream<Chunk> weight_chunks_1("weight_chunks_1");
   Stream<Index> chunk_indices("chunk_indices");
   Stream<Word64> scale_words("scale_words");
   Stream<VectorScale> vector_scales("vector_scales");
@@ -91,6 +93,8 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
 #pragma HLS STREAM variable = output_beats depth = 64
 #pragma HLS STREAM variable = weight_beats_0 depth = 512
 #pragma HLS STREAM variable = weight_beats_1 depth = 512
+#pragma HLS STREAM variable = weight_chunks_0 depth = 16
+#pragma HLS STREAM variable = weight_chunks_1 depth = 16
 #pragma HLS STREAM variable = chunk_indices depth = 64
 #pragma HLS STREAM variable = scale_words depth = 64
 #pragma HLS STREAM variable = vector_scales depth = 16
@@ -121,9 +125,11 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
                report.weight_requests_0);
   read_weights(task, weights1, true, weight_beats_1, report.weight_beats_1,
                report.weight_requests_1);
+  gather_chunks(task, false, weight_beats_0, weight_chunks_0);
+  gather_chunks(task, true, weight_beats_1, weight_chunks_1);
   read_indices(task, indices, chunk_indices, report.index_words);
-  make_words(task, tiles_to_decode, items_to_decode, weight_beats_0, weight_beats_1, chunk_indices,
-             weight_words_0, weight_words_1, report.weights);
+  make_words(task, tiles_to_decode, items_to_decode, weight_chunks_0, weight_chunks_1,
+             chunk_indices, weight_words_0, weight_words_1, report.weights);
   schedule(task, items_to_schedule, array_runs, drain_orders);
   address_inputs(task, tiles_to_inputs, items_to_inputs, input_steps, report.macs);
   address_sums(drain_orders, sum_steps);

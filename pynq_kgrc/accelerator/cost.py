@@ -109,7 +109,7 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
     chunks, chunk_beats = work.chunks, work.chunk_beats(config)
     if work.columns:
         # an item without enabled groups takes one trip
-        weight_trips = chunks * chunk_beats + sum(not item.mask for item in items)
+        weight_trips = chunks + sum(not item.mask for item in items)
     else:
         # a pool takes one trip per item and tap
         weight_trips = len(items) * work.weight_words
