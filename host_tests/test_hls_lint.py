@@ -108,8 +108,8 @@ SLIPS = {
     "bounds": [
         (
             "pool.cpp",
-            "neighbours:\n          for (int lane = 0; lane < kPortPositions; ++lane) {",
-            "neighbours:\n          for (int lane = 0; lane < ph; ++lane) {",
+            "      lanes:\n        for (int lane = 0; lane < kPortPositions; ++lane)\n",
+            "      lanes:\n        for (int lane = 0; lane < width; ++lane)\n",
             "pool.cpp: unrolled, but its bounds are not constant",
         ),
         (
@@ -181,8 +181,8 @@ SLIPS = {
         ),
         (
             "plan.cpp",
-            "  Tile tile;\n  const int number[3]",
-            "  Tile tile;\n#pragma HLS UNROLL\n  const int number[3]",
+            "  TileSpan span;\n  const UInt<kLengthBits> number[3]",
+            "  TileSpan span;\n#pragma HLS UNROLL\n  const UInt<kLengthBits> number[3]",
             "plan.cpp: UNROLL: outside of a loop",
         ),
         (
@@ -215,7 +215,7 @@ SLIPS = {
     "pipelines": [
         (
             "pool.cpp",
-            "    code_words:\n",
+            "  code_words:\n",
             "",
             "pool.cpp: PIPELINE: the loop has no label",
         ),
@@ -227,8 +227,8 @@ SLIPS = {
         ),
         (
             "post.cpp",
-            "        // II = 1: a 64-bit word a trip, into registers\n",
-            "        // II = 2: a 64-bit word a trip, into registers\n",
+            "        // II = 1: a 64-bit word a trip; the filters",
+            "        // II = 2: a 64-bit word a trip; the filters",
             "post.cpp: PIPELINE: no comment says II = and why",
         ),
     ],
