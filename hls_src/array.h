@@ -54,6 +54,26 @@ struct SumStep {
   bool handed[kPf];  // the lanes that are handed on, and cleared
 };
 
+// A weight word from its halves.
+inline WeightWord joined(const WeightHalf& low, const WeightHalf& high) {
+#pragma HLS INLINE
+  WeightWord word;
+groups:
+  for (int group = 0; group < kGroups; ++group) {
+#pragma HLS UNROLL
+    const bool is_low = group < kHalfGroups;
+    const int in_half = is_low ? group : group - kHalfGroups, place = kSparse ? in_half : 0;
+    const WeightHalf& half = is_low ? low : high;
+    for (int k = 0; k < kPk; ++k) word.offset[group][k] = half.offset[place][k];
+    for (int r = 0; r < kRows; ++r) {
+      word.row[group][r] = half.row[in_half][r];
+      for (int k = 0; k < kPk; ++k)
+        for (int n = 0; n < kTn; ++n) word.code[group][r][k][n] = half.code[in_half][r][k][n];
+    }
+  }
+  return word;
+}
+
 // schedule.cpp
 void schedule(const Task& task, Stream<Item>& items, Stream<ArrayRun>& runs,
               Stream<DrainOrder>& orders);

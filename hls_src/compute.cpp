@@ -68,26 +68,6 @@ rows:
   }
 }
 
-// A weight word from its halves.
-static inline WeightWord joined(const WeightHalf& low, const WeightHalf& high) {
-#pragma HLS INLINE
-  WeightWord word;
-groups:
-  for (int group = 0; group < kGroups; ++group) {
-#pragma HLS UNROLL
-    const bool is_low = group < kHalfGroups;
-    const int in_half = is_low ? group : group - kHalfGroups, place = kSparse ? in_half : 0;
-    const WeightHalf& half = is_low ? low : high;
-    for (int k = 0; k < kPk; ++k) word.offset[group][k] = half.offset[place][k];
-    for (int r = 0; r < kRows; ++r) {
-      word.row[group][r] = half.row[in_half][r];
-      for (int k = 0; k < kPk; ++k)
-        for (int n = 0; n < kTn; ++n) word.code[group][r][k][n] = half.code[in_half][r][k][n];
-    }
-  }
-  return word;
-}
-
 // Place number `read` among those of a weight word, as the lanes see it: a constant after unrolling.
 static inline Place place_of(const WeightWord& word, int read) {
 #pragma HLS INLINE

@@ -108,8 +108,8 @@ SLIPS = {
     "bounds": [
         (
             "pool.cpp",
-            "lanes:\n        for (int lane = 0; lane < kPortPositions; ++lane)",
-            "lanes:\n        for (int lane = 0; lane < last_h; ++lane)",
+            "      lanes:\n        for (int lane = 0; lane < kPortPositions; ++lane)\n",
+            "      lanes:\n        for (int lane = 0; lane < width; ++lane)\n",
             "pool.cpp: unrolled, but its bounds are not constant",
         ),
         (
@@ -187,8 +187,8 @@ SLIPS = {
         ),
         (
             "plan.cpp",
-            "  Tile tile;\n",
-            "  Tile tile;\n#pragma HLS UNROLL\n",
+            "  TileSpan span;\n  const UInt<kLengthBits> number[3]",
+            "  TileSpan span;\n#pragma HLS UNROLL\n  const UInt<kLengthBits> number[3]",
             "plan.cpp: UNROLL: outside of a loop",
         ),
         (
@@ -233,8 +233,8 @@ SLIPS = {
         ),
         (
             "post.cpp",
-            "        // II = 1: a word a trip; the filters move from register to register\n",
-            "        // II = 2: a word a trip; the filters move from register to register\n",
+            "        // II = 1: a 64-bit word a trip; the filters",
+            "        // II = 2: a 64-bit word a trip; the filters",
             "post.cpp: PIPELINE: no comment says II = and why",
         ),
     ],

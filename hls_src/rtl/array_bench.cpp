@@ -36,6 +36,19 @@ std::vector<Value> file(const char* name) {
   return values;
 }
 
+// A port that reads a whole file.
+template <class Value>
+class FilePort {
+ public:
+  explicit FilePort(std::vector<Value>& values)
+      : values(values), requests(0, "file", values.size()) {}
+  MemoryPort<Value> port() { return MemoryPort<Value>(values.data(), &requests); }
+
+ private:
+  std::vector<Value>& values;
+  Requests requests;
+};
+
 template <class Value>
 std::vector<Value> take_all(Stream<Value>& stream) {
   std::vector<Value> values;
@@ -156,13 +169,16 @@ void clock(Vmac_array& top) {
 }  // namespace
 
 int main(int, char** given) {
-  const std::vector<Beat> maps = file<Beat>(given[1]);
-  const std::vector<WeightBeat> weights = file<WeightBeat>(given[2]);
-  const std::vector<Word64> tables = file<Word64>(given[3]);
+  std::vector<Beat> maps = file<Beat>(given[1]);
+  std::vector<WeightBeat> weights = file<WeightBeat>(given[2]);
+  std::vector<Word64> tables = file<Word64>(given[3]);
   const int tasks = std::atoi(given[4]), stall = std::atoi(given[6]);
   const bool at_extremes = std::atoi(given[7]) != 0;
   rng.seed(unsigned(std::atoi(given[5])));
 
+  FilePort<Beat> map_port_0(maps), map_port_1(maps);
+  FilePort<WeightBeat> weight_port_0(weights), weight_port_1(weights);
+  FilePort<Word64> table_port(tables), index_port(tables);
   clear_sums();
   Vmac_array top;
   top.start = 0;
@@ -185,52 +201,64 @@ int main(int, char** given) {
     if (!is_convolution(task)) continue;
 
     long trips = 0, unused = 0;
-    Stream<Tile> to_read("to_read"), to_place("to_place"), to_decode("to_decode"),
-        to_inputs("to_inputs"), to_scale("to_scale"), to_add("to_add"), to_pack("to_pack"),
-        to_write("to_write");
-    Stream<Item> items_to_read("items_to_read"), items_to_place("items_to_place"),
+    Stream<Word64> item_words("item_words");
+    Stream<TileSpan> to_list("to_list"), to_scale("to_scale"), to_pack("to_pack");
+    Stream<Layout> to_place("to_place"), to_decode("to_decode");
+    Stream<Tile> to_inputs("to_inputs");
+    Stream<Item> items_to_list("items_to_list"), items_to_place("items_to_place"),
         items_to_decode("items_to_decode"), items_to_schedule("items_to_schedule"),
         items_to_inputs("items_to_inputs");
-    Stream<Beat> beats("beats");
-    Stream<WeightBeat> weight_beats("weight_beats");
+    Stream<Run> input_runs_0("input_runs_0"), input_runs_1("input_runs_1");
+    Stream<Beats> lengths_0("lengths_0"), lengths_1("lengths_1");
+    Stream<Beat> beats_0("beats_0"), beats_1("beats_1");
+    Stream<WeightBeat> weights_0("weights_0"), weights_1("weights_1");
     Stream<Index> indices("indices");
     Stream<RegionWord> region("region");
-    Stream<WeightWord> words("words");
-    Stream<Run> runs("runs");
+    Stream<WeightHalf> words_0("words_0"), words_1("words_1");
+    Stream<ArrayRun> runs("runs");
     Stream<DrainOrder> orders("orders");
     Stream<InputStep> input_steps("input_steps");
     Stream<SumStep> sum_steps("sum_steps");
     Stream<SumWord> sums("sums");
-    read_plan(task, tables.data(), to_read, to_place, to_decode, to_inputs, to_scale, to_add,
-              to_pack, to_write, items_to_read, items_to_place, items_to_decode, items_to_schedule,
-              items_to_inputs, unused);
-    read_input(task, maps.data(), to_read, items_to_read, beats, unused);
-    place_input(task, to_place, items_to_place, beats, region, unused);
-    read_weights(task, weights.data(), weight_beats, unused);
-    read_indices(task, tables.data(), indices, unused);
-    make_words(task, to_decode, items_to_decode, weight_beats, indices, words, unused);
+    read_items(task, table_port.port(), item_words);
+    read_plan(task, item_words, to_list, to_place, to_decode, to_inputs, to_scale, to_pack,
+              items_to_list, items_to_place, items_to_decode, items_to_schedule, items_to_inputs,
+              unused);
+    list_input(task, to_list, items_to_list, input_runs_0, lengths_0, input_runs_1, lengths_1);
+    read_input(map_port_0.port(), input_runs_0, lengths_0, beats_0, unused, unused);
+    read_input(map_port_1.port(), input_runs_1, lengths_1, beats_1, unused, unused);
+    place_input(task, to_place, items_to_place, beats_0, beats_1, region, unused);
+    read_weights(task, weight_port_0.port(), false, weights_0, unused, unused);
+    read_weights(task, weight_port_1.port(), true, weights_1, unused, unused);
+    read_indices(task, index_port.port(), indices, unused);
+    make_words(task, to_decode, items_to_decode, weights_0, weights_1, indices, words_0, words_1,
+               unused);
     const std::vector<Tile> tiles = take_all(to_inputs);
     const std::vector<Item> items = take_all(items_to_inputs);
     std::vector<RegionWord> region_words = take_all(region);
-    std::vector<WeightWord> weight_words = take_all(words);
+    std::vector<WeightHalf> low = take_all(words_0), high = take_all(words_1);
     if (at_extremes) {
       for (RegionWord& word : region_words)
         for (Vector& vector : word.vector)
           for (Code& code : vector.code) code = extreme(false);
-      for (WeightWord& word : weight_words)
-        for (auto& group : word.code)
-          for (auto& row : group)
-            for (auto& column : row)
-              for (Code& code : column) code = extreme(true);
+      for (std::vector<WeightHalf>* halves : {&low, &high})
+        for (WeightHalf& half : *halves)
+          for (auto& group : half.code)
+            for (auto& row : group)
+              for (auto& column : row)
+                for (Code& code : column) code = extreme(true);
     }
     give_all(tiles, to_inputs);
     give_all(items, items_to_inputs);
     give_all(region_words, region);
-    give_all(weight_words, words);
+    give_all(low, words_0);
+    give_all(high, words_1);
+    std::vector<WeightWord> weight_words;
+    for (size_t i = 0; i < low.size(); ++i) weight_words.push_back(joined(low[i], high[i]));
     schedule(task, items_to_schedule, runs, orders);
     address_inputs(task, to_inputs, items_to_inputs, input_steps, unused);
     address_sums(orders, sum_steps);
-    multiply(task, runs, input_steps, sum_steps, region, words, sums, trips);
+    multiply(task, runs, input_steps, sum_steps, region, words_0, words_1, sums, trips);
     const std::vector<SumWord> wanted = take_all(sums);
 
     Source<Tile> tile_source(tiles);

@@ -444,8 +444,8 @@ def check_dependences(sources: Sources) -> None:
 
     A simulation with KGRC_LATE holds the memory to it.
     """
-    config = (sources.scratch / "config.h").read_text()
-    numbers = dict(re.findall(r"(\w+) = (\d+),", config))
+    headers = (sources.scratch / "config.h", sources.folder / "design.h")
+    numbers = dict(re.findall(r"\b(k\w+) = (\d+)\b", "".join(h.read_text() for h in headers)))
     for pragma in sources.pragmas:
         if pragma.directive != "DEPENDENCE":
             continue
