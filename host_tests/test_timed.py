@@ -461,6 +461,18 @@ def test_streams_that_are_too_short_for_the_design_are_named(monkeypatch, tmp_pa
     backend.run()
 
 
+def test_deep_pipelines_do_not_starve_the_array():
+    """Many channel tiles: the list of input runs waits for items while the array waits for it."""
+    net = Net(size=(1, 4, 4), channels=256)
+    net.conv("clip", 40, (1, 3, 3), 1, (0, 1, 1))
+    program, _ = compiled(net, small_config(8, True, filter_tiles=2))
+    backend = TimedSimulation(program.config, flags=QUICK)
+    backend.load(program)
+    for depth in (10, 40, 100):
+        backend.timing = Timing(depth=depth)
+        backend.run()
+
+
 def test_a_stream_without_a_pragma_is_refused(monkeypatch, tmp_path):
     text = (csim.source_folder() / "top.cpp").read_text()
     pragma = re.search(r"#pragma HLS STREAM variable = sum_words depth = \d+\n", text)[0]
