@@ -199,12 +199,12 @@ def compile_unit(sources: Path, name: str, config: AcceleratorConfig, folder: Pa
     for path in sources.glob("*.[ch]*"):
         (folder / path.name).write_text(mark_loops(path.read_text("utf-8")), "utf-8")
     (folder / "config.h").write_text(config_header(config), "utf-8")
-    (folder / "mark.h").write_text(f'extern "C" void {MARK}(int, int);\n', "utf-8")
+    (folder / "marks").write_text(f'extern "C" void {MARK}(int, int);\n', "utf-8")
     text = (folder / name).read_text("utf-8")
     front, back = folder / f"{name}.front.ll", folder / f"{name}.ll"
     include = [
         "-include",
-        str(folder / "mark.h"),
+        str(folder / "marks"),
         f"-I{folder}",
         f"-I{STUBS}",
         f"-I{STUBS / 'plain'}",
