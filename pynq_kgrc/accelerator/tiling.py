@@ -32,8 +32,8 @@ REGION_DISTANCE = 4
 PIPELINE = 25
 """Cycles to fill a pipelined loop, each time that it is entered. Assumed."""
 
-TILE_SETUP = 1000
-"""Cycles of the dividers that describe a tile. Estimated."""
+TILE_SETUP = PIPELINE
+"""Cycles from one tile of the plan to the next, beside its items."""
 
 # Words that the streams between two processes hold (STREAM pragmas of hls_src/top.cpp).
 INPUT_BEATS_AHEAD = 512
