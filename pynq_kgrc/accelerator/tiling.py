@@ -284,7 +284,8 @@ def _tile_cycles(
     memory, out = REFERENCE, pooled_size(shape, pool)
     beat = config.beat_bytes / memory.port_bytes(CLOCK_MHZ)
     channel_tiles = ceil_div(shape.channels, config.tn)
-    regions, blocks, held, vectors = 1, channel_tiles, 1.0, 1.0
+    regions, blocks = 1, channel_tiles
+    held = vectors = 1.0
     if isinstance(shape, ConvShape):
         filter_tiles = ceil_div(shape.filters, config.tm)
         regions, blocks = channel_tiles, ceil_div(filter_tiles, config.filter_tiles)
