@@ -319,7 +319,7 @@ def _tile_cycles(
     )
     writes = map_requests(config, windows_in(out, pool), stored, 1)
     store = max(drain, writes * request_cycles(memory, beats / writes, beat) if writes else 0)
-    scale = scale_cycles(config, drain)
+    scale: float = scale_cycles(config, drain)
     room = (CODE_WORDS_AHEAD + OUTPUT_BEATS_AHEAD + memory.burst_beats) * store / drain
     if shortcut:
         reads = map_requests(config, shape.out_size, extent, 1)
