@@ -206,7 +206,8 @@ class _Walk:
 
     def time(self) -> TaskTime:
         work, config = self.work, self.config
-        begin = TILE_SETUP + REGION_SETUP
+        # the items come, and pass through the plan and the schedule
+        begin = self.memory.latency + 3 * PIPELINE
         now = float(begin)  # of the array
         # when each is free, relative to now
         load_start = 0.0
@@ -214,7 +215,7 @@ class _Walk:
         input_free = 0.0
         weights_free = -float(begin) + self.memory.latency + 2 * PIPELINE
         scale_free = store_free = shortcut_free = 0.0
-        plan_free = place_free = -float(REGION_SETUP)
+        plan_free = place_free = -float(2 * PIPELINE)
         known: dict[object, tuple[float, tuple[float, ...]]] = {}
         regions = 0
         left = math.prod(ceil_div(o, t) for o, t in zip(work.out_size, work.tile, strict=True))
@@ -284,12 +285,12 @@ class _Walk:
         """Cycles until the array has computed a tile, and the state that it leaves."""
         items = len(self.work.items)
         time = 0.0
-        first_regions = regions
+        first_regions, first = regions, True
         # the ports begin with a tile when it is described
         after_plan = REGION_SETUP + self.memory.latency + 3 * PIPELINE
         input_free = max(input_free, plan_free + after_plan)
         # a port takes the beats of a run when it has RUNS_AHEAD runs: of the next tile, if need be
-        next_plan = plan_free + items + TILE_SETUP + PIPELINE
+        next_plan = plan_free + items + TILE_SETUP
         runs_left = self.regions * tile.region_runs
         for run in self.runs:
             if run.loads:
@@ -298,8 +299,9 @@ class _Walk:
                     input_free = max(input_free, next_plan + after_plan)
                 # a word of the region that is late stops the array
                 input_free = max(input_free, load_start - tile.region_ahead) + tile.region
-                # the process that places words begins anew with each region and each tile
-                gap = PIPELINE - REGION_WORDS_AHEAD + (REGION_SETUP if time == 0 else 0)
+                # the process that places words begins anew with each tile
+                gap = PIPELINE + REGION_SETUP - REGION_WORDS_AHEAD if first else 0
+                first = False
                 loaded = max(load_start + tile.load, input_free, place_free + gap + tile.load)
                 place_free = loaded
                 late = loaded - load_start - tile.load
@@ -337,7 +339,7 @@ class _Walk:
                 load_start += late if load_start + tile.load > time - late else 0
                 sums_free = time + words + tile.settling
         # the plan of the next tile, which has room for some tiles and items
-        planned = max(plan_free + items, time - time * ITEMS_AHEAD / items) + TILE_SETUP + PIPELINE
+        planned = max(plan_free + items, time - time * ITEMS_AHEAD / items) + TILE_SETUP
         state = (
             *(load_start - time, max(0.0, sums_free - time)),
             max(input_free, load_start - tile.region_ahead) - time,

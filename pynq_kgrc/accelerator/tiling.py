@@ -32,8 +32,8 @@ REGION_DISTANCE = 4
 PIPELINE = 25
 """Cycles to fill a pipelined loop, each time that it is entered. Assumed."""
 
-TILE_SETUP = 1000
-"""Cycles of the dividers that describe a tile. Estimated."""
+TILE_SETUP = PIPELINE
+"""Cycles from one tile of the plan to the next, beside its items."""
 
 # Words that the streams between two processes hold (STREAM pragmas of hls_src/top.cpp).
 INPUT_BEATS_AHEAD = 512
@@ -284,7 +284,8 @@ def _tile_cycles(
     memory, out = REFERENCE, pooled_size(shape, pool)
     beat = config.beat_bytes / memory.port_bytes(CLOCK_MHZ)
     channel_tiles = ceil_div(shape.channels, config.tn)
-    regions, blocks, held, vectors = 1, channel_tiles, 1.0, 1.0
+    regions, blocks = 1, channel_tiles
+    held = vectors = 1.0
     if isinstance(shape, ConvShape):
         filter_tiles = ceil_div(shape.filters, config.tm)
         regions, blocks = channel_tiles, ceil_div(filter_tiles, config.filter_tiles)

@@ -31,8 +31,8 @@ def declare(command: Declare) -> None:
         "find accelerator designs for compiled networks and a board",
         "Lists the designs that fit a board and are fastest for all the programs together. All\n"
         "figures are modelled. Latency is that of the cost model, whose trips equal those of the\n"
-        "C-simulation, with the board's memory: its ports, their latency and bandwidth are\n"
-        "assumed (docs/hardware.md). Resources are counted from the sources, not synthesized.\n"
+        "C-simulation, with the board's memory: its ports, latency and bandwidth are assumed\n"
+        "(docs/hardware.md). Resources are counted from the sources, not synthesized.\n"
         "Kernel groups and bit width stay those of the programs, so that their weights need no\n"
         "new pruning:\n\n"
         "  pynq-kgrc explore -p c3d.kgrc -p r2plus1d.kgrc --board zcu102 --plot designs.png\n"
