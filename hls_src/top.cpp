@@ -90,7 +90,7 @@ static void run_task(const Task& task, MemoryPort<Beat> input0, MemoryPort<Beat>
 #pragma HLS STREAM variable = input_beats_0 depth = 512
 #pragma HLS STREAM variable = input_beats_1 depth = 512
 #pragma HLS STREAM variable = shortcut_beats depth = 64
-#pragma HLS STREAM variable = output_beats depth = 64
+#pragma HLS STREAM variable = output_beats depth = 512
 #pragma HLS STREAM variable = weight_beats_0 depth = 512
 #pragma HLS STREAM variable = weight_beats_1 depth = 512
 #pragma HLS STREAM variable = weight_chunks_0 depth = 16

@@ -151,7 +151,7 @@ class _Walk:
         self.runs = list(_runs(config, work))
         self.beat = config.beat_bytes / self.port_bytes
         weight_bytes = 8 * config.weight_port_words
-        self.weight = max(1.0 / PORTS, weight_bytes / self.port_bytes) / PORTS
+        self.weight = max(1.0, weight_bytes / self.port_bytes) / PORTS
         self.regions = sum(run.loads for run in self.runs)
         self.kinds: dict[object, _Tile] = {}
 
@@ -313,7 +313,7 @@ class _Walk:
             if run.beats:
                 ahead = PORTS * WEIGHT_BEATS_AHEAD * self.weight
                 weights_free = max(weights_free, time - ahead) + run.beats * self.weight
-                done = max(time + max(trips, run.beats), weights_free)
+                done = max(time + max(trips, run.chunks), weights_free)
                 late = done - time - trips
                 sums_free += late if sums_free > time else 0
                 time = done
@@ -360,22 +360,24 @@ class _Run:
     idle: int
     beats: int
     """Beats of weights."""
+    chunks: int
     vectors: int
 
 
 def _runs(config: AcceleratorConfig, work: Work) -> Iterator[_Run]:
-    beats = work.weight_words * work.chunk_beats(config) if work.columns else 0
+    words = work.weight_words if work.columns else 0
+    chunk_beats = work.chunk_beats(config)
     loads, enabled, chunks = False, 0, 0
     for place, item in enumerate(work.items):
         if not item.mask:
-            yield _Run(item.new_region, 0, 1, 0, item.vectors)
+            yield _Run(item.new_region, 0, 1, 0, 0, item.vectors)
             continue
         loads = loads or item.new_region
         enabled += 1
-        chunks += item.mask.bit_count()
+        chunks += item.mask.bit_count() * words
         following = work.items[place + 1] if place + 1 < len(work.items) else None
         if item.vectors or following is None or following.new_region or not following.mask:
-            yield _Run(loads, enabled, 0, chunks * beats, item.vectors)
+            yield _Run(loads, enabled, 0, chunks * chunk_beats, chunks, item.vectors)
             loads, enabled, chunks = False, 0, 0
 
 

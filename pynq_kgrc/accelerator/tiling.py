@@ -42,9 +42,9 @@ WEIGHT_BEATS_AHEAD = 512
 REGION_WORDS_AHEAD = 16
 SUM_WORDS_AHEAD = 64
 CODE_WORDS_AHEAD = 64
-OUTPUT_BEATS_AHEAD = 64
-TILES_AHEAD = 4
-ITEMS_AHEAD = 64
+OUTPUT_BEATS_AHEAD = 512
+TILES_AHEAD = 16
+ITEMS_AHEAD = 512
 
 PORTS = 2
 """Ports of the input, and of the weights."""
@@ -295,11 +295,8 @@ def _tile_cycles(
     sums = max(MIN_FEATURE_ROWS, ceil_div(math.prod(extent), config.pf))
     array = regions * held * words * sums
     chunks = regions * held * words * config.groups_per_tile
-    weights = (
-        chunks
-        * (chunk_beats(config, columns) if columns else 1)
-        * max(1.0, 8 * config.weight_port_words / memory.port_bytes(CLOCK_MHZ) / PORTS)
-    )
+    of_beat = max(1.0, 8 * config.weight_port_words / memory.port_bytes(CLOCK_MHZ)) / PORTS
+    weights = chunks * max(1.0, chunk_beats(config, columns) * of_beat if columns else 1.0)
     # the region, without what lies past the map
     planes, rows = (
         min(len(_row_offsets(shape, axis, extent[axis])), shape.in_size[axis]) for axis in (0, 1)
@@ -318,7 +315,9 @@ def _tile_cycles(
         stored[0] * stored[1] * beats_of_row(config, stored[2]) * (16 // config.bits if wide else 1)
     )
     writes = map_requests(config, windows_in(out, pool), stored, 1)
-    store: float = max(drain, writes * request_cycles(memory, beats / writes, beat) if writes else 0)
+    store: float = max(
+        drain, writes * request_cycles(memory, beats / writes, beat) if writes else 0
+    )
     scale: float = scale_cycles(config, drain)
     room = (CODE_WORDS_AHEAD + OUTPUT_BEATS_AHEAD + memory.burst_beats) * store / drain
     if shortcut:
