@@ -249,36 +249,43 @@ tiles_d:
 static void read_runs(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& lengths,
                       Stream<Beat>& beats, long& trips, long& requests) {
 #pragma HLS INLINE
-  bool more = true;            // the list has not ended
-  int ahead = 0, waiting = 0;  // runs taken from the list, requests made, whose beats have to come
-  Beats left = 0;              // beats of the present run
+  bool more = true;                // the list has not ended
+  UInt<6> ahead = 0, waiting = 0;  // runs taken, and requests made, whose beats have to come
+  bool begun = false;              // the present run has been taken from `lengths`
+  Beats left = 0;                  // its beats
+  // what a trip does, decided a trip before: one run more may have been taken since
+  bool may_ask = true, may_take = false;
 runs:
   while (more || ahead > 0) {
-    // II = 1: counters; a beat a trip, and a request
+    // II = 1: counters; a beat a trip, and a request. The length of a run is taken with the last
+    // beat of the run before, so that what it decides is decided a trip later.
 #pragma HLS PIPELINE II = 1 style = flp
     KGRC_TRIP();
-    const bool ask = more && ahead < kRunsAhead && waiting < kRequestsAhead;
-    const bool take = !more || ahead >= kRunsAhead - 1 || waiting >= kRequestsAhead - 1;
+    const bool ask = may_ask && more, take = may_take;
+    may_ask = ahead < kRunsAhead - 1 && waiting < kRequestsAhead - 1;
+    may_take = !more || ahead >= kRunsAhead - 2 || waiting >= kRequestsAhead - 2;
+    const bool moves = take && begun && left > 0, ends = take && begun && left <= 1;
+    const bool next = (take && !begun) || (ends && ahead > 1);
+    bool asked = false, listed = false;
     if (ask) {
       const Run run = runs.read();
       more = !run.last;
-      if (more) ++ahead;
-      if (run.beats > 0) {
+      listed = more;
+      asked = run.beats > 0;
+      if (asked) {
         maps.read_request(int(run.first), int(run.beats));
-        ++waiting;
         ++requests;
       }
     }
-    if (take) {
-      if (left == 0) left = lengths.read();
-      if (left > 0) {
-        beats.write(Raw<Beat>::unpack(maps.read()));
-        ++trips;
-        --left;
-        if (left == 0) --waiting;
-      }
-      if (left == 0) --ahead;
+    if (moves) {
+      beats.write(Raw<Beat>::unpack(maps.read()));
+      ++trips;
     }
+    ahead = int(ahead) + listed - ends;
+    waiting = int(waiting) + asked - (moves && left == 1);
+    if (next) left = lengths.read();
+    else if (moves) left -= 1;
+    begun = next || (begun && !ends);
   }
 }
 
