@@ -175,9 +175,9 @@ SLIPS = {
         ),
         (
             "pool.cpp",
-            "variable = kept intra",
-            "variable = keep intra",
-            "pool.cpp: DEPENDENCE: no variable keep",
+            "ARRAY_PARTITION variable = kept complete dim = 1",
+            "ARRAY_PARTITION variable = keep complete dim = 1",
+            "pool.cpp: ARRAY_PARTITION: no variable keep",
         ),
         (
             "top.cpp",
@@ -227,14 +227,14 @@ SLIPS = {
         ),
         (
             "post.cpp",
-            "        // II = 1: a word does not depend on another\n",
-            "        // a word does not depend on another\n",
+            "      // II = 1: a word does not depend on another\n",
+            "      // a word does not depend on another\n",
             "post.cpp: PIPELINE: no comment says II = and why",
         ),
         (
             "post.cpp",
-            "        // II = 1: a 64-bit word a trip; the filters",
-            "        // II = 2: a 64-bit word a trip; the filters",
+            "    // II = 1: a 64-bit word a trip; the filters",
+            "    // II = 2: a 64-bit word a trip; the filters",
             "post.cpp: PIPELINE: no comment says II = and why",
         ),
     ],

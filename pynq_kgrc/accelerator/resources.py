@@ -242,15 +242,17 @@ def stream_words(config: AcceleratorConfig) -> Iterator[tuple[str, int, int, int
     codes = config.groups_per_tile * config.rows_per_cycle * config.pk * config.tn * config.bits
     indices = reads * place + config.groups_per_tile * config.rows_per_cycle * _bits(config.gm)
     # the array's copy has the place of each lane; five others are parts of it
-    yield "tiles", 1, 40 * config.pf + 680, 4
-    yield "items", 5, 60, 64
+    yield "tiles", 1, 40 * config.pf + 680, 16
+    yield "items", 6, 60, 512
     yield "runs of ports", 4, 65, 32
     yield "lengths of runs", 3, 32, 32
     yield "input_beats", 2, beat, 512
     yield "weight_beats", 2, 64 * config.weight_port_words, 512
     yield "shortcut_beats", 1, beat, 64
-    yield "output_beats", 1, beat, 64
-    yield "table words", 3, 64, 64
+    yield "output_beats", 1, beat, 512
+    yield "weight_chunks", 2, 64 * config.chunk_words, 16
+    yield "table words", 2, 64, 64
+    yield "vector_scales", 1, config.tn * (ACCUMULATOR_BITS[config.bits] + 21), 16
     yield "array_runs", 1, 27, 16
     yield "input_steps", 1, config.pf * (ROW_BITS + 1) + config.groups_per_tile + 12, 32
     yield "sum_steps", 1, config.pf + 15, 32
