@@ -123,6 +123,10 @@ def simulate(row: Row, graph: Graph) -> None:
     config = preset(row.design)
     program = compile_shapes(prune(graph, rates_of(row), config.group_size), config)
     works = [program.work(task) for task in program.tasks]
+    modelled = [work for _, work in list_work(graph, config, rates_of(row))]
+    if sum(work.chunks for work in works) != sum(work.chunks for work in modelled):
+        print(f"  {config.name}: groups of zeros are left out at {config.bits} bits; not simulated")
+        return
     backend = TimedSimulation(config)
     backend.load(program)
     first, bits = program.tasks[0].shape, config.bits
