@@ -42,7 +42,7 @@ class LoopScope {
 };
 #define KGRC_LOOP(ii, flushes) for (kgrc::LoopScope kgrc_scope((ii), (flushes)); kgrc_scope.once();)
 
-// Cycles that a function takes beside its loops, by a setting: dividers one after the other.
+// Cycles that a function takes beside its loops, by a setting: multiplications one after the other.
 struct Setup {
   explicit Setup(const char* function);
   const char* function;

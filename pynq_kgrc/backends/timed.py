@@ -28,7 +28,7 @@ from pynq_kgrc.errors import ConfigError, DeviceError
 from pynq_kgrc.program import Program
 
 SETUPS = ("make_tile", "make_region")
-"""Functions with dividers one after the other, outside of pipelined loops."""
+"""Functions of multiplications one after the other, outside of pipelined loops."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ class Timing:
     start_cycles: int = 20
     """To start a task, besides the reading of its descriptor."""
     setups: Mapping[str, int] = field(
-        default_factory=lambda: {"make_tile": 1000, "make_region": 60}
+        default_factory=lambda: {"make_tile": 60, "make_region": 60}
     )
-    """Cycles of each of `SETUPS`: estimated, of dividers one after the other."""
+    """Cycles of each of `SETUPS`: estimated. "make_tile" stands for all that a tile of the plan
+    takes beside its items."""
     depths: Mapping[str, int] = field(default_factory=dict)
     """Depth of the pipelines of single processes, instead of `depth`."""
     streams: Mapping[str, int] = field(default_factory=dict)
@@ -215,7 +216,7 @@ def timed_source(text: str) -> str:
         lines[label] += f" KGRC_LOOP({found[1]}, {flushes})"
     text = _STREAM.sub(r"\1.set_depth(\2);", "\n".join(lines))
     for name in SETUPS:
-        begins = re.compile(rf"^(\w+ {name}\([^;{{]*\) {{)$", re.MULTILINE)
+        begins = re.compile(rf"^((?:static )?\w+ {name}\([^;{{]*\) {{)$", re.MULTILINE)
         text = begins.sub(rf'\1 KGRC_SPEND("{name}");', text)
     before, pragma, region = text.partition("#pragma HLS DATAFLOW")
     if not pragma:
