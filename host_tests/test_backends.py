@@ -290,7 +290,7 @@ def test_the_range_of_a_run(name):
 def test_refusals(name):
     net = Net()
     net.conv("clip", 4)
-    program, _ = compiled(net)
+    program, _ = compiled(net, fold=False)
     other = open_backend(name, small_config(bits=4))
     with pytest.raises(ProgramError, match=r"made for small-8 .* this is small-4"):
         other.load(program)

@@ -140,7 +140,8 @@ def test_a_port_too_few_is_seen(monkeypatch, tmp_path, name, old, new):
     with_sources(monkeypatch, tmp_path / "hls", [(name, old, new)])
     net = Net(size=(2, 4, 40))
     net.conv("clip", 16, (1, 3, 4), (1, 1, 4), 0)
-    program, _ = compiled(net, small_config(4, tm=16, pm=16, pk=3, pf=4))
+    # folded, the layer would have no stride
+    program, _ = compiled(net, small_config(4, tm=16, pm=16, pk=3, pf=4), fold=False)
     backend = csim.CSimulation(program.config, PORTS)
     codes = random_codes(program)
     found = outputs(backend, program, codes)
@@ -242,6 +243,7 @@ def test_a_synthesis_without_packing_is_refused(bits, tmp_path):
     """At 16 bits a product takes a DSP anyway."""
     (tmp_path / "config.h").write_text(config_header(small_config(bits)))
     (tmp_path / "hls_stream.h").write_text(STREAM)
+    (tmp_path / "hls_burst_maxi.h").write_text(BURST)
     command = ["g++", "-std=c++14", "-fsyntax-only", "-w", "-DKGRC_PLAIN", "-D__SYNTHESIS__"]
     command += ["-I", str(tmp_path), str(csim.source_folder() / "compute.cpp")]
     for flags, refused in ((), False), (("-DKGRC_DIRECT",), bits < 16):
@@ -274,6 +276,16 @@ struct stream {
 }
 """
 """A stand-in for the vendor's header."""
+
+BURST = """
+template <int>
+struct ap_uint;
+namespace hls {
+template <class>
+struct burst_maxi {};
+}
+"""
+"""Another: the array names the types of ports and uses none."""
 
 SANITIZED = """
 #include <cstdio>
@@ -467,8 +479,12 @@ def test_the_trips_from_a_region_s_last_write_to_its_first_read_follow(monkeypat
 def test_the_width_of_sums_follows(monkeypatch, shared):
     """Sums of 16 bits overflow; the resources that are estimated change, too."""
     before = estimate_resources(preset("8-sparse"))
+    monkeypatch.setattr(image, "ACCUMULATOR_BITS", dict(ACCUMULATOR_BITS))  # biases fit
     monkeypatch.setitem(ACCUMULATOR_BITS, 8, 16)
     with pytest.raises(AssertionError, match="conv"):
+        assert_follows(shared)
+    monkeypatch.setattr(image, "ACCUMULATOR_BITS", ACCUMULATOR_BITS)
+    with pytest.raises(ProgramError, match=r"a bias of -?\d+ does not fit the 16 bits"):
         assert_follows(shared)
     monkeypatch.setitem(ACCUMULATOR_BITS, 8, 48)
     assert_follows(shared)
