@@ -74,6 +74,8 @@ def test_a_larger_design_has_larger_parts(name, larger):
     before = resource_parts(base)
     after = resource_parts(replace(base, **{name: 2 * getattr(base, name)}))
     for part in before:
+        if (name, part) == ("tm", "FIFOs"):
+            continue  # a group has half the rows a trip, so that chunks are narrower
         assert after[part].lut >= before[part].lut
         if part in larger:
             assert after[part].lut > before[part].lut, part
