@@ -202,8 +202,8 @@ WRONG_VALUES = {
         "--share": ("0", "-1", "nan", "1.1", "true"),
     },
     ("simulate", "x.kgrc"): {
-        "--clock": ("0", "-1", "nan", "inf", "1_0", "", "1e999", "2e6"),
-        "--latency": ("-1", "nan", "", "2e6"),
+        "--clock": ("0", "-1", "nan", "inf", "1_0", "", "1e999", "2000000"),
+        "--latency": ("-1", "nan", "", "2000000"),
         "--port-bytes": ("0", "-1", "inf", "1_0"),
         "--ddr-bytes": ("0", "-1", "inf", "1_0"),
         "--outstanding": (*WHOLE, "257"),
@@ -575,6 +575,14 @@ def test_errors_of_the_system_are_one_line(error, text, program, capsys, monkeyp
 
 
 # ---- signals ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT is not ignored, as it is in what a shell starts in the background, children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
