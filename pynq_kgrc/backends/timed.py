@@ -59,9 +59,7 @@ class Timing:
     not, only loops whose PIPELINE pragma says so (style = flp or frp) do."""
     start_cycles: int = 20
     """To start a task, besides the reading of its descriptor."""
-    setups: Mapping[str, int] = field(
-        default_factory=lambda: {"make_tile": 60, "make_region": 60}
-    )
+    setups: Mapping[str, int] = field(default_factory=lambda: {"make_tile": 60, "make_region": 60})
     """Cycles of each of `SETUPS`: estimated. "make_tile" stands for all that a tile of the plan
     takes beside its items."""
     depths: Mapping[str, int] = field(default_factory=dict)
