@@ -70,7 +70,8 @@ def test_every_stream_can_be_built(design, tmp_path):
 
 
 GROUPS = {
-    "tiles": "tiles_", "items": "items_|item_words", "runs of ports": r"(input|shortcut|output)_runs",
+    "tiles": "tiles_", "items": "items_|item_words",
+    "runs of ports": r"(input|shortcut|output)_runs",
     "lengths of runs": r"\w+_lengths", "table words": "scale_words|chunk_indices",
 }  # fmt: skip
 """Streams of top.cpp by the name that accelerator/resources.py has for them, where it differs."""
