@@ -4,7 +4,6 @@ import csv
 import errno
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -786,11 +785,7 @@ def test_prune_and_quantize_take_the_file_that_explore_writes(movies, trained, t
     report = json.loads(found.out)
     assert report["design"] == "mine" and report["latency_reduction_asked"] == 1.3
     assert report["latency_reduction"] == pytest.approx(1.3, rel=0.03)
-    # before training: the first layer is folded, and how its pattern then packs depends on which
-    # weights training keeps
-    reached = re.search(r"asked for 1\.30x fewer cycles, reached ([\d.]+)x on mine", found.err)
-    assert reached is not None
-    assert report["latency_reduction"] == pytest.approx(float(reached[1]), rel=0.05)
+    assert "asked for 1.30x fewer cycles, the rates give 1." in found.err
     assert "retraining: epochs 1 to 1, of the weights that are kept" in found.err
     assert "preparation" not in found.err
     weights[1] = str(tmp_path / "pruned" / "weights.safetensors")

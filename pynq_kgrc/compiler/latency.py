@@ -148,13 +148,15 @@ class LatencySearch:
 
     @property
     def reached(self) -> float:
-        """The reduction that the compiled program has."""
+        """The reduction at these rates, for random weights. A program of trained ones may differ
+        where its first layer is pruned and folded: packing depends on which weights are kept.
+        """
         return self.dense_cycles / self.cycles
 
     def __str__(self) -> str:
         """What was asked and reached, in one sentence."""
         told = (
-            f"asked for {self.asked:.2f}x fewer cycles, reached {self.reached:.2f}x on "
+            f"asked for {self.asked:.2f}x fewer cycles, the rates give {self.reached:.2f}x on "
             f"{self.design} (modelled with memory by accelerator/latency.py)"
         )
         if abs(self.reached / self.asked - 1) <= TOLERANCE:
