@@ -538,7 +538,7 @@ def test_rows_between_windows_are_not_requested(stride):
     assert program.work(task).tile != task.out_size
 
 
-ASK = "const bool ask = more && ahead < kRunsAhead && waiting < kRequestsAhead;"
+ASK = "may_ask = ahead < kRunsAhead - 1 && waiting < kRequestsAhead - 1;"
 READ, WRITE = (f"maps.{way}_request(int(run.first), int(run.beats))" for way in ("read", "write"))
 WAITING = "if (waiting == kRequestsAhead) maps.write_response();\n        else ++waiting;"
 RESPONSES = "responses:\n  for (int i = 0; i < waiting; ++i) maps.write_response();\n"
