@@ -10,7 +10,6 @@ namespace kgrc {
 enum ArrayBits {
   kSumRowBits = bits_for(kSumRows - 1),
   kVectorBits = bits_for(kTileVectors - 1),
-  kHeldVectorBits = bits_for(kFilterTiles * kTileVectors),
   kDrainBits = bits_for(kFilterTiles * kTileVectors * kStoreRows),
   kRunBits = 20
 };

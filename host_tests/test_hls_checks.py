@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from networks import small_config
 
+from pynq_kgrc.accelerator import resources
 from pynq_kgrc.accelerator.config import PRESETS, preset
 from pynq_kgrc.accelerator.resources import stream_words
 
@@ -89,6 +90,13 @@ def test_resources_count_the_streams_there_are(design, tmp_path):
         assert {int(depths[each]) for each in group} == {depth}, name
         total = sum(found[each] for each in group)
         assert abs(count * bits - total) <= 0.15 * total, (name, count * bits, total)
+
+
+def test_resources_count_the_processes_there_are():
+    (body,) = re.findall(
+        r"#pragma HLS DATAFLOW\n(.*?)^}", (HLS / "top.cpp").read_text(), re.S | re.M
+    )
+    assert len(re.findall(r"^  \w+\(", body, re.M)) == resources.PROCESSES
 
 
 def test_ports_are_used_in_one_place():

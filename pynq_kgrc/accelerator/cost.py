@@ -155,28 +155,35 @@ def task_cost(config: AcceleratorConfig, work: Work) -> Cost:
 
 
 @dataclass(frozen=True)
-class _RegionRun:
+class RegionRun:
     """Consecutive items that use one input region, or one item without enabled groups."""
 
     loads: bool
     """Whether the run begins with a new region."""
     enabled: int
     """Items with enabled groups."""
+    groups: int
+    """Enabled groups of these items: as many chunks for each weight word."""
     idle: int
     """Items without; each takes one trip."""
     vectors: int
     """Vectors of T_N filters that are drained after the run; 0 if its sums are added to later."""
 
 
-def _region_runs(items: Sequence[Item]) -> list[_RegionRun]:
-    runs: list[_RegionRun] = []
+def region_runs(items: Sequence[Item]) -> list[RegionRun]:
+    """The plan of one output tile as runs, in order."""
+    runs: list[RegionRun] = []
     for item in items:
+        groups = item.mask.bit_count()
         if not item.mask:
-            runs.append(_RegionRun(item.new_region, 0, 1, item.vectors))
+            runs.append(RegionRun(item.new_region, 0, 0, 1, item.vectors))
         elif item.new_region:
-            runs.append(_RegionRun(True, 1, 0, item.vectors))
+            runs.append(RegionRun(True, 1, groups, 0, item.vectors))
         else:
-            runs[-1] = replace(runs[-1], enabled=runs[-1].enabled + 1, vectors=item.vectors)
+            last = runs[-1]
+            runs[-1] = replace(
+                last, enabled=last.enabled + 1, groups=last.groups + groups, vectors=item.vectors
+            )
     return runs
 
 
@@ -200,7 +207,7 @@ def _array_trips(config: AcceleratorConfig, work: Work) -> int:
     Times are trips since the start of the current output tile. The state that one tile leaves to
     the next is therefore small, and a tile of the same extent in the same state is computed once.
     """
-    runs = _region_runs(work.items)
+    runs = region_runs(work.items)
     known: dict[tuple[Size, int, tuple[int, int]], tuple[int, tuple[int, int]]] = {}
     total = regions = 0
     load_start = sums_free = 0  # start of the next load; end of the latest drain

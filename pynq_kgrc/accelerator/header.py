@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
-from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, REGION_DISTANCE
+from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, PORTS, REGION_DISTANCE
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import written_beside
 from pynq_kgrc.quant import ACCUMULATOR_BITS, MAX_SHIFT, MULT_BITS
@@ -64,13 +64,13 @@ STATUS = (
 pipelined loops, then counts, then the clock cycles that it took; 0 in the C-simulation, which has
 no clock. All but `done` and `clocks` are the fields of `cost.Cost`."""
 
-INPUT_PORTS = ("input0", "input1")
+INPUT_PORTS = tuple(f"input{number}" for number in range(PORTS))
 """Memory ports that read the input map: plane n of a task is read by port n % 2."""
 
 MAP_PORTS = (*INPUT_PORTS, "shortcut", "output")
 """Memory ports that see the memory of maps."""
 
-WEIGHT_PORTS = ("weights0", "weights1")
+WEIGHT_PORTS = tuple(f"weights{number}" for number in range(PORTS))
 """Memory ports that see the memory of weights: chunk c of a tile is read by port c % 2."""
 
 TABLE_PORTS = ("tables", "items", "indices", "scales")

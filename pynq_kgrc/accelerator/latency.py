@@ -4,7 +4,7 @@
 stops while a region or a weight that it needs is still on its way, and while the sums that it hands
 on find no room. Ports request ahead of their data, so that latency shows only at the start and
 where bursts are too short. The timed simulation (`backends/timed.py`) runs the same processes word
-by word, with the same assumptions; tests hold this model near to it.
+by word, with the same assumptions; `benchmarks/latency.py` compares the two.
 
 Everything here is modelled. The memory is assumed (`boards.Memory`), and so is II = 1.
 """
@@ -12,12 +12,11 @@ Everything here is modelled. The memory is assumed (`boards.Memory`), and so is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Memory
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import Cost, layer_work, task_cost
+from pynq_kgrc.accelerator.cost import Cost, layer_work, region_runs, task_cost
 from pynq_kgrc.accelerator.header import FIELDS, RUNS_AHEAD, STATUS
 from pynq_kgrc.accelerator.tiling import (
     CODE_WORDS_AHEAD,
@@ -51,7 +50,7 @@ from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import ceil_div
 
 REGION_SETUP = 60
-"""Cycles of the dividers that describe the region of a tile. Estimated."""
+"""Cycles that describe the region of a tile, one product after another. Estimated."""
 
 START = 20
 """Cycles to start a task, beside the reading of its descriptor. Assumed."""
@@ -148,7 +147,7 @@ class _Walk:
         self.port_bytes = memory.port_bytes(clock_mhz)
         self.all_bytes = memory.all_bytes(clock_mhz)
         self.cost = task_cost(config, work)
-        self.runs = list(_runs(config, work))
+        self.runs = region_runs(work.items)
         self.beat = config.beat_bytes / self.port_bytes
         weight_bytes = 8 * config.weight_port_words
         self.weight = max(1.0, weight_bytes / self.port_bytes) / PORTS
@@ -173,13 +172,12 @@ class _Walk:
             rows = requests / planes
             region = planes * plane_cycles(rows, each, self.beat)
             ahead = min(PORTS * INPUT_BEATS_AHEAD * self.beat, ROWS_AHEAD * each) / PORTS
-        vectors = 1
         drain = extent[0] * extent[1] * beats_of_row(config, extent[2])
         out = windows_in(work.out_size, work.pool)
         stored = windows_in(extent, work.pool)
         parts = 16 // config.bits if work.wide else 1
         beats_out = stored[0] * stored[1] * beats_of_row(config, stored[2]) * parts
-        requests = map_requests(config, out, stored, vectors)
+        requests = map_requests(config, out, stored, 1)
         store = (
             requests * request_cycles(self.memory, beats_out / requests, self.beat)
             if requests
@@ -187,7 +185,7 @@ class _Walk:
         )
         shortcut = 0.0
         if work.shortcut:
-            requests = map_requests(config, shape.out_size, extent, vectors)
+            requests = map_requests(config, shape.out_size, extent, 1)
             shortcut = requests * request_cycles(self.memory, drain / requests, self.beat)
         made = _Tile(
             sum_rows=max(MIN_FEATURE_ROWS, filled),
@@ -284,6 +282,7 @@ class _Walk:
     ) -> tuple[float, tuple[float, ...], int]:
         """Cycles until the array has computed a tile, and the state that it leaves."""
         items = len(self.work.items)
+        chunk_beats = self.work.chunk_beats(self.config)
         time = 0.0
         first_regions, first = regions, True
         # the ports begin with a tile when it is described
@@ -310,10 +309,11 @@ class _Walk:
                 load_start = time if regions else loaded
                 regions += 1
             trips = run.enabled * self.work.weight_words * tile.sum_rows + run.idle
-            if run.beats:
+            chunks = run.groups * self.work.weight_words if self.work.columns else 0
+            if chunks:
                 ahead = PORTS * WEIGHT_BEATS_AHEAD * self.weight
-                weights_free = max(weights_free, time - ahead) + run.beats * self.weight
-                done = max(time + max(trips, run.chunks), weights_free)
+                weights_free = max(weights_free, time - ahead) + chunks * chunk_beats * self.weight
+                done = max(time + max(trips, chunks), weights_free)
                 late = done - time - trips
                 sums_free += late if sums_free > time else 0
                 time = done
@@ -349,36 +349,6 @@ class _Walk:
             place_free - time,
         )
         return round(time), tuple(map(float, map(round, state))), regions - first_regions
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Consecutive items that use one input region, or one item without enabled groups."""
-
-    loads: bool
-    enabled: int
-    idle: int
-    beats: int
-    """Beats of weights."""
-    chunks: int
-    vectors: int
-
-
-def _runs(config: AcceleratorConfig, work: Work) -> Iterator[_Run]:
-    words = work.weight_words if work.columns else 0
-    chunk_beats = work.chunk_beats(config)
-    loads, enabled, chunks = False, 0, 0
-    for place, item in enumerate(work.items):
-        if not item.mask:
-            yield _Run(item.new_region, 0, 1, 0, 0, item.vectors)
-            continue
-        loads = loads or item.new_region
-        enabled += 1
-        chunks += item.mask.bit_count() * words
-        following = work.items[place + 1] if place + 1 < len(work.items) else None
-        if item.vectors or following is None or following.new_region or not following.mask:
-            yield _Run(loads, enabled, 0, chunks * chunk_beats, chunks, item.vectors)
-            loads, enabled, chunks = False, 0, 0
 
 
 def _listed(config: AcceleratorConfig, work: Work, extent: Size) -> int:

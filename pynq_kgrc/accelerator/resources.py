@@ -14,6 +14,17 @@ from dataclasses import dataclass
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
+from pynq_kgrc.accelerator.header import RUNS_AHEAD
+from pynq_kgrc.accelerator.tiling import (
+    CODE_WORDS_AHEAD,
+    INPUT_BEATS_AHEAD,
+    ITEMS_AHEAD,
+    OUTPUT_BEATS_AHEAD,
+    REGION_WORDS_AHEAD,
+    SUM_WORDS_AHEAD,
+    TILES_AHEAD,
+    WEIGHT_BEATS_AHEAD,
+)
 from pynq_kgrc.quant import ACCUMULATOR_BITS, ceil_div
 
 PACKED = {16: (1, 1), 8: (2, 1), 4: (2, 2)}
@@ -40,7 +51,7 @@ SRL_DEPTH_ASSUMED = 32
 """Depth up to which a FIFO is made of shift registers, 32 words a LUT; deeper ones are block RAM.
 Assumed: what the tool chooses depends on its version."""
 
-PROCESSES = 22
+PROCESSES = 25
 """Of a task (hls_src/top.cpp)."""
 
 LUT_PER_PROCESS_ASSUMED = 900
@@ -48,7 +59,7 @@ LUT_PER_PROCESS_ASSUMED = 900
 
 DIVIDERS_ASSUMED = 20
 LUT_PER_DIVIDER_ASSUMED = 250
-"""Sequential dividers that run where a tile begins, shared within a process; assumed."""
+"""Sequential dividers that run where a task or a tile begins, shared within a process; assumed."""
 
 PORTS = (("input", 2, 16), ("weights", 2, 16), ("shortcut", 1, 8), ("output", 1, 8))
 """Memory ports of beats: name, how many, bursts of 64 beats that are outstanding."""
@@ -242,24 +253,25 @@ def stream_words(config: AcceleratorConfig) -> Iterator[tuple[str, int, int, int
     codes = config.groups_per_tile * config.rows_per_cycle * config.pk * config.tn * config.bits
     indices = reads * place + config.groups_per_tile * config.rows_per_cycle * _bits(config.gm)
     # the array's copy has the place of each lane; five others are parts of it
-    yield "tiles", 1, 40 * config.pf + 680, 16
-    yield "items", 6, 60, 512
-    yield "runs of ports", 4, 65, 32
-    yield "lengths of runs", 3, 32, 32
-    yield "input_beats", 2, beat, 512
-    yield "weight_beats", 2, 64 * config.weight_port_words, 512
+    yield "tiles", 1, 40 * config.pf + 680, TILES_AHEAD
+    yield "items", 6, 60, ITEMS_AHEAD
+    yield "runs of ports", 4, 65, RUNS_AHEAD
+    yield "lengths of runs", 3, 32, RUNS_AHEAD
+    yield "input_beats", 2, beat, INPUT_BEATS_AHEAD
+    yield "weight_beats", 2, 64 * config.weight_port_words, WEIGHT_BEATS_AHEAD
     yield "shortcut_beats", 1, beat, 64
-    yield "output_beats", 1, beat, 512
+    yield "output_beats", 1, beat, OUTPUT_BEATS_AHEAD
     yield "weight_chunks", 2, 64 * config.chunk_words, 16
     yield "table words", 2, 64, 64
     yield "vector_scales", 1, config.tn * (ACCUMULATOR_BITS[config.bits] + 21), 16
     yield "array_runs", 1, 27, 16
     yield "input_steps", 1, config.pf * (ROW_BITS + 1) + config.groups_per_tile + 12, 32
     yield "sum_steps", 1, config.pf + 15, 32
-    yield "region_words", 1, config.port_positions * (config.tn * config.bits + place + 1) + 1, 16
+    position = config.tn * config.bits + place + 1
+    yield "region_words", 1, config.port_positions * position + 1, REGION_WORDS_AHEAD
     yield "weight_words", 1, codes + indices, 4
-    yield "sum_words", 1, lanes * ACCUMULATOR_BITS[config.bits], 64
-    yield "code_words", 1, lanes * 16, 64
+    yield "sum_words", 1, lanes * ACCUMULATOR_BITS[config.bits], SUM_WORDS_AHEAD
+    yield "code_words", 1, lanes * 16, CODE_WORDS_AHEAD
 
 
 def _fifos(config: AcceleratorConfig) -> Resources:
