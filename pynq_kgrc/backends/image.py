@@ -13,6 +13,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.header import FIELDS, KINDS, MAX_TAPS, SCALE_BITS
 from pynq_kgrc.accelerator.plan import item_words64, pack_fields
 from pynq_kgrc.accelerator.tiling import Work, beats_of_row, map_beats
+from pynq_kgrc.backends.base import PackedMap, check_codes, check_design
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.program import ConvTask, KgrcWeights, PoolTask, Program, Slot, Task
@@ -96,6 +97,31 @@ def slot_beat(program: Program, slot: Slot, what: str) -> int:
     wide = buffer.bits // config.bits
     before = map_beats(config, slot.channel, buffer.size) * wide if slot.channel else 0
     return buffer.offset // config.beat_bytes + before
+
+
+def pack_map(config: AcceleratorConfig, program: Program, slot: Slot, codes: Array) -> PackedMap:
+    """`Backend.pack` for a backend whose memory holds maps as the accelerator `config` does."""
+    check_design(program, config)
+    check_codes(program, slot, codes)
+    raw = encode_map(config, codes, program.buffers[slot.buffer].bits)
+    return PackedMap(program, slot, slot_beat(program, slot, "write") * config.beat_bytes, raw)
+
+
+def packed_map(program: Program, slot: Slot, codes: Array | PackedMap) -> PackedMap:
+    """What `Backend.write` copies: `codes` if they are packed, else packed now.
+
+    Raises:
+        ProgramError: they are packed for another slot or program, or have another type or shape
+            than the slot's buffer.
+    """
+    if not isinstance(codes, PackedMap):
+        return pack_map(program.config, program, slot, codes)
+    if codes.program is not program or codes.slot != slot:
+        raise ProgramError(
+            f"the map is packed for {codes.slot} of {codes.program.name}, this is {slot} of "
+            f"{program.name}; pack it for the program that is loaded"
+        )
+    return codes
 
 
 def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
