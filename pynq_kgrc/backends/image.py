@@ -131,12 +131,24 @@ def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
         ceil_div(channels, config.tn),
         beats_of_row(config, width) * config.port_positions,
     )
-    beats = np.zeros((vectors, depth, height, row, config.tn), code_dtype(bits))
-    pixels = np.ascontiguousarray(codes.transpose(1, 2, 3, 0))
-    for number, vector in enumerate(np.split(pixels, range(config.tn, channels, config.tn), -1)):
-        # numpy copies a vector as one item much faster than code by code
-        item = np.dtype((np.void, vector.shape[-1] * vector.itemsize))
-        beats[number, :, :, :width, : vector.shape[-1]].view(item)[...] = vector.view(item)
+    # np.empty, and not np.zeros: for a large map numpy then asks Linux for large pages
+    beats = np.empty((vectors, depth, height, row, config.tn), code_dtype(bits))
+    planar = codes.strides[3] == codes.itemsize
+    pixels = codes.transpose(1, 2, 3, 0)
+    if not planar:
+        pixels = np.ascontiguousarray(pixels)
+    for d, vector in np.ndindex(depth, vectors):  # a plane fits the cache
+        plane, part = beats[vector, d], pixels[d, ..., vector * config.tn :][..., : config.tn]
+        count = part.shape[-1]
+        if count < config.tn or width < row:
+            plane[...] = 0
+        if planar:
+            for channel in range(count):
+                plane[:, :width, channel] = part[..., channel]
+        else:
+            # numpy copies a vector as one item much faster than code by code
+            item = np.dtype((np.void, count * codes.itemsize))
+            plane[:, :width, :count].view(item)[...] = part.view(item)
     return _to_bytes(beats, bits)
 
 
