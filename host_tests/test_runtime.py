@@ -60,9 +60,10 @@ def test_scores_are_those_of_the_prediction(network, frames):
     for each in prediction.labels:
         assert each.confidence == scores.probabilities[program.labels.index(each.label)]
     parts = scores.seconds
-    assert min(parts.encode, parts.copy, parts.device, parts.read) > 0
+    assert min(parts.encode, parts.pack, parts.copy, parts.device, parts.read) > 0
     assert parts.device >= sum(counters.seconds for counters in scores.layers)
-    assert parts.total == parts.encode + parts.copy + parts.device + parts.read <= passed
+    every = (parts.encode, parts.pack, parts.copy, parts.device, parts.read)
+    assert parts.total == sum(every) <= passed
     assert prediction.seconds == prediction.timing.total > 0
     assert [replace(c, seconds=0) for c in scores.layers] == [
         replace(c, seconds=0) for c in prediction.layers
@@ -85,11 +86,12 @@ def test_each_part_of_the_seconds_is_its_own(network, frames, monkeypatch):
     with Session(program) as session:
         monkeypatch.setattr(runtime, "time", SimpleNamespace(perf_counter=lambda: now))
         monkeypatch.setattr(Program, "encode_clip", delayed(Program.encode_clip, 1))
-        for verb, seconds in (("write", 2), ("run", 4), ("read", 8)):
+        for verb, seconds in (("pack", 16), ("write", 2), ("run", 4), ("read", 8)):
             call = getattr(session.backend, verb)
             monkeypatch.setattr(session.backend, verb, delayed(call, seconds))
-        assert session.run(frames).seconds == Seconds(encode=1, copy=2, device=4, read=8)
-        assert session.classify(frames).seconds == 15
+        wanted = Seconds(encode=1, pack=16, copy=2, device=4, read=8)
+        assert session.run(frames).seconds == wanted
+        assert session.classify(frames).seconds == wanted.total == 31
 
 
 def test_a_session_is_named_after_its_backend(network):
