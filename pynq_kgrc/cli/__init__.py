@@ -178,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         doctor,
         explore,
         info,
+        profile,
         serve,
         simulate,
         train,
@@ -196,7 +197,10 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON for a script to read")
         return added
 
-    families = (classify, build, train, calibrate, info, explore, simulate, doctor, serve, cluster)
+    families = (
+        *(classify, build, train, calibrate, info, explore),
+        *(simulate, profile, doctor, serve, cluster),
+    )
     for family in families:
         family.declare(command)
     return parser
