@@ -120,6 +120,28 @@ def test_a_client_that_does_not_read_its_answer_is_disconnected():
     assert sent < 1 << 28
 
 
+def test_a_websocket_is_not_cut_by_the_time_limit_of_a_header():
+    connect = pytest.importorskip("websockets.asyncio.client").connect
+
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message["text"]})
+
+    async def run():
+        async with (
+            serving(app, Settings(header_seconds=0.2)) as (_, port),
+            connect(f"ws://127.0.0.1:{port}/") as client,
+        ):
+            for word in ("one", "two", "three"):
+                await asyncio.sleep(0.5)
+                await client.send(word)
+                assert await asyncio.wait_for(client.recv(), 10) == word
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_retry_after_grows_so_that_clients_do_not_return_at_once(monkeypatch):
     now = 100.0
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now)
