@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -26,10 +27,11 @@ from serving import Serving, write_program, write_video
 
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.service.refusal import Refusal
-from pynq_kgrc.service.uploads import Upload
+from pynq_kgrc.service.uploads import Room, Upload
 from pynq_kgrc.service.videos import Decoder
 from pynq_kgrc.service.wire import DecodeRequest
 
+VIDEO = {"Content-Type": "video/mp4"}
 WORKER, DECODER = "pynq_kgrc.service.worker", "pynq_kgrc.service.decode"
 
 
@@ -425,11 +427,93 @@ def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
             assert os.statvfs(state).f_bfree >= before - 8
             assert serving.classify((folder / "video.mp4").read_bytes()).status == 200
         (state / "ballast").write_bytes(bytes(104_000_000))
-        upload = Upload(state, 0, 0)
+        upload = Upload(Room(state, -10_000_000), 0)  # another process takes the room
         with pytest.raises(Refusal, match="the disk is full after") as full:
             upload.write(bytes(2_000_000))
         assert full.value.status == 507
         upload.close()
+    finally:
+        subprocess.run(["umount", "--lazy", str(state)], check=True)
+        state.rmdir()
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A disk of 1,000 bytes, of which 100 are to stay free, and the uploads on it."""
+    uploads = []
+
+    def usage(_):
+        used = sum(upload.size for upload in uploads if not upload.file.closed)
+        return shutil._ntuple_diskusage(1000, used, 1000 - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    return Room(tmp_path, 100), uploads
+
+
+def test_an_announced_upload_has_its_room(room):
+    disk, uploads = room
+    uploads += [Upload(disk, 600), Upload(disk, 0)]
+    with pytest.raises(Refusal, match=r"301 bytes: 400 .*100 stay free") as full:
+        Upload(disk, 301)
+    assert full.value.status == 507
+    uploads[1].write(bytes(300))
+    with pytest.raises(Refusal, match="no room"):  # a size that was not announced
+        uploads[1].write(b"1")
+    for _ in range(6):
+        uploads[0].write(bytes(100))
+    with pytest.raises(Refusal, match="no room"):  # more than was announced
+        uploads[0].write(b"1")
+    uploads[1].close()
+    uploads[0].write(bytes(300))
+    uploads[0].close()
+    assert disk.promised == 0
+
+
+def test_what_was_announced_and_did_not_come_is_free_again(room):
+    disk, uploads = room
+    uploads += [Upload(disk, 800), Upload(disk, 0)]
+    with pytest.raises(Refusal, match="no room"):
+        uploads[1].write(bytes(101))
+    uploads[0].close()
+    uploads[1].write(bytes(900))
+    uploads[1].close()
+
+
+@pytest.mark.slow
+def test_uploads_at_a_time_leave_the_disk_its_free_bytes(folder, tmp_path):
+    state = Path(tempfile.mkdtemp())
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200m", "none", str(state)], capture_output=True
+    )
+    if mounted.returncode:
+        state.rmdir()
+        pytest.skip("no small disk can be mounted here: free bytes not tested on a full one")
+    try:
+        with Serving(state=state, program=folder / "tiny.kgrc", log=tmp_path / "log") as serving:
+            least, over = [1 << 60], threading.Event()
+
+            def watch():
+                while not over.wait(0.005):
+                    least.append(os.statvfs(state).f_bfree * os.statvfs(state).f_bsize)
+
+            def send(chunked):
+                def upload():
+                    body = (bytes(100_000) for _ in range(700)) if chunked else bytes(70_000_000)
+                    try:
+                        return serving.ask("POST", "/v1/videos:classify", body, VIDEO).status
+                    except (BrokenPipeError, ConnectionResetError):
+                        return 507  # answered and closed while the body was still on its way
+
+                return upload
+
+            watching = threading.Thread(target=watch)
+            watching.start()
+            found = together(send(True), send(False), send(True), send(False))
+            over.set()
+            watching.join()
+            assert set(found) <= {422, 507}
+            assert 507 in found
+            assert min(least) > 99_000_000
     finally:
         subprocess.run(["umount", "--lazy", str(state)], check=True)
         state.rmdir()
@@ -497,7 +581,7 @@ def test_a_decoder_beyond_its_limits_ends_with_the_reason(folder):
     job = DecodeRequest("clips", ClipSpec(8, 32, 32, 32))
 
     async def decode(decoder, **limits):
-        upload = Upload(folder, 0, 0)
+        upload = Upload(Room(folder, 0), 0)
         upload.write((folder / "long.mp4").read_bytes())
         count = 0
         try:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
 
 from pynq_kgrc.service import jobs
-from pynq_kgrc.service.jobs import Admission
+from pynq_kgrc.service.jobs import Admission, Jobs
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.server import REQUESTS_PER_TURN, listen, make_server
 from pynq_kgrc.service.settings import Settings
@@ -140,6 +140,50 @@ def test_a_websocket_is_not_cut_by_the_time_limit_of_a_header():
                 assert await asyncio.wait_for(client.recv(), 10) == word
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def open_jobs(path):
+    return Jobs(path, Admission(2, "videos"), 1, 60, 3600)
+
+
+def damage_file(path):
+    path.write_bytes(b"noise, long enough for the header of a database" * 400)
+
+
+def damage_document(path):
+    with contextlib.closing(open_jobs(path)) as made:
+        made._store.execute("INSERT INTO jobs VALUES ('a', 'running', 0, '{\"id\": 3}')")
+
+
+def damage_page(path):
+    with contextlib.closing(open_jobs(path)) as made:
+        for i in range(300):
+            made._store.execute("INSERT INTO jobs VALUES (?, 'done', 0, ?)", (str(i), bytes(500)))
+    content = bytearray(path.read_bytes())
+    content[5 * 4096 : 9 * 4096] = b"\x55" * (4 * 4096)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [damage_file, damage_document, damage_page])
+def test_a_damaged_database_of_jobs_is_set_aside(tmp_path, caplog, damage):
+    path = tmp_path / "jobs.sqlite"
+    damage(path)
+    with contextlib.closing(open_jobs(path)) as found, pytest.raises(Refusal, match="no job 'a'"):
+        found.find("a")
+    assert "was damaged" in caplog.text
+    assert (tmp_path / "jobs.sqlite.damaged").stat().st_size > 0
+    caplog.clear()
+    open_jobs(path).close()
+    assert not caplog.text
+
+
+def test_a_damaged_result_is_not_found(tmp_path, caplog):
+    with contextlib.closing(open_jobs(tmp_path / "jobs.sqlite")) as found:
+        row = ("a", "done", jobs.time.time(), b"{")
+        found._store.execute("INSERT INTO jobs VALUES (?, ?, ?, ?)", row)
+        with pytest.raises(Refusal, match="'a' is damaged; send it again"):
+            found.find("a")
+    assert "damaged" in caplog.text
 
 
 def test_retry_after_grows_so_that_clients_do_not_return_at_once(monkeypatch):

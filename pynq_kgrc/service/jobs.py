@@ -27,6 +27,7 @@ from pynq_kgrc.service.waiting import within
 log = logging.getLogger("pynq_kgrc.service")
 
 FINAL = ("done", "failed", "cancelled", "lost")
+LOST = "the service was restarted before this job was done; send it again"
 MAX_KEPT = 10_000
 """Jobs in the database; beyond that the oldest are deleted."""
 MAX_RETRY_SECONDS = 60
@@ -136,8 +137,10 @@ class Jobs:
         seconds: time limit of one job.
         keep_seconds: how long results are kept.
 
+    A damaged database is renamed and logged, and an empty one takes its place.
+
     Raises:
-        ConfigError: the database cannot be opened.
+        ConfigError: no database can be made there.
     """
 
     def __init__(
@@ -147,29 +150,9 @@ class Jobs:
         self.active: dict[str, Job] = {}
         self._running = asyncio.Semaphore(at_once)
         try:
-            self._store = sqlite3.connect(path, isolation_level=None)
-            self._open_store()
+            self._store = _open_store(path)
         except (sqlite3.Error, msgspec.MsgspecError) as error:
-            raise ConfigError(
-                f"{path}: cannot be used as the database of jobs ({error}); delete it, or give "
-                f"another --state"
-            ) from error
-
-    def _open_store(self) -> None:
-        self._store.execute("PRAGMA journal_mode=WAL")
-        self._store.execute("PRAGMA synchronous=NORMAL")
-        self._store.execute(
-            "CREATE TABLE IF NOT EXISTS jobs "
-            "(id TEXT PRIMARY KEY, state TEXT, created REAL, document BLOB)"
-        )
-        rows = self._store.execute("SELECT id, document FROM jobs WHERE state = 'running'")
-        for key, document in rows.fetchall():
-            lost = msgspec.structs.replace(
-                msgspec.json.decode(document, type=JobDocument),
-                state="lost",
-                error="the service was restarted before this job was done; send it again",
-            )
-            self._put(key, lost)
+            self._store = _open_anew(path, error)
 
     def close(self) -> None:
         """Close the database."""
@@ -247,7 +230,11 @@ class Jobs:
         row = self._store.execute(query, (key, oldest)).fetchone()
         if row is None:
             raise Refusal(404, f"no job {key[:50]!r}; results are kept for {self.keep_seconds:g} s")
-        return msgspec.json.decode(row[0], type=JobDocument), None
+        try:
+            return msgspec.json.decode(row[0], type=JobDocument), None
+        except msgspec.MsgspecError as error:
+            log.error("the document of a job is damaged", extra={"reason": str(error)})
+            raise Refusal(404, f"the result of job {key[:50]!r} is damaged; send it again") from None
 
     async def events(self, key: str, every: float) -> AsyncIterator[JobDocument | None]:
         """A job's document after each change, until its state is final.
@@ -295,12 +282,8 @@ class Jobs:
                 self._put(job.id, job.document())
 
     def _put(self, key: str, document: JobDocument) -> None:
-        state = document.state if document.state in FINAL else "running"
         try:
-            self._store.execute(
-                "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)",
-                (key, state, document.created, msgspec.json.encode(document)),
-            )
+            _put(self._store, key, document)
             oldest = time.time() - self.keep_seconds - self.seconds
             self._store.execute("DELETE FROM jobs WHERE created < ?", (oldest,))
             self._store.execute(
@@ -310,3 +293,67 @@ class Jobs:
             )
         except sqlite3.Error as error:
             raise Refusal(507, f"the job cannot be written to disk: {error}", 60) from error
+
+
+def _open_store(path: Path) -> sqlite3.Connection:
+    """The database of jobs, made if it is missing; jobs that were not done become `lost`.
+
+    Raises:
+        sqlite3.Error: it cannot be opened, or is damaged.
+        msgspec.MsgspecError: a document in it is damaged.
+    """
+    store = sqlite3.connect(path, isolation_level=None)
+    try:
+        store.execute("PRAGMA journal_mode=WAL")
+        store.execute("PRAGMA synchronous=NORMAL")
+        store.execute(
+            "CREATE TABLE IF NOT EXISTS jobs "
+            "(id TEXT PRIMARY KEY, state TEXT, created REAL, document BLOB)"
+        )
+        (found,) = store.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        rows = store.execute("SELECT id, document FROM jobs WHERE state = 'running'").fetchall()
+        for key, document in rows:
+            job = msgspec.json.decode(document, type=JobDocument)
+            _put(store, key, msgspec.structs.replace(job, state="lost", error=LOST))
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _open_anew(path: Path, error: Exception) -> sqlite3.Connection:
+    """An empty database in the place of a damaged one, which is renamed (with its journals).
+
+    Power cuts damage files on SD cards. An older `.damaged` is replaced.
+
+    Raises:
+        ConfigError: it is not damaged but cannot be used, or cannot be renamed.
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        if isinstance(error, sqlite3.OperationalError):  # such as: no right to write
+            raise error
+        for end in ("", "-wal", "-shm"):
+            Path(f"{aside}{end}").unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{path}{end}").rename(f"{aside}{end}")
+        store = _open_store(path)
+    except (OSError, sqlite3.Error) as worse:
+        raise ConfigError(
+            f"{path}: cannot be used as the database of jobs ({worse}); give another --state"
+        ) from worse
+    log.error(
+        "the database of jobs was damaged: results of earlier jobs are lost, the file is kept",
+        extra={"reason": str(error), "kept": aside.name},
+    )
+    return store
+
+
+def _put(store: sqlite3.Connection, key: str, document: JobDocument) -> None:
+    state = document.state if document.state in FINAL else "running"
+    store.execute(
+        "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)",
+        (key, state, document.created, msgspec.json.encode(document)),
+    )

@@ -23,7 +23,7 @@ from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.schemas import Classification, StructResponse
 from pynq_kgrc.service.server import Server
 from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.uploads import Upload, receive_upload
+from pynq_kgrc.service.uploads import Room, Upload, receive_upload
 from pynq_kgrc.service.videos import Decoder, check_options, classify
 
 PROBE_SECONDS = 10.0
@@ -41,6 +41,7 @@ class Service:
         self.queue = Admission(settings.queue, "videos or inferences")
         self.uploads = Admission(settings.uploads, "uploads")
         self.live = Admission(settings.live, "live sessions")
+        self.room = Room(settings.state, settings.free_bytes)
         self.server: Server | None = None
         self._probing: asyncio.Task[None] | None = None
         self._lock = self._open_state(settings.state)
@@ -164,8 +165,7 @@ class Service:
         with self.uploads.enter():
             expected = int(request.headers.get("content-length", "0") or 0)
             kind = request.headers.get("content-type", "")
-            folder, free = self.settings.state, self.settings.free_bytes
-            return await receive_upload(request.stream(), kind, expected, folder, free)
+            return await receive_upload(request.stream(), kind, expected, self.room)
 
     def submit(self, upload: Upload, options: Options) -> Job:
         """Start a job that classifies an upload; the job closes the upload.

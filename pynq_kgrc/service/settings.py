@@ -75,8 +75,8 @@ class Settings:
     keep_seconds: float = 3600.0
     """How long results of jobs are kept."""
     free_bytes: int = 100_000_000
-    """An upload is refused with 507 if, when it begins, the disk has less than this free besides
-    its announced size. The space is not reserved."""
+    """Bytes that stay free on the disk of `state`: an upload that would take them is refused with
+    507. An announced size is reserved until it has arrived."""
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
