@@ -521,6 +521,9 @@ def test_keys(folder, program, video, tmp_path):
         for headers in ({"Authorization": f"Bearer {KEY}"}, {"X-API-Key": KEY}):
             assert serving.classify(video, headers=headers).status == 200
         assert serving.get("/v2/health/ready").status == 200
+        assert serving.get("/v2/models/tiny/ready").status == 200
+        unknown = serving.get("/v2/models/zzz/ready")
+        assert (unknown.status, "tiny" in unknown.json["error"]) == (404, False)
         assert serving.get("/").status == 200
         for path in ("/metrics", "/v1/programs", "/v2/models/tiny", "/nowhere"):
             assert serving.get(path).status == 401
@@ -561,6 +564,10 @@ def test_other_origins_and_other_hosts_are_refused(service, video):
     ours = {"Origin": f"http://127.0.0.1:{service.port}"}
     assert service.classify(video, headers=ours).status == 200
     assert service.get("/v1/programs", headers={"Host": "elsewhere.example"}).status == 421
+    for header, word in (("Host", "["), ("Origin", "http://[")):
+        refused = service.ask("POST", "/v1/videos:classify", video, {header: word})
+        assert (refused.status, header in refused.json["error"]) == (400, True)
+        assert "x-request-id" in refused.headers
 
 
 def test_settings_that_are_refused(tmp_path, capsys):

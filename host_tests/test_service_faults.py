@@ -195,6 +195,21 @@ def test_beyond_the_queue_requests_are_refused_at_once(service):
     assert took < 0.5
 
 
+def test_a_client_that_leaves_during_its_upload_is_no_failure_of_ours(service, frames):
+    for path in (b"/v1/videos:classify", b"/v2/models/tiny/infer"):
+        with service.connect() as line:
+            line.sendall(
+                b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: video/mp4\r\nContent-Length: 1000000\r\n\r\n" + bytes(1000)
+            )
+            time.sleep(0.2)
+        service.until(lambda path=path: ("POST", path.decode(), 499) in [
+            (row.get("method"), row.get("path"), row.get("status")) for row in service.records
+        ])  # fmt: skip
+    assert "Traceback" not in service.log
+    assert 'status="500"' not in service.get("/metrics").body.decode()
+
+
 def test_a_full_queue_reads_no_body(service):
     def late():
         service.until(lambda: metric(service, "kgrc_at_work") == 3)

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
 
 from pynq_kgrc.service import jobs
+from pynq_kgrc.service.guard import client_of
 from pynq_kgrc.service.jobs import Admission, Jobs
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.server import REQUESTS_PER_TURN, listen, make_server
@@ -191,15 +192,15 @@ def test_retry_after_grows_so_that_clients_do_not_return_at_once(monkeypatch):
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now)
     queue = Admission(2, "videos")
     for _ in range(100):  # each takes 4 s: a place becomes free every 2 s
-        with queue.enter():
+        with queue.enter(""):
             now += 4.0
 
     def refused():
         with pytest.raises(Refusal) as caught:
-            queue.check()
+            queue.check("")
         return int(caught.value.headers["retry-after"])
 
-    with queue.enter(), queue.enter():
+    with queue.enter(""), queue.enter(""):
         assert [refused() for _ in range(4)] == [2, 4, 6, 8]
         now += 6.0
         assert refused() == 4
@@ -207,4 +208,31 @@ def test_retry_after_grows_so_that_clients_do_not_return_at_once(monkeypatch):
             assert refused() <= 60
         now += 1000.0
         assert refused() == 2
-    queue.check()
+    queue.check("")
+
+
+def test_one_client_cannot_take_the_last_places():
+    """Of 16 places the last 4 are for clients that hold less than 2; this machine may take all."""
+    queue = Admission(16, "uploads")
+    with contextlib.ExitStack() as held:
+        for _ in range(12):
+            held.enter_context(queue.enter("192.0.2.1"))
+        with pytest.raises(Refusal, match="12 uploads of your address") as refused:
+            queue.check("192.0.2.1")
+        assert refused.value.status == 429
+        for address in ("192.0.2.2", "192.0.2.2", "192.0.2.3"):
+            held.enter_context(queue.enter(address))
+        with pytest.raises(Refusal, match="2 uploads of your address"):
+            queue.check("192.0.2.2")
+        held.enter_context(queue.enter(""))
+        with pytest.raises(Refusal, match="16 uploads are the most"):
+            queue.check("192.0.2.3")
+    queue.check("192.0.2.1")
+    assert not queue._held
+
+
+def test_clients_of_this_machine_have_no_address():
+    assert client_of({"client": ("192.0.2.1", 5)}) == "192.0.2.1"
+    assert client_of({"client": ("2001:db8::1", 5)}) == "2001:db8::1"
+    for scope in ({"client": ("127.0.0.2", 5)}, {"client": ("::1", 5)}, {"client": None}, {}):
+        assert client_of(scope) == ""

@@ -14,6 +14,7 @@ import math
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -42,6 +43,10 @@ Work = Callable[[Report], Awaitable[Classification]]
 class Admission:
     """Back-pressure: admits `limit` requests at a time and refuses others at once.
 
+    The last quarter of the places is for clients that hold less than an eighth of all places, so
+    that one client, however slow, does not shut out the others. Clients of this machine, such as a
+    proxy, may take all places.
+
     Retry-After grows with the number already refused, so that the clients do not all return at
     the same time and are refused again (thundering herd).
     """
@@ -50,40 +55,55 @@ class Admission:
         self.limit, self.what = limit, what
         self.inside = 0
         self.refused = 0
+        self._held: Counter[str] = Counter()
+        """Address of a client -> places that it holds."""
         self._mean_seconds = 1.0
         """Moving average of the seconds that a request takes."""
         self._last_promise = 0.0
         """When the client that was refused last is to return, on the monotonic clock."""
 
-    def check(self) -> None:
-        """Refuse if the limit is reached.
+    def check(self, client: str) -> None:
+        """Refuse if the limit is reached; `client` is an address, or empty for this machine.
 
         Raises:
             Refusal: 429 with Retry-After.
         """
-        if self.inside >= self.limit:
-            self.refused += 1
-            now = time.monotonic()
-            # with all places taken, one becomes free every mean / limit seconds
-            moment = max(self._last_promise, now) + self._mean_seconds / self.limit
-            self._last_promise = min(moment, now + MAX_RETRY_SECONDS)
-            seconds = max(1, math.ceil(self._last_promise - now))
-            raise Refusal(429, f"{self.inside} {self.what} are the most at a time", seconds)
+        free = self.limit - self.inside
+        share = max(1, self.limit // 8)
+        if free <= 0:
+            text = f"{self.inside} {self.what} are the most at a time"
+        elif client and free <= self.limit // 4 and self._held[client] >= share:
+            text = (
+                f"{self._held[client]} {self.what} of your address are under way; the last {free} "
+                f"of {self.limit} places are for addresses with less than {share}"
+            )
+        else:
+            return
+        self.refused += 1
+        now = time.monotonic()
+        # with all places taken, one becomes free every mean / limit seconds
+        moment = max(self._last_promise, now) + self._mean_seconds / self.limit
+        self._last_promise = min(moment, now + MAX_RETRY_SECONDS)
+        raise Refusal(429, text, max(1, math.ceil(self._last_promise - now)))
 
     @contextlib.contextmanager
-    def enter(self) -> Iterator[None]:
-        """Admit a request for as long as the context lasts.
+    def enter(self, client: str) -> Iterator[None]:
+        """Admit a request of a client for as long as the context lasts.
 
         Raises:
             Refusal: 429, the limit is reached.
         """
-        self.check()
+        self.check(client)
         self.inside += 1
+        self._held[client] += 1
         began = time.monotonic()
         try:
             yield
         finally:
             self.inside -= 1
+            self._held[client] -= 1
+            if not self._held[client]:
+                del self._held[client]
             self._mean_seconds += 0.1 * (time.monotonic() - began - self._mean_seconds)
 
 
@@ -158,17 +178,18 @@ class Jobs:
         """Close the database."""
         self._store.close()
 
-    def submit(self, work: Work, close: Callable[[], None]) -> Job:
+    def submit(self, client: str, work: Work, close: Callable[[], None]) -> Job:
         """Queue a job; it starts as soon as fewer than `at_once` others run.
 
         Args:
+            client: address of who asks for it.
             work: does the job.
             close: called when the job has ended, whether it succeeded or not.
 
         Raises:
             Refusal: 429, too many jobs are unfinished.
         """
-        admission = self.queue.enter()
+        admission = self.queue.enter(client)
         admission.__enter__()
         job = Job()
         self.active[job.id] = job
@@ -234,7 +255,8 @@ class Jobs:
             return msgspec.json.decode(row[0], type=JobDocument), None
         except msgspec.MsgspecError as error:
             log.error("the document of a job is damaged", extra={"reason": str(error)})
-            raise Refusal(404, f"the result of job {key[:50]!r} is damaged; send it again") from None
+            text = f"the result of job {key[:50]!r} is damaged; send it again"
+            raise Refusal(404, text) from None
 
     async def events(self, key: str, every: float) -> AsyncIterator[JobDocument | None]:
         """A job's document after each change, until its state is final.

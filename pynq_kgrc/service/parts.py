@@ -15,6 +15,7 @@ from fastapi.responses import Response
 
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.service.catalogue import Catalogue
+from pynq_kgrc.service.guard import client_of
 from pynq_kgrc.service.jobs import Admission, Job, Jobs, Report
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.options import Options
@@ -153,7 +154,8 @@ class Service:
         Raises:
             Refusal: 415, 429, 507, or what is wrong with the body.
         """
-        self.queue.check()
+        client = client_of(request.scope)
+        self.queue.check(client)
         encoding = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
         if encoding not in ("", "identity"):
             raise Refusal(
@@ -162,13 +164,13 @@ class Service:
                 f"file as it is",
                 close=True,
             )
-        with self.uploads.enter():
+        with self.uploads.enter(client):
             expected = int(request.headers.get("content-length", "0") or 0)
             kind = request.headers.get("content-type", "")
             return await receive_upload(request.stream(), kind, expected, self.room)
 
-    def submit(self, upload: Upload, options: Options) -> Job:
-        """Start a job that classifies an upload; the job closes the upload.
+    def submit(self, client: str, upload: Upload, options: Options) -> Job:
+        """Start a job that classifies an upload of a client; the job closes the upload.
 
         Raises:
             Refusal: 404 no such program, 422 an option out of range, 429 the queue is full.
@@ -184,7 +186,7 @@ class Service:
                     upload, program, options, self.settings, self.pool, self.decoder, report
                 )
 
-            return self.jobs.submit(work, context.close)
+            return self.jobs.submit(client, work, context.close)
         except BaseException:
             context.close()
             raise

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse, Response
 
 from pynq_kgrc.quant import Array
 from pynq_kgrc.service.catalogue import Catalogue, ServedProgram
+from pynq_kgrc.service.guard import client_of
 from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
@@ -338,7 +339,10 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
     @router.get("/models/{name}/ready", tags=[OIP], responses=NOT_FOUND)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model is served."""
-        program = catalogue.find(name, version)
+        try:
+            program = catalogue.find(name, version)
+        except Refusal:  # without the names of the loaded ones: this route needs no key
+            raise Refusal(404, f"no program {name[:100]!r} of that version is loaded") from None
         if reason := service.unavailable_reason():
             raise Refusal(503, reason, 5)
         return {"name": program.name, "ready": True}
@@ -353,7 +357,10 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
     @router.post("/models/{name}/infer", tags=[OIP], openapi_extra=body)
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
         """Run a model on clips of frames."""
-        with service.queue.enter(), catalogue.lease(name, version) as program:
+        with (
+            service.queue.enter(client_of(request.scope)),
+            catalogue.lease(name, version) as program,
+        ):
             names = request.headers.keys()
             head = {name: ", ".join(request.headers.getlist(name)) for name in names}
             inference, binary = read_request(await request.body(), head, service.settings)
