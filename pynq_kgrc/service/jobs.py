@@ -107,6 +107,42 @@ class Admission:
             self._mean_seconds += 0.1 * (time.monotonic() - began - self._mean_seconds)
 
 
+class Budget:
+    """Bytes of memory that requests share: who finds too few left waits for them, in order."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total = self.left = total
+        self.what = what
+        self._turn = asyncio.Lock()
+        self._returned = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def take(self, size: int, seconds: float) -> AsyncIterator[None]:
+        """Have `size` bytes for as long as the context lasts.
+
+        Raises:
+            Refusal: 429, they were not left within `seconds`.
+        """
+        try:
+            await within(self._wait(size), seconds)
+        except asyncio.TimeoutError:
+            raise Refusal(
+                429, f"{self.what} of other requests take all of the {self.total} bytes", 5
+            ) from None
+        try:
+            yield
+        finally:
+            self.left += size
+            self._returned.set()
+
+    async def _wait(self, size: int) -> None:
+        async with self._turn:
+            while self.left < size:
+                self._returned.clear()
+                await self._returned.wait()
+            self.left -= size
+
+
 class Job:
     """The job of one video: its state, progress and result."""
 

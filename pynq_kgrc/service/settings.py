@@ -39,9 +39,9 @@ class Settings:
     live: int = 4
     """Live sessions that may run at a time."""
     max_bytes: int = 200_000_000
-    """Largest request body, and largest body after decompression."""
-    max_json_bytes: int = 32_000_000
-    """Largest JSON part of an inference request."""
+    """Largest request body."""
+    infer_bytes: int = 100_000_000
+    """Memory for the bodies of all inference requests at a time; others wait to be read."""
     max_header_bytes: int = 32_768
     max_pixels: int = 1920 * 1088
     """Largest frame, in pixels."""

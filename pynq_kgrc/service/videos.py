@@ -33,6 +33,7 @@ from pynq_kgrc.service.schemas import (
     VideoFacts,
 )
 from pynq_kgrc.service.settings import Settings
+from pynq_kgrc.service.tensors import BodyRequest, InferRequest
 from pynq_kgrc.service.uploads import Upload
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.service.wire import DecodeReply, DecodeRequest, LayerRun, ProgramDocument
@@ -52,6 +53,7 @@ class Decoder:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._reading = asyncio.Lock()
 
     def start(self) -> None:
         """Start the process; forking a child from it takes 10 ms instead of a second."""
@@ -82,7 +84,7 @@ class Decoder:
         """Process id; 0 if there is no process."""
         return 0 if self._process is None else self._process.pid
 
-    def fork(self, request: DecodeRequest, source: int, target: int) -> None:
+    def fork(self, request: DecodeRequest | BodyRequest, source: int, target: int) -> None:
         """Fork a child that reads from descriptor `source` and writes to `target`.
 
         Raises:
@@ -108,6 +110,39 @@ class Decoder:
         The pipe's buffer gives back-pressure: while a clip runs on the device, the child decodes
         about two clips ahead. Leaving the context ends the child.
         """
+        async with self._child(upload, request, max(1 << 16, clip_bytes)) as stream:
+            yield _replies(stream, request, clip_bytes)
+
+    async def body(self, upload: Upload, request: BodyRequest) -> tuple[InferRequest, memoryview]:
+        """The body of an inference request, read by a child; see `tensors.read_body`.
+
+        One at a time, so that all of them take no more memory than one.
+
+        Raises:
+            Refusal: what is wrong with the body; 413, it takes too much time or memory.
+        """
+        async with self._reading, self._child(upload, request, 1 << 20) as stream:
+            try:
+                reading = wire.read(stream, DecodeReply, request.most)
+                message = await within(reading, request.seconds + 5)
+            except (asyncio.TimeoutError, DeviceError):
+                message = None
+        if message is None:
+            raise Refusal(
+                413,
+                f"reading this body failed, or took more than the {request.seconds:g} s or "
+                f"{request.memory_bytes} bytes of memory accepted: send tensors binary",
+            )
+        reply, clips = message
+        if reply.kind == "error":
+            raise Refusal(reply.status if reply.status in (413, 415) else 400, reply.text[:500])
+        return msgspec.json.decode(reply.text, type=InferRequest), memoryview(clips)
+
+    @contextlib.asynccontextmanager
+    async def _child(
+        self, upload: Upload, request: DecodeRequest | BodyRequest, ahead: int
+    ) -> AsyncIterator[asyncio.StreamReader]:
+        """What a child writes; `ahead` bytes are read of it before they are asked for."""
         source = upload.open()
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         wire.enlarge_pipe(ours)
@@ -119,13 +154,13 @@ class Decoder:
         finally:
             os.close(source)
             os.close(theirs)
-        stream = asyncio.StreamReader(limit=max(1 << 16, clip_bytes))
+        stream = asyncio.StreamReader(limit=ahead)
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(ours, "rb", buffering=0)
         )
         try:
-            yield _replies(stream, request, clip_bytes)
+            yield stream
         finally:
             transport.close()
 

@@ -72,7 +72,7 @@ class Answer(msgspec.Struct):
     program: ProgramDocument | None = None
 
 
-class DecodeRequest(msgspec.Struct, forbid_unknown_fields=True):
+class DecodeRequest(msgspec.Struct, tag="decode", forbid_unknown_fields=True):
     """To a decoder child: what to decode, into which clips, within which limits."""
 
     verb: str
