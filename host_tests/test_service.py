@@ -48,6 +48,9 @@ def program(folder):
     return folder / "tiny.kgrc"
 
 
+MAX_PIXELS = 1080 * 2400
+
+
 @pytest.fixture(scope="module")
 def repository(folder):
     """A folder of programs that may be loaded."""
@@ -65,6 +68,7 @@ def video(folder):
 @pytest.fixture(scope="module")
 def service(folder, program, repository):
     arguments = ["--repository", repository, "--queue", "4", "--max-bytes", "3000000"]
+    arguments += ["--max-pixels", MAX_PIXELS]
     with Serving(*arguments, state=folder / "state", program=program) as serving:
         yield serving
         assert serving.ready()  # no test broke it
@@ -314,24 +318,52 @@ def test_a_cut_video_says_so(service, tmp_path):
     assert "cut off or damaged" in document["video"]["notes"][-1]
 
 
+def write_plain(path, codec, layout, size=(64, 48)):
+    """Write a video of nine pictures of one colour each; its bytes."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = size
+        stream.pix_fmt = layout
+        for i in range(9):
+            picture = np.full((size[1], size[0], 3), 20 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
 def test_pixels_and_bytes_have_limits(service, tmp_path):
     huge = write_video(tmp_path / "huge.mp4", frames=2, size=(4096, 2160), codec="mpeg4")
     refused = service.classify(huge)
     assert refused.status == 413
-    assert "more than the 2088960 pixels accepted" in refused.json["error"]
+    assert f"more than the {MAX_PIXELS} pixels accepted" in refused.json["error"]
     huge = write_video(tmp_path / "huge.mkv", frames=2, size=(4096, 2160), codec="libx264")
     refused = service.classify(huge)
     assert refused.status == 413
-    assert "4096 x 2160 pixels are larger than the 2088960 accepted" in refused.json["error"]
+    assert f"4096 x 2160 pixels are larger than the {MAX_PIXELS} accepted" in refused.json["error"]
     refused = service.classify(bytes(3_000_001))
     assert refused.status == 413
     assert refused.json["error"] == "a body of 3000001 bytes; accepted are 3000000"
-    long = write_video(tmp_path / "long.avi", frames=10, codec="mpeg4", rate=1)
+    portrait = write_plain(tmp_path / "phone.mp4", "libx264", "yuv420p", (1080, 2400))
+    assert service.classify(portrait).json["video"]["height"] == 2400
+
+
+def test_of_a_long_video_the_beginning_is_answered(service, tmp_path):
+    long = write_video(tmp_path / "long.avi", frames=20, codec="mpeg4", rate=1)
     at = long.index(b"strh") + 8 + 20  # one frame takes 100 s
     slow = long[:at] + struct.pack("<II", 100, 1) + long[at + 8 :]
-    refused = service.classify(slow)
-    assert refused.status == 413, refused.body
-    assert "longer than the 600 s accepted" in refused.json["error"]
+    answer = service.classify(slow).json
+    assert answer["video"]["notes"][0].endswith("s: only 600 s of a video are looked at")
+    assert answer["video"]["frames"] == 7
+    assert answer["windows"][-1]["end_ms"] == 700_000
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "huffyuv", "png", "qtrle"])
+def test_a_codec_that_is_not_named_is_refused(service, tmp_path, codec):
+    layout = "rgb24" if codec in ("png", "qtrle") else "yuv422p"
+    container = "v.mov" if codec == "qtrle" else "v.mkv"
+    refused = service.classify(write_plain(tmp_path / container, codec, layout))
+    assert refused.status == 422
+    assert f"codec {codec}, which is not accepted; convert it: ffmpeg" in refused.json["error"]
 
 
 # ---- windows and segments -------------------------------------------------------------------

@@ -339,6 +339,7 @@ async def _serve(
             "port": port,
             "backend": settings.backend,
             "programs": list(service.catalogue.served),
+            "decoders_cannot": service.confined,
         }
     )
     try:

@@ -30,12 +30,12 @@ from pynq_kgrc.service.tensors import (
     MAX_BATCH,
     MAX_HEAD,
     MAX_JSON,
-    BodyRequest,
     InferRequest,
     read_body,
 )
 from pynq_kgrc.service.uploads import Room, Upload, receive_upload
 from pynq_kgrc.service.videos import Decoder, check_options, classify
+from pynq_kgrc.service.wire import BodyRequest
 
 SHORT_JSON = 1 << 18
 """Largest JSON body that is read by the process that answers; it takes a few milliseconds."""
@@ -57,6 +57,8 @@ class Service:
         self.bodies = Budget(settings.infer_bytes, "inference bodies")
         self.room = Room(settings.state, settings.free_bytes)
         self.server: Server | None = None
+        self.confined: list[str] = []
+        """What a process that decodes a video cannot do on this machine."""
         self._probing: asyncio.Task[None] | None = None
         self._lock = self._open_state(settings.state)
         self.catalogue = Catalogue(
@@ -105,6 +107,7 @@ class Service:
         """
         try:
             self.decoder.start()
+            self.confined = await self.decoder.confined()
             await self.pool.start()
             for path in self.settings.programs:
                 await self.catalogue.load(path.stem)

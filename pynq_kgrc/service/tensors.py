@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from pynq_kgrc.service.refusal import Refusal
+from pynq_kgrc.service.wire import BodyRequest
 
 INPUT = "frames"
 MAX_BATCH = 32
@@ -56,29 +57,6 @@ class InferRequest(msgspec.Struct):
     id: str | None = None
     outputs: list[RequestedOutput] | None = None
     parameters: dict[str, Any] | None = None
-
-
-class BodyRequest(msgspec.Struct, tag="body", frozen=True, forbid_unknown_fields=True):
-    """How to read the body of an inference request. To a decoder child."""
-
-    model: str
-    clip_shape: tuple[int, int, int, int]
-    """[D, H, W, 3]."""
-    most: int
-    """Largest body after decompression, in bytes."""
-    encoding: str = ""
-    """Content-Encoding."""
-    head_length: str | None = None
-    """Inference-Header-Content-Length: bytes of the JSON part; without it all is JSON."""
-    memory_bytes: int = 250_000_000
-    """Address space that a decoder child may add."""
-    seconds: float = 30.0
-    """Time limit of a decoder child."""
-
-    @property
-    def clip_bytes(self) -> int:
-        """Bytes of a clip."""
-        return math.prod(self.clip_shape)
 
 
 def read_body(body: bytes | bytearray, how: BodyRequest) -> tuple[InferRequest, memoryview]:

@@ -33,13 +33,23 @@ from pynq_kgrc.service.schemas import (
     VideoFacts,
 )
 from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.tensors import BodyRequest, InferRequest
+from pynq_kgrc.service.tensors import InferRequest
 from pynq_kgrc.service.uploads import Upload
 from pynq_kgrc.service.waiting import within
-from pynq_kgrc.service.wire import DecodeReply, DecodeRequest, LayerRun, ProgramDocument
+from pynq_kgrc.service.wire import (
+    BodyRequest,
+    ConfinedRequest,
+    DecodeReply,
+    DecodeRequest,
+    LayerRun,
+    ProgramDocument,
+)
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 """Only a process with one thread may fork safely, so the numeric libraries get one thread."""
+
+CONFINED_SECONDS = 30.0
+"""Time limit for the first child; the process that forks it may still be starting."""
 
 DIGITS = 6
 """Decimals of the confidences in an answer."""
@@ -84,7 +94,7 @@ class Decoder:
         """Process id; 0 if there is no process."""
         return 0 if self._process is None else self._process.pid
 
-    def fork(self, request: DecodeRequest | BodyRequest, source: int, target: int) -> None:
+    def fork(self, request: wire.Orders, source: int, target: int) -> None:
         """Fork a child that reads from descriptor `source` and writes to `target`.
 
         Raises:
@@ -110,7 +120,7 @@ class Decoder:
         The pipe's buffer gives back-pressure: while a clip runs on the device, the child decodes
         about two clips ahead. Leaving the context ends the child.
         """
-        async with self._child(upload, request, max(1 << 16, clip_bytes)) as stream:
+        async with self._child(upload.open(), request, max(1 << 16, clip_bytes)) as stream:
             yield _replies(stream, request, clip_bytes)
 
     async def body(self, upload: Upload, request: BodyRequest) -> tuple[InferRequest, memoryview]:
@@ -121,7 +131,7 @@ class Decoder:
         Raises:
             Refusal: what is wrong with the body; 413, it takes too much time or memory.
         """
-        async with self._reading, self._child(upload, request, 1 << 20) as stream:
+        async with self._reading, self._child(upload.open(), request, 1 << 20) as stream:
             try:
                 reading = wire.read(stream, DecodeReply, request.most)
                 message = await within(reading, request.seconds + 5)
@@ -138,12 +148,27 @@ class Decoder:
             raise Refusal(reply.status if reply.status in (413, 415) else 400, reply.text[:500])
         return msgspec.json.decode(reply.text, type=InferRequest), memoryview(clips)
 
+    async def confined(self) -> list[str]:
+        """What a child on this machine cannot do, by trying it; see `confine.what_holds`.
+
+        Raises:
+            DeviceError: no child answers.
+        """
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        async with self._child(nothing, ConfinedRequest(), 1 << 16) as stream:
+            message = await within(wire.read(stream, DecodeReply), CONFINED_SECONDS)
+        if message is None:
+            raise DeviceError("the process that decodes videos does not answer")
+        return message[0].notes
+
     @contextlib.asynccontextmanager
     async def _child(
-        self, upload: Upload, request: DecodeRequest | BodyRequest, ahead: int
+        self, source: int, request: wire.Orders, ahead: int
     ) -> AsyncIterator[asyncio.StreamReader]:
-        """What a child writes; `ahead` bytes are read of it before they are asked for."""
-        source = upload.open()
+        """What a child writes that reads from `source`, which is closed here.
+
+        `ahead` bytes are read of it before they are asked for.
+        """
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         wire.enlarge_pipe(ours)
         try:
