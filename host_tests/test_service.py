@@ -10,6 +10,7 @@ import shlex
 import struct
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -366,6 +367,35 @@ def test_a_codec_that_is_not_named_is_refused(service, tmp_path, codec):
     refused = service.classify(write_plain(tmp_path / container, codec, layout))
     assert refused.status == 422
     assert f"codec {codec}, which is not accepted; convert it: ffmpeg" in refused.json["error"]
+
+
+def test_the_clips_of_one_video_run_on_all_workers(folder, tmp_path):
+    """With two workers, two clips run at a time; the answer is that of one worker."""
+    write_program(tmp_path / "slow.kgrc", size=(8, 48, 48), filters=32)
+    film = write_video(tmp_path / "film.mp4", frames=96)
+    frames = np.random.default_rng(0).integers(0, 256, (6, 8, 48, 48, 3), dtype=np.uint8)
+    answers, busiest = [], []
+    for workers in (1, 2):
+        state = tmp_path / f"state-{workers}"
+        with Serving("--workers", workers, state=state, program=tmp_path / "slow.kgrc") as serving:
+            idle, over = [workers], threading.Event()
+
+            def watch(serving=serving, idle=idle, over=over):
+                while not over.wait(0.01):
+                    text = serving.get("/metrics").body.decode()
+                    idle.append(float(text.split("kgrc_workers_idle ")[-1].split()[0]))
+
+            watching = threading.Thread(target=watch)
+            watching.start()
+            document = serving.classify(film, "?stride=4").json
+            batch = serving.infer(frames, "slow").body
+            over.set()
+            watching.join()
+            answers.append((document["windows"], document["segments"], batch))
+            busiest.append(workers - min(idle))
+    assert busiest == [1, 2]
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]) == 23
 
 
 # ---- windows and segments -------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Each of these holds where the kernel has it: another user (where the service runs as root),
 no_new_privs, Landlock (files, TCP, signals; Linux 5.13 and later), and a seccomp filter (files,
 sockets, processes, signals; x86-64 and aarch64). `what_holds` tries each out; `serve` prints it.
-Numbers and structures are those of Linux' headers landlock.h, seccomp.h, filter.h and unistd.h.
+Numbers and structures are those of Linux' public headers.
 """
 
 from __future__ import annotations

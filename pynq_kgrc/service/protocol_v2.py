@@ -13,6 +13,7 @@ import gzip
 import re
 import struct
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -35,7 +36,7 @@ from pynq_kgrc.service.tensors import (
     flag_parameter,
     whole_parameter,
 )
-from pynq_kgrc.service.waiting import within
+from pynq_kgrc.service.waiting import in_order, within
 
 OIP = "Open Inference Protocol"
 OUTPUTS = ("probabilities", "logits")
@@ -219,8 +220,15 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
 
 
 async def run_clips(pool: Pool, key: str, clips: list[memoryview]) -> Array:
-    """Logits and probabilities of clips, one after the other: float32 [clips, 2, classes]."""
-    found = [await pool.run(key, clip) for clip in clips]
+    """Logits and probabilities of clips: float32 [clips, 2, classes]; every worker runs some."""
+
+    async def listed() -> AsyncIterator[memoryview]:
+        for clip in clips:
+            yield clip
+
+    runs = in_order(listed(), lambda clip: pool.run(key, clip), pool.size)
+    async with contextlib.aclosing(runs):
+        found = [run async for _, run in runs]
     scores: Array = np.stack([np.frombuffer(run.scores, "<f4").reshape(2, -1) for run in found])
     return scores
 

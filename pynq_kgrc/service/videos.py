@@ -35,7 +35,7 @@ from pynq_kgrc.service.schemas import (
 from pynq_kgrc.service.settings import Settings
 from pynq_kgrc.service.tensors import InferRequest
 from pynq_kgrc.service.uploads import Upload
-from pynq_kgrc.service.waiting import within
+from pynq_kgrc.service.waiting import in_order, within
 from pynq_kgrc.service.wire import (
     BodyRequest,
     ConfinedRequest,
@@ -282,16 +282,23 @@ async def classify(
     run = waited = 0.0
     end = DecodeReply("end")
     async with decoder.clips(upload, request, clip_bytes) as replies:
-        async for reply, payload in replies:
-            if reply.kind == "end":
-                end = reply
-                break
-            found = await pool.run(program.key, payload)
-            times = round(reply.start_ms, 1), round(reply.end_ms, 1)
-            windows.add(*times, probabilities_of(found))
-            layers, run, waited = found.layers, run + found.seconds, waited + found.waited
-            share = min(1.0, reply.end_ms / reply.declared_ms) if reply.declared_ms else None
-            report(Progress(len(windows.windows), reply.decoded, share))
+
+        async def clips() -> Clips:
+            nonlocal end
+            async for reply, payload in replies:
+                if reply.kind == "end":
+                    end = reply
+                    return
+                yield reply, payload
+
+        runs = in_order(clips(), lambda clip: pool.run(program.key, clip[1]), pool.size)
+        async with contextlib.aclosing(runs):
+            async for (reply, _), found in runs:
+                times = round(reply.start_ms, 1), round(reply.end_ms, 1)
+                windows.add(*times, probabilities_of(found))
+                layers, run, waited = found.layers, run + found.seconds, waited + found.waited
+                share = min(1.0, reply.end_ms / reply.declared_ms) if reply.declared_ms else None
+                report(Progress(len(windows.windows), reply.decoded, share))
     total = time.perf_counter() - began
     recognition = windows.result(end.notes, pool.backend)
     return Classification(
