@@ -63,8 +63,9 @@ of a Kria K26 module."""
 SIMULATED = "(simulated)"
 """Ends the name of each simulated rail."""
 
-DEFAULT_LABEL = re.compile(r"(in|curr|power|temp|fan)\d+$")
-"""What libsensors calls a sensor that has no name: those of all chips are the same."""
+DEFAULT_LABEL = re.compile(r"(in|curr|power|temp|fan|[piv]in|[piv]out)\d*")
+"""What libsensors and drivers of PMBus chips call a sensor that has no name: the same on each
+chip."""
 
 
 @dataclass(frozen=True)
