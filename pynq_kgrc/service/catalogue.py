@@ -184,6 +184,8 @@ class Catalogue:
         Raises:
             ProgramError: it cannot be read.
         """
+        if not source.is_file():  # a FIFO would be read for ever
+            raise ProgramError(f"{source.name}: is no file")
         self.copies.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         handle, beside = tempfile.mkstemp(dir=self.copies, prefix=".")

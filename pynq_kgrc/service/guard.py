@@ -100,7 +100,10 @@ class Guard:
             await exchange.refuse(refusal)
         else:
             try:
-                await self.app(scope, exchange.receive, exchange.send)
+                # uvicorn leaves out the body of an answer to HEAD
+                asked = {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
+                await self.app(asked, exchange.receive, exchange.send)
+                scope.setdefault("route", asked.get("route"))
             except Refusal as refusal:
                 if exchange.status:
                     raise
@@ -128,6 +131,8 @@ class Guard:
         path = scope["path"]
         if self.settings.keys and not OPEN_PATHS.fullmatch(path) and not self.has_valid_key(head):
             raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=True)
+        if "content-length" in head and "transfer-encoding" in head:  # RFC 9112, 6.3
+            raise Refusal(400, "Content-Length beside Transfer-Encoding", close=True)
         length = head.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
             raise Refusal(400, "a Content-Length that is not a number", close=True)

@@ -14,7 +14,7 @@ import re
 import struct
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,13 +24,14 @@ from fastapi.responses import JSONResponse, Response
 from pynq_kgrc.quant import Array
 from pynq_kgrc.service.catalogue import Catalogue, ServedProgram
 from pynq_kgrc.service.guard import client_of
-from pynq_kgrc.service.parts import Service
+from pynq_kgrc.service.parts import Service, limited
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.schemas import ERRORS, NOT_FOUND
 from pynq_kgrc.service.tensors import (
     HEADER_LENGTH,
     INPUT,
+    MAX_HEAD,
     InferRequest,
     RequestedOutput,
     flag_parameter,
@@ -233,15 +234,54 @@ async def run_clips(pool: Pool, key: str, clips: list[memoryview]) -> Array:
     return scores
 
 
+class IndexRequest(msgspec.Struct):
+    """What `index` may be asked: the loaded programs only."""
+
+    ready: bool = False
+
+
+class LoadRequest(msgspec.Struct):
+    """Triton's parameters of `load`, none of which is accepted."""
+
+    parameters: dict[str, Any] = {}
+
+
+Order = TypeVar("Order", bound=msgspec.Struct)
+
+
+async def read_order(request: Request, kind: type[Order]) -> Order:
+    """The JSON body of an order to the repository; the defaults if it is empty.
+
+    Raises:
+        Refusal: 400, it is not of that form; 413.
+    """
+    body = b"".join([part async for part in limited(request.stream(), MAX_HEAD)])
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise Refusal(400, f"the body: {error}") from error
+
+
+def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """An optional JSON body for FastAPI's `openapi_extra`."""
+    schema = msgspec.json.schema(kind)["$defs"][kind.__name__]
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+
+
 def add_repository_routes(router: APIRouter, catalogue: Catalogue) -> None:
     """The model repository extension: list, load and unload programs."""
 
-    @router.post("/repository/index", tags=["Model repository"])
-    async def index() -> list[dict[str, str]]:
+    @router.post(
+        "/repository/index", tags=["Model repository"], openapi_extra=body_of(IndexRequest)
+    )
+    async def index(request: Request) -> list[dict[str, str]]:
         """Every program that is loaded or may be loaded, and why it is not loaded."""
+        ready = await read_order(request, IndexRequest)
         rows = []
         for name in {**catalogue.sources(), **catalogue.served}:
             program = catalogue.served.get(name)
+            if ready.ready and program is None:
+                continue
             rows.append(
                 {
                     "name": name,
@@ -252,12 +292,24 @@ def add_repository_routes(router: APIRouter, catalogue: Catalogue) -> None:
             )
         return rows
 
-    @router.post("/repository/models/{name}/load", tags=["Model repository"], responses=NOT_FOUND)
-    async def load(name: str) -> dict[str, Any]:
+    @router.post(
+        "/repository/models/{name}/load",
+        tags=["Model repository"],
+        responses=NOT_FOUND,
+        openapi_extra=body_of(LoadRequest),
+    )
+    async def load(name: str, request: Request) -> dict[str, Any]:
         """Load a program, or reload its file.
 
         The old version is served until the new one has run a clip in every worker.
         """
+        given = (await read_order(request, LoadRequest)).parameters
+        if given:
+            raise Refusal(
+                400,
+                f"parameters {', '.join(sorted(given))[:100]}; accepted are none: a program "
+                f"file has all of its configuration",
+            )
         program = await catalogue.load(name)
         return {"name": program.name, "version": program.version}
 
