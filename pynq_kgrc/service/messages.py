@@ -1,7 +1,7 @@
 """The messages of the Open Inference Protocol over gRPC, as protobuf classes.
 
-Written after the protocol's specification (kserve/open-inference-protocol,
-specification/protocol/inference_grpc.md) and Triton's extensions of it. The classes are made here
+Written after the protocol's specification (kserve/open-inference-protocol, its
+page on gRPC) and Triton's extensions of it. The classes are made here
 from a table instead of by protoc: generated code asks for a version of protobuf at least its own,
 and pynq 4.0 has an older one than today's clients.
 """
