@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.tiling import Work, beats_of_row, tiles
+from pynq_kgrc.accelerator.tiling import Work, tiles
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.backends.image import decode_map
 from pynq_kgrc.compiler.lower import lower
@@ -84,8 +84,9 @@ class PortAnswer:
     port: Array
     """The index in `ports` for each element of the output, as far as it is known: an array that
     broadcasts to [C, D, H, W]."""
-    line: Array
-    """The bit of that port's beat that carries bit 0 of the element; broadcasts as `port`."""
+    line: Array | None
+    """The bit of that port's beat that carries bit 0 of the element; broadcasts as `port`. None if
+    an element of the output does not show bits of a beat."""
     lines: int
     """Bits of a beat of those ports."""
 
@@ -283,7 +284,7 @@ def _map_lines(config: AcceleratorConfig, channels: int, width: int) -> Array:
 
 
 def _walking_beats(config: AcceleratorConfig) -> Array:
-    """Beats with one bit set, one bit clear, alternating bits, and random bits: uint8 [N, bytes]."""
+    """Beats with one bit set, one clear, alternating and random bits: uint8 [N, bytes]."""
     count = config.beat_bytes
     ones = np.packbits(np.eye(8 * count, dtype=np.uint8), axis=1, bitorder="little")
     alternating = np.array([[0xAA], [0x55]], np.uint8).repeat(count, axis=1)
@@ -462,7 +463,7 @@ def _scale_answer(config: AcceleratorConfig) -> PortAnswer:
         answer("scales", program, [np.zeros((config.tn, 1, 1, 1), code_dtype(config.bits))]),
         ("scales", "output"),
         np.zeros((1, 1, 1, 1), np.int64),
-        np.zeros((1, 1, 1, 1), np.int64),
+        None,
         64,
     )
 
@@ -493,7 +494,7 @@ def _index_answer(config: AcceleratorConfig) -> PortAnswer:
         answer("indices", program, [clip.astype(quant.dtype)]),
         ("indices", "items"),
         np.zeros((1, 1, 1, 1), np.int64),
-        np.zeros((1, 1, 1, 1), np.int64),
+        None,
         64,
     )
 

@@ -1,0 +1,130 @@
+"""The board backend as the self-test opens it: it hands out what the driver only checks itself."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import pynq
+
+from pynq_kgrc.accelerator.header import DONE, STATUS
+from pynq_kgrc.backends.board.backend import BoardBackend
+from pynq_kgrc.backends.board.device import cma_free, warnings_ignored
+from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.quant import Array
+
+LEAST_HELD = 1 << 20
+"""Bytes of the smallest block that `memory_held` allocates."""
+
+START_SECONDS = 1.0
+"""How long a start without tasks may take; it takes microseconds."""
+
+
+class ProbedBoard(BoardBackend):
+    """A board whose counts are kept in `words` instead of being compared with the cost model.
+
+    A task that does not report done is an error as ever. The arguments are those of BoardBackend.
+    """
+
+    words: Array
+    """uint64 [tasks, words] in the order of `header.STATUS`, after a run: what the kernel reported
+    of the tasks that it ran since the program was loaded; zeros elsewhere."""
+
+    def __enter__(self) -> ProbedBoard:
+        return self
+
+    def _check_status(self, status: Array, first: int, last: int) -> None:
+        if (status[first:last, STATUS.index("done")] != 1).any():
+            super()._check_status(status, first, last)
+        self.words = np.array(status)
+
+    @property
+    def clock_hz(self) -> float:
+        """The frequency of the kernel's clock, as it was read back."""
+        return self._clock_hz
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether runs are awaited by interrupt; set it again after one was lost."""
+        return self._interrupts
+
+    @interrupts.setter
+    def interrupts(self, used: bool) -> None:
+        self._interrupts = used
+
+    @property
+    def tool(self) -> str:
+        """The tool that built the overlay, by its manifest."""
+        return self._found_overlay.manifest.tool
+
+    def addresses(self) -> dict[str, tuple[int, int]]:
+        """The first and last address of each buffer of the loaded program."""
+        return {
+            name: (int(buffer.device_address), int(buffer.device_address) + buffer.nbytes - 1)
+            for name, buffer in self._resources.buffers.items()
+        }
+
+    def time_start(self, starts: int) -> float:
+        """The median of the seconds from a start without tasks to its end, polled as fast as
+        possible.
+
+        Raises:
+            DeviceError: it does not end within START_SECONDS.
+        """
+        return statistics.median(self._start_polled() for _ in range(starts))
+
+    def time_interrupt(self, starts: int) -> tuple[float, int]:
+        """The same with the interrupt awaited, and how many interrupts were lost.
+
+        Raises:
+            DeviceError: it does not end within START_SECONDS.
+        """
+        seconds, lost = [], 0
+        for _ in range(starts):
+            self._interrupts = True
+            began = time.perf_counter()
+            self._ip.start(0, 0)
+            if not self._wait_until_done(START_SECONDS, 0.0):
+                raise DeviceError(f"a start without tasks does not end within {START_SECONDS} s")
+            seconds.append(time.perf_counter() - began)
+            lost += not self._interrupts
+        self._interrupts = True
+        return statistics.median(seconds), lost
+
+    def _start_polled(self) -> float:
+        began = time.perf_counter()
+        self._ip.start(0, 0)
+        while not self._ip.get("CTRL") & DONE:
+            if time.perf_counter() - began > START_SECONDS:
+                raise DeviceError(f"a start without tasks does not end within {START_SECONDS} s")
+        seconds = time.perf_counter() - began
+        if self._interrupts:
+            self._ip.clear_interrupt()
+        return seconds
+
+
+@contextmanager
+def memory_held(device: Any, share: float) -> Iterator[int]:
+    """Hold a share of the free contiguous memory: buffers allocated meanwhile lie elsewhere.
+
+    Yields the bytes that are held: 0 if the free memory is unknown or nothing can be allocated.
+    """
+    left = round((cma_free(device) or 0) * share)
+    held = 0
+    with ExitStack() as stack, warnings_ignored():
+        block = left
+        while left >= LEAST_HELD and block >= LEAST_HELD:
+            try:
+                buffer = pynq.allocate((block // 8,), np.uint64, target=device)
+            except (RuntimeError, OSError, MemoryError):  # no block of this size is left
+                block //= 2
+                continue
+            stack.callback(buffer.freebuffer)
+            held += block
+            left -= block
+            block = min(block, left)
+        yield held
