@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,17 @@ class SelfTest:
             self._tick()
             yield item
 
+    @cached_property
+    def _network(self) -> KnownAnswer:
+        """A layer of each kind."""
+        return random_answer("every kind of layer", random_program(self.config, 0))
+
+    @cached_property
+    def _own(self) -> KnownAnswer:
+        """The program that was given."""
+        assert self.program is not None
+        return random_answer(self.program.name, self.program)
+
     def _open(self, **options: Any) -> ProbedBoard:
         return ProbedBoard(self.config, self.overlay, **options)
 
@@ -230,12 +242,14 @@ class SelfTest:
                         ranges += board.addresses().values()
             text = "; ".join(wrong) or f"{len(answers)} tasks right"
             parts.append(Part(name, FAILED if wrong else OK, text))
+        ports = ", ".join(dict.fromkeys(port for check in answers for port in check.ports))
+        if not ranges:
+            return Outcome(f"{ports}: no memory to test them with", tuple(parts))
         low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
         for name, reached in (("below 4 GiB", low < HIGH), ("above 4 GiB", high >= HIGH)):
             if not reached and not self.short:
                 parts.append(Part(name, SKIPPED, "no memory was allocated there"))
-        ports = dict.fromkeys(port for check in answers for port in check.ports)
-        where = f"{', '.join(ports)} at {low:#x} to {high:#x}"
+        where = f"{ports} at {low:#x} to {high:#x}"
         return Outcome(where, tuple(parts), {"lowest": low, "highest": high})
 
     def _carry(self, board: ProbedBoard, check: PortAnswer) -> list[str]:
@@ -252,12 +266,9 @@ class SelfTest:
     # ---- 4, 5: known answers and counters -----------------------------------------------------
 
     def _known_answers(self) -> Outcome:
-        if self.short:
-            answers = [random_answer("every kind of layer", random_program(self.config, 0))]
-        else:
-            answers = known_answers(self.config)
+        answers = [self._network] if self.short else [self._network, *known_answers(self.config)]
         if self.program is not None:
-            answers.append(random_answer(self.program.name, self.program))
+            answers.append(self._own)
         parts = []
         self._counted = []
         with self._open() as board:
@@ -324,10 +335,10 @@ class SelfTest:
 
     def _speed(self) -> Outcome:
         """Counted clock cycles against the modelled ones, per task and per kind of port."""
-        first = random_program(self.config, 0)
+        first = self._network
         with self._open() as board:
-            board.load(first)
-            board.write(first.source, random_codes(first, 0))
+            board.load(first.program)
+            board.write(first.program.source, first.clips[0])
             board.run()
             if not board.words[:, STATUS.index("clocks")].all():
                 if simulation_requested():
@@ -344,23 +355,21 @@ class SelfTest:
     # ---- 7, 8, 9: interrupts, repeats, power --------------------------------------------------
 
     def _interrupts(self) -> Outcome:
-        program = random_program(self.config, 0)
+        answer = self._network
         with self._open() as board:
             if not board.interrupts:
                 raise SkippedError("runs are polled: no interrupt is connected, or no UIO device")
-            board.load(program)
-            board.write(program.source, random_codes(program, 0))
-            lost = 0
+            board.load(answer.program)
+            board.write(answer.program.source, answer.clips[0])
+            board.await_interrupts()
             for _ in self._each(range(STARTS), "interrupts"):
                 board.run()
-                lost += not board.interrupts
-                board.interrupts = True
-            awaited, more = board.time_interrupt(STARTS)
+            awaited = board.time_interrupt(STARTS)
+            arrived, lost = board.arrived, board.lost
             polled = board.time_start(STARTS)
-        lost += more
         if lost:
             raise DeviceError(f"{lost} of {2 * STARTS} interrupts were lost")
-        text = f"{2 * STARTS} interrupts arrived"
+        text = f"{arrived} of {2 * STARTS} interrupts arrived"
         if simulation_requested():
             return Outcome(f"{text}; their latency is not told: simulated, no clock")
         data = {"interrupt_seconds": awaited, "polled_seconds": polled}
@@ -372,9 +381,8 @@ class SelfTest:
 
     def _repeats(self) -> Outcome:
         """Two clips in turn, so that a result that was left behind is no right answer."""
-        program = self.program or random_program(self.config, 0)
-        answer = random_answer(program.name, program)
-        last = program.tasks[-1]
+        answer = self._network if self.program is None else self._own
+        program, last = answer.program, answer.program.tasks[-1]
         with self._open() as board:
             board.load(program)
             for number in self._each(range(self.repeats), "repeats"):

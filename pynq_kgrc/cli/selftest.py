@@ -68,17 +68,17 @@ def run_selftest(options: argparse.Namespace) -> int:
                     f"--design {options.design}: {options.program} is compiled for {config.name}; "
                     f"leave --design out"
                 )
-    (pynq,) = run_checks("board", {"pynq": CHECKS["pynq"]}, Asked(config, options.overlay))
-    if not is_board() or not pynq.works:
-        why = "no PYNQ image and no FPGA manager" if not is_board() else f"pynq: {pynq.found}"
-        print(
-            f"pynq-kgrc: there is no board to test here: {why}. `pynq-kgrc doctor` says what is "
-            f"missing; {SIMULATE}=1 tests the simulated board",
-            file=sys.stderr,
+    if not is_board():
+        return _complain(
+            "there is no board to test here: no PYNQ image and no FPGA manager. `pynq-kgrc doctor` "
+            f"says what is missing; {SIMULATE}=1 tests the simulated board",
+            NO_BOARD,
         )
-        return NO_BOARD
-
-    from pynq_kgrc.analysis.selftest import FAILED, OK, SelfTest, StepResult, as_data
+    (pynq,) = run_checks("board", {"pynq": CHECKS["pynq"]}, Asked(config, options.overlay))
+    try:
+        from pynq_kgrc.analysis.selftest import FAILED, OK, SelfTest, StepResult, as_data
+    except ImportError as error:
+        return _complain(f"pynq: {pynq.found} ({error}); {pynq.cure}", 1)
 
     test = SelfTest(
         config,
@@ -117,6 +117,11 @@ def run_selftest(options: argparse.Namespace) -> int:
             print(f"{name:9}  {text}")
         print(f"\n{_verdict(results, OK, FAILED)}")
     return 1 if failed else 0
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"pynq-kgrc: {text}", file=sys.stderr)
+    return status
 
 
 def _verdict(results: list[Any], ok: str, failed: str) -> str:

@@ -176,7 +176,7 @@ def check_state(_: Asked) -> str:
     state = (MANAGER / "state").read_text().strip()
     spec = find_spec("pynq")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingError("pynq is not installed", "")
+        raise MissingError("pynq is not installed", "use the Python of the PYNQ image")
     folder = Path(next(iter(spec.submodule_search_locations))) / "pl_server"
     files = [folder, *folder.glob("global_pl_state_*.json"), *folder.glob("_current_metadata.pkl")]
     for path in files:

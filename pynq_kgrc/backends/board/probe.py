@@ -13,7 +13,7 @@ import pynq
 
 from pynq_kgrc.accelerator.header import DONE, STATUS
 from pynq_kgrc.backends.board.backend import BoardBackend
-from pynq_kgrc.backends.board.device import cma_free, warnings_ignored
+from pynq_kgrc.backends.board.device import cma_free, interrupt_loop, warnings_ignored
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array
 
@@ -22,6 +22,10 @@ LEAST_HELD = 1 << 20
 
 START_SECONDS = 1.0
 """How long a start without tasks may take; it takes microseconds."""
+
+
+LOST_SECONDS = 0.1
+"""How long an interrupt is awaited beyond its run; it takes some ten microseconds."""
 
 
 class ProbedBoard(BoardBackend):
@@ -33,6 +37,11 @@ class ProbedBoard(BoardBackend):
     words: Array
     """uint64 [tasks, words] in the order of `header.STATUS`, after a run: what the kernel reported
     of the tasks that it ran since the program was loaded; zeros elsewhere."""
+
+    arrived = lost = 0
+    """Interrupts since `await_interrupts`; one that does not come within LOST_SECONDS, and twenty
+    times the modelled time of its run, is lost."""
+    _awaiting = False
 
     def __enter__(self) -> ProbedBoard:
         return self
@@ -49,12 +58,8 @@ class ProbedBoard(BoardBackend):
 
     @property
     def interrupts(self) -> bool:
-        """Whether runs are awaited by interrupt; set it again after one was lost."""
+        """Whether runs are awaited by interrupt."""
         return self._interrupts
-
-    @interrupts.setter
-    def interrupts(self, used: bool) -> None:
-        self._interrupts = used
 
     @property
     def tool(self) -> str:
@@ -68,32 +73,51 @@ class ProbedBoard(BoardBackend):
             for name, buffer in self._resources.buffers.items()
         }
 
+    def await_interrupts(self) -> None:
+        """Await the interrupt of each run from here on, even if it has ended already.
+
+        The driver looks at CTRL first, so that it awaits no interrupt of a short run. `arrived` and
+        `lost` count from here on.
+        """
+        self.arrived = self.lost = 0
+        self._awaiting = True
+        if (loop := interrupt_loop()) is not None:
+            self._wait_interrupt(loop, LOST_SECONDS)  # one that nobody took
+
+    def _wait_until_done(self, limit: float, modelled: float) -> bool:
+        loop = interrupt_loop() if self._awaiting and self._interrupts else None
+        if loop is None:
+            return super()._wait_until_done(limit, modelled)
+        here = self._wait_interrupt(loop, min(limit, LOST_SECONDS + 20 * modelled))
+        if not self._ip.get("CTRL") & DONE:  # the interrupt of another run, or the run is not done
+            self.lost += 1
+            return super()._wait_until_done(limit, modelled)
+        self.arrived += here
+        self.lost += not here
+        return True
+
     def time_start(self, starts: int) -> float:
-        """The median of the seconds from a start without tasks to its end, polled as fast as
-        possible.
+        """The median of the seconds from a start without tasks to its end, polled without a pause.
 
         Raises:
             DeviceError: it does not end within START_SECONDS.
         """
         return statistics.median(self._start_polled() for _ in range(starts))
 
-    def time_interrupt(self, starts: int) -> tuple[float, int]:
-        """The same with the interrupt awaited, and how many interrupts were lost.
+    def time_interrupt(self, starts: int) -> float:
+        """The same with the interrupt awaited, after `await_interrupts`.
 
         Raises:
             DeviceError: it does not end within START_SECONDS.
         """
-        seconds, lost = [], 0
+        seconds = []
         for _ in range(starts):
-            self._interrupts = True
             began = time.perf_counter()
             self._ip.start(0, 0)
             if not self._wait_until_done(START_SECONDS, 0.0):
                 raise DeviceError(f"a start without tasks does not end within {START_SECONDS} s")
             seconds.append(time.perf_counter() - began)
-            lost += not self._interrupts
-        self._interrupts = True
-        return statistics.median(seconds), lost
+        return statistics.median(seconds)
 
     def _start_polled(self) -> float:
         began = time.perf_counter()
@@ -101,10 +125,7 @@ class ProbedBoard(BoardBackend):
         while not self._ip.get("CTRL") & DONE:
             if time.perf_counter() - began > START_SECONDS:
                 raise DeviceError(f"a start without tasks does not end within {START_SECONDS} s")
-        seconds = time.perf_counter() - began
-        if self._interrupts:
-            self._ip.clear_interrupt()
-        return seconds
+        return time.perf_counter() - began
 
 
 @contextmanager
