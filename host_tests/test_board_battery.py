@@ -28,11 +28,11 @@ from networks import Net, compiled, random_codes
 from reference import run_program
 
 if os.environ.get(fake_xrt.FOLDER):
-    BOARD = fake_xrt.install()
+    fake_xrt.install()
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
 
-import pynq.interrupt  # noqa: E402
 from pynq.buffer import PynqBuffer  # noqa: E402
+from pynq.interrupt import Interrupt  # noqa: E402
 
 from pynq_kgrc.backends.board import simulated  # noqa: E402
 from pynq_kgrc.backends.board.backend import BoardBackend  # noqa: E402
@@ -93,7 +93,7 @@ def fuses(hardware):
         "invalidate": Fuse(kind, "invalidate" if simulated_one else "sync_from_device"),
         "free": Fuse(PynqBuffer, "freebuffer"),
         "download": Fuse(kind, "download" if simulated_one else "program_from_firmware"),
-        "wait": Fuse(pynq.interrupt.Interrupt, "wait"),
+        "wait": Fuse(Interrupt, "wait"),
     }
 
 
@@ -174,7 +174,7 @@ class User:
             program = self.board.program
         except ProgramError:
             return None
-        return [number for number, (made, _) in enumerate(programs()) if made is program][0]
+        return next(number for number, (made, _) in enumerate(programs()) if made is program)
 
     def play(self):
         """The whole scenario."""
@@ -217,7 +217,7 @@ def attempt(outcome, what, call, allowed=()):
 
 
 def fail_once(device, hardware, overlay, fuse, outcome):
-    """Play the scenario with a fuse that is armed, then judge what is left. False: it is not hit."""
+    """Play the scenario with an armed fuse, then judge what is left. False: it was not hit."""
     user = User(device, overlay)
     wanted = KeyboardInterrupt if fuse.error is KeyboardInterrupt else DeviceError
     try:
@@ -280,9 +280,9 @@ def open_device(name):
         device = simulated.SimulatedDevice(tag=f"battery-{os.getpid()}")
         pynq.Device.active_device = device
         return device, device, None
-    folder = Path(os.environ[fake_xrt.FOLDER]) / "overlay"
+    folder = fake_xrt.folder() / "overlay"
     fake_xrt.write_overlay(folder, config)
-    return pynq.Device.active_device, BOARD, folder
+    return pynq.Device.active_device, fake_xrt.board(), folder
 
 
 def battery(name, sample=None):
