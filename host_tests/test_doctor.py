@@ -296,19 +296,21 @@ def test_a_bitstream_of_another_name_is_not_replaced_by_the_one_beside_it(laptop
 
 @pytest.fixture
 def lock_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(lock, "FOLDERS", (str(tmp_path),))
     return tmp_path
 
 
 def test_a_lock_file_is_for_all_users(lock_folder):
     before = os.umask(0o022)
     try:
-        lock.DeviceLock("card").release()
+        held = lock.DeviceLock("card")
     finally:
         os.umask(before)
     path = lock.lock_path("card")
     assert path.stat().st_mode & 0o777 == 0o666
     assert path.read_text() == f"{os.getpid()}\n"
+    held.release()
+    assert not list(lock_folder.iterdir()), "a lock file is left"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -321,6 +323,7 @@ def test_a_lock_file_of_another_user(tmp_path_factory):
         path.chmod(0o644)
         code = (
             "import os, sys; os.setgid(65534); os.setuid(65534)\n"
+            "lock.FOLDERS = sys.argv[1:]\n"
             "try: lock.DeviceLock('card')\n"
             "except DeviceError as error: print(error)\n"
         )
@@ -328,8 +331,8 @@ def test_a_lock_file_of_another_user(tmp_path_factory):
             "from pynq_kgrc.backends.board import lock; from pynq_kgrc.errors import DeviceError\n"
         )
         done = subprocess.run(
-            [sys.executable, "-c", imports + code],
-            capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": folder},
+            [sys.executable, "-c", imports + code, folder],
+            capture_output=True, text=True, timeout=60,
         )  # fmt: skip
     assert done.stdout.startswith(f"card cannot be locked: {path} of user root: Permission denied")
 
@@ -344,7 +347,7 @@ def test_a_lock_file_of_another_user(tmp_path_factory):
 )
 def test_a_lock_file_that_cannot_be_opened(tmp_path, monkeypatch, make, text):
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(lock.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(lock, "lock_path", lambda _: tmp_path / "temporary" / "card.lock")
     make(lock.lock_path("card"))
     with pytest.raises(DeviceError, match=f"card cannot be locked: .*{text}"):
         lock.DeviceLock("card")
