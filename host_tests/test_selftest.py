@@ -96,6 +96,13 @@ def test_all_steps_of_the_simulated_board(device):
     assert results["counters"].found == "16 counters of 26 tasks as modelled, exactly"
 
 
+def test_the_device_is_programmed_even_if_it_holds_the_overlay(device):
+    run(2)
+    before = device.downloads
+    assert run(2)["programming"].state == OK
+    assert device.downloads > before
+
+
 def test_a_dense_design_of_four_bits(device):
     results = run(3, 4, 5, config=small_config(4, sparse=False))
     assert not failed(results), results
@@ -111,7 +118,7 @@ def test_the_command(device, capsys, tmp_path):
     assert "passes all steps that apply; skipped: 6 speed, 9 power." in text
     for line in ("board      simulated", "pynq_kgrc  ", "tool       simulated, no bitstream"):
         assert f"\n{line}" in text
-    device.faults.append("wrong_digest")
+    device.faults += ["wrong_digest"] * 2  # after the first the driver programs the device again
     assert main([*arguments, "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["works"] is False

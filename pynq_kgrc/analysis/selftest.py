@@ -212,6 +212,7 @@ class SelfTest:
 
     def _programming(self) -> Outcome:
         with self._open() as board:
+            board.program_again()
             text, self.tool = board.describe(), board.tool
             data = {"digest": self.config.digest, "clock_mhz": board.clock_hz / 1e6}
         self._opened = True

@@ -13,7 +13,12 @@ import pynq
 
 from pynq_kgrc.accelerator.header import DONE, STATUS
 from pynq_kgrc.backends.board.backend import BoardBackend
-from pynq_kgrc.backends.board.device import cma_free, interrupt_loop, warnings_ignored
+from pynq_kgrc.backends.board.device import (
+    cma_free,
+    device_errors,
+    interrupt_loop,
+    warnings_ignored,
+)
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.quant import Array
 
@@ -50,6 +55,17 @@ class ProbedBoard(BoardBackend):
         if (status[first:last, STATUS.index("done")] != 1).any():
             super()._check_status(status, first, last)
         self.words = np.array(status)
+
+    def program_again(self) -> None:
+        """Program the device even if it holds this overlay, as opening it may leave out.
+
+        Raises:
+            DeviceError: it cannot be programmed, or does not answer as it should afterwards.
+        """
+        with device_errors("program"):
+            self._resources.failure = "it was opened"
+            self._restore_device()
+            self._resources.failure = None
 
     @property
     def clock_hz(self) -> float:
