@@ -95,7 +95,6 @@ def run_on_board(arguments, timeout=600):
             env={
                 **os.environ,
                 FOLDER: place,
-                "TMPDIR": place,  # for the lock file
                 "PATH": f"{place}/bin{os.pathsep}{os.environ['PATH']}",
                 "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
                 "XILINX_XRT": place,
@@ -231,6 +230,9 @@ def install():
         import pynq.uio
         from pynq.pl_server import embedded_device, global_state
     BOARDS.append(make_board(libc))
+    from pynq_kgrc.backends.board import lock
+
+    lock.FOLDERS = (str(folder()),)  # this host may test several boards at once
 
     def opened(path, mode="r", *rest, **named):
         """`open` on the board."""
