@@ -9,7 +9,6 @@ import asyncio
 import logging
 import time
 import weakref
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,6 +47,7 @@ from pynq_kgrc.backends.board.device import (
     error_text,
     find_device,
     interrupt_loop,
+    run_in,
     warnings_ignored,
 )
 from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay, check_bitstream
@@ -228,7 +228,7 @@ class BoardBackend(Loaded):
 
         with warnings_ignored():
             loop = interrupt_loop()
-            kernel = self._overlay.bind() if loop is None else loop.run_until_complete(bind())
+            kernel = self._overlay.bind() if loop is None else run_in(loop, bind())
         self._interrupts = loop is not None and getattr(kernel, "interrupt", None) is not None
         return kernel
 
@@ -575,23 +575,23 @@ class BoardBackend(Loaded):
 
     def _wait_interrupt(self, loop: asyncio.AbstractEventLoop, seconds: float) -> bool:
         """Whether the interrupt arrives within `seconds`; if so it is acknowledged."""
-        waiting = loop.create_task(self._ip.interrupt.wait())
-        timer = loop.call_later(seconds, waiting.cancel)
-        try:
-            loop.run_until_complete(waiting)
-        except asyncio.CancelledError:
-            return False
-        finally:
-            timer.cancel()
-            # Ctrl-C ends the loop, not the task: left in it, it would end in a later wait
-            if not waiting.done():
-                waiting.cancel()
-                with suppress(asyncio.CancelledError):
-                    loop.run_until_complete(waiting)
-            elif not waiting.cancelled():
-                waiting.exception()  # asyncio logs one that nobody has asked for
-        self._ip.clear_interrupt()
-        return True
+
+        async def wait() -> bool:
+            task = asyncio.current_task()
+            assert task is not None
+            timer = loop.call_later(seconds, task.cancel)
+            try:
+                await self._ip.interrupt.wait()
+            except asyncio.CancelledError:
+                return False
+            finally:
+                timer.cancel()
+            return True
+
+        arrived = run_in(loop, wait())
+        if arrived:
+            self._ip.clear_interrupt()
+        return arrived
 
     def after_fork(self) -> None:
         super().after_fork()
