@@ -622,17 +622,19 @@ class SimulatedDevice(pynq.Device):  # type: ignore[misc]
 
     def download(self, bitstream: Any, parser: Any = None) -> None:
         """Become the design in the "bitstream" (its JSON)."""
-        design = msgspec.json.decode(
-            Path(bitstream.bitfile_name).read_bytes(), type=AcceleratorConfig
-        )
         self.shutdown()
+        self.program(Path(bitstream.bitfile_name).read_bytes())
+        self.post_download(bitstream, parser, self.name)
+
+    def program(self, bitstream: bytes) -> None:
+        """Become the design in a "bitstream": the part of a download that the logic does."""
+        design = msgspec.json.decode(bitstream, type=AcceleratorConfig)
         self.downloads += 1
         if self.kernel.is_running():
             self.hung = any(manager.state != 0xF for manager in self.managers.values())
         for manager in self.managers.values():
             manager.state = 0
         self.kernel.program(design)
-        self.post_download(bitstream, parser, self.name)
 
     def shutdown(self) -> None:
         """Stop the memory ports as `pynq.Device.shutdown` does: a timeout is only a warning."""
