@@ -177,7 +177,8 @@ class User:
         return next(number for number, (made, _) in enumerate(programs()) if made is program)
 
     def play(self):
-        """The whole scenario."""
+        """The whole scenario, on a device that is not known to hold our overlay already."""
+        vars(self.device).pop("kgrc_overlay", None)
         self.open()
         self.load(0)
         self.classify(0, 0)
@@ -296,6 +297,7 @@ def battery(name, sample=None):
         fuse.arm(0, RuntimeError)
         User(device, overlay).play()
         calls = fuse.calls
+        assert calls, f"the scenario has no {operation}"
         if sample is None:
             chosen = [(call, error) for error in ERRORS for call in range(1, calls + 1)]
         else:

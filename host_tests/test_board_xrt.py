@@ -53,10 +53,9 @@ def check_answers(board, program):
 def test_programs_allocates_and_answers():
     program, hardware = made(), fake_xrt.board()
     for cacheable in (False, True):
-        hardware.downloads, hardware.loaded = 0, []
         with BoardBackend(program.config, cacheable=cacheable) as board:
             assert type(board._device).__name__ == "EmbeddedDevice"
-            assert hardware.downloads == 1 == len(hardware.loaded)
+            assert hardware.downloads == 1 == len(hardware.loaded), "programmed once"
             check_answers(board, program)
             assert board._interrupts
             assert len(hardware.memory.buffers) == 4
