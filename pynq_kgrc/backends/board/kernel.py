@@ -58,21 +58,22 @@ def check_bitstream(device: Any, bitstream: str, found: str = "") -> None:
         return
     if state != "operating":
         raise DeviceError(f"{found}its logic is not programmed (FPGA manager: {state})")
-    if not global_state.global_state_file_exists():
+    record = _record()
+    if record is None:
         raise DeviceError(f"{found}pynq has no record of the bitstream that is loaded")
-    if not _is_recorded(bitstream):
-        record = global_state.load_global_state()
+    if record.bitfile_hash != global_state.bitstream_hash(bitstream):
         raise DeviceError(
             f"{found}it holds {record.bitfile_name}, loaded {record.timestamp}, not {bitstream}"
         )
 
 
-def _is_recorded(bitstream: str) -> bool:
-    """Whether pynq's record is of the bitstream in that file."""
+def _record() -> Any:
+    """What pynq has recorded of the last bitstream that it loaded; None if nothing."""
     if not global_state.global_state_file_exists():
-        return False
-    recorded = global_state.load_global_state().bitfile_hash
-    return bool(recorded == global_state.bitstream_hash(bitstream))
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pynq reads it by a method that pydantic deprecates
+        return global_state.load_global_state()
 
 
 def _record_stamp(device: Any) -> tuple[int, ...] | None:
@@ -195,7 +196,8 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
         if manager_state(self.device) not in (None, "operating"):
             # pynq would access the ports that its record names, in logic that is not there
             global_state.clear_global_state()
-        if has_manager(self.device) and not _is_recorded(self.bitfile_name):
+        record = _record() if has_manager(self.device) else None
+        if record is None or record.bitfile_hash != global_state.bitstream_hash(self.bitfile_name):
             # else pynq makes no record of a bitstream whose metadata it took from its cache
             with contextlib.suppress(AttributeError):
                 del self.parser._from_cache
