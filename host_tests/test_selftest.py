@@ -7,8 +7,10 @@ import subprocess
 import sys
 from functools import lru_cache
 
+import fake_xrt
 import numpy as np
 import pytest
+from fake_xrt import on_fake_board
 from networks import Net, compiled, small_config
 
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
@@ -518,6 +520,34 @@ def test_power(device, monkeypatch):
     rails["VCCINT"] = broken
     result = run(9)["power"]
     assert result.state == FAILED and "Remote I/O error" in result.found
+
+
+# ---- pynq's own device ------------------------------------------------------------------------
+
+
+@on_fake_board
+def test_on_the_device_of_pynq():
+    """Nothing is simulated as far as pynq and the package know: all but the power is tested."""
+    folder, hardware = fake_xrt.folder(), fake_xrt.board()
+    fake_xrt.write_overlay(folder / "overlay", CONFIG)
+    hardware.clocks_per_trip = 1.5
+    files = {"image": b"ZCU102\0", "meminfo": b"CmaTotal: 524288 kB\nCmaFree: 524288 kB\n"}
+    for name, text in files.items():
+        (folder / name).write_bytes(text)
+    machine.IMAGE, machine.MEMORY = folder / "image", folder / "meminfo"
+    machine.FIRMWARE = fake_xrt.place(machine.FIRMWARE)
+    machine.MANAGER = fake_xrt.place(machine.MANAGER)
+    test = SelfTest(CONFIG, folder / "overlay", repeats=2)
+    results = {result.name: result for result in test.run()}
+    wanted = {**ALL_RIGHT, "speed": OK}
+    assert {name: result.state for name, result in results.items()} == wanted, results
+    parts = {part.name: part.state for part in results["machine"].parts}
+    assert set(parts.values()) == {OK}, results["machine"]
+    parts = {part.name: part.state for part in results["memory"].parts}
+    assert parts["cached"] == OK
+    assert results["speed"].data["wall_seconds"] > 0
+    assert results["interrupts"].data["interrupt_seconds"] > 0
+    assert hardware.downloads == 2
 
 
 def test_without_an_interrupt_the_step_is_skipped(device):

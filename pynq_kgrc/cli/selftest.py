@@ -104,7 +104,7 @@ def run_selftest(options: argparse.Namespace) -> int:
         "pynq_kgrc": VERSION,
         "pynq": pynq.found.split(";")[0],
         "python": f"{platform.python_version()} on {platform.machine()}",
-        "image": next((p.found for p in results[0].parts if p.name == "image"), ""),
+        "image": next(p.found.split(" -> ")[0] for p in results[0].parts if p.name == "image"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     failed = [result for result in results if result.state == FAILED]
