@@ -369,6 +369,26 @@ def test_a_kernel_that_computes_nothing(device, plant):
     assert "task tiles (1 of 7): element [0, " in wrong_parts(results["known answers"])
 
 
+def test_a_kernel_that_runs_one_task_only(device, plant):
+    """What the tasks left one by one must not pass for the answer in one start."""
+
+    def make(real):
+        def run_(self, first, count):
+            maps = {b.address: b.logic.copy() for b in self.device.memory.buffers.values()}
+            real(self, first, count)
+            if count > 1:
+                buffer, _ = self.device.memory.at(self._address("output"))
+                buffer.logic[:] = maps[buffer.address]
+
+        return run_
+
+    plant("_run", make)
+    results = run(3, 4, 8)
+    assert failed(results) == ["known answers", "repeats"]
+    text = wrong_parts(results["known answers"])
+    assert text.count("all tasks in one start: element [") == len(results["known answers"].parts)
+
+
 def damaged_output(real, applies):
     """A kernel that writes a wrong byte where `applies(descriptor fields)`."""
 
@@ -512,7 +532,9 @@ def test_power(device, monkeypatch):
     monkeypatch.setattr(selftest, "find_rails", lambda: rails)
     result = run(9)["power"]
     assert result.state == OK
-    assert result.found == "2 rails: 1.75 W at rest, 1.75 W at work (measured)"
+    assert result.found == "2 rails read at rest and at work (measured)"
+    assert result.parts[0].found == "1.500 W at rest, 1.500 W at work"
+    assert result.data["work_watts"] == {"VCCINT": 1.5, "VCC1V2": 0.25}
 
     def broken():
         raise OSError("Remote I/O error")
