@@ -15,7 +15,7 @@ from networks import Net, compiled, small_config
 
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
 
-from pynq_kgrc.accelerator.config import preset, write_design  # noqa: E402
+from pynq_kgrc.accelerator.config import PRESETS, preset, write_design  # noqa: E402
 from pynq_kgrc.accelerator.header import FIELDS, STATUS  # noqa: E402
 from pynq_kgrc.analysis import known_answers, selftest  # noqa: E402
 from pynq_kgrc.analysis.selftest import FAILED, OK, SKIPPED, SelfTest  # noqa: E402
@@ -109,6 +109,17 @@ def test_a_dense_design_of_four_bits(device):
     results = run(3, 4, 5, config=small_config(4, sparse=False))
     assert not failed(results), results
     assert results["known answers"].found.endswith("modes dense, 4 bits")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", sorted(PRESETS))
+def test_every_preset(device, design):
+    config = preset(design)
+    results = run(3, 4, 5, config=config)
+    assert not failed(results), results
+    modes = results["known answers"].found.split("modes ")[1]
+    assert all(mode in modes for mode in ("KGR,", "KGC", "KGRC")) == config.sparse
+    assert modes.endswith(f"{config.bits} bits")
 
 
 def test_the_command(device, capsys, tmp_path):
