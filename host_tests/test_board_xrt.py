@@ -67,6 +67,7 @@ def test_programs_allocates_and_answers():
         check_answers(board, program)
     # a session gives the labels of the emulation, and polls where the device tree has no UIO device
     InterruptController._uio_devices.clear()
+    InterruptController._controllers.clear()
     hardware.has_uio = False
     shape = (program.clip.frames, program.clip.height, program.clip.width, 3)
     frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
