@@ -1037,6 +1037,16 @@ def test_buffers_are_freed_only_once_no_register_holds_their_addresses(board, de
     assert not any(held)
 
 
+def test_a_load_that_is_stopped_before_the_device_is_touched(board, program, monkeypatch):
+    """Most of the time of a load goes by on the host; the program before must not answer then."""
+    with monkeypatch.context() as patch:
+        failing(driver, "build_image", patch, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            board.load(program)
+    with pytest.raises(ProgramError, match="no program is loaded"):
+        board.run()
+
+
 @pytest.mark.parametrize("error", STOPS)
 def test_a_write_that_stops_half_way_leaves_no_clip(board, program, clips, monkeypatch, error):
     """The answer of the clip before, or of half a clip, is no answer."""
