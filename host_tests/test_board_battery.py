@@ -379,7 +379,7 @@ def in_a_process(name, *arguments):
             text=True,
         )
     else:
-        done = fake_xrt.run_on_board(command, timeout=3000)
+        done = fake_xrt.run_on_board(command)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
