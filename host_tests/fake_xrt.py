@@ -87,7 +87,7 @@ def board():
     return BOARDS[0]
 
 
-def run_on_board(arguments, timeout=600):
+def run_on_board(arguments, timeout=3000):
     """Run this Python with `arguments` in an environment that has a fresh board."""
     with tempfile.TemporaryDirectory(prefix="fake-xrt-") as place:
         return subprocess.run(

@@ -46,6 +46,7 @@ from pynq_kgrc.backends.board.overlays import Manifest  # noqa: E402
 from pynq_kgrc.backends.csim import CSimulation, source_folder  # noqa: E402
 from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError  # noqa: E402
 from pynq_kgrc.program import VERSION  # noqa: E402
+from pynq_kgrc.runtime import Session  # noqa: E402
 from pynq_kgrc.service.worker import DeviceSessions  # noqa: E402
 
 QUICK = dict(floor_seconds=0.03, margin=1.0)
@@ -939,7 +940,6 @@ def test_whole_networks(network):
     from pynq_kgrc.accelerator.config import preset
     from pynq_kgrc.compiler.network import compile_graph
     from pynq_kgrc.compress.patterns import recipe
-    from pynq_kgrc.runtime import Session
 
     graph = seeded_graph(network)
     clip = graph.clip
@@ -1035,6 +1035,30 @@ def test_buffers_are_freed_only_once_no_register_holds_their_addresses(board, de
     board.load(large_program())
     assert held
     assert not any(held)
+
+
+def test_a_load_that_is_stopped_before_the_device_is_touched(board, program, monkeypatch):
+    """Most of the time of a load goes by on the host; the program before must not answer then."""
+    with monkeypatch.context() as patch:
+        failing(driver, "build_image", patch, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            board.load(program)
+    with pytest.raises(ProgramError, match="no program is loaded"):
+        board.run()
+
+
+def test_a_session_loads_again_after_the_load_of_another_was_stopped(board, program, monkeypatch):
+    clip = program.clip
+    frames = np.full((clip.frames, clip.height, clip.width, 3), 99, np.uint8)
+    other = msgspec.structs.replace(program, name="other")
+    one, two = Session(program, board), Session(other, board)
+    wanted = two.run(frames).logits
+    for session in (one, two):
+        with monkeypatch.context() as patch:
+            failing(simulated.SimulatedDevice, "flush", patch, KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                session.run(frames)
+        np.testing.assert_array_equal(two.run(frames).logits, wanted)
 
 
 @pytest.mark.parametrize("error", STOPS)

@@ -53,6 +53,7 @@ from pynq_kgrc.backends.board.device import (
 from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay, check_bitstream
 from pynq_kgrc.backends.board.overlays import FoundOverlay, find_overlay
 from pynq_kgrc.backends.image import (
+    Image,
     build_image,
     decode_map,
     map_bytes,
@@ -257,16 +258,13 @@ class BoardBackend(Loaded):
             DeviceError: too little contiguous memory, or the device fails; no program is loaded
                 then.
         """
-        check_design(program, self.config)
-        version = self._found_overlay.manifest.program_version
-        if version != IMAGE_VERSION:
-            raise ProgramError(
-                f"{program.name} becomes a memory image of version {IMAGE_VERSION}, the overlay "
-                f"reads version {version}; use an overlay that was built for this release"
-            )
-        image = build_image(program)
+        before, self._program = self._program, None  # until the last byte of the new one is written
+        try:
+            image = self._checked_image(program)
+        except ProgramError:
+            self._program = before
+            raise
         times = [task_time(self.config, program.work(task)) for task in program.tasks]
-        self._program = None  # until all of it is written, however that ends before
         resources = self._resources
         with device_errors("load"):
             if resources.failure is not None:
@@ -289,6 +287,16 @@ class BoardBackend(Loaded):
             self._write_image(image.weights, image.tables)
         resources.failure = None
         self._program = program
+
+    def _checked_image(self, program: Program) -> Image:
+        check_design(program, self.config)
+        version = self._found_overlay.manifest.program_version
+        if version != IMAGE_VERSION:
+            raise ProgramError(
+                f"{program.name} becomes a memory image of version {IMAGE_VERSION}, the overlay "
+                f"reads version {version}; use an overlay that was built for this release"
+            )
+        return build_image(program)
 
     def _write_image(self, weights: Array, tables: Array) -> None:
         """Write weights, tables and the address registers; clear maps and status."""

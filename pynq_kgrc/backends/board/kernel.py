@@ -190,13 +190,17 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
         Raises:
             DeviceError: a memory port does not come to rest; the device is not programmed.
         """
-        if self.holds_device():
-            self.stop_memory_ports()
-        self._programmed = False  # until the last step of what follows
         if manager_state(self.device) not in (None, "operating"):
             # pynq would access the ports that its record names, in logic that is not there
             global_state.clear_global_state()
         record = _record() if has_manager(self.device) else None
+        ports = {} if record is None else {n: p.base_addr for n, p in record.shutdown_ips.items()}
+        if self.holds_device():
+            ports = self.memory_ports()
+        if ports and not self.stop_memory_ports(ports) and record is not None:
+            global_state.clear_global_state()
+            record = None
+        self._programmed = False  # until the last step of what follows
         if record is None or record.bitfile_hash != global_state.bitstream_hash(self.bitfile_name):
             # else pynq makes no record of a bitstream whose metadata it took from its cache
             with contextlib.suppress(AttributeError):
@@ -243,19 +247,27 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
             return False
         return True
 
-    def stop_memory_ports(self) -> None:
+    def memory_ports(self) -> dict[str, int]:
+        """The shutdown managers of this overlay's memory ports: name -> physical address."""
+        entries = self.ip_dict.items()
+        return {name: e["phys_addr"] for name, e in entries if e.get("type") == MANAGER}
+
+    def stop_memory_ports(self, ports: dict[str, int]) -> bool:
         """Have the shutdown managers end all open bursts and take no new ones.
 
         Only programming the device lets bursts through again.
 
+        Args:
+            ports: the managers, as `memory_ports` names them.
+
+        Returns:
+            Whether any of them answers: the logic is there.
+
         Raises:
             DeviceError: a burst is still open after SHUTDOWN_SECONDS; names the memory port.
         """
-        managers = {
-            name: pynq.MMIO(entry["phys_addr"], 0x1000, device=self.device)
-            for name, entry in self.ip_dict.items()
-            if entry.get("type") == MANAGER
-        }
+        managers = {n: pynq.MMIO(a, 0x1000, device=self.device) for n, a in ports.items()}
+        answers = False
         for manager in managers.values():
             manager.write(0, 1)
         end = time.monotonic() + SHUTDOWN_SECONDS
@@ -264,6 +276,7 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
             late = False
             while (state := manager.read(0) & 0xF) != 0xF and not late:
                 late = time.monotonic() > end
+            answers |= state != 0
             if state == 0:
                 # A manager keeps the request; what does not is no longer there.
                 log.warning("%s does not answer: the logic was reset or lost its power", name)
@@ -273,6 +286,7 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
                     f"0xf); to program the device now could hang the board. Turn the board off "
                     f"and on"
                 )
+        return answers
 
     def bind(self) -> KgrcIp:
         """A new driver of the kernel; after a download the old driver's interrupt is dead."""
