@@ -5,6 +5,7 @@ import base64
 import gzip
 import http.client
 import json
+import os
 import re
 import shlex
 import struct
@@ -632,6 +633,57 @@ def test_other_origins_and_other_hosts_are_refused(service, video):
         refused = service.ask("POST", "/v1/videos:classify", video, {header: word})
         assert (refused.status, header in refused.json["error"]) == (400, True)
         assert "x-request-id" in refused.headers
+
+
+def test_head_is_get_without_a_body(service):
+    for path in ("/", "/v2/health/live", "/v2/models/tiny"):
+        there, body = service.get(path), service.ask("HEAD", path)
+        assert (body.status, body.body) == (200, b"")
+        assert body.headers["content-length"] == there.headers["content-length"]
+    assert service.ask("HEAD", "/nowhere").status == 404
+    assert service.ask("HEAD", "/v1/videos:classify").status == 405
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"NONSENSE\r\n\r\n", "not a request of HTTP/1.1"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nTE : chunked\r\n\r\n", "not a request of HTTP/1.1"),
+        (b"POST /v1/videos:classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+         b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+         "Content-Length beside Transfer-Encoding"),
+    ],
+)  # fmt: skip
+def test_requests_that_are_no_http_get_json_and_are_closed(service, raw, text):
+    with service.connect() as line, line.makefile("rb") as answer:
+        line.sendall(raw)
+        head, _, body = answer.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert b"content-type: application/json" in head
+    assert text in json.loads(body)["error"]
+
+
+def test_the_query_of_a_websocket_is_not_logged(service):
+    connect = pytest.importorskip("websockets.sync.client").connect
+    with connect(f"ws://127.0.0.1:{service.port}/v1/live?program=secret-name") as client:
+        assert json.loads(client.recv(10))["status"] == 404
+    service.until(lambda: '"/v1/live"' in service.log)
+    assert "secret-name" not in service.log
+
+
+def test_orders_to_the_repository(service, repository):
+    index = service.ask("POST", "/v2/repository/index", b'{"ready": true}').json
+    assert [row["name"] for row in index] == ["tiny"]
+    assert len(service.ask("POST", "/v2/repository/index", b"{}").json) > 1
+    for body in (b'{"ready": 1}', b"[", b"[]"):
+        assert service.ask("POST", "/v2/repository/index", body).status == 400
+    place = "/v2/repository/models/other/load"
+    refused = service.ask("POST", place, b'{"parameters": {"config": "{}"}}')
+    assert (refused.status, "parameters config" in refused.json["error"]) == (400, True)
+    os.mkfifo(repository / "pipe.kgrc")
+    refused = service.ask("POST", "/v2/repository/models/pipe/load")
+    (repository / "pipe.kgrc").unlink()
+    assert (refused.status, "pipe.kgrc: is no file" in refused.json["error"]) == (400, True)
 
 
 def test_settings_that_are_refused(tmp_path, capsys):

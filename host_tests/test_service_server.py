@@ -180,11 +180,24 @@ def test_a_damaged_database_of_jobs_is_set_aside(tmp_path, caplog, damage):
 
 def test_a_damaged_result_is_not_found(tmp_path, caplog):
     with contextlib.closing(open_jobs(tmp_path / "jobs.sqlite")) as found:
-        row = ("a", "done", jobs.time.time(), b"{")
+        row = ("a", "done", jobs.now(), b"{")
         found._store.execute("INSERT INTO jobs VALUES (?, ?, ?, ?)", row)
         with pytest.raises(Refusal, match="'a' is damaged; send it again"):
             found.find("a")
     assert "damaged" in caplog.text
+
+
+def test_results_outlive_a_jump_of_the_clock(tmp_path, monkeypatch):
+    """A board without a battery sets its clock when it finds a network."""
+    with contextlib.closing(open_jobs(tmp_path / "jobs.sqlite")) as found:
+        job = jobs.Job()
+        job.state = "done"
+        found.keep(job)
+        wall = jobs.time.time()
+        monkeypatch.setattr(jobs.time, "time", lambda: wall + 3 * 3600)
+        assert found.find(job.id)[0].state == "done"
+        found.keep(jobs.Job())
+        assert found.find(job.id)[0].state == "done"
 
 
 def test_retry_after_grows_so_that_clients_do_not_return_at_once(monkeypatch):

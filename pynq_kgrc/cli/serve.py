@@ -53,6 +53,13 @@ def declare(command: Declare) -> None:
         "--port", type=whole(0, 65535), default=8000, help="port to listen on; 0: any free one"
     )
     serve.add_argument(
+        "--grpc-port",
+        type=whole(0, 65535),
+        metavar="PORT",
+        help="serve the Open Inference Protocol over gRPC as well, on this port, without TLS; "
+        "0: any free one (Triton's is 8001; default: no gRPC)",
+    )
+    serve.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
@@ -183,8 +190,20 @@ def run_serve(options: argparse.Namespace) -> int:
         else:
             programs = ", ".join(started["programs"]) or "no program yet"
             print(f"{started['url']}  ({programs} on {started['backend']})")
+            if started["grpc_port"] is not None:
+                print(f"gRPC on port {started['grpc_port']}")
             limits = ", ".join(started["decoders_cannot"]) or "nothing of what this kernel lacks"
             print(f"what decodes a video cannot: {limits}", flush=True)
 
-    asyncio.run(run_service(settings, announce))
+    make_grpc = None
+    if options.grpc_port is not None:
+        try:
+            from pynq_kgrc.service.grpc_server import GrpcServer
+        except ImportError as error:
+            raise ConfigError(
+                f"--grpc-port needs more ({error}): pip install pynq_kgrc[grpc]"
+            ) from error
+        make_grpc = lambda service: GrpcServer(service, options.host, options.grpc_port)  # noqa: E731
+
+    asyncio.run(run_service(settings, announce, make_grpc))
     return 0

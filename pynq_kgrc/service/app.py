@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from fastapi import FastAPI, Header, Request, WebSocket
@@ -301,24 +301,58 @@ def add_page_routes(app: FastAPI) -> None:
         return page(name)
 
 
-async def run_service(settings: Settings, announce: Callable[[dict[str, Any]], None]) -> None:
+class FurtherServer(Protocol):
+    """Another server of the same service, such as `grpc_server.GrpcServer`."""
+
+    port: int
+
+    async def start(self) -> None:
+        """Listen, or raise ConfigError."""
+
+    async def stop(self, seconds: float) -> None:
+        """Accept no more requests; those that run have that time to finish."""
+
+
+MakeServer = Callable[[Service], FurtherServer]
+
+
+async def run_service(
+    settings: Settings,
+    announce: Callable[[dict[str, Any]], None],
+    make_grpc: MakeServer | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT; `announce` gets the address and the programs.
+
+    Args:
+        settings: what is served, and how.
+        announce: called once, when the service is ready.
+        make_grpc: makes the gRPC server of the service; it needs the extra `grpc`.
 
     Raises:
         KgrcError: the address is taken, a program is refused, or the device does not answer.
     """
     start_logging()
     with listen(settings.host, settings.port) as bound:
-        await _serve(settings, bound, announce)
+        await _serve(settings, bound, announce, make_grpc)
 
 
 async def _serve(
-    settings: Settings, bound: socket.socket, announce: Callable[[dict[str, Any]], None]
+    settings: Settings,
+    bound: socket.socket,
+    announce: Callable[[dict[str, Any]], None],
+    make_grpc: MakeServer | None,
 ) -> None:
     port = bound.getsockname()[1]
     service = Service(settings)
     began = time.perf_counter()
     await service.start()
+    further = None if make_grpc is None else make_grpc(service)
+    try:
+        if further is not None:
+            await further.start()
+    except BaseException:
+        await service.stop()
+        raise
     guard = Guard(
         make_app(service),
         settings,
@@ -339,11 +373,14 @@ async def _serve(
             "port": port,
             "backend": settings.backend,
             "programs": list(service.catalogue.served),
+            "grpc_port": None if further is None else further.port,
             "decoders_cannot": service.confined,
         }
     )
     try:
         await service.server.serve(sockets=[bound])
     finally:
+        if further is not None:
+            await further.stop(settings.grace_seconds)
         await service.stop()
         log.info("stopped")

@@ -65,6 +65,25 @@ def client_of(scope: Scope) -> str:
     return "" if is_loopback(host) else host
 
 
+def has_valid_key(keys: tuple[bytes, ...], head: dict[str, str]) -> bool:
+    """Whether a request with these headers has one of the keys (SHA-256), in constant time."""
+    scheme, _, key = head.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        key = head.get("x-api-key", "")
+    for protocol in head.get("sec-websocket-protocol", "").split(","):
+        if protocol.strip().startswith(KEY_PROTOCOL):
+            coded = protocol.strip().removeprefix(KEY_PROTOCOL)
+            try:
+                key = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode()
+            except (binascii.Error, ValueError):
+                key = ""
+    digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+    known = False
+    for other in keys:
+        known |= hmac.compare_digest(digest, other)
+    return known
+
+
 class Guard:
     """Wraps an ASGI application.
 
@@ -100,7 +119,10 @@ class Guard:
             await exchange.refuse(refusal)
         else:
             try:
-                await self.app(scope, exchange.receive, exchange.send)
+                # uvicorn leaves out the body of an answer to HEAD
+                asked = {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
+                await self.app(asked, exchange.receive, exchange.send)
+                scope.setdefault("route", asked.get("route"))
             except Refusal as refusal:
                 if exchange.status:
                     raise
@@ -126,8 +148,14 @@ class Guard:
         if origin is not None and unsafe and _split(origin, "Origin").netloc != host:
             raise Refusal(403, "pages of another origin may not use this service", close=True)
         path = scope["path"]
-        if self.settings.keys and not OPEN_PATHS.fullmatch(path) and not self.has_valid_key(head):
+        if (
+            self.settings.keys
+            and not OPEN_PATHS.fullmatch(path)
+            and not has_valid_key(self.settings.keys, head)
+        ):
             raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=True)
+        if "content-length" in head and "transfer-encoding" in head:  # RFC 9112, 6.3
+            raise Refusal(400, "Content-Length beside Transfer-Encoding", close=True)
         length = head.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
             raise Refusal(400, "a Content-Length that is not a number", close=True)
@@ -139,24 +167,6 @@ class Guard:
             )
         if WORK_PATHS.fullmatch(path) and unsafe:
             self.queue.check(client_of(scope))
-
-    def has_valid_key(self, head: dict[str, str]) -> bool:
-        """Whether a request has one of the keys, compared in constant time."""
-        scheme, _, key = head.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = head.get("x-api-key", "")
-        for protocol in head.get("sec-websocket-protocol", "").split(","):
-            if protocol.strip().startswith(KEY_PROTOCOL):
-                coded = protocol.strip().removeprefix(KEY_PROTOCOL)
-                try:
-                    key = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode()
-                except (binascii.Error, ValueError):
-                    key = ""
-        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
-        known = False
-        for other in self.settings.keys:
-            known |= hmac.compare_digest(digest, other)
-        return known
 
 
 def _split(address: str, header: str) -> SplitResult:

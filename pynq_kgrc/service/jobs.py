@@ -40,6 +40,17 @@ Work = Callable[[Report], Awaitable[Classification]]
 """Does a job."""
 
 
+STARTED = time.time() - time.monotonic()
+
+
+def now() -> float:
+    """Seconds since 1970 by the clock as it was when this process started.
+
+    A board without a battery sets its clock when it finds a network; results are not older then.
+    """
+    return STARTED + time.monotonic()
+
+
 class Admission:
     """Back-pressure: admits `limit` requests at a time and refuses others at once.
 
@@ -149,7 +160,7 @@ class Job:
     def __init__(self) -> None:
         self.id = secrets.token_urlsafe(16)
         self.state = "queued"
-        self.created = time.time()
+        self.created = now()
         self.progress = Progress(0, 0, None)
         self.result: Classification | None = None
         self.error: Refusal | None = None
@@ -283,7 +294,7 @@ class Jobs:
         if job is not None and job.kept and job.state not in FINAL:
             return job.document(), job
         query = "SELECT document FROM jobs WHERE id = ? AND created > ?"
-        oldest = time.time() - self.keep_seconds - self.seconds
+        oldest = now() - self.keep_seconds - self.seconds
         row = self._store.execute(query, (key, oldest)).fetchone()
         if row is None:
             raise Refusal(404, f"no job {key[:50]!r}; results are kept for {self.keep_seconds:g} s")
@@ -342,7 +353,7 @@ class Jobs:
     def _put(self, key: str, document: JobDocument) -> None:
         try:
             _put(self._store, key, document)
-            oldest = time.time() - self.keep_seconds - self.seconds
+            oldest = now() - self.keep_seconds - self.seconds
             self._store.execute("DELETE FROM jobs WHERE created < ?", (oldest,))
             self._store.execute(
                 "DELETE FROM jobs WHERE id NOT IN "

@@ -7,58 +7,36 @@ program's temperature. Extensions: binary tensors, classification, model reposit
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gzip
 import re
-import struct
-import time
-from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from pynq_kgrc.quant import Array
 from pynq_kgrc.service.catalogue import Catalogue, ServedProgram
 from pynq_kgrc.service.guard import client_of
-from pynq_kgrc.service.parts import Service
-from pynq_kgrc.service.pool import Pool
+from pynq_kgrc.service.inference import (
+    EXTENSIONS,
+    OutputTensor,
+    chosen_outputs,
+    metadata,
+    run_inference,
+)
+from pynq_kgrc.service.parts import Service, limited
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.schemas import ERRORS, NOT_FOUND
 from pynq_kgrc.service.tensors import (
     HEADER_LENGTH,
-    INPUT,
+    MAX_HEAD,
     InferRequest,
-    RequestedOutput,
-    flag_parameter,
-    whole_parameter,
 )
-from pynq_kgrc.service.waiting import in_order, within
 
 OIP = "Open Inference Protocol"
-OUTPUTS = ("probabilities", "logits")
 WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 """A weight (qvalue) of RFC 9110, 12.4.2."""
-MAX_CLASSES = 1000
-"""Most classes of an output that is asked for as a classification."""
-EXTENSIONS = ["classification", "binary_tensor_data", "model_repository"]
-
-
-def metadata(program: ServedProgram) -> dict[str, Any]:
-    """The names, types and shapes of a model's inputs and outputs."""
-    outputs = [
-        {"name": name, "datatype": "FP32", "shape": [-1, len(program.labels)]} for name in OUTPUTS
-    ]
-    return {
-        "name": program.name,
-        "versions": [program.version],
-        "platform": "pynq_kgrc",
-        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *program.clip_shape]}],
-        "outputs": outputs,
-    }
 
 
 def accepts_gzip(header: str) -> bool:
@@ -81,49 +59,28 @@ def accepts_gzip(header: str) -> bool:
 
 
 def write_answer(
-    program: ServedProgram, request: InferRequest, results: dict[str, Any], accepted: str
+    program: ServedProgram, request: InferRequest, outputs: list[OutputTensor], accepted: str
 ) -> Response:
-    """Encode the answer as the request asks: JSON or binary, values or classes, plain or gzip.
+    """Encode the answer as the request asks: JSON or binary, plain or gzip.
 
     `accepted` is the header Accept-Encoding of the request.
-
-    Raises:
-        Refusal: 400, the model has no such output.
     """
-    everything = flag_parameter(request.parameters, "binary_data_output", False)
-    outputs: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
     binaries: list[bytes] = []
-    asked: set[str] = set()
-    for wanted in request.outputs or [RequestedOutput(name) for name in OUTPUTS]:
-        if wanted.name not in results:
-            there = ", ".join(results)
-            raise Refusal(400, f"no output {wanted.name[:50]!r}; there are {there}")
-        if wanted.name in asked:
-            raise Refusal(400, f"output {wanted.name!r} is asked for twice; accepted is once")
-        asked.add(wanted.name)
-        values = results[wanted.name]
-        best = whole_parameter(wanted.parameters, "classification", 0, MAX_CLASSES, 0)
-        as_binary = flag_parameter(wanted.parameters, "binary_data", everything)
-        output: dict[str, Any] = {"name": wanted.name}
-        if best:
-            texts = [_classes(row, program.labels, best) for row in values]
-            output |= {"datatype": "BYTES", "shape": [len(texts), len(texts[0])]}
-            flat = [text for row in texts for text in row]
-            data = b"".join(struct.pack("<I", len(t.encode())) + t.encode() for t in flat)
-            plain: Any = flat
+    for output in outputs:
+        document: dict[str, Any] = {
+            "name": output.name, "datatype": output.datatype, "shape": output.shape
+        }  # fmt: skip
+        if output.binary:
+            binaries.append(output.raw)
+            document["parameters"] = {"binary_data_size": len(binaries[-1])}
         else:
-            output |= {"datatype": "FP32", "shape": list(values.shape)}
-            data, plain = values.astype("<f4").tobytes(), values.reshape(-1).tolist()
-        if as_binary:
-            output["parameters"] = {"binary_data_size": len(data)}
-            binaries.append(data)
-        else:
-            output["data"] = plain
-        outputs.append(output)
-    document = {"model_name": program.name, "model_version": program.version, "outputs": outputs}
+            document["data"] = output.values
+        listed.append(document)
+    answer = {"model_name": program.name, "model_version": program.version, "outputs": listed}
     if request.id:
-        document["id"] = request.id
-    text = msgspec.json.encode(document)
+        answer["id"] = request.id
+    text = msgspec.json.encode(answer)
     body = b"".join([text, *binaries])
     headers = {"vary": "Accept-Encoding"}
     if binaries:
@@ -133,11 +90,6 @@ def write_answer(
         headers["content-encoding"] = "gzip"
     kind = "application/octet-stream" if binaries else "application/json"
     return Response(body, media_type=kind, headers=headers)
-
-
-def _classes(row: Any, labels: list[str], best: int) -> list[str]:
-    order = np.argsort(-row, kind="stable")[:best]
-    return [f"{row[i]:.6f}:{i}:{labels[i]}" for i in order]
 
 
 def make_router(service: Service) -> APIRouter:
@@ -204,60 +156,77 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
             receiving = service.receive_inference(request, program)
             inference, clips = await held.enter_async_context(receiving)
             held.enter_context(service.queue.enter(client_of(request.scope)))
-            # microseconds, as Triton has it; 0: no timeout of its own
-            timeout = whole_parameter(inference.parameters, "timeout", 0, 10**15, 0)
-            seconds = timeout / 1e6 if timeout else service.settings.job_seconds
-            began = time.perf_counter()
-            try:
-                running = within(run_clips(service.pool, program.key, clips), seconds)
-                scores = await service.while_connected(request, running)
-            except asyncio.TimeoutError:
-                waited = time.perf_counter() - began
-                raise Refusal(504, f"not done within the {waited:.3f} s asked for") from None
-            results = {"logits": scores[:, 0], "probabilities": scores[:, 1]}
+            running = run_inference(
+                service.pool, program, inference, clips, service.settings.job_seconds
+            )
+            results = await service.while_connected(request, running)
+            outputs = chosen_outputs(program, inference, results)
             accepted = ", ".join(request.headers.getlist("accept-encoding"))
-            return write_answer(program, inference, results, accepted)
+            return write_answer(program, inference, outputs, accepted)
 
 
-async def run_clips(pool: Pool, key: str, clips: list[memoryview]) -> Array:
-    """Logits and probabilities of clips: float32 [clips, 2, classes]; every worker runs some."""
+class IndexRequest(msgspec.Struct):
+    """What `index` may be asked: the loaded programs only."""
 
-    async def listed() -> AsyncIterator[memoryview]:
-        for clip in clips:
-            yield clip
+    ready: bool = False
 
-    runs = in_order(listed(), lambda clip: pool.run(key, clip), pool.size)
-    async with contextlib.aclosing(runs):
-        found = [run async for _, run in runs]
-    scores: Array = np.stack([np.frombuffer(run.scores, "<f4").reshape(2, -1) for run in found])
-    return scores
+
+class LoadRequest(msgspec.Struct):
+    """Triton's parameters of `load`, none of which is accepted."""
+
+    parameters: dict[str, Any] = {}
+
+
+Order = TypeVar("Order", bound=msgspec.Struct)
+
+
+async def read_order(request: Request, kind: type[Order]) -> Order:
+    """The JSON body of an order to the repository; the defaults if it is empty.
+
+    Raises:
+        Refusal: 400, it is not of that form; 413.
+    """
+    body = b"".join([part async for part in limited(request.stream(), MAX_HEAD)])
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise Refusal(400, f"the body: {error}") from error
+
+
+def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """An optional JSON body for FastAPI's `openapi_extra`."""
+    schema = msgspec.json.schema(kind)["$defs"][kind.__name__]
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
 
 
 def add_repository_routes(router: APIRouter, catalogue: Catalogue) -> None:
     """The model repository extension: list, load and unload programs."""
 
-    @router.post("/repository/index", tags=["Model repository"])
-    async def index() -> list[dict[str, str]]:
+    @router.post(
+        "/repository/index", tags=["Model repository"], openapi_extra=body_of(IndexRequest)
+    )
+    async def index(request: Request) -> list[dict[str, str]]:
         """Every program that is loaded or may be loaded, and why it is not loaded."""
-        rows = []
-        for name in {**catalogue.sources(), **catalogue.served}:
-            program = catalogue.served.get(name)
-            rows.append(
-                {
-                    "name": name,
-                    "version": "" if program is None else program.version,
-                    "state": "UNAVAILABLE" if program is None else "READY",
-                    "reason": catalogue.reasons.get(name, ""),
-                }
-            )
-        return rows
+        return catalogue.index((await read_order(request, IndexRequest)).ready)
 
-    @router.post("/repository/models/{name}/load", tags=["Model repository"], responses=NOT_FOUND)
-    async def load(name: str) -> dict[str, Any]:
+    @router.post(
+        "/repository/models/{name}/load",
+        tags=["Model repository"],
+        responses=NOT_FOUND,
+        openapi_extra=body_of(LoadRequest),
+    )
+    async def load(name: str, request: Request) -> dict[str, Any]:
         """Load a program, or reload its file.
 
         The old version is served until the new one has run a clip in every worker.
         """
+        given = (await read_order(request, LoadRequest)).parameters
+        if given:
+            raise Refusal(
+                400,
+                f"parameters {', '.join(sorted(given))[:100]}; accepted are none: a program "
+                f"file has all of its configuration",
+            )
         program = await catalogue.load(name)
         return {"name": program.name, "version": program.version}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import resource
 import signal
@@ -34,6 +35,10 @@ log = logging.getLogger("pynq_kgrc.service")
 REQUEST_TIMEOUT = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: 59\r\n"
     b'connection: close\r\n\r\n{"error": "the head of the request did not arrive in time"}'
+)
+BAD_REQUEST = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+    b"x-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
 )
 BACKLOG = 4096
 """Connections that the kernel queues until they are accepted."""
@@ -177,6 +182,12 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
         """Let a waiting request proceed, then shut down."""
         self._proceed()
         super().shutdown()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP/1.1, in JSON as all errors are; uvicorn answers in plain text."""
+        body = json.dumps({"error": f"not a request of HTTP/1.1: {msg}"}).encode()
+        self.transport.write(BAD_REQUEST % len(body) + body)
+        self.transport.close()
 
     def pause_writing(self) -> None:
         """The write buffer is full (back-pressure): start the timer for the client to read."""
