@@ -243,14 +243,16 @@ class CSimulation(Loaded):
         """
         first, last = self.task_range(first, last)
         self.check_maps()
-        self._maps_lost = "a run that did not end"
         found = []
         for number in range(first, last):
             began = time.perf_counter()
-            self._call(number, 1)
-            seconds = time.perf_counter() - began
-            found.append(self._counters(number, seconds))
-        self._maps_lost = None
+            try:
+                self._call(number, 1)
+                seconds = time.perf_counter() - began
+                found.append(self._counters(number, seconds))
+            except KeyboardInterrupt:
+                self._maps_lost = "a run that did not end"
+                raise
         return found
 
     def enter_child(self) -> None:
