@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compiler.retarget import retarget
 from pynq_kgrc.compress.calibrate import choose_quant
-from pynq_kgrc.errors import VideoError
-from pynq_kgrc.files import find_folder, shipped_programs, user_cache
+from pynq_kgrc.errors import CompileError, VideoError
+from pynq_kgrc.files import find_folder, shipped_programs
 from pynq_kgrc.graph import (
     AVERAGE_POOL,
     CONV,
@@ -64,17 +66,27 @@ def sample_frames(spec: ClipSpec) -> list[Array]:
     return [load_clip(path, spec).frames for path in calibration_videos()]
 
 
-def cached_program(name: str) -> Path:
-    """The path of a program of that name in the user's cache; the file need not exist."""
-    return user_cache() / "programs" / f"{name}.kgrc"
+def depth_video() -> Path:
+    """A depth video for the program `utd_mhad27`, of a person whom it was not trained on.
+
+    It ships in `examples/clips/depth`, with its label in `index.csv`.
+    """
+    return next(iter(sorted((find_folder("clips") / "depth").glob("*.mp4"))))
+
+
+def true_label(video: Path) -> str:
+    """The label of a video that ships, from the `index.csv` beside it."""
+    with (video.parent / "index.csv").open(encoding="utf-8", newline="") as file:
+        labels = {row["file"]: row["label"] for row in csv.DictReader(file)}
+    return labels[video.name]
 
 
 def sample_program(config: AcceleratorConfig) -> Program:
     """A program to try things with.
 
     The first of these that there is: the program that PYNQ_KGRC_PROGRAM names, whatever its
-    design; a program that ships with the project for the design `config`; an untrained network,
-    compiled for `config` (its labels say so).
+    design; a program that ships with the project, packed for the design `config`; an untrained
+    network, compiled for `config` (its labels say so), for a design that cannot run the former.
 
     Raises:
         ProgramError: PYNQ_KGRC_PROGRAM names a file that is no program.
@@ -85,6 +97,10 @@ def sample_program(config: AcceleratorConfig) -> Program:
         program = load(path)
         if program.config.digest == config.digest:
             return program
+        try:
+            return retarget(program, config)
+        except CompileError:
+            continue  # another width, or a design that cannot run it
     graph = sample_graph()
     clips = (graph.clip.normalise(frames) for frames in sample_frames(graph.clip))
     return lower(choose_quant(graph, clips, config.bits), config)
