@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compiler.released import released_program
 from pynq_kgrc.compiler.retarget import retarget
 from pynq_kgrc.compress.calibrate import choose_quant
-from pynq_kgrc.errors import CompileError, VideoError
+from pynq_kgrc.errors import CompileError, ModelError, VideoError
 from pynq_kgrc.files import find_folder, shipped_programs
 from pynq_kgrc.graph import (
     AVERAGE_POOL,
@@ -104,6 +106,34 @@ def sample_program(config: AcceleratorConfig) -> Program:
     graph = sample_graph()
     clips = (graph.clip.normalise(frames) for frames in sample_frames(graph.clip))
     return lower(choose_quant(graph, clips, config.bits), config)
+
+
+def action_program(
+    config: AcceleratorConfig, name: str = "i3d-kinetics400", tell: Callable[[str], None] = print
+) -> Program:
+    """A program whose labels for the videos that ship mean something.
+
+    PYNQ_KGRC_PROGRAM's; else the published network `name`, made in numpy on the first call; else,
+    without a network connection or for a design of 4 bits, `sample_program`.
+
+    Args:
+        config: the design.
+        name: one of `models.pretrained.RELEASES`, or empty: `sample_program`.
+        tell: receives a line for each stage, and why the published network is not used.
+    """
+    if name and not os.environ.get(PROGRAM):
+        try:
+            return load(released_program(name, config, tell))
+        except ModelError as error:
+            tell(f"not {name}: {error}")
+    return sample_program(config)
+
+
+def videos_of(program: Program) -> list[Path]:
+    """The videos that ship and show an action of the program's labels; else the colour videos."""
+    videos = [depth_video(), *sample_videos()]
+    found = [video for video in videos if true_label(video) in program.labels]
+    return found or sample_videos()
 
 
 def sample_graph(width: int = 16, seed: int = 0) -> Graph:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, preset
 from pynq_kgrc.backends.board import SIMULATE, simulation_requested
-from pynq_kgrc.backends.board.overlays import OVERLAY as OVERLAY
-from pynq_kgrc.backends.board.overlays import FoundOverlay, find_folder, list_overlays
+from pynq_kgrc.backends.board.overlays import OVERLAY, FoundOverlay, list_overlays
 from pynq_kgrc.errors import DeviceError
+from pynq_kgrc.files import find_folder
 
 BACKEND = "PYNQ_KGRC_BACKEND"
 """Environment variable that names the backend to use, whatever there is."""
