@@ -58,9 +58,11 @@ def test_a_variable_decides(monkeypatch):
     device(monkeypatch)
     monkeypatch.setenv("PYNQ_KGRC_SIMULATE", "1")
     assert choose_backend().backend == "board"
+    assert choose_backend().title == "simulated board"
     assert "a simulated board, no hardware" in choose_backend().reason
     monkeypatch.setenv("PYNQ_KGRC_BACKEND", "csim")
     assert choose_backend().backend == "csim"
+    assert choose_backend().title == "csim"
     assert choose_backend().reason == "PYNQ_KGRC_BACKEND says so"
 
 

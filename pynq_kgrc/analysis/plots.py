@@ -75,15 +75,17 @@ MOST_MAPS = 6
 def plot_maps(found: Mapping[str, Array], title: str = "") -> Figure:
     """Output codes [C, D, H, W] of one task, a row for each backend, a column for each channel.
 
-    Of each channel the middle of the depth is shown. All pictures have one scale of colours.
+    The channels are those that vary most; of each the middle of the depth is shown. All pictures
+    have one scale of colours.
     """
     first = next(iter(found.values()))
-    channels, depth = min(MOST_MAPS, first.shape[0]), first.shape[1] // 2
-    figure = Figure(figsize=(1.6 * channels + 1, 1.7 * len(found) + 0.6), layout="constrained")
-    places = figure.subplots(len(found), channels, squeeze=False)
+    depth = first.shape[1] // 2
+    channels = np.sort(np.argsort(-first[:, depth].std(axis=(1, 2)), kind="stable")[:MOST_MAPS])
+    figure = Figure(figsize=(1.6 * len(channels) + 1, 1.7 * len(found) + 0.6), layout="constrained")
+    places = figure.subplots(len(found), len(channels), squeeze=False)
     low, high = int(first.min()), int(first.max())
     for row, (name, codes) in zip(places, found.items(), strict=True):
-        for channel, axes in enumerate(row):
+        for channel, axes in zip(channels, row, strict=True):
             picture = axes.imshow(codes[channel, depth], vmin=low, vmax=high, cmap="viridis")
             axes.set_xticks([])
             axes.set_yticks([])
@@ -205,7 +207,7 @@ def plot_roofline(
         same = (other for other in named if np.allclose(other, place, rtol=NEAR))
         named.setdefault(next(same, place), []).append(each.name)
     for i, (place, names) in enumerate(named.items()):
-        aside = 4, -12 if i % 2 else 5
+        aside = 4, -12 if i % 2 or place[1] > 0.7 * peak else 5  # not on the line of the peak
         axes.annotate(", ".join(names), place, aside, textcoords="offset points")
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -39,8 +39,14 @@ class Chosen:
     config: AcceleratorConfig
     reason: str
 
+    @property
+    def title(self) -> str:
+        """The backend as pictures and figures name it: a simulated board is never just a board."""
+        simulated = self.backend == "board" and simulation_requested()
+        return "simulated board" if simulated else self.backend
+
     def __str__(self) -> str:
-        return f"backend {self.backend}, design {self.config.name}: {self.reason}"
+        return f"backend {self.title}, design {self.config.name}: {self.reason}"
 
 
 def installed_overlays() -> list[FoundOverlay]:
