@@ -296,14 +296,14 @@ def _places(candidates: Iterable[Candidate]) -> tuple[list[int], list[float]]:
 
 
 def plot_power(recordings: Mapping[str, Recording]) -> Figure:
-    """Measured watts of every rail over time, one plot per recording."""
+    """Watts of every rail over time, one plot per recording; measured, or simulated if they are."""
     figure = Figure(figsize=(8, 2.6 * len(recordings)), layout="constrained")
     all_axes = figure.subplots(len(recordings), 1, squeeze=False)[:, 0]
     for axes, (name, recording) in zip(all_axes, recordings.items(), strict=True):
         for rail, watts in recording.watts.items():
             axes.plot(recording.seconds, watts, label=rail)
         axes.set_title(name)
-        axes.set_ylabel("W, measured")
+        axes.set_ylabel("W, simulated" if recording.simulated else "W, measured")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     all_axes[-1].set_xlabel("seconds")
     return figure

@@ -34,7 +34,7 @@ from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.backends.base import (
     Counters,
     Loaded,
-    check_codes,
+    PackedMap,
     check_design,
     check_size,
     locked,
@@ -54,8 +54,9 @@ from pynq_kgrc.backends.image import (
     Image,
     build_image,
     decode_map,
-    encode_map,
     map_bytes,
+    pack_map,
+    packed_map,
     slot_beat,
 )
 from pynq_kgrc.errors import DeviceError, ProgramError
@@ -310,27 +311,34 @@ class BoardBackend(Loaded):
 
     # ---- maps -------------------------------------------------------------------------------
 
+    def pack(self, program: Program, slot: Slot, codes: Array) -> PackedMap:
+        """The codes [C, D, H, W] of a map as the bytes that `write` copies; the device is not used.
+
+        Raises:
+            ProgramError: the program is for another design, or the codes have another shape.
+        """
+        return pack_map(self.config, program, slot, codes)
+
     @locked
-    def write(self, slot: Slot, codes: Array) -> None:
-        """Write the codes [C, D, H, W] of a map into a slot; they are copied.
+    def write(self, slot: Slot, codes: Array | PackedMap) -> None:
+        """Write the codes [C, D, H, W] of a map, packed or not, into a slot; they are copied.
 
         After a failed run this first restores the device and the program.
 
         Raises:
-            ProgramError: no program is loaded, or the codes have another type or shape.
+            ProgramError: no program is loaded, the codes have another type or shape, or they are
+                packed for another program or slot.
             DeviceError: the device cannot be restored, or fails.
         """
         program = self.program
-        check_codes(program, slot, codes)
-        start = slot_beat(program, slot, "write") * self.config.beat_bytes
-        raw = encode_map(self.config, codes, program.buffers[slot.buffer].bits)
+        packed = packed_map(program, slot, codes)
         if self._failure is not None:
             self._restore_device()
             image = build_image(program)
             self._write_image(image.weights, image.tables)
         with device_errors("write"):
             maps = self._host_maps()
-            maps[start : start + raw.size] = raw
+            maps[packed.start : packed.start + packed.raw.size] = packed.raw
             self._resources.buffers["maps"].flush()
         self._maps_lost = None
 
