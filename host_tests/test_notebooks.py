@@ -225,9 +225,15 @@ def test_classify_with_i3d(tmp_path, monkeypatch, i3d):
 @pytest.mark.slow
 @needs_compiler
 def test_power_on_the_simulated_board(tmp_path, monkeypatch):
+    """Each rail and each figure says that it is simulated."""
     backend = board_of(SIMULATED)
-    text, _ = run("05_power", tmp_path, monkeypatch, **SIMULATED, **QUICK)
+    text, pictures = run("05_power", tmp_path, monkeypatch, **SIMULATED, **QUICK)
     assert f"backend {backend}, design" in text
+    rows = re.findall(r"^(.+?) +[\d.]+ W, .* mJ a clip, .* mJ beyond idle, (\w+)$", text, re.M)
+    assert len(rows) == 18
+    assert all(rail.endswith("(simulated)") and kind == "simulated" for rail, kind in rows)
+    assert "measured" not in text
+    assert pictures == 1
 
 
 @pytest.mark.slow
