@@ -34,7 +34,6 @@ def retarget(program: Program, config: AcceleratorConfig) -> Program:
         if isinstance(task, ConvTask) and task.shortcut is not None:
             reads.append(task.shortcut.source.buffer)
         dies.update(dict.fromkeys((*reads, task.target.buffer), time))
-    dies[program.target.buffer] = len(tasks)
     buffers = dict(enumerate(program.buffers))
     offsets, arena_bytes = lay_out(buffers, born, dies, config)
     placed = tuple(replace(buffer, offset=offsets[i]) for i, buffer in buffers.items())
