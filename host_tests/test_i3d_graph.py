@@ -153,12 +153,11 @@ def stored(made, tmp_path, monkeypatch):
 def test_stored_ranges_give_the_program_that_compile_makes(stored, video, tmp_path):
     clip_of_video = load_clip(video, SHORT).frames
     quantized = choose_quant(stored, [SHORT.normalise(clip_of_video)], 8)
-    for design in ("8-sparse", "8-zcu102"):
-        config = preset(design)
-        path = released_program("thin", config)
-        assert path.name == f"thin-{config.digest}-{VERSION}.kgrc"
-        lower(quantized, config).save(tmp_path / "with_clips.kgrc")
-        assert path.read_bytes() == (tmp_path / "with_clips.kgrc").read_bytes()
+    config = preset("8-sparse")
+    path = released_program("thin", config)
+    assert path.name == f"thin-{config.digest}-{VERSION}.kgrc"
+    lower(quantized, config).save(tmp_path / "with_clips.kgrc")
+    assert path.read_bytes() == (tmp_path / "with_clips.kgrc").read_bytes()
 
 
 BOARD = """
@@ -218,9 +217,9 @@ def test_what_cannot_be_made(stored, tmp_path, monkeypatch, capsys):
     file.write_text(text.replace("1" * 64, "2" * 64))
     with pytest.raises(ModelError, match="were chosen for weights of sha256 2222"):
         released_program("thin", preset("8-sparse"))
-    file.write_text(text.replace('"mean"', '"median"'))
+    file.write_text(text.replace('"AvgPool3d"', '"Median"'))
     with pytest.raises(
-        CompileError, match="ranges are of another network; only one of both has me"
+        CompileError, match="ranges are of another network; only one of both has AvgPool3d"
     ):
         released_program("thin", preset("8-sparse"))
     file.write_text(text[:-40])

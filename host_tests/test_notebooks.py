@@ -115,7 +115,7 @@ def test_where_the_time_goes(tmp_path, monkeypatch, where):
 
 
 @needs_compiler
-@pytest.mark.parametrize("where", [{}, SIMULATED], ids=str)
+@pytest.mark.parametrize("where", [pytest.param({}, marks=pytest.mark.slow), SIMULATED], ids=str)
 def test_inside_the_overlay(tmp_path, monkeypatch, where):
     """Registers, buffers and one start by hand give the label; every task equals the emulation."""
     backend = board_of(where)
@@ -145,6 +145,7 @@ def test_live(tmp_path, monkeypatch, where):
     assert "right arm swipe to the left" in said[2]
 
 
+@pytest.mark.slow
 def test_live_stops_cleanly(tmp_path, monkeypatch):
     """Interrupted in a clip, it says so, and camera and device are given back."""
     text = run_live_interrupted(tmp_path, monkeypatch)
