@@ -239,7 +239,13 @@ class Session:
     def _device(self) -> Iterator[None]:
         """The backend for this session alone, with its program loaded."""
         with self.backend.lock:
-            if self.backend.program is not self.program:  # another session loaded another one
+            try:
+                loaded = self.backend.program is self.program
+            except ProgramError:
+                if self._owned:  # it is closed
+                    raise
+                loaded = False  # the load of another session was stopped
+            if not loaded:
                 self.backend.load(self.program)
             yield
 
