@@ -16,7 +16,7 @@ from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.cli import main
 from pynq_kgrc.compiler import released
 from pynq_kgrc.compiler.lower import lower
-from pynq_kgrc.compiler.released import find_program, read_ranges, released_program, write_ranges
+from pynq_kgrc.compiler.released import find_program, read_ranges, released_program
 from pynq_kgrc.compiler.retarget import retarget
 from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import CompileError, ModelError
@@ -28,7 +28,7 @@ from pynq_kgrc.models.pretrained import RELEASES, Release
 from pynq_kgrc.models.trace import trace
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
-from pynq_kgrc.samples import true_label
+from pynq_kgrc.samples import true_label, write_ranges
 from pynq_kgrc.version import VERSION
 from pynq_kgrc.video import load_clip
 

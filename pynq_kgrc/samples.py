@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,17 @@ import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.lower import lower
-from pynq_kgrc.compiler.released import released_program
+from pynq_kgrc.compiler.released import (
+    WIDTHS,
+    describe_ranges,
+    ranges_file,
+    released_graph,
+    released_program,
+)
 from pynq_kgrc.compiler.retarget import retarget
 from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import CompileError, ModelError, VideoError
-from pynq_kgrc.files import find_folder, shipped_programs
+from pynq_kgrc.files import find_folder, shipped_programs, written_beside
 from pynq_kgrc.graph import (
     AVERAGE_POOL,
     CONV,
@@ -174,3 +181,17 @@ def sample_graph(width: int = 16, seed: int = 0) -> Graph:
     conv("fc", CLASSES, layers[-1].size, ones, (0, 0, 0), "none")
     labels = tuple(f"untrained class {i}" for i in range(CLASSES))
     return Graph("untrained thin C3D", tuple(layers), "fc", CLIP, labels)
+
+
+def write_ranges(name: str, graph: Graph, videos: list[Path], bits: tuple[int, ...]) -> Path:
+    """Choose the ranges of a published network on one clip of each video, and store them."""
+    clips = {video: load_clip(video, graph.clip).frames for video in videos}
+    path = ranges_file(name)
+    with written_beside(path) as beside:
+        beside.write_bytes(describe_ranges(name, graph, clips, bits))
+    return path
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:]:
+        print(write_ranges(each, released_graph(each), calibration_videos(), WIDTHS))

@@ -4,14 +4,13 @@ The graph comes from the weights alone (`models.pretrained`), the ranges of its 
 that ships with the package. They were chosen on the two calibration videos of `examples/clips`, so
 the program is the one that ``pynq-kgrc compile`` makes of the same weights and videos with torch.
 
-``python -m pynq_kgrc.compiler.released`` chooses the ranges again, for a release; it needs the
-videos and about two minutes.
+``python -m pynq_kgrc.samples i3d-kinetics400`` chooses the ranges again, for a release.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,12 +22,11 @@ from pynq_kgrc.compiler.lower import lower
 from pynq_kgrc.compiler.retarget import retarget
 from pynq_kgrc.compress.calibrate import Ranges, apply_ranges, choose_ranges
 from pynq_kgrc.errors import ModelError, ProgramError
-from pynq_kgrc.files import cached_program, find_folder, shipped_programs, written_beside
 from pynq_kgrc.graph import Graph
-from pynq_kgrc.models.pretrained import RELEASES, Release, pull, read_labels
-from pynq_kgrc.program import Program, load
+from pynq_kgrc.models.pretrained import RELEASES, pull, read_labels
+from pynq_kgrc.program import Program, cached_program, load, named_programs
+from pynq_kgrc.quant import Array
 from pynq_kgrc.version import VERSION
-from pynq_kgrc.video import load_clip
 
 WIDTHS = (8, 16)
 """Bits of the stored ranges. At 4 bits a network has to be trained to keep its labels."""
@@ -52,7 +50,7 @@ class StoredRanges(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def program_names() -> tuple[str, ...]:
     """The names that `find_program` knows: programs that ship, and published networks."""
-    return (*(path.stem for path in shipped_programs()), *RELEASES)
+    return (*named_programs(), *RELEASES)
 
 
 def find_program(
@@ -70,7 +68,7 @@ def find_program(
         CompileError: the design cannot run the program.
     """
     path = Path(name)
-    shipped = {each.stem: each for each in shipped_programs()}
+    shipped = named_programs()
     if path.suffix == ".kgrc" or path.exists() or str(name) not in program_names():
         return path
     if str(name) in RELEASES:
@@ -148,7 +146,7 @@ def read_ranges(name: str) -> StoredRanges:
         ModelError: there are none, or they were chosen for other weights.
     """
     release = RELEASES[name]
-    path = _ranges_file(name, release)
+    path = ranges_file(name)
     try:
         stored = msgspec.json.decode(path.read_bytes(), type=StoredRanges)
     except (OSError, msgspec.MsgspecError) as error:
@@ -163,23 +161,30 @@ def read_ranges(name: str) -> StoredRanges:
     return stored
 
 
-def write_ranges(name: str, graph: Graph, videos: list[Path], bits: tuple[int, ...]) -> Path:
-    """Choose the ranges of a published network on one clip of each video, and store them."""
-    release = RELEASES[name]
-    frames = [load_clip(video, graph.clip).frames for video in videos]
+def describe_ranges(
+    name: str, graph: Graph, videos: Mapping[Path, Array], bits: Sequence[int]
+) -> bytes:
+    """The contents of `ranges_file`: ranges chosen on one clip of each video.
+
+    Args:
+        name: one of `models.pretrained.RELEASES`.
+        graph: its float graph (`released_graph`).
+        videos: each video, and the frames [D, H, W, 3] of a clip of it.
+        bits: the widths.
+    """
+    clips = [graph.clip.normalise(frames) for frames in videos.values()]
     stored = StoredRanges(
-        release.member_sha256,
+        RELEASES[name].member_sha256,
         {video.name: hashlib.sha256(video.read_bytes()).hexdigest() for video in videos},
         f"pynq_kgrc {VERSION}, numpy {np.__version__}",
-        tuple(choose_ranges(graph, map(graph.clip.normalise, frames), width) for width in bits),
+        tuple(choose_ranges(graph, clips, width) for width in bits),
     )
-    path = _ranges_file(name, release)
-    with written_beside(path) as beside:
-        beside.write_bytes(msgspec.json.format(msgspec.json.encode(stored), indent=1) + b"\n")
-    return path
+    return msgspec.json.format(msgspec.json.encode(stored), indent=1) + b"\n"
 
 
-def _ranges_file(name: str, release: Release) -> Path:
+def ranges_file(name: str) -> Path:
+    """The file of the stored ranges of a published network."""
+    release = RELEASES[name]
     return release.ranges or release.labels.parent.with_name("programs") / f"{name}.ranges.json"
 
 
@@ -190,9 +195,3 @@ def _is_for(path: Path, config: AcceleratorConfig) -> bool:
     except ProgramError:
         return False
     return program.config.digest == config.digest
-
-
-if __name__ == "__main__":
-    for each in RELEASES:
-        clips = sorted((find_folder("clips") / "calibration").glob("*.avi"))
-        print(write_ranges(each, released_graph(each), clips, WIDTHS))
