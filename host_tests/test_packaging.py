@@ -162,7 +162,8 @@ def test_every_licence_is_in_the_table():
     """Each clip, label list and program that ships, and each release that `pull` fetches."""
     table = (ROOT / "LICENSES.md").read_text("utf-8")
     for folder in ("pynq_kgrc/programs/", "pynq_kgrc/labels/kinetics400.txt", "examples/clips/",
-                   "examples/clips/calibration/", "pynq_kgrc/service/page/"):  # fmt: skip
+                   "examples/clips/calibration/", "examples/clips/depth/",
+                   "pynq_kgrc/service/page/"):  # fmt: skip
         assert f"`{folder}`" in table
         assert (ROOT / folder).exists()
     assert {p.name for p in (ROOT / "pynq_kgrc" / "labels").iterdir()} == {"kinetics400.txt"}
@@ -172,7 +173,7 @@ def test_every_licence_is_in_the_table():
         assert f"{release.package} {release.version}" in table
     counts = {"one": 1, "two": 2}
     rows = re.findall(r"^\| (one|two) clips? of .*?`(examples/clips/\S*)`", table, re.MULTILINE)
-    for place in ("examples/clips/", "examples/clips/calibration/"):
+    for place in ("examples/clips/", "examples/clips/calibration/", "examples/clips/depth/"):
         videos = [p for p in (ROOT / place).iterdir() if p.suffix in (".mp4", ".gif", ".avi")]
         assert sum(counts[number] for number, folder in rows if folder == place) == len(videos)
 
