@@ -9,6 +9,7 @@ from typing import Any
 
 from pynq_kgrc.cli.arguments import DAY, Declare, positive, whole
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS
 
 MORE = """\
 Send a video from another terminal:
@@ -64,6 +65,40 @@ def declare(command: Declare) -> None:
     )
     serve.add_argument(
         "--max-bytes", type=positive, default=200_000_000, help="largest video (default: 200000000)"
+    )
+    serve.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        help=f"largest frame of a video, in pixels (default: {MAX_PIXELS}, which takes in 4K)",
+    )
+    serve.add_argument(
+        "--max-seconds",
+        type=whole(1, DAY),
+        default=round(MAX_SECONDS),
+        metavar="SECONDS",
+        help="of a longer video only that much is looked at, and the answer says so "
+        f"(default: {MAX_SECONDS:g})",
+    )
+    serve.add_argument(
+        "--decode-seconds",
+        type=whole(1, DAY),
+        default=120,
+        metavar="SECONDS",
+        help="processor time to decode a video; after it, what was decoded is the answer "
+        "(default: 120)",
+    )
+    serve.add_argument(
+        "--uploads",
+        type=whole(1, 10_000),
+        default=64,
+        help="uploads that are received at a time; further ones get 429 (default: 64)",
+    )
+    serve.add_argument(
+        "--live",
+        type=whole(1, 10_000),
+        default=4,
+        help="live sessions at a time; further ones get 429 (default: 4)",
     )
     serve.add_argument(
         "--queue",
@@ -127,6 +162,11 @@ def run_serve(options: argparse.Namespace) -> int:
         port=options.port,
         keys=read_keys(options.api_key_file) if options.api_key_file else (),
         max_bytes=options.max_bytes,
+        max_pixels=options.max_pixels,
+        max_seconds=options.max_seconds,
+        decode_seconds=options.decode_seconds,
+        uploads=options.uploads,
+        live=options.live,
         queue=options.queue,
         wait_seconds=options.wait,
         clip_seconds=options.clip_limit,
@@ -142,7 +182,9 @@ def run_serve(options: argparse.Namespace) -> int:
             print(json.dumps(started), flush=True)
         else:
             programs = ", ".join(started["programs"]) or "no program yet"
-            print(f"{started['url']}  ({programs} on {started['backend']})", flush=True)
+            print(f"{started['url']}  ({programs} on {started['backend']})")
+            limits = ", ".join(started["decoders_cannot"]) or "nothing of what this kernel lacks"
+            print(f"what decodes a video cannot: {limits}", flush=True)
 
     asyncio.run(run_service(settings, announce))
     return 0

@@ -19,11 +19,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.service import protocol_v2
-from pynq_kgrc.service.guard import KEY_PROTOCOL, Guard
+from pynq_kgrc.service.guard import CLIENT_LEFT, KEY_PROTOCOL, Guard, client_of
 from pynq_kgrc.service.jobs import FINAL
 from pynq_kgrc.service.live import LiveSession, refuse_live, serve_live
 from pynq_kgrc.service.logs import start_logging
@@ -113,6 +114,10 @@ def add_error_handlers(app: FastAPI) -> None:
             headers["allow"] = ", ".join(sorted(methods_of(app, request.url.path)))
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=headers)
 
+    @app.exception_handler(ClientDisconnect)
+    async def client_left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it; for the metrics and the log
+
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("failed", extra={"request_id": request.state.request_id}, exc_info=error)
@@ -152,7 +157,7 @@ def add_video_routes(app: FastAPI, service: Service) -> None:
         """
         chosen = read_options(request.query_params.multi_items())
         upload = await service.receive(request)
-        job = service.submit(upload, form_options(upload, chosen))
+        job = service.submit(client_of(request.scope), upload, form_options(upload, chosen))
         seconds = preferred_seconds(prefer, service.settings.wait_seconds)
         return await service.answer(request, job, seconds)
 
@@ -256,7 +261,10 @@ def add_live_routes(app: FastAPI, service: Service) -> None:
         try:
             given = client.query_params.multi_items()
             options = make_options(read_options(given, ("program", "top_k")))
-            with service.live.enter(), service.catalogue.lease(options.program) as served:
+            with (
+                service.live.enter(client_of(client.scope)),
+                service.catalogue.lease(options.program) as served,
+            ):
                 session = LiveSession(
                     client,
                     served,
@@ -331,6 +339,7 @@ async def _serve(
             "port": port,
             "backend": settings.backend,
             "programs": list(service.catalogue.served),
+            "decoders_cannot": service.confined,
         }
     )
     try:

@@ -124,6 +124,8 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _held_data: bytes | None = None
+    _upgraded = False
+    """Whether the connection has become a WebSocket, which has time limits of its own."""
     _lingering: LingeringTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -166,7 +168,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
     def data_received(self, data: bytes) -> None:
         """Stop the timer when the header is complete; start it when another request begins."""
         super().data_received(data)
-        if not self._is_idle():
+        if self._upgraded or not self._is_idle():
             self._stop_timer()
         elif self._head_timer is None and not self.transport.is_closing():
             self._start_timer()
@@ -190,7 +192,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """The connection becomes a WebSocket: stop the timer for the header."""
         super().handle_websocket_upgrade(event)
-        self._stop_timer()
+        self._upgraded = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
