@@ -107,10 +107,13 @@ def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
     )
     beats = np.zeros((vectors, depth, height, row, config.tn), code_dtype(bits))
     pixels = np.ascontiguousarray(codes.transpose(1, 2, 3, 0))
-    for number, vector in enumerate(np.split(pixels, range(config.tn, channels, config.tn), -1)):
+    for number, first in enumerate(range(0, channels, config.tn)):
         # numpy copies a vector as one item much faster than code by code
-        item = np.dtype((np.void, vector.shape[-1] * vector.itemsize))
-        beats[number, :, :, :width, : vector.shape[-1]].view(item)[...] = vector.view(item)
+        item = np.dtype((np.void, min(config.tn, channels - first) * pixels.itemsize))
+        start, steps = first * pixels.itemsize, pixels.strides[:3]
+        vector: Array = np.ndarray((depth, height, width), item, pixels, start, steps)
+        target: Array = np.ndarray(vector.shape, item, beats[number], 0, beats.strides[1:4])
+        target[...] = vector
     return _to_bytes(beats, bits)
 
 
