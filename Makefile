@@ -86,6 +86,7 @@ matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## test the driver under older versi
 	for version in $(OLDER_PYNQ); do \
 		$(VENV)/pynq-$$version/bin/python -m pytest -m 'not slow' -k 'board or doctor' \
 			host_tests/test_board.py host_tests/test_doctor.py host_tests/test_backends.py || exit 1; \
+		$(VENV)/pynq-$$version/bin/python -m pytest host_tests/test_deploy.py || exit 1; \
 	done
 
 versions: ## test the runtime on the oldest and newest Python and numpy
