@@ -36,8 +36,8 @@ HERE = Path(__file__).resolve().parent
 FOLDER = "FAKE_XRT"
 """Environment variable: the folder of the board's files. Set in the processes that have a board."""
 
-UIO = "FAKE_XRT_UIO"
-"""Environment variable: 0 for a board whose device tree has no UIO device for the interrupt."""
+BOARDS = []
+"""The board of this process, once `install` has made it."""
 
 FPGA_MANAGER, FIRMWARE = "/sys/class/fpga_manager/fpga0", "/lib/firmware"
 CACHEABLE = 1 << 24
@@ -64,7 +64,7 @@ def on_fake_board(test):
         module = Path(test.__code__.co_filename).stem
         call = json.dumps([module, test.__name__, arguments, named])
         code = "import sys, fake_xrt; fake_xrt.call(*__import__('json').loads(sys.argv[1]))"
-        done = run_on_board(["-c", code, call], uio=named.get("uio", True))
+        done = run_on_board(["-c", code, call])
         assert done.returncode == 0, done.stdout + done.stderr
 
     return run
@@ -72,64 +72,68 @@ def on_fake_board(test):
 
 def call(module, name, arguments, named):
     """Call a function in the process of `on_fake_board`."""
-    board = install()
+    install()
     getattr(importlib.import_module(module), name)(*arguments, **named)
-    assert not board.memory.buffers, "buffers are left"
+    assert not board().memory.buffers, "buffers are left"
 
 
-def run_on_board(arguments, uio=True, folder=None, timeout=600):
-    """Run this Python with `arguments` in an environment that has the board."""
-    with contextlib.ExitStack() as stack:
-        if folder is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fake-xrt-"))
+def folder():
+    """The folder of this process's board."""
+    return Path(os.environ[FOLDER])
+
+
+def board():
+    """The board of this process."""
+    return BOARDS[0]
+
+
+def run_on_board(arguments, timeout=600):
+    """Run this Python with `arguments` in an environment that has a fresh board."""
+    with tempfile.TemporaryDirectory(prefix="fake-xrt-") as place:
         return subprocess.run(
             [sys.executable, "-W", "ignore", *arguments],
-            env=environment(Path(folder), uio),
-            cwd=folder,
+            env={
+                **os.environ,
+                FOLDER: place,
+                "TMPDIR": place,  # for the lock file
+                "PATH": f"{place}/bin{os.pathsep}{os.environ['PATH']}",
+                "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
+                "XILINX_XRT": place,
+                "PYNQ_KGRC_SIMULATE": "0",
+            },
+            cwd=place,
             capture_output=True,
             text=True,
             timeout=timeout,
         )
 
 
-def environment(folder, uio=True):
-    """The environment of a process on the board whose files are in `folder`."""
-    return {
-        **os.environ,
-        FOLDER: str(folder),
-        UIO: str(int(uio)),
-        "TMPDIR": str(folder),  # for the lock file
-        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
-        "XILINX_XRT": str(folder),
-        "PYNQ_KGRC_SIMULATE": "0",
-    }
-
-
 # ---- the board --------------------------------------------------------------------------------
 
 
-def make_files(folder):
+def place(path):
+    """Where a path of the board lies on this host."""
+    return folder() / str(path)[1:] if str(path).startswith((FPGA_MANAGER, FIRMWARE)) else path
+
+
+def make_files():
     """The board's files, unless an earlier process has made them."""
-    manager = folder / FPGA_MANAGER[1:]
+    manager, tools, state = place(FPGA_MANAGER), folder() / "bin", folder() / "state"
     if manager.is_dir():
         return
-    for path in (manager, folder / FIRMWARE[1:], folder / "bin", folder / "state"):
+    for path in (manager, place(FIRMWARE), tools, state):
         path.mkdir(parents=True)
     for name, text in {"firmware": "", "flags": "0", "state": "unknown"}.items():
         (manager / name).write_text(text)
     pynq = Path(importlib.util.find_spec("pynq").submodule_search_locations[0])
-    program(
-        folder / "bin" / "xclbinutil",
-        f'exec "{sys.executable}" -IS "{HERE / "fake_xclbinutil.py"}" '
-        f'"{pynq / "_3rdparty" / "xclbin.py"}"',
-    )
-    program(folder / "bin" / "xbutil", "echo 'Version : 2.13.479'")
-
-
-def program(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
+    xclbin, maker = pynq / "_3rdparty" / "xclbin.py", HERE / "fake_xclbinutil.py"
+    scripts = {
+        "xclbinutil": f'exec "{sys.executable}" -IS "{maker}" "{xclbin}"',
+        "xbutil": "echo 'Version : 2.13.479'",
+    }
+    for name, text in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
 
 
 def write_overlay(folder, config, clock_mhz=150.0):
@@ -173,8 +177,8 @@ class BufferObject:
 class Interrupt:
     """The UIO device /dev/uio0 as a file: writing unmasks the interrupt, reading waits for it."""
 
-    def __init__(self, board):
-        self.board, self.event = board, os.eventfd(0)
+    def __init__(self):
+        self.event = os.eventfd(0)
 
     def fileno(self):
         return self.event
@@ -186,7 +190,7 @@ class Interrupt:
         self._deliver(asyncio.get_running_loop())
 
     def _deliver(self, loop):
-        controller = self.board.controller
+        controller = board().controller
         if controller.read(controller.PENDING) and controller.read(controller.MASTER) == 3:
             os.eventfd_write(self.event, 1)
         else:
@@ -199,34 +203,24 @@ class Interrupt:
 def install():
     """Put the board under pynq, which must not have been imported; returns the board."""
     assert "pynq" not in sys.modules, "pynq was imported before the board was there"
-    folder = Path(os.environ[FOLDER])
-    make_files(folder)
+    make_files()
     libc = ctypes.CDLL("libc.so.6", use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    boards = []  # the board is made once pynq is there
-
-    def place(path):
-        """Where a path of the board lies on this host."""
-        for root in (FPGA_MANAGER, FIRMWARE):
-            if str(path).startswith(root):
-                return folder / str(path)[1:]
-        return path
-
-    sys.modules["pyxrt"] = pyxrt(boards)
+    sys.modules["pyxrt"] = pyxrt()
     uname = os.uname_result((*os.uname()[:4], "aarch64"))
     isfile, library = os.path.isfile, ctypes.CDLL
     node = "/proc/device-tree/chosen/pynq_board"
     # pynq asks for the machine again when it makes a device and its clocks
     platform.machine = lambda: "aarch64"
     with (
-        mock.patch.object(os, "uname", lambda: uname),
+        mock.patch.object(os, "uname", return_value=uname),
         mock.patch.object(os.path, "isfile", lambda path: str(path) == node or isfile(path)),
         mock.patch.object(
             ctypes,
             "CDLL",
             lambda name, *rest, **named: (
-                libxrt_core(boards)
+                libxrt_core()
                 if str(name).endswith("libxrt_core.so")
                 else library(name, *rest, **named)
             ),
@@ -236,18 +230,17 @@ def install():
         import pynq.interrupt
         import pynq.uio
         from pynq.pl_server import embedded_device, global_state
-    boards.append(make_board(folder, libc))
-    board = boards[0]
+    BOARDS.append(make_board(libc))
 
     def opened(path, mode="r", *rest, **named):
         """`open` on the board."""
         if str(path) == f"{FPGA_MANAGER}/firmware" and "w" in mode:
-            return Firmware(board)
+            return Firmware()
         if str(path) == "/dev/uio0":
-            return Interrupt(board)
+            return Interrupt()
         if str(path) == "/proc/interrupts":
             line = f" 50: 0 0 0 0 GICv2 {IRQ} Level fabric\n"
-            return contextlib.nullcontext([line] * int(os.environ[UIO]))
+            return contextlib.nullcontext([line] * board().has_uio)
         if str(path) == "/sys/class/uio/uio0/name":
             return contextlib.nullcontext(types.SimpleNamespace(read=lambda: "fabric\n"))
         return builtins.open(place(path), mode, *rest, **named)
@@ -256,18 +249,15 @@ def install():
         module.open = opened
     embedded_device.Path = lambda *parts: Path(place(Path(*parts)))
     # pynq keeps the state of the device beside these two modules
-    embedded_device.__file__ = str(folder / "state" / "embedded_device.py")
-    global_state.STATE_DIR = str(folder / "state")
+    embedded_device.__file__ = str(folder() / "state" / "embedded_device.py")
+    global_state.STATE_DIR = str(folder() / "state")
     pynq.uio.os = types.SimpleNamespace(listdir=lambda _: ["uio0"])
-    embedded_device.EmbeddedDevice.mmap = board.map_registers
-    return board
+    embedded_device.EmbeddedDevice.mmap = lambda _, *where: board().map_registers(*where)
+    return board()
 
 
 class Firmware:
     """The FPGA manager's attribute `firmware`: writing a name programs the device."""
-
-    def __init__(self, board):
-        self.board = board
 
     def __enter__(self):
         return self
@@ -276,11 +266,11 @@ class Firmware:
         pass
 
     def write(self, name):
-        (self.board.folder / FPGA_MANAGER[1:] / "firmware").write_text(name)
-        self.board.program_from_firmware()
+        place(f"{FPGA_MANAGER}/firmware").write_text(name)
+        board().program_from_firmware()
 
 
-def make_board(folder, libc):
+def make_board(libc):
     """The hardware: the simulated device's registers and kernel, memory of its own."""
     import pynq
     from pynq._3rdparty import tinynumpy
@@ -288,26 +278,50 @@ def make_board(folder, libc):
 
     from pynq_kgrc.backends.board import simulated
 
+    class Kept(simulated.Registers):
+        """Registers whose values outlive a process, as a board's do."""
+
+        def __init__(self, values):
+            self.file = folder() / "clocks.json"
+            super().__init__(values)
+            if self.file.is_file():
+                self.values = {int(k): v for k, v in json.loads(self.file.read_text()).items()}
+
+        def write(self, offset, value):
+            super().write(offset, value)
+            self.file.write_text(json.dumps(self.values))
+
     class Hardware(simulated.SimulatedDevice):
         """What lies behind pynq's device. It is no device of pynq itself."""
 
         def __init__(self):
             super().__init__(tag="hardware")
-            self.folder, self.loaded = folder, []
+            self.loaded = []
+            """The xclbin files that XRT was given."""
+            self.has_uio = True
+            """Whether the device tree has a UIO device for the interrupt."""
             self.empty = True
             """Whether the logic has never been programmed."""
             self.touched_empty = []
             """Accesses to registers of the logic while it was empty: on a board they hang."""
+            size, clocks = self._blocks[simulated.CRL_AT]
+            self._blocks[simulated.CRL_AT] = (size, Kept(clocks.values))
             for base in (0xFD61_5000, 0xFF41_9000, 0xFD38_0000, 0xFD39_0000):
                 self._blocks[base] = (0x1000, simulated.Registers())
 
         def program_from_firmware(self):
             """Program the logic with the file that the FPGA manager names."""
-            name = (folder / FPGA_MANAGER[1:] / "firmware").read_text()
-            raw = (folder / FIRMWARE[1:] / name).read_bytes()
+            name = place(f"{FPGA_MANAGER}/firmware").read_text()
+            raw = place(f"{FIRMWARE}/{name}").read_bytes()
             self.program(np.frombuffer(raw, "i4").byteswap().tobytes().rstrip(b" "))
             self.empty = False
-            (folder / FPGA_MANAGER[1:] / "state").write_text("operating\n")
+            place(f"{FPGA_MANAGER}/state").write_text("operating\n")
+
+        def find_firmware(self):
+            """Hold what another process has programmed."""
+            if place(f"{FPGA_MANAGER}/state").read_text() == "operating\n":
+                self.program_from_firmware()
+                self.downloads -= 1
 
         def map_registers(self, base, length):
             """EmbeddedDevice.mmap: the registers in /dev/mem, for root only."""
@@ -318,7 +332,9 @@ def make_board(folder, libc):
 
         def _block(self, address):
             if self.empty and 0xA000_0000 <= address < 0xB000_0000:
-                self.touched_empty.append(address)
+                self.find_firmware()
+                if self.empty:
+                    self.touched_empty.append(address)
             return super()._block(address)
 
         def allocate(self, size, cacheable):
@@ -346,32 +362,33 @@ def make_board(folder, libc):
             if buffer.logic is not buffer.host:
                 buffer.host[:] = buffer.logic
 
-    board = Hardware()
+    made = Hardware()
     # undo what the simulated device does to pynq: here pynq finds its device and clocks itself
     _InterruptController._uio_devices.clear()
     if "_active_device" in vars(pynq.Device):
         del pynq.Device._active_device
     if "_real_instance" in vars(pynq.Clocks):
         del pynq.Clocks._real_instance
-    if (folder / FPGA_MANAGER[1:] / "state").read_text() == "operating\n":
-        board.program_from_firmware()  # by an earlier process; the logic keeps it
-        board.downloads = 0
-    return board
+    return made
 
 
 # ---- XRT --------------------------------------------------------------------------------------
 
 
-def pyxrt(boards):
-    """The module `pyxrt`, of which pynq uses from 3.1 on."""
+def synchronize(buffer, from_device):
+    (board().sync_from_device if from_device else board().sync_to_device)(buffer)
+
+
+def pyxrt():
+    """The module `pyxrt`, as far as pynq uses it (from 3.1 on)."""
     module = types.ModuleType("pyxrt")
 
-    class flags:  # noqa: N801 the names are pyxrt's
+    class flags:  # the names are pyxrt's
         normal, cacheable = 0, CACHEABLE
 
-    class bo:  # noqa: N801
+    class bo:
         def __init__(self, _device, size, kind, _bank):
-            self.buffer = boards[0].allocate(size, kind == CACHEABLE)
+            self.buffer = board().allocate(size, kind == CACHEABLE)
 
         def map(self):
             return memoryview(self.buffer.view).cast("B")
@@ -383,14 +400,13 @@ def pyxrt(boards):
             return self.buffer.address
 
         def sync(self, direction):
-            board = boards[0]
-            (board.sync_from_device if direction else board.sync_to_device)(self.buffer)
+            synchronize(self.buffer, direction)
 
         def __del__(self):
             if hasattr(self, "buffer"):
-                boards[0].release(self.buffer)
+                board().release(self.buffer)
 
-    class device:  # noqa: N801
+    class device:
         def __init__(self, index):
             assert index == 0
 
@@ -399,7 +415,7 @@ def pyxrt(boards):
 
         def load_xclbin(self, path):
             assert Path(path).read_bytes().startswith(b"xclbin2")
-            boards[0].loaded.append(path)
+            board().loaded.append(path)
 
     names = "bdf dynamic_regions electrical host m2m max_clock_frequency_mhz mechanical memory name"
     kinds = (*names.split(), "pcie_info", "thermal", "vmr")
@@ -412,13 +428,13 @@ def pyxrt(boards):
     return module
 
 
-def libxrt_core(boards):
+def libxrt_core():
     """The functions of libxrt_core.so that pynq 3.0 calls."""
     held = {}
 
     def allocate(_handle, size, _kind, bank):
         number = len(held) + 1
-        held[number] = boards[0].allocate(size, bool(bank & CACHEABLE))
+        held[number] = board().allocate(size, bool(bank & CACHEABLE))
         return number
 
     def properties(_handle, number, found):
@@ -426,8 +442,7 @@ def libxrt_core(boards):
         return 0
 
     def sync(_handle, number, direction, _size, _offset):
-        board = boards[0]
-        (board.sync_from_device if direction else board.sync_to_device)(held[number])
+        synchronize(held[number], direction)
         return 0
 
     def information(_handle, found):
@@ -435,11 +450,11 @@ def libxrt_core(boards):
         return 0
 
     def free(_handle, number):
-        boards[0].release(held[number])
+        board().release(held[number])
 
     def load(_handle, raw):
         assert bytes(raw).startswith(b"xclbin2")
-        boards[0].loaded.append("xclbin")
+        board().loaded.append("xclbin")
         return 0
 
     def map_buffer(_handle, number, _write):

@@ -2,11 +2,10 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
-import textwrap
 import threading
-from pathlib import Path
 
 import fake_xrt
 import numpy as np
@@ -17,36 +16,172 @@ from reference import run_program
 
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
 
+from pynq.interrupt import _InterruptController as InterruptController  # noqa: E402
+from pynq.overlay import DefaultIP  # noqa: E402
+
+from pynq_kgrc.backends.base import open_backend  # noqa: E402
 from pynq_kgrc.backends.board.backend import BoardBackend  # noqa: E402
+from pynq_kgrc.backends.board.kernel import KgrcIp  # noqa: E402
 from pynq_kgrc.errors import DeviceError  # noqa: E402
+from pynq_kgrc.runtime import Session  # noqa: E402
 
 
 def made():
+    """A program; its overlay, which KGRC_OVERLAY names."""
     net = Net(size=(3, 6, 7))
     net.dense(net.pool(net.conv(net.conv("clip", 6), 9)), 5)
     program = compiled(net)[0]
-    overlay = Path(os.environ[fake_xrt.FOLDER]) / "overlay"
-    if not overlay.is_dir():
-        fake_xrt.write_overlay(overlay, program.config)
-    return program, overlay
+    folder = fake_xrt.folder() / "overlay"
+    if not folder.is_dir():
+        fake_xrt.write_overlay(folder, program.config)
+    os.environ["KGRC_OVERLAY"] = str(folder)
+    return program
 
 
-def opened(program, overlay, **options):
-    return BoardBackend(program.config, overlay, **options)
-
-
-def check_answer(board, program, seed=0):
-    codes, last = random_codes(program, seed), program.tasks[-1]
-    board.write(program.source, codes)
-    board.run()
-    found = board.read(program.target, last.shape.out_channels, last.out_size)
-    np.testing.assert_array_equal(found, run_program(program, codes)[last.name])
+def check_answers(board, program):
+    board.load(program)
+    last = program.tasks[-1]
+    for seed in (0, 1):
+        codes = random_codes(program, seed)
+        board.write(program.source, codes)
+        board.run()
+        found = board.read(program.target, last.shape.out_channels, last.out_size)
+        np.testing.assert_array_equal(found, run_program(program, codes)[last.name])
 
 
 @on_fake_board
-def test_first():
-    program, overlay = made()
-    with opened(program, overlay) as board:
-        board.load(program)
-        check_answer(board, program)
-        print(board.describe())
+def test_programs_allocates_and_answers():
+    program, hardware = made(), fake_xrt.board()
+    for cacheable in (False, True):
+        hardware.downloads, hardware.loaded = 0, []
+        with BoardBackend(program.config, cacheable=cacheable) as board:
+            assert type(board._device).__name__ == "EmbeddedDevice"
+            assert hardware.downloads == 1 == len(hardware.loaded)
+            check_answers(board, program)
+            assert board._interrupts
+            assert len(hardware.memory.buffers) == 4
+            for held in hardware.memory.buffers.values():
+                assert (held.host is held.logic) != cacheable
+        assert not hardware.memory.buffers
+    with BoardBackend(program.config, download=False) as board:
+        assert hardware.downloads == 1
+        check_answers(board, program)
+    # a session gives the labels of the emulation, and polls where the device tree has no UIO device
+    InterruptController._uio_devices.clear()
+    hardware.has_uio = False
+    shape = (program.clip.frames, program.clip.height, program.clip.width, 3)
+    frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    with Session(program, "emulate") as emulated, Session(program, "board") as board:
+        assert not board.backend._interrupts
+        assert board.classify(frames).labels == emulated.classify(frames).labels
+        np.testing.assert_array_equal(board.run(frames).logits, emulated.run(frames).logits)
+
+
+@pytest.mark.parametrize("first", ["in a thread", "after asyncio.run", "inside a running loop"])
+@on_fake_board
+def test_opened_first(first):
+    """pynq makes its device when it is first asked for, and asks asyncio for an event loop then."""
+    program, failures = made(), []
+
+    def use():
+        try:
+            with open_backend("board", program.config) as board:
+                check_answers(board, program)
+        except BaseException as error:
+            failures.append(error)
+
+    async def cell():
+        use()
+
+    if first == "in a thread":
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    elif first == "after asyncio.run":
+        asyncio.run(asyncio.sleep(0))
+    else:
+        asyncio.run(cell())
+    use()
+    assert not failures, failures
+
+
+@on_fake_board
+def test_pynq_binds_the_driver_by_its_entry_point():
+    made()
+    overlay = pynq.Overlay(str(fake_xrt.folder() / "overlay" / "kgrc.bit"))
+    assert type(overlay.kgrc_run_0) is KgrcIp is not DefaultIP
+    assert overlay.is_loaded()
+    assert abs(pynq.Clocks.fclk0_mhz - 150) < 0.1
+
+
+@on_fake_board
+def test_logic_that_is_empty_is_not_touched():
+    """On a board an access to a register of logic that is not there may hang the processor."""
+    program, hardware = made(), fake_xrt.board()
+    with pytest.raises(DeviceError):
+        BoardBackend(program.config, download=False)
+    assert not hardware.touched_empty
+    assert not hardware.downloads
+    with BoardBackend(program.config) as board:
+        check_answers(board, program)
+
+
+HOLDER = """
+import sys, time, fake_xrt
+fake_xrt.install()
+import test_board_xrt
+program = test_board_xrt.made()
+board = test_board_xrt.BoardBackend(program.config, download=sys.argv[1] == "download")
+test_board_xrt.check_answers(board, program)
+print("ready", fake_xrt.board().downloads, flush=True)
+time.sleep(120)
+"""
+
+
+@on_fake_board
+def test_two_processes():
+    """One drives the device at a time; the next finds what the one before it programmed."""
+    program, hardware = made(), fake_xrt.board()
+    for download, wanted in (("download", "ready 1\n"), ("attach", "ready 0\n")):
+        holder = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", HOLDER, download],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert holder.stdout.readline() == wanted
+            with pytest.raises(DeviceError, match=rf"in use by process {holder.pid};"):
+                BoardBackend(program.config)
+            assert not hardware.downloads
+        finally:
+            holder.send_signal(signal.SIGKILL)
+            holder.wait(30)
+            holder.stdout.close()
+    with BoardBackend(program.config) as board:
+        check_answers(board, program)
+
+
+@on_fake_board
+def test_a_forked_child():
+    """It is refused, frees nothing, and does not hold the device once its parent has closed it."""
+    program = made()
+    board = BoardBackend(program.config)
+    check_answers(board, program)
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(tell)
+        try:
+            board.run()
+        except DeviceError:
+            board.close()
+            os.read(told, 1)  # until the parent has reopened the board
+            os._exit(len(fake_xrt.board().memory.buffers))
+        os._exit(99)
+    check_answers(board, program)
+    board.close()
+    with BoardBackend(program.config) as board:
+        check_answers(board, program)
+    os.close(tell)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 4

@@ -9,12 +9,13 @@ import tempfile
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pynq_kgrc.accelerator.config import preset, write_design
-from pynq_kgrc.backends.board import lock
-from pynq_kgrc.cli import doctor, main
+from pynq_kgrc.backends.board import lock, machine
+from pynq_kgrc.cli import main
 from pynq_kgrc.errors import DeviceError
 
 
@@ -34,38 +35,81 @@ def laptop(monkeypatch):
 
 
 def test_a_laptop(laptop, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "PYNQ_IMAGE", tmp_path / "pynq_board")
-    monkeypatch.setattr(doctor.os, "geteuid", lambda: 1000)
+    for name in ("IMAGE", "MANAGER", "FIRMWARE", "UIO"):
+        monkeypatch.setattr(machine, name, tmp_path / name)
+    monkeypatch.setattr(machine.os, "geteuid", lambda: 1000)
     (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\n")
-    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setenv("KGRC_OVERLAY", str(tmp_path))
     status, document, found = examine(capsys)
     assert status == 0
-    assert document["emulation"] and not document["board"]
-    lacking = [name for name, finding in found.items() if not finding["works"]]
-    assert {"image", "XRT", "root", "device", "memory", "overlay"} <= set(lacking)
+    assert document["emulation"] is True and document["board"] is False
+    lacking = [name for name, finding in found.items() if finding["works"] is False]
+    assert {"image", "XRT", "root", "device", "memory", "firmware", "state", "overlay"} <= set(
+        lacking
+    )
     for name in lacking:
         assert found[name]["cure"], name
     assert "xrt_setup.sh" in found["XRT"]["cure"]
     assert "sudo -E" in found["root"]["cure"]
     assert "cma=512M" in found["memory"]["cure"]
     assert "no overlay of 8-sparse" in found["overlay"]["cure"]
+    assert "runs are polled" in found["interrupts"]["found"]
+    assert found["kernel"]["works"] is None and found["clocks"]["works"] is None
+    # asked to open a board that is not there, it is no success
+    status, document, found = examine(capsys, "--open")
+    assert status == 1
+    assert found["kernel"]["works"] is False
 
 
 def test_a_board_as_far_as_files_go(laptop, capsys, monkeypatch, tmp_path):
     (tmp_path / "pynq_board").write_bytes(b"ZCU102\0")
-    monkeypatch.setattr(doctor, "PYNQ_IMAGE", tmp_path / "pynq_board")
+    monkeypatch.setattr(machine, "IMAGE", tmp_path / "pynq_board")
     (tmp_path / "meminfo").write_text("CmaTotal: 524288 kB\nCmaFree: 262144 kB\n")
-    monkeypatch.setattr(doctor, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(doctor.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(machine, "MEMORY", tmp_path / "meminfo")
+    (tmp_path / "fpga0").mkdir()
+    (tmp_path / "fpga0" / "state").write_text("operating\n")
+    monkeypatch.setattr(machine, "MANAGER", tmp_path / "fpga0")
+    monkeypatch.setattr(machine, "FIRMWARE", tmp_path)
+    (tmp_path / "uio0").mkdir()
+    (tmp_path / "uio0" / "name").write_text("fabric\n")
+    monkeypatch.setattr(machine, "UIO", tmp_path)
+    monkeypatch.setattr(machine.os, "geteuid", lambda: 0)
     monkeypatch.setenv("XILINX_XRT", "/usr")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    clocks = SimpleNamespace(**{f"fclk{i}_mhz": 100.0 + i for i in range(4)})
+    load = machine.import_module
+    monkeypatch.setattr(
+        machine,
+        "import_module",
+        lambda name: SimpleNamespace(Clocks=clocks) if name == "pynq" else load(name),
+    )
     _, _, found = examine(capsys)
     assert found["image"]["found"] == "ZCU102"
     assert found["memory"]["found"] == "256 of 512 MiB contiguous memory are free"
     assert found["XRT"]["works"] and found["root"]["works"]
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    assert "xclbinutil" in examine(capsys)[2]["XRT"]["found"]
+    assert found["interrupts"]["found"] == "UIO devices fabric"
+    assert found["firmware"]["works"]
+    assert found["clocks"]["found"] == (
+        "now pl_clk0 100, pl_clk1 101, pl_clk2 102, pl_clk3 103 MHz"
+    )
+    if "pynq" in found and found["pynq"]["works"]:
+        assert found["state"]["found"] == "logic operating; pynq's state file can be written"
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
+    _, _, found = examine(capsys)
+    assert "xclbinutil" in found["XRT"]["found"]
+    for name in ("firmware", "state"):
+        assert "ReadWritePaths" in found[name]["cure"] or name == "state"
+        assert found[name]["works"] is False
+
+
+def test_numpy_2_breaks_pynq(capsys, monkeypatch):
+    pytest.importorskip("pynq", reason="pynq is not installed: its numpy is not tested")
+    monkeypatch.setattr(machine.np, "__version__", "2.1.0")
+    finding = examine(capsys)[2]["pynq"]
+    assert finding["works"] is False
+    assert "numpy<2" in finding["cure"]
 
 
 def test_the_simulated_board(capsys):
@@ -104,7 +148,8 @@ def test_a_design_that_explore_writes_on_the_simulated_board(capsys, tmp_path):
     write_design(replace(preset("8-zcu102"), name="best"), tmp_path / "best.json")
     _, document, found = examine(capsys, "--open", "--design", str(tmp_path / "best.json"))
     assert document["board"], found
-    assert found["overlay"]["found"] == "simulated, best"
+    assert found["overlay"]["found"] == "not asked: simulated, best"
+    assert found["overlay"]["works"] is None
     assert found["kernel"]["found"].startswith(f"best (digest {preset('8-zcu102').digest})")
 
 
@@ -125,10 +170,10 @@ def test_without_pynq(laptop, capsys, monkeypatch):
     def version(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(machine.metadata, "version", version)
     status, _, found = examine(capsys)
     assert status == 0
-    assert "pip install pynq_kgrc[board]" in found["pynq"]["cure"]
+    assert "pip install -c constraints.txt '.[board]'" in found["pynq"]["cure"]
 
 
 def test_a_broken_emulation_is_told_by_the_exit_status(capsys, monkeypatch):
@@ -150,10 +195,65 @@ def test_a_module_that_is_missing_is_no_crash(capsys, monkeypatch):
 
 
 def test_the_table(capsys):
+    pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "  ok  emulation" in text
-    assert "Programs run here, emulated bit for bit; the simulated board is ready." in text
+    assert "  ??  kernel      not asked; --open" in text
+    assert "the simulated board has all that was asked; --open runs something on it." in text
+    assert main(["doctor", "--open"]) == 0
+    text = capsys.readouterr().out
+    assert "Programs run here, emulated bit for bit; the simulated board works." in text
+
+
+def test_what_was_not_asked_is_neither_right_nor_wrong(capsys):
+    pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
+    status, document, found = examine(capsys)
+    assert status == 0
+    assert document["board"] is None
+    assert found["kernel"]["works"] is None and found["image"]["works"] is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "wanted"),
+    [("no memory", "not enough contiguous memory"), ("computes nothing", "reports 0x0 instead")],
+)
+def test_a_board_that_opens_but_does_nothing(capsys, monkeypatch, fault, wanted):
+    """Its registers and its digest are right."""
+    simulated = pytest.importorskip(
+        "pynq_kgrc.backends.board.simulated", reason="pynq is not installed"
+    )
+    if fault == "no memory":
+
+        def allocate(*_, **__):
+            raise RuntimeError("BO allocation failed: Cannot allocate memory")
+
+        monkeypatch.setattr(simulated.Memory, "allocate", allocate)
+    else:
+        run = simulated.Kernel._run
+        monkeypatch.setattr(
+            simulated.Kernel,
+            "_run",
+            lambda self, first, count: None if count else run(self, first, count),
+        )
+    status, document, found = examine(capsys, "--open")
+    assert status == 1
+    assert document["board"] is False
+    assert wanted in found["kernel"]["found"]
+
+
+def test_the_overlay_says_the_design(capsys, tmp_path):
+    simulated = pytest.importorskip(
+        "pynq_kgrc.backends.board.simulated", reason="pynq is not installed"
+    )
+    simulated.write_overlay(tmp_path / "four", preset("4-dense"))
+    found = examine(capsys, "--overlay", str(tmp_path / "four"))[2]
+    assert "4-dense at 150 MHz" in found["overlay"]["found"]
+    simulated.write_overlay(tmp_path / "eight", preset("8-dense"))
+    assert main(["doctor", "--overlay", str(tmp_path)]) == 2
+    assert "overlays of 8-dense, 4-dense; choose one" in capsys.readouterr().err
+    found = examine(capsys, "--overlay", str(tmp_path), "--design", "8-dense")[2]
+    assert "8-dense at 150 MHz" in found["overlay"]["found"]
 
 
 def test_an_unknown_design(capsys):
@@ -196,19 +296,21 @@ def test_a_bitstream_of_another_name_is_not_replaced_by_the_one_beside_it(laptop
 
 @pytest.fixture
 def lock_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(lock, "FOLDERS", (str(tmp_path),))
     return tmp_path
 
 
 def test_a_lock_file_is_for_all_users(lock_folder):
     before = os.umask(0o022)
     try:
-        lock.DeviceLock("card").release()
+        held = lock.DeviceLock("card")
     finally:
         os.umask(before)
     path = lock.lock_path("card")
     assert path.stat().st_mode & 0o777 == 0o666
     assert path.read_text() == f"{os.getpid()}\n"
+    held.release()
+    assert not list(lock_folder.iterdir()), "a lock file is left"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -221,6 +323,7 @@ def test_a_lock_file_of_another_user(tmp_path_factory):
         path.chmod(0o644)
         code = (
             "import os, sys; os.setgid(65534); os.setuid(65534)\n"
+            "lock.FOLDERS = sys.argv[1:]\n"
             "try: lock.DeviceLock('card')\n"
             "except DeviceError as error: print(error)\n"
         )
@@ -228,8 +331,8 @@ def test_a_lock_file_of_another_user(tmp_path_factory):
             "from pynq_kgrc.backends.board import lock; from pynq_kgrc.errors import DeviceError\n"
         )
         done = subprocess.run(
-            [sys.executable, "-c", imports + code],
-            capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": folder},
+            [sys.executable, "-c", imports + code, folder],
+            capture_output=True, text=True, timeout=60,
         )  # fmt: skip
     assert done.stdout.startswith(f"card cannot be locked: {path} of user root: Permission denied")
 
@@ -244,7 +347,7 @@ def test_a_lock_file_of_another_user(tmp_path_factory):
 )
 def test_a_lock_file_that_cannot_be_opened(tmp_path, monkeypatch, make, text):
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(lock.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(lock, "lock_path", lambda _: tmp_path / "temporary" / "card.lock")
     make(lock.lock_path("card"))
     with pytest.raises(DeviceError, match=f"card cannot be locked: .*{text}"):
         lock.DeviceLock("card")

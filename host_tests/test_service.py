@@ -443,8 +443,9 @@ def test_live_frames(service):
         assert [m["type"] for m in seen] == ["filling"] * 7 + ["prediction"] * 5
         assert seen[0]["have"] == 1
         assert len(seen[-1]["labels"]) == 2
-        for i in range(300):  # faster than they can be decoded
-            client.send(jpeg(i % 200))
+        large = jpeg(90, (1920, 1080))
+        for _ in range(300):  # far faster than they can be decoded
+            client.send(large)
         last = seen[-1]
         while last["received"] < 312:
             last = json.loads(client.recv(10))

@@ -31,8 +31,9 @@ From a network to labels:
 """
 
 EPILOG = """\
-Exit status: 0 done, 1 compare found a difference, 2 wrong input, which a message on standard error
-explains (where one of several videos is wrong, the results of the others are printed), 130 Ctrl-C.
+Exit status: 0 done, 1 compare found a difference or a test of this machine something that does not
+work, 2 wrong input, which a message on standard error explains (where one of several videos is
+wrong, the results of the others are printed), 3 selftest found no board, 130 Ctrl-C.
 With --json every command prints one JSON document, and nothing else, on standard output.
 Operations and bytes are emulated counts; nothing here was measured on an FPGA. Files: programs
 (.kgrc) are safetensors containers; weights are cached in $XDG_CACHE_HOME/pynq_kgrc, or
@@ -178,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         doctor,
         explore,
         info,
+        selftest,
         serve,
         simulate,
         train,
@@ -196,7 +198,19 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON for a script to read")
         return added
 
-    families = (classify, build, train, calibrate, info, explore, simulate, doctor, serve, cluster)
+    families = (
+        classify,
+        build,
+        train,
+        calibrate,
+        info,
+        explore,
+        simulate,
+        doctor,
+        selftest,
+        serve,
+        cluster,
+    )
     for family in families:
         family.declare(command)
     return parser

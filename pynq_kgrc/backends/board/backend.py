@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,16 +43,16 @@ from pynq_kgrc.backends.base import (
 )
 from pynq_kgrc.backends.board.device import (
     DeviceResources,
+    check_board,
     device_errors,
     error_text,
     find_device,
     interrupt_loop,
     warnings_ignored,
 )
-from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay
+from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay, check_bitstream
 from pynq_kgrc.backends.board.overlays import FoundOverlay, find_overlay
 from pynq_kgrc.backends.image import (
-    Image,
     build_image,
     decode_map,
     encode_map,
@@ -92,7 +93,9 @@ class BoardBackend(Loaded):
         config: the design; the overlay must be of the same digest.
         overlay: the overlay's place (see `find_overlay`); default KGRC_OVERLAY, else `overlays`.
         device: a pynq.Device; default the simulated one if requested, else pynq's active device.
-        download: program the device; if false, attach to the bitstream that is already loaded.
+        download: program the device, unless an earlier backend of this process left it programmed
+            with the same overlay, idle and unharmed; if false, attach to the bitstream that is
+            already loaded, whoever loaded it.
         margin: the timeout of a run is `margin` x its modelled time + `floor_seconds`.
         floor_seconds: see `margin`; also the timeout of the check at the beginning.
         cacheable: request cached buffers from pynq. The driver flushes and invalidates always.
@@ -117,14 +120,14 @@ class BoardBackend(Loaded):
     ) -> None:
         super().__init__()
         self.config = config
-        self._device = find_device() if device is None else device
         self._margin, self._floor, self._cacheable = margin, floor_seconds, cacheable
-        supply = getattr(self._device, "supply_overlay", None)
-        if supply is not None and overlay is None:
-            overlay = supply(config)
-        self._found_overlay: FoundOverlay = find_overlay(config, overlay)
-        self._failure: str | None = None
-        """Why the device was stopped; None once it has been restored."""
+        with device_errors("open"):
+            self._device = find_device() if device is None else device
+            supply = getattr(self._device, "supply_overlay", None)
+            if supply is not None and overlay is None:
+                overlay = supply(config)
+            self._found_overlay: FoundOverlay = find_overlay(config, overlay)
+            check_board(self._device, self._found_overlay.manifest.board)
         self._maps_stale = False
         """Whether the device may have written maps that the host has not invalidated yet."""
         self._interrupts = False
@@ -134,6 +137,7 @@ class BoardBackend(Loaded):
         self._release = weakref.finalize(self, DeviceResources.release, self._resources)
         try:
             with device_errors("open"):
+                self._resources.acquire()
                 self._load_overlay(download)
         except BaseException:
             self._release()
@@ -142,17 +146,30 @@ class BoardBackend(Loaded):
     # ---- the device -------------------------------------------------------------------------
 
     def _load_overlay(self, download: bool) -> None:
-        bit = self._found_overlay.bit
+        resources, found = self._resources, self._found_overlay
+        resources.found, bit = found, str(found.bit)
+        if download and (left := resources.left_overlay(found)) is not None:
+            resources.overlay = left
+            try:
+                self._connect(busy_cure="it is programmed again")
+            except Exception as error:
+                log.info("the overlay that is loaded is not used: %s", error_text(error))
+                resources.running = False  # programming it stops it
+            else:
+                resources.failure = None
+                return
+        cure = "program it: open it with download=True"
+        if not download:
+            check_bitstream(self._device, bit, f"the device cannot be used as it is ({cure}): ")
         try:
             with warnings_ignored():
-                self._resources.overlay = KgrcOverlay(
-                    str(bit), download=download, device=self._device
-                )
+                resources.overlay = KgrcOverlay(bit, download=download, device=self._device)
         except DeviceError:
             raise
         except Exception as error:
             raise DeviceError(f"{bit} cannot be loaded: {error_text(error)}") from error
-        self._connect(busy_cure="program it again: open it with download=True")
+        self._connect(busy_cure=cure)
+        resources.failure = None
 
     @property
     def _overlay(self) -> KgrcOverlay:
@@ -199,7 +216,7 @@ class BoardBackend(Loaded):
         """The design, digest and clock that the device reported, and how runs are awaited."""
         waits = "interrupt" if self._interrupts else "no interrupt, polled"
         return (
-            f"{self.config.name} (digest {self._ip.digest()}) at {self._clock_hz / 1e6:.6g} MHz, "
+            f"{self.config.name} (digest {self.config.digest}) at {self._clock_hz / 1e6:.6g} MHz, "
             f"{waits}"
         )
 
@@ -247,26 +264,30 @@ class BoardBackend(Loaded):
                 f"reads version {version}; use an overlay that was built for this release"
             )
         image = build_image(program)
-        with device_errors("load"):
-            self._load(program, image)
-
-    def _load(self, program: Program, image: Image) -> None:
         times = [task_time(self.config, program.work(task)) for task in program.tasks]
-        self._restore_device()
-        self._program = None
-        sizes = {
-            "maps": ceil_div(program.arena_bytes, 64) * 64 + 64,
-            "weights": image.weights.nbytes,
-            "tables": image.tables.nbytes,
-            "status": len(program.tasks) * len(STATUS) * 8,
-        }
-        self._resources.allocate(sizes, self._cacheable)
-        self._modelled_cycles = np.array([time.cycles for time in times], np.float64)
-        self._modelled_counts = np.array(
-            [[getattr(time.cost, name) for name in CHECKED] for time in times], np.uint64
-        )
-        self._write_image(image.weights, image.tables)
-        self._program = program  # loaded only once all of it is written
+        self._program = None  # until all of it is written, however that ends before
+        resources = self._resources
+        with device_errors("load"):
+            if resources.failure is not None:
+                self._restore_device()
+            resources.failure = "a load that did not end"
+            self._overlay.check_device()
+            # no start may find the addresses of buffers that are freed now
+            self._put_addresses(dict.fromkeys(ADDRESSES, 0))
+            sizes = {
+                "maps": ceil_div(program.arena_bytes, 64) * 64 + 64,
+                "weights": image.weights.nbytes,
+                "tables": image.tables.nbytes,
+                "status": len(program.tasks) * len(STATUS) * 8,
+            }
+            resources.allocate(sizes, self._cacheable)
+            self._modelled_cycles = np.array([time.cycles for time in times], np.float64)
+            self._modelled_counts = np.array(
+                [[getattr(time.cost, name) for name in CHECKED] for time in times], np.uint64
+            )
+            self._write_image(image.weights, image.tables)
+        resources.failure = None
+        self._program = program
 
     def _write_image(self, weights: Array, tables: Array) -> None:
         """Write weights, tables and the address registers; clear maps and status."""
@@ -280,9 +301,14 @@ class BoardBackend(Loaded):
         self._maps_stale = False
         buffer_of = dict.fromkeys(MAP_PORTS, "maps") | dict.fromkeys(WEIGHT_PORTS, "weights")
         buffer_of |= dict.fromkeys(TABLE_PORTS, "tables")
+        self._put_addresses(
+            {p: int(buffers[buffer_of.get(p, p)].device_address) for p in ADDRESSES}
+        )
+
+    def _put_addresses(self, address_of: dict[str, int]) -> None:
+        """Write the address registers; from port to address."""
         self._addresses = {}
-        for port in ADDRESSES:
-            address = int(buffers[buffer_of.get(port, port)].device_address)
+        for port, address in address_of.items():
             self._addresses[f"{register_of(port)}_1"] = address & 0xFFFFFFFF
             self._addresses[f"{register_of(port)}_2"] = address >> 32
         for name, value in self._addresses.items():
@@ -294,19 +320,17 @@ class BoardBackend(Loaded):
         Raises:
             DeviceError: it still does not answer; the message contains the first failure.
         """
-        overlay = self._overlay
-        if self._failure is None:
-            return
+        overlay, self._addresses = self._overlay, {}
         try:
             with warnings_ignored():
-                self._resources.running = False
                 overlay.download()
+            self._resources.running = False
             self._connect(busy_cure="turn the board off and on")
         except Exception as error:
             raise DeviceError(
-                f"the device does not come back after: {self._failure}. {error_text(error)}"
+                f"the device does not come back after: {self._resources.failure}. "
+                f"{error_text(error)}"
             ) from error
-        self._failure = None
 
     # ---- maps -------------------------------------------------------------------------------
 
@@ -324,11 +348,13 @@ class BoardBackend(Loaded):
         check_codes(program, slot, codes)
         start = slot_beat(program, slot, "write") * self.config.beat_bytes
         raw = encode_map(self.config, codes, program.buffers[slot.buffer].bits)
-        if self._failure is not None:
-            self._restore_device()
-            image = build_image(program)
-            self._write_image(image.weights, image.tables)
+        self._maps_lost = "a write that did not end"
         with device_errors("write"):
+            if self._resources.failure is not None:
+                self._restore_device()
+                image = build_image(program)
+                self._write_image(image.weights, image.tables)
+                self._resources.failure = None
             maps = self._host_maps()
             maps[start : start + raw.size] = raw
             self._resources.buffers["maps"].flush()
@@ -383,12 +409,15 @@ class BoardBackend(Loaded):
         if first == last:
             return []
         self.check_maps()
+        self._resources.failure = self._maps_lost = "a run that did not end"
         try:
             with device_errors("run"):
-                return self._run_tasks(first, last)
+                counters = self._run_tasks(first, last)
         except BaseException as error:
             self._stop_after_failure(error)
             raise
+        self._resources.failure = self._maps_lost = None
+        return counters
 
     def _run_tasks(self, first: int, last: int) -> list[Counters]:
         buffers, tasks = self._resources.buffers, self.program.tasks
@@ -420,11 +449,7 @@ class BoardBackend(Loaded):
 
     def _check_ready(self) -> None:
         """Raise if the device no longer holds our overlay and program, or is busy."""
-        if not self._overlay.is_loaded():
-            raise DeviceError(
-                "the device was re-programmed: this process loaded another overlay; use one at "
-                "a time"
-            )
+        self._overlay.check_device()
         control = self._ip.get("CTRL")
         changed = self._changed_addresses()
         if changed:
@@ -483,7 +508,7 @@ class BoardBackend(Loaded):
 
     def _stop_after_failure(self, error: BaseException) -> None:
         """Stop the device now; `write` or `load` restores the program when it is next needed."""
-        self._failure = self._maps_lost = str(error) or type(error).__name__
+        self._resources.failure = self._maps_lost = str(error) or type(error).__name__
         self._interrupts = False
         try:
             self._resources.stop()
@@ -550,18 +575,28 @@ class BoardBackend(Loaded):
 
     def _wait_interrupt(self, loop: asyncio.AbstractEventLoop, seconds: float) -> bool:
         """Whether the interrupt arrives within `seconds`; if so it is acknowledged."""
+        waiting = loop.create_task(self._ip.interrupt.wait())
+        timer = loop.call_later(seconds, waiting.cancel)
+        try:
+            loop.run_until_complete(waiting)
+        except asyncio.CancelledError:
+            return False
+        finally:
+            timer.cancel()
+            # Ctrl-C ends the loop, not the task: left in it, it would end in a later wait
+            if not waiting.done():
+                waiting.cancel()
+                with suppress(asyncio.CancelledError):
+                    loop.run_until_complete(waiting)
+            elif not waiting.cancelled():
+                waiting.exception()  # asyncio logs one that nobody has asked for
+        self._ip.clear_interrupt()
+        return True
 
-        async def wait() -> bool:
-            try:
-                await asyncio.wait_for(self._ip.interrupt.wait(), seconds)
-            except asyncio.TimeoutError:
-                return False
-            return True
-
-        arrived = loop.run_until_complete(wait())
-        if arrived:
-            self._ip.clear_interrupt()
-        return arrived
+    def after_fork(self) -> None:
+        super().after_fork()
+        if hasattr(self, "_resources"):  # else it is being opened by another thread
+            self._resources.keep_in_child()
 
     def close(self) -> None:
         """Stop the kernel if it runs, free its memory, release the lock. Closing twice is fine."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import ctypes
 import logging
 import os
+import re
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,16 @@ from typing import Any
 import numpy as np
 import pynq
 
+from pynq_kgrc.accelerator.boards import BOARDS
 from pynq_kgrc.backends.board import SIMULATE, simulation_requested
 from pynq_kgrc.backends.board.kernel import KgrcOverlay
 from pynq_kgrc.backends.board.lock import DeviceLock
+from pynq_kgrc.backends.board.overlays import FoundOverlay
 from pynq_kgrc.errors import DeviceError, KgrcError
 
 MIB = 1 << 20
+
+DEVICE_TREE = Path("/proc/device-tree")
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +41,7 @@ def find_device() -> Any:
     """
     if simulation_requested():
         return import_module("pynq_kgrc.backends.board.simulated").shared_device()
-    with warnings_ignored():
-        devices = pynq.Device.devices
+    devices = _probe()
     if not devices:
         if "XILINX_XRT" not in os.environ:
             raise DeviceError(
@@ -58,23 +64,100 @@ def find_device() -> Any:
     return pynq.Device.active_device
 
 
+_probing = threading.Lock()
+
+
+def _probe() -> list[Any]:
+    """pynq's devices, in whatever thread.
+
+    Raises:
+        DeviceError: pynq fails to look for them.
+    """
+    with _probing, warnings_ignored(), _event_loop():
+        # pynq keeps an empty list from before it probes, also where that fails
+        if not vars(pynq.Device).get("_devices", True):
+            del pynq.Device._devices
+        try:
+            return list(pynq.Device.devices)
+        except BaseException as error:
+            with suppress(AttributeError):
+                del pynq.Device._devices
+            if not isinstance(error, Exception):
+                raise
+            raise DeviceError(
+                f"no PYNQ device: pynq fails to look for one: {error_text(error)}"
+            ) from error
+
+
+@contextmanager
+def _event_loop() -> Iterator[None]:
+    """Give this thread an event loop, which pynq's device asks for; most threads have none."""
+    try:
+        asyncio.get_event_loop()
+    except RuntimeError:
+        asyncio.set_event_loop(interrupt_loop())
+        try:
+            yield
+        finally:
+            asyncio.set_event_loop(None)
+    else:
+        yield
+
+
+def board_names(device: Any) -> list[str]:
+    """What the board is called: by the device tree and by pynq; the simulated one by its name."""
+    if hasattr(device, "supply_overlay"):
+        return [str(device.name)]
+    names = []
+    for name in ("chosen/pynq_board", "model"):
+        with suppress(OSError):
+            names.append(
+                (DEVICE_TREE / name).read_bytes().decode("utf-8", "replace").strip("\0 \n")
+            )
+    return names
+
+
+def check_board(device: Any, built_for: str) -> None:
+    """Refuse an overlay that was built for another board, as far as the board's name is known.
+
+    Raises:
+        DeviceError: names both boards.
+    """
+    there = board_names(device)
+    plain = [re.sub("[^a-z0-9]", "", name.lower()) for name in there]
+    known = [board for board in BOARDS if any(board in name for name in plain)]
+    if known and built_for not in known:
+        raise DeviceError(
+            f"the overlay is built for {built_for}, this board is {', '.join(there)}; build it "
+            f"with BOARD={known[0]}, as overlays/README.md says"
+        )
+
+
 class DeviceResources:
     """What this process must give back: the lock, the buffers, and a kernel that may be running.
 
     `release` is the finalizer of the backend, so this object holds no reference to the backend.
-
-    Raises:
-        DeviceError: another process holds the device.
     """
 
     def __init__(self, device: Any) -> None:
         self.device = device
         self.pid = os.getpid()
+        self.found: FoundOverlay | None = None
         self.overlay: KgrcOverlay | None = None
         self.buffers: dict[str, Any] = {}
         self.running = False
         """Whether the kernel may be running, and so writing to the buffers."""
-        self.lock = DeviceLock(str(device.tag))
+        self.failure: str | None = "it was not opened"
+        """Why the device must be programmed again; None while it is as after opening."""
+        self.lock: DeviceLock | None = None
+
+    def acquire(self) -> None:
+        """Lock the device.
+
+        Raises:
+            DeviceError: another process holds it.
+        """
+        self.lock = DeviceLock(str(self.device.tag))
 
     def allocate(self, sizes: dict[str, int], cacheable: bool) -> None:
         """Have a contiguous buffer of at least `sizes` bytes under each name.
@@ -97,6 +180,8 @@ class DeviceResources:
                     )
         except Exception as error:
             self.free()
+            if not isinstance(error, (RuntimeError, OSError, MemoryError)):  # not pynq's words
+                raise
             raise DeviceError(
                 f"not enough contiguous memory (CMA): {total / MIB:.1f} MiB are needed ({parts}), "
                 f"{left} MiB were free: {error_text(error)}. Close other sessions and overlays, "
@@ -105,10 +190,20 @@ class DeviceResources:
             ) from error
 
     def free(self, sizes: dict[str, int] | None = None) -> None:
-        """Free the buffers smaller than `sizes` bytes, or all of them. The kernel must be idle."""
-        for name in tuple(self.buffers):
-            if sizes is None or self.buffers[name].nbytes < sizes[name]:
-                self.buffers.pop(name).freebuffer()
+        """Free the buffers smaller than `sizes` bytes, or all of them. The kernel must be idle.
+
+        A buffer that pynq fails to free is logged; the others are freed all the same.
+        """
+        with ExitStack() as each:  # calls all of them, whatever one of them raises
+            for name in tuple(self.buffers):
+                if sizes is None or self.buffers[name].nbytes < sizes[name]:
+                    each.callback(self._free_buffer, name)
+
+    def _free_buffer(self, name: str) -> None:
+        try:
+            self.buffers.pop(name).freebuffer()
+        except Exception as error:
+            log.warning("pynq fails to free the buffer of %s: %s", name, error_text(error))
 
     def stop(self) -> None:
         """Stop a kernel that may be running, by programming the device again."""
@@ -120,18 +215,47 @@ class DeviceResources:
     def release(self) -> None:
         """Stop the kernel, free the buffers, release the lock. A second call does nothing.
 
-        In a forked child this does nothing at all: the resources belong to the parent.
+        What fails is logged, and the rest is released all the same. In a forked child this does
+        nothing at all: the resources belong to the parent.
         """
         if os.getpid() != self.pid:
             return
+        with ExitStack() as steps:  # calls the last one first, and all of them
+            steps.callback(self._unlock)
+            steps.callback(self._leave_overlay)
+            steps.callback(self.free)
+            steps.callback(self._stop_at_last)
+
+    def _stop_at_last(self) -> None:
         try:
             self.stop()
         except Exception as error:
             log.warning("the device cannot be programmed again: %s", error_text(error))
-        finally:
-            self.free()
-            self.overlay = None
+
+    def _leave_overlay(self) -> None:
+        """Keep the overlay for the next backend of this process, if the device is sound."""
+        if self.overlay is not None and self.failure is None and not self.running:
+            self.device.kgrc_overlay = (self.pid, self.found, self.overlay)
+        self.overlay = None
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
             self.lock.release()
+
+    def left_overlay(self, found: FoundOverlay) -> KgrcOverlay | None:
+        """The same overlay, of the same files, if a backend of this process left it loaded."""
+        pid, left, overlay = vars(self.device).pop("kgrc_overlay", (0, None, None))
+        same = pid == self.pid and left == found and overlay.holds_device()
+        return overlay if same else None
+
+    def keep_in_child(self) -> None:
+        """In a forked child: keep the buffers as long as the process lives.
+
+        The child shares the parent's handle of the device, so that to free a buffer here would
+        free the parent's.
+        """
+        for buffer in self.buffers.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(buffer))
 
 
 def cma_free(device: Any) -> int | None:

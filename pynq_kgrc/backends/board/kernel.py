@@ -5,12 +5,16 @@ pynq imports this file by the entry point `pynq.lib`, which binds `KgrcIp` to th
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pynq
+from pynq.pl_server import global_state
 
 from pynq_kgrc.accelerator.header import MANAGER, REGISTERS, START, VLNV
 from pynq_kgrc.errors import DeviceError
@@ -19,6 +23,72 @@ SHUTDOWN_SECONDS = 0.1
 """How long the open bursts of a memory port may take to end; a burst takes microseconds."""
 
 log = logging.getLogger(__name__)
+
+
+# ---- what the device holds, without an access to its logic ------------------------------------
+
+
+def has_manager(device: Any) -> bool:
+    """Whether the device is programmed by Linux' FPGA manager; the simulated board is not."""
+    return hasattr(device, "BS_FPGA_MAN")
+
+
+def manager_state(device: Any) -> str | None:
+    """What the FPGA manager says of the logic, such as "operating"; None if there is none."""
+    if not has_manager(device):
+        return None
+    return Path(device.BS_FPGA_MAN).with_name("state").read_text("ascii").strip()
+
+
+def check_bitstream(device: Any, bitstream: str, found: str = "") -> None:
+    """Raise unless the device holds the bitstream of that file; accesses no register.
+
+    It asks the FPGA manager, and the record that pynq keeps for all processes.
+
+    Args:
+        device: a pynq.Device; one without an FPGA manager passes.
+        bitstream: path of the .bit.
+        found: how the error begins.
+
+    Raises:
+        DeviceError: what the device holds, as far as it is known.
+    """
+    state = manager_state(device)
+    if state is None:
+        return
+    if state != "operating":
+        raise DeviceError(f"{found}its logic is not programmed (FPGA manager: {state})")
+    if not global_state.global_state_file_exists():
+        raise DeviceError(f"{found}pynq has no record of the bitstream that is loaded")
+    if not _is_recorded(bitstream):
+        record = global_state.load_global_state()
+        raise DeviceError(
+            f"{found}it holds {record.bitfile_name}, loaded {record.timestamp}, not {bitstream}"
+        )
+
+
+def _is_recorded(bitstream: str) -> bool:
+    """Whether pynq's record is of the bitstream in that file."""
+    if not global_state.global_state_file_exists():
+        return False
+    recorded = global_state.load_global_state().bitfile_hash
+    return bool(recorded == global_state.bitstream_hash(bitstream))
+
+
+def _record_stamp(device: Any) -> tuple[int, ...] | None:
+    """Changes when a process of this machine loads another bitstream by pynq."""
+    if not has_manager(device):
+        return None
+    for name in ("global_pl_state_.json", "global_pl_state.json"):  # pynq 3.1 and later; 3.0
+        try:
+            status = os.stat(os.path.join(global_state.STATE_DIR, name))
+        except FileNotFoundError:
+            continue
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return ()
+
+
+# ---- the kernel and its overlay -------------------------------------------------------------
 
 
 class KgrcIp(pynq.DefaultIP):  # type: ignore[misc]
@@ -105,10 +175,11 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
             there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "nothing"
             raise DeviceError(f"{bitfile_name}: no {VLNV} in its .hwh; it lists {there}")
         self.kernel_name = names[0]
-        self._programmed = True
+        if not download:
+            self._attach()
 
     _programmed = False
-    """Whether the device holds this overlay, so that its registers may be accessed."""
+    """Whether the device held this overlay when it was last programmed or attached to."""
 
     def download(self, dtbo: str | None = None) -> None:
         """Program the device, once no memory port has a burst open.
@@ -118,8 +189,16 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
         Raises:
             DeviceError: a memory port does not come to rest; the device is not programmed.
         """
-        if self._programmed and self.is_loaded():
+        if self.holds_device():
             self.stop_memory_ports()
+        self._programmed = False  # until the last step of what follows
+        if manager_state(self.device) not in (None, "operating"):
+            # pynq would access the ports that its record names, in logic that is not there
+            global_state.clear_global_state()
+        if has_manager(self.device) and not _is_recorded(self.bitfile_name):
+            # else pynq makes no record of a bitstream whose metadata it took from its cache
+            with contextlib.suppress(AttributeError):
+                del self.parser._from_cache
         with warnings.catch_warnings():
             # pynq stops the ports of the overlay loaded before, but programs even if they go on
             warnings.filterwarnings("error", message="Timeout for shutdown manager")
@@ -131,6 +210,36 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
                     f"({warning}); to program the device now could hang the board. Turn the "
                     f"board off and on"
                 ) from warning
+        self._attach()
+
+    def _attach(self) -> None:
+        self._programmed, self._record = True, _record_stamp(self.device)
+
+    def check_device(self) -> None:
+        """Raise if the device no longer holds this overlay; accesses no register of it.
+
+        Raises:
+            DeviceError: says who programmed the device, or that its programming failed.
+        """
+        if not self.is_loaded():
+            raise DeviceError(
+                "the device was re-programmed: this process loaded another overlay; use one at "
+                "a time"
+            )
+        if not self._programmed:
+            raise DeviceError("the device is not programmed: the last attempt did not end")
+        stamp = _record_stamp(self.device)
+        if stamp != self._record:
+            check_bitstream(self.device, self.bitfile_name, "the device was re-programmed: ")
+            self._record = stamp
+
+    def holds_device(self) -> bool:
+        """Whether the device holds this overlay, as far as pynq and the FPGA manager know."""
+        try:
+            self.check_device()
+        except DeviceError:
+            return False
+        return True
 
     def stop_memory_ports(self) -> None:
         """Have the shutdown managers end all open bursts and take no new ones.

@@ -12,11 +12,19 @@ from pathlib import Path
 
 from pynq_kgrc.errors import DeviceError
 
+FOLDERS = ("/run/lock", "/tmp")
+"""Where lock files lie: the first of them that can be written to. They do not depend on TMPDIR, so
+that all processes of a machine take the same file."""
+
+TRIES = 100
+"""How often a lock file may be replaced by its next owner's while it is opened and locked."""
+
 
 def lock_path(device: str) -> Path:
-    """The lock file of a device. The file is never deleted; only the lock on it is released."""
+    """The lock file of a device. It exists while the lock is held, or its holder was killed."""
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", device)
-    return Path(tempfile.gettempdir()) / f"pynq_kgrc-{name}.lock"
+    usable = (folder for folder in FOLDERS if os.access(folder, os.W_OK | os.X_OK))
+    return Path(next(usable, None) or tempfile.gettempdir()) / f"pynq_kgrc-{name}.lock"
 
 
 class DeviceLock:
@@ -28,33 +36,52 @@ class DeviceLock:
     """
 
     def __init__(self, device: str) -> None:
-        path = lock_path(device)
-        self._file: int | None = _open_lock(device, path)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = _holder(self._file)
-            self.release()
-            ours = " (this one: close its other session first)" * (holder == str(os.getpid()))
-            raise DeviceError(
-                f"{device} is in use by process {holder}{ours}; one process at a time can drive "
-                f"it. Close its session or notebook, or end it ({path})"
-            ) from error
-        except OSError as error:
-            self.release()
-            raise DeviceError(
-                f"{device} cannot be locked: {path}: {error.strerror}; set TMPDIR to a folder on a "
-                f"local disk"
-            ) from error
+        self._path = path = lock_path(device)
+        self._file: int | None = None
+        for _ in range(TRIES):
+            self._file = _open_lock(device, path)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = _holder(self._file)
+                self._close()
+                ours = " (this one: close its other session first)" * (holder == str(os.getpid()))
+                raise DeviceError(
+                    f"{device} is in use by process {holder}{ours}; one process at a time can "
+                    f"drive it. Close its session or notebook, or end it ({path})"
+                ) from error
+            except OSError as error:
+                self._close()
+                raise DeviceError(
+                    f"{device} cannot be locked: {path}: {error.strerror}; that folder must be on "
+                    f"a local file system"
+                ) from error
+            if _is_at(self._file, path):
+                break
+            self._close()  # its holder released it, and deleted it, after it was opened here
+        else:
+            raise DeviceError(f"{device} cannot be locked: {path} is replaced all the time")
         with contextlib.suppress(OSError):  # on a full disk: the lock holds without the process id
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
-        """Release the lock; a second call does nothing."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        """Release the lock and delete its file; a second call does nothing."""
+        if self._file is None:
+            return
+        try:
+            with contextlib.suppress(OSError):  # another user's file in a folder like /tmp
+                self._path.unlink()
+            # a forked child has the file open too: closing it here would not release the lock
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
 
 
 def _open_lock(device: str, path: Path) -> int:
@@ -76,6 +103,14 @@ def _open_lock(device: str, path: Path) -> int:
             f"{device} cannot be locked: {path}{owner}: {error.strerror}; if no process uses the "
             f"device, delete that file, or run as its owner"
         ) from error
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether the open file is still the one at that path."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _owner(path: Path) -> str:

@@ -191,6 +191,8 @@ class Controller(Registers):
         self.kernel, self.enabled, self.latched = kernel, 0, 0
         self.waiting: list[Any] = []
         """asyncio.Events of pynq to set at the next interrupt."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The event loop in which they wait."""
 
     def read(self, offset: int) -> int:
         self.latched |= self.kernel.line()
@@ -211,11 +213,19 @@ class Controller(Registers):
             self.enabled &= ~value
         elif offset == self.ACKNOWLEDGE:
             self.latched &= ~value
+        elif offset == self.MASTER:
+            self.look_again()
 
     def add_event(self, event: Any, _number: int) -> None:
         """Set `event` at the next interrupt; called by pynq inside its event loop."""
         self.waiting.append(event)
-        self._deliver(asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
+        self._deliver(self._loop)
+
+    def look_again(self) -> None:
+        """Deliver what is pending to events that wait already, in their loop."""
+        if self.waiting and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon(self._deliver, self._loop)
 
     def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
         """Set the waiting events if an interrupt is pending, else try again when a run is due."""
@@ -349,6 +359,7 @@ class Kernel(Registers):
             status.view(np.uint64)[(count // 2) * len(STATUS)] = 0xDEAD
         self._interrupt_lost = take("interrupt_lost")
         self.due = time.monotonic() + latency
+        device.controller.look_again()
 
     def _run(self, first: int, count: int) -> None:
         assert self.config is not None
