@@ -69,7 +69,7 @@ setup(
         # includes a bitstream and its .hwh if they were built in this checkout
         "pynq_kgrc.overlays": ["README.md", "*/manifest.json", "*/kgrc.bit", "*/kgrc.hwh"],
         "pynq_kgrc.notebooks": ["*.ipynb"],
-        "pynq_kgrc.clips": ["*.*", "calibration/*.*"],
+        "pynq_kgrc.clips": ["*.*", "calibration/*.*", "depth/*.*"],
     },
     install_requires=[
         "numpy>=1.21.5",

@@ -9,10 +9,9 @@ from networks import small_config
 from pynq_kgrc.backends import csim
 from pynq_kgrc.cli import train
 from pynq_kgrc.errors import ModelError
-from pynq_kgrc.files import find_folder, shipped_programs, user_cache
+from pynq_kgrc.files import cached_program, find_folder, shipped_programs, user_cache
 from pynq_kgrc.models import pretrained
 from pynq_kgrc.program import load
-from pynq_kgrc.samples import cached_program
 
 
 def cached_paths(monkeypatch):

@@ -32,6 +32,11 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pynq_kgrc"
 
 
+def cached_program(name: str) -> Path:
+    """The path of a program of that name in the user's cache; the file need not exist."""
+    return user_cache() / "programs" / f"{name}.kgrc"
+
+
 def shipped_programs() -> tuple[Path, ...]:
     """The compiled programs that come with this package, sorted by name."""
     return tuple(sorted(Path(__file__).resolve().with_name("programs").glob("*.kgrc")))
