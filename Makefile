@@ -85,7 +85,8 @@ rtl-tools: ## install Verilator, yosys and clang 14, which simulate, synthesize 
 matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## test the driver under older versions of pynq
 	for version in $(OLDER_PYNQ); do \
 		$(VENV)/pynq-$$version/bin/python -m pytest -m 'not slow' -k 'board or doctor' \
-			host_tests/test_board.py host_tests/test_doctor.py host_tests/test_backends.py || exit 1; \
+			host_tests/test_board.py host_tests/test_board_xrt.py \
+			host_tests/test_board_battery.py host_tests/test_doctor.py host_tests/test_backends.py || exit 1; \
 		$(VENV)/pynq-$$version/bin/python -m pytest host_tests/test_deploy.py || exit 1; \
 	done
 

@@ -87,7 +87,7 @@ def board():
     return BOARDS[0]
 
 
-def run_on_board(arguments, timeout=600):
+def run_on_board(arguments, timeout=3000):
     """Run this Python with `arguments` in an environment that has a fresh board."""
     with tempfile.TemporaryDirectory(prefix="fake-xrt-") as place:
         return subprocess.run(
@@ -95,7 +95,6 @@ def run_on_board(arguments, timeout=600):
             env={
                 **os.environ,
                 FOLDER: place,
-                "TMPDIR": place,  # for the lock file
                 "PATH": f"{place}/bin{os.pathsep}{os.environ['PATH']}",
                 "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
                 "XILINX_XRT": place,
@@ -231,10 +230,13 @@ def install():
         import pynq.uio
         from pynq.pl_server import embedded_device, global_state
     BOARDS.append(make_board(libc))
+    from pynq_kgrc.backends.board import lock
+
+    lock.FOLDERS = (str(folder()),)  # this host may test several boards at once
 
     def opened(path, mode="r", *rest, **named):
         """`open` on the board."""
-        if str(path) == f"{FPGA_MANAGER}/firmware" and "w" in mode:
+        if str(path) == embedded_device.EmbeddedDevice.BS_FPGA_MAN and "w" in mode:
             return Firmware()
         if str(path) == "/dev/uio0":
             return Interrupt()
@@ -252,6 +254,8 @@ def install():
     embedded_device.__file__ = str(folder() / "state" / "embedded_device.py")
     global_state.STATE_DIR = str(folder() / "state")
     pynq.uio.os = types.SimpleNamespace(listdir=lambda _: ["uio0"])
+    for attribute, name in {"BS_FPGA_MAN": "firmware", "BS_FPGA_MAN_FLAGS": "flags"}.items():
+        setattr(embedded_device.EmbeddedDevice, attribute, str(place(f"{FPGA_MANAGER}/{name}")))
     embedded_device.EmbeddedDevice.mmap = lambda _, *where: board().map_registers(*where)
     return board()
 

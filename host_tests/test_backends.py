@@ -23,7 +23,7 @@ import pytest
 from networks import Net, compiled, random_codes, small_config, stretched
 from reference import run_program
 
-from pynq_kgrc.backends.base import BACKENDS, open_backend
+from pynq_kgrc.backends.base import BACKENDS, PackedMap, open_backend
 from pynq_kgrc.backends.emulation import choice, exact, winograd
 from pynq_kgrc.backends.emulation.backend import Emulation, Scaling
 from pynq_kgrc.errors import ConfigError, DeviceError, ProgramError
@@ -49,8 +49,8 @@ def run(request):
                 backend.run(i, i + 1)
                 channels = task.shape.out_channels
                 found[task.name] = backend.read(task.target, channels, task.out_size)
-            # a second run, of all tasks in one call, must give the same codes
-            backend.write(program.source, codes)
+            # a second run, of all tasks in one call, must give the same codes; so must packed ones
+            backend.write(program.source, backend.pack(program, program.source, codes))
             backend.run()
             last = program.tasks[-1]
             again = backend.read(last.target, last.shape.out_channels, last.out_size)
@@ -283,6 +283,35 @@ def test_the_range_of_a_run(name):
     # the program and the maps are as they were
     np.testing.assert_array_equal(backend.read(program.target, 4, codes.shape[1:]), codes)
     assert [counters.task for counters in backend.run(1)] == wanted[1:]
+    backend.close()
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_a_map_is_packed_for_its_own_slot_and_program(name):
+    """One of another program of the same layout would be read as this program's clip."""
+    net = Net(channels=8)
+    net.conv("clip", 8)
+    (program, _), (other, _) = compiled(net, fold=False), compiled(net, fold=False)
+    codes = random_codes(program)
+    backend = open_backend(name, program.config)
+    packed = backend.pack(program, program.source, codes)  # nothing is loaded yet
+    backend.load(program)
+    backend.write(program.source, packed)
+    np.testing.assert_array_equal(backend.read(program.source, 8, codes.shape[1:]), codes)
+    if isinstance(packed, PackedMap):
+        with pytest.raises(ProgramError, match="pack it for the program that is loaded"):
+            backend.write(program.target, packed)
+        backend.load(other)
+        with pytest.raises(ProgramError, match="pack it for the program that is loaded"):
+            backend.write(other.source, packed)
+        foreign, _ = compiled(net, small_config(bits=4), fold=False)
+        with pytest.raises(ProgramError, match=r"made for small-4 .* this is small-8"):
+            backend.pack(foreign, foreign.source, codes)
+        with pytest.raises(ProgramError, match=r"takes int8 codes .*, not int16"):
+            backend.pack(program, program.source, codes.astype(np.int16))
+    else:
+        with pytest.raises(ProgramError, match="packed for the accelerator's memory"):
+            backend.write(program.source, PackedMap(program, program.source, 0, codes))
     backend.close()
 
 

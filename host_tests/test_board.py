@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -23,6 +24,8 @@ from reference import run_program
 
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
 
+from pynq.pl_server import global_state  # noqa: E402
+
 from pynq_kgrc.accelerator.header import (  # noqa: E402
     ADDRESSES,
     IMAGE_VERSION,
@@ -33,14 +36,18 @@ from pynq_kgrc.accelerator.header import (  # noqa: E402
 from pynq_kgrc.analysis.timing import time_layers  # noqa: E402
 from pynq_kgrc.backends.base import count_task, open_backend  # noqa: E402
 from pynq_kgrc.backends.board import backend as driver  # noqa: E402
-from pynq_kgrc.backends.board import overlays, simulated, simulated_overlay  # noqa: E402
+from pynq_kgrc.backends.board import device as driver_device  # noqa: E402
+from pynq_kgrc.backends.board import lock, overlays, simulated, simulated_overlay  # noqa: E402
 from pynq_kgrc.backends.board.backend import BoardBackend  # noqa: E402
+from pynq_kgrc.backends.board.device import check_board  # noqa: E402
 from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay  # noqa: E402
 from pynq_kgrc.backends.board.lock import DeviceLock, lock_path  # noqa: E402
 from pynq_kgrc.backends.board.overlays import Manifest  # noqa: E402
 from pynq_kgrc.backends.csim import CSimulation, source_folder  # noqa: E402
 from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError  # noqa: E402
 from pynq_kgrc.program import VERSION  # noqa: E402
+from pynq_kgrc.runtime import Session  # noqa: E402
+from pynq_kgrc.service.worker import DeviceSessions  # noqa: E402
 
 QUICK = dict(floor_seconds=0.03, margin=1.0)
 """Short timeouts: the simulated kernel has computed before the driver begins to wait."""
@@ -933,7 +940,6 @@ def test_whole_networks(network):
     from pynq_kgrc.accelerator.config import preset
     from pynq_kgrc.compiler.network import compile_graph
     from pynq_kgrc.compress.patterns import recipe
-    from pynq_kgrc.runtime import Session
 
     graph = seeded_graph(network)
     clip = graph.clip
@@ -991,3 +997,388 @@ def test_a_load_that_stops_half_way_leaves_no_program(board, program, clips, mon
             verb()
     board.load(program)
     np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+# ---- what an operation that fails or is stopped leaves behind ---------------------------------
+
+STOPS = [KeyboardInterrupt, OSError, RuntimeError]
+
+
+def failing(owner, name, monkeypatch, error, at=1):
+    """Let call number `at` of a method raise; the list of calls so far."""
+    real, calls = getattr(owner, name), []
+
+    def call(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == at:
+            raise error("stopped")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+def stopped_by(error):
+    """What a verb of the backend raises when the device raises `error`."""
+    return pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else DeviceError)
+
+
+def test_buffers_are_freed_only_once_no_register_holds_their_addresses(board, device, program):
+    held, free = [], device.memory.return_pointer
+
+    def freed(buffer):
+        names = [f"{register_of(name)}_{word}" for name in ADDRESSES for word in (1, 2)]
+        held.extend(board._ip.get(name) for name in names)
+        free(buffer)
+
+    device.memory.return_pointer = freed
+    board.load(large_program())
+    assert held
+    assert not any(held)
+
+
+def test_a_load_that_is_stopped_before_the_device_is_touched(board, program, monkeypatch):
+    """Most of the time of a load goes by on the host; the program before must not answer then."""
+    with monkeypatch.context() as patch:
+        failing(driver, "build_image", patch, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            board.load(program)
+    with pytest.raises(ProgramError, match="no program is loaded"):
+        board.run()
+
+
+def test_a_session_loads_again_after_the_load_of_another_was_stopped(board, program, monkeypatch):
+    clip = program.clip
+    frames = np.full((clip.frames, clip.height, clip.width, 3), 99, np.uint8)
+    other = msgspec.structs.replace(program, name="other")
+    one, two = Session(program, board), Session(other, board)
+    wanted = two.run(frames).logits
+    for session in (one, two):
+        with monkeypatch.context() as patch:
+            failing(simulated.SimulatedDevice, "flush", patch, KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                session.run(frames)
+        np.testing.assert_array_equal(two.run(frames).logits, wanted)
+
+
+@pytest.mark.parametrize("error", STOPS)
+def test_a_write_that_stops_half_way_leaves_no_clip(board, program, clips, monkeypatch, error):
+    """The answer of the clip before, or of half a clip, is no answer."""
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+    with monkeypatch.context() as patch:
+        failing(simulated.SimulatedDevice, "flush", patch, error)
+        with stopped_by(error):
+            board.write(program.source, clips[1][0])
+    last = program.tasks[-1]
+    for verb in (board.run, lambda: board.read(program.target, 5, last.out_size)):
+        with pytest.raises(DeviceError, match="write the clip again after: a write that did not"):
+            verb()
+    np.testing.assert_array_equal(classify(board, program, clips[1][0]), clips[1][1])
+
+
+@pytest.mark.parametrize("error", STOPS)
+def test_a_repair_that_stops_half_way_is_made_again(
+    board, device, program, clips, monkeypatch, error
+):
+    board.write(program.source, clips[0][0])
+    device.faults = ["never_done"]
+    with pytest.raises(DeviceError, match="did not finish"):
+        board.run()
+    with monkeypatch.context() as patch:
+        failing(simulated.SimulatedDevice, "flush", patch, error, at=2)
+        with stopped_by(error):
+            board.write(program.source, clips[0][0])
+    np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+
+
+@pytest.mark.parametrize("error", STOPS)
+def test_a_buffer_that_cannot_be_freed_keeps_neither_the_others_nor_the_lock(
+    device, program, caplog, monkeypatch, error
+):
+    board = BoardBackend(program.config, device=device)
+    board.load(program)
+    with monkeypatch.context() as patch:
+        calls = failing(simulated.Memory, "return_pointer", patch, error)
+        if error is KeyboardInterrupt:
+            with pytest.raises(KeyboardInterrupt):
+                board.close()
+        else:
+            board.close()
+            assert re.search("fails to free the buffer of .*: .*Error", caplog.text)
+        assert len(calls) >= 4
+    BoardBackend(program.config, device=device).close()
+
+
+def test_what_is_no_lack_of_memory_is_not_called_so(board, program, monkeypatch):
+    """With numpy 2 pynq's allocate raises AttributeError."""
+    failing(simulated.Memory, "allocate", monkeypatch, AttributeError)
+    with pytest.raises(DeviceError, match=r"^load: the device fails: AttributeError: stopped"):
+        board.load(large_program())
+
+
+def test_ctrl_c_in_the_event_loop_does_not_end_a_later_wait(program, clips, monkeypatch):
+    device = simulated.SimulatedDevice(latency=0.02)
+    pynq.Device.active_device = device
+    with BoardBackend(program.config, device=device) as board:
+        board.load(program)
+        board.write(program.source, clips[0][0])
+        with monkeypatch.context() as patch:
+            failing(simulated.Controller, "add_event", patch, KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                board.run()
+        np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+        assert board._interrupts
+
+
+# ---- one device, several processes and sessions -----------------------------------------------
+
+
+def test_the_lock_does_not_depend_on_tmpdir(monkeypatch, tmp_path):
+    path = lock_path("card")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert lock_path("card") == path
+    monkeypatch.setattr(lock, "FOLDERS", ("/nowhere",))
+    assert lock_path("card").parent == tmp_path
+
+
+def test_a_lock_file_that_its_holder_deletes_while_another_opens_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(lock, "FOLDERS", (str(tmp_path),))
+    real, opened = lock._open_lock, []
+
+    def opening(device, path):
+        file = real(device, path)
+        if not opened:
+            path.unlink()
+        opened.append(file)
+        return file
+
+    monkeypatch.setattr(lock, "_open_lock", opening)
+    held = DeviceLock("card")
+    assert len(opened) == 2
+    with pytest.raises(DeviceError, match="in use by process"):
+        DeviceLock("card")
+    held.release()
+    assert not list(tmp_path.iterdir())
+
+
+def in_a_child(work):
+    """The number that `work` returns in a forked child."""
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(work())
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_can_do_nothing_with_the_device(board, program, clips):
+    board.write(program.source, clips[0][0])
+    size = program.tasks[-1].out_size
+
+    def refused():
+        found = 0
+        for verb, arguments in (
+            ("load", (program,)),
+            ("write", (program.source, clips[1][0])),
+            ("run", ()),
+            ("read", (program.target, 5, size)),
+        ):
+            try:
+                getattr(board, verb)(*arguments)
+            except DeviceError:
+                found += 1
+        return found
+
+    assert in_a_child(refused) == 4
+    board.run()
+    np.testing.assert_array_equal(board.read(program.target, 5, size), clips[0][1])
+
+
+def test_a_forked_child_that_forgets_the_board_frees_no_buffer(device, program):
+    """It has the parent's handle of the device: what it frees, the parent loses."""
+    boards = [BoardBackend(program.config, device=device)]
+    boards[0].load(program)
+
+    def forget():
+        boards.clear()
+        gc.collect()
+        return len(device.memory.buffers)
+
+    assert in_a_child(forget) == 4
+    boards[0].close()
+
+
+def test_a_child_that_lives_on_does_not_keep_the_device(device, program):
+    board = BoardBackend(program.config, device=device)
+    wait, go_on = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(wait, 1)
+        os._exit(0)
+    try:
+        board.close()
+        BoardBackend(program.config, device=device).close()
+    finally:
+        os.write(go_on, b"!")
+        os.waitpid(child, 0)
+        os.close(wait)
+        os.close(go_on)
+
+
+def test_a_second_session_does_not_program_the_device_again(device, program, clips):
+    def answer():
+        with BoardBackend(program.config, device=device, **QUICK) as board:
+            board.load(program)
+            np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+            assert board._interrupts == device.interrupt
+        return device.downloads
+
+    assert [answer(), answer()] == [1, 1]
+    other_overlay(device)
+    assert [answer(), answer()] == [3, 3]
+    with BoardBackend(program.config, device=device, **QUICK) as board:
+        board.load(program)
+        board.write(program.source, clips[0][0])
+        device.faults = ["error_status"]
+        with pytest.raises(DeviceError, match="0xdead"):
+            board.run()
+    assert answer() == 4  # the failed run is no state to go on from
+    device.kernel._control = simulated.START  # another process was killed in the middle of a run
+    assert answer() == 5
+
+
+def test_an_overlay_that_was_built_again_is_programmed(device, overlay, program):
+    BoardBackend(program.config, overlay, device=device).close()
+    replace_in(overlay, "kgrc.bit", '"bits": 8', '"bits":  8')
+    BoardBackend(program.config, overlay, device=device).close()
+    assert device.downloads == 2
+
+
+def test_a_service_with_two_programs_of_a_design_programs_the_device_once(program, tmp_path):
+    device = simulated.shared_device()
+    before, sessions = device.downloads, DeviceSessions("board")
+    clip = program.clip
+    frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8).tobytes()
+    for key in ("one", "two"):
+        program.save(tmp_path / key)
+        sessions.load(key, tmp_path / key)
+    for _ in range(2):
+        for key in ("one", "two"):
+            sessions.run(key, frames)
+    sessions.close()
+    assert device.downloads <= before + 1  # 0 if a test before left it programmed
+
+
+# ---- what is asked before a register is touched -----------------------------------------------
+
+
+@pytest.fixture
+def recorded(device, overlay, program, monkeypatch, tmp_path):
+    """A device with an FPGA manager and pynq's record; writes what they say of it."""
+    device.BS_FPGA_MAN = str(tmp_path / "firmware")
+    monkeypatch.setattr(global_state, "STATE_DIR", str(tmp_path))
+
+    def write(state, bitstream=None):
+        (tmp_path / "state").write_text(f"{state}\n")
+        if bitstream is not None:
+            record = dict(active_name="edge", timestamp="2026/11/25")
+            record["bitfile_hash"] = global_state.bitstream_hash(bitstream)
+            with driver_device.warnings_ignored():
+                global_state.save_global_state(
+                    global_state.GlobalState(bitfile_name=str(bitstream), **record)
+                )
+
+    write("operating", overlay / "kgrc.bit")
+    (tmp_path / "other.bit").write_text("another design")
+    return write
+
+
+@pytest.mark.parametrize(
+    ("state", "record", "text"),
+    [
+        ("unknown", "small/kgrc.bit", r"its logic is not programmed \(FPGA manager: unknown\)"),
+        (
+            "write error",
+            "small/kgrc.bit",
+            r"its logic is not programmed \(FPGA manager: write error",
+        ),
+        ("operating", "other.bit", r"it holds \S+/other.bit, loaded 2026/11/25, not \S+kgrc.bit"),
+        ("operating", None, "pynq has no record of the bitstream that is loaded"),
+    ],
+)
+def test_nothing_is_attached_to_that_is_not_known_to_be_loaded(
+    device, overlay, program, recorded, monkeypatch, state, record, text, tmp_path
+):
+    if record is None:
+        global_state.clear_global_state()
+    recorded(state, record and tmp_path / record)
+    touched = []
+    for verb in ("read_registers", "write_registers"):
+        monkeypatch.setattr(device, verb, lambda *a: touched.append(a))
+    with pytest.raises(DeviceError, match=rf"open it with download=True\): {text}"):
+        BoardBackend(program.config, overlay, device=device, download=False)
+    assert not touched
+
+
+def test_an_overlay_that_another_process_loaded_is_attached_to(
+    device, overlay, program, clips, recorded
+):
+    BoardBackend(program.config, overlay, device=device).close()
+    with BoardBackend(program.config, overlay, device=device, download=False) as board:
+        board.load(program)
+        np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
+    assert device.downloads == 1
+
+
+def test_another_process_that_loads_a_bitstream_is_noticed_before_a_register_is_read(
+    device, overlay, program, clips, recorded, monkeypatch, tmp_path
+):
+    with BoardBackend(program.config, overlay, device=device, **QUICK) as board:
+        for verb in (board.run, lambda: board.load(program)):
+            board.load(program)
+            board.write(program.source, clips[0][0])
+            recorded("operating", tmp_path / "other.bit")
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    device, "read_registers", lambda *_: pytest.fail("a register is read")
+                )
+                patch.setattr(device, "write_registers", lambda *_: pytest.fail("it is written"))
+                with pytest.raises(DeviceError, match=r"re-programmed: it holds .*other.bit"):
+                    verb()
+            recorded("operating", overlay / "kgrc.bit")  # as pynq does when it programs it
+
+
+def test_an_overlay_for_another_board(device, overlay, program):
+    change(overlay, board="zcu104")
+    with pytest.raises(DeviceError, match="is built for zcu104, this board is zcu102-simulated"):
+        BoardBackend(program.config, overlay, device=device)
+
+
+def test_the_board_is_known_by_the_device_tree(monkeypatch, tmp_path):
+    monkeypatch.setattr(driver_device, "DEVICE_TREE", tmp_path)
+    check_board(object(), "zcu102")  # no device tree
+    (tmp_path / "model").write_bytes(b"ZynqMP ZCU102 Rev1.0\0")
+    check_board(object(), "zcu102")
+    with pytest.raises(DeviceError, match=r"for zcu104, this board is ZynqMP ZCU102 Rev1.0; build"):
+        check_board(object(), "zcu104")
+    (tmp_path / "model").write_bytes(b"my own board\0")
+    check_board(object(), "zcu104")
+
+
+def test_a_search_for_devices_that_fails_is_made_again(monkeypatch):
+    """pynq would keep the empty list that it made before."""
+    found = ["a device", OSError("no /dev/dri")]
+
+    class Probing:
+        @staticmethod
+        def _probe_():
+            if isinstance(last := found.pop(), Exception):
+                raise last
+            return [last]
+
+    monkeypatch.setattr(type(pynq.Device), "_subclasses", {1: Probing})
+    monkeypatch.setattr(pynq.Device, "_devices", [], raising=False)
+    with pytest.raises(DeviceError, match=r"no PYNQ device: pynq fails .*OSError: no /dev/dri"):
+        driver_device._probe()
+    assert driver_device._probe() == ["a device"]

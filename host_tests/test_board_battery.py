@@ -129,6 +129,8 @@ def programs():
 class User:
     """Who opens a board, loads programs and classifies clips, and compares each answer."""
 
+    backend = BoardBackend
+
     def __init__(self, device, overlay):
         self.device, self.overlay = device, overlay
         self.board = None
@@ -138,7 +140,7 @@ class User:
         """The answer of the clip that was given to `write` last."""
 
     def open(self):
-        self.board = BoardBackend(
+        self.board = self.backend(
             programs()[0][0].config, self.overlay, device=self.device, cacheable=True, **QUICK
         )
 
@@ -177,7 +179,8 @@ class User:
         return next(number for number, (made, _) in enumerate(programs()) if made is program)
 
     def play(self):
-        """The whole scenario."""
+        """The whole scenario, on a device that is not known to hold our overlay already."""
+        vars(self.device).pop("kgrc_overlay", None)
         self.open()
         self.load(0)
         self.classify(0, 0)
@@ -285,17 +288,19 @@ def open_device(name):
     return pynq.Device.active_device, fake_xrt.board(), folder
 
 
-def battery(name, sample=None):
-    """Fail each call of each operation with each error, or about `sample` calls of each."""
+def battery(name, sample=None, only=None):
+    """Fail each call of each operation with each error, or `sample` calls of each with one."""
     device, hardware, overlay = open_device(name)
     armed = fuses(hardware)
     kinds = itertools.cycle(ERRORS)
     found = []
-    for operation, fuse in armed.items():
+    for operation in armed if only is None else only:
+        fuse = armed[operation]
         hardware.latency = WAIT if operation == "wait" else 0.0
         fuse.arm(0, RuntimeError)
         User(device, overlay).play()
         calls = fuse.calls
+        assert calls, f"the scenario has no {operation}"
         if sample is None:
             chosen = [(call, error) for error in ERRORS for call in range(1, calls + 1)]
         else:
@@ -374,7 +379,7 @@ def in_a_process(name, *arguments):
             text=True,
         )
     else:
-        done = fake_xrt.run_on_board(command, timeout=3000)
+        done = fake_xrt.run_on_board(command)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -395,24 +400,118 @@ def table(found):
     return "\n".join(lines)
 
 
+# ---- tests ------------------------------------------------------------------------------------
+
+
+def bad(outcome):
+    """Whether a call that failed has left anything that it should not."""
+    known = outcome["ended"] in ("typed", "went on")
+    return not known or outcome["leaked"] or outcome["wrong"]
+
+
+@functools.cache
+def sampled(name):
+    """A sample of the battery and a small storm, in one process."""
+    return in_a_process(name, "--sample", 4, "--storm", 30, 7)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_sample_of_failing_calls(name):
+    found = sampled(name)["calls"]
+    assert not list(filter(bad, found))
+    assert len({outcome["operation"] for outcome in found}) == 8
+    assert Counter(outcome["ended"] for outcome in found)["typed"] >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_failing_call(name):
+    found = in_a_process(name)["calls"]
+    assert not list(filter(bad, found))
+    assert {outcome["error"] for outcome in found} == {error.__name__ for error in ERRORS}
+    assert Counter(outcome["ended"] for outcome in found)["typed"] >= 700
+
+
+def test_the_judge_sees_a_driver_that_is_broken():
+    chosen = ("--only", "flush", "invalidate", "--sample", 7)
+    found = in_a_process("simulated", "--broken", *chosen)["calls"]
+    told = " ".join(str(outcome["wrong"]) for outcome in found)
+    assert "read after run: WrongAnswer" in told
+    assert "lock: DeviceError" in told
+    assert any(outcome["leaked"] for outcome in found)
+    assert any(outcome["ended"] == "untyped" for outcome in found)
+
+
+class Broken(BoardBackend):
+    """Keeps a clip that it could not write, keeps the device then, and lets errors through."""
+
+    def write(self, slot, codes):
+        try:
+            super().write(slot, codes)
+        except BaseException:
+            self._maps_lost = None
+            KEPT.append(self)
+            raise
+
+    def read(self, *arguments):
+        try:
+            return super().read(*arguments)
+        except DeviceError as error:
+            raise RuntimeError("planted") from error
+
+    def close(self):
+        if self not in KEPT:
+            super().close()
+
+
+KEPT = []
+
+
+def check_storm(counts, least):
+    assert set(counts) <= {"right", "typed", "leaked", "threads"}, counts
+    assert counts["leaked"] == counts["threads"] == 0
+    assert min(counts["right"], counts["typed"]) >= least
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_small_storm(name):
+    check_storm(sampled(name)["storm"], least=5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_storm(name, seed):
+    found = in_a_process(name, "--only", "--storm", 1000, seed)
+    check_storm(found["storm"], least=100)
+
+
 def main():
     logging.disable(logging.CRITICAL)
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=DEVICES)
     parser.add_argument("--sample", type=int)
     parser.add_argument("--storm", type=int, nargs=2, metavar=("RUNS", "SEED"))
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--broken", action="store_true")
     chosen = parser.parse_args()
-    if chosen.device and chosen.storm:
-        print(json.dumps(storm(chosen.device, *chosen.storm)))
-    elif chosen.device:
-        found = battery(chosen.device, chosen.sample)
-        print(json.dumps([vars(outcome) for outcome in found]))
+    if chosen.broken:
+        User.backend = Broken
+    if chosen.device:
+        calls = battery(chosen.device, chosen.sample, chosen.only)
+        found = {"calls": [vars(outcome) for outcome in calls]}
+        if chosen.storm:
+            found["storm"] = storm(chosen.device, *chosen.storm)
+        print(json.dumps(found))
     else:
         for name in DEVICES:
-            found = in_a_process(name, *(("--sample", chosen.sample) if chosen.sample else ()))
+            sample = ("--sample", chosen.sample) if chosen.sample else ()
+            found = in_a_process(name, *sample)["calls"]
             print(f"\n{name}, pynq {pynq.__version__}:\n\n{table(found)}\n")
             for outcome in found:
-                if outcome["ended"] == "untyped" or outcome["leaked"] or outcome["wrong"]:
+                if bad(outcome):
                     print(outcome)
 
 

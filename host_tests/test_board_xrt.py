@@ -16,9 +16,10 @@ from reference import run_program
 
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
 
-from pynq.interrupt import _InterruptController as InterruptController  # noqa: E402
+import test_board  # noqa: E402
 from pynq.overlay import DefaultIP  # noqa: E402
 
+from pynq_kgrc.accelerator.config import preset  # noqa: E402
 from pynq_kgrc.backends.base import open_backend  # noqa: E402
 from pynq_kgrc.backends.board.backend import BoardBackend  # noqa: E402
 from pynq_kgrc.backends.board.kernel import KgrcIp  # noqa: E402
@@ -27,15 +28,19 @@ from pynq_kgrc.runtime import Session  # noqa: E402
 
 
 def made():
-    """A program; its overlay, which KGRC_OVERLAY names."""
+    """A small program; its overlay is the board's."""
     net = Net(size=(3, 6, 7))
     net.dense(net.pool(net.conv(net.conv("clip", 6), 9)), 5)
     program = compiled(net)[0]
+    supply_overlay(program.config)
+    return program
+
+
+def supply_overlay(config):
     folder = fake_xrt.folder() / "overlay"
     if not folder.is_dir():
-        fake_xrt.write_overlay(folder, program.config)
+        fake_xrt.write_overlay(folder, config)
     os.environ["KGRC_OVERLAY"] = str(folder)
-    return program
 
 
 def check_answers(board, program):
@@ -53,10 +58,9 @@ def check_answers(board, program):
 def test_programs_allocates_and_answers():
     program, hardware = made(), fake_xrt.board()
     for cacheable in (False, True):
-        hardware.downloads, hardware.loaded = 0, []
         with BoardBackend(program.config, cacheable=cacheable) as board:
             assert type(board._device).__name__ == "EmbeddedDevice"
-            assert hardware.downloads == 1 == len(hardware.loaded)
+            assert hardware.downloads == 1 == len(hardware.loaded), "programmed once"
             check_answers(board, program)
             assert board._interrupts
             assert len(hardware.memory.buffers) == 4
@@ -66,13 +70,9 @@ def test_programs_allocates_and_answers():
     with BoardBackend(program.config, download=False) as board:
         assert hardware.downloads == 1
         check_answers(board, program)
-    # a session gives the labels of the emulation, and polls where the device tree has no UIO device
-    InterruptController._uio_devices.clear()
-    hardware.has_uio = False
     shape = (program.clip.frames, program.clip.height, program.clip.width, 3)
     frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     with Session(program, "emulate") as emulated, Session(program, "board") as board:
-        assert not board.backend._interrupts
         assert board.classify(frames).labels == emulated.classify(frames).labels
         np.testing.assert_array_equal(board.run(frames).logits, emulated.run(frames).logits)
 
@@ -118,12 +118,14 @@ def test_pynq_binds_the_driver_by_its_entry_point():
 def test_logic_that_is_empty_is_not_touched():
     """On a board an access to a register of logic that is not there may hang the processor."""
     program, hardware = made(), fake_xrt.board()
+    hardware.has_uio = False
     with pytest.raises(DeviceError):
         BoardBackend(program.config, download=False)
     assert not hardware.touched_empty
     assert not hardware.downloads
     with BoardBackend(program.config) as board:
         check_answers(board, program)
+        assert not board._interrupts, "it polls without a UIO device"
 
 
 HOLDER = """
@@ -185,3 +187,13 @@ def test_a_forked_child():
     os.close(tell)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("network", ["c3d", "r2plus1d_18", "i3d"])
+@on_fake_board
+def test_whole_networks(network):
+    """What `test_board` compares on the simulated device, here on pynq's own."""
+    supply_overlay(preset("8-sparse"))
+    test_board.test_whole_networks(network)

@@ -26,7 +26,7 @@ from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.patterns import recipe
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.program import ConvTask
-from pynq_kgrc.quant import ACCUMULATOR_BITS
+from pynq_kgrc.quant import ACCUMULATOR_BITS, code_dtype, unpack_int4
 from pynq_kgrc.video import load_clip
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -766,3 +766,27 @@ def test_whole_i3d(i3d, example_clips):
     (path, *_) = sorted((example_clips / "calibration").glob("*.avi"))
     codes = program.encode_clip(load_clip(path, program.clip).frames)
     assert_as_emulated(program, codes)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_map_in_memory_code_by_code(bits, channels_last, monkeypatch):
+    """Vectors of T_N channels, rows of whole beats; the padding is zero whatever memory held."""
+    dirty = np.empty
+    monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(dirty(shape).shape, 5, dtype))
+    config = small_config(bits)
+    rng = np.random.default_rng(bits)
+    for channels, width in ((3, 5), (2 * config.tn, 8), (config.tn + 3, 7)):
+        codes = rng.integers(-8, 8, (channels, 2, 3, width)).astype(code_dtype(bits))
+        if channels_last:
+            codes = np.ascontiguousarray(codes.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
+        raw = image.encode_map(config, codes, bits)
+        assert raw.nbytes == image.map_bytes(config, channels, (2, 3, width), bits)
+        count = raw.nbytes * 8 // bits
+        found = unpack_int4(raw, count) if bits == 4 else raw.view(code_dtype(bits))
+        row = tiling.beats_of_row(config, width) * config.port_positions
+        vectors = -(-channels // config.tn)
+        wanted = np.zeros((vectors, 2, 3, row, config.tn), int)
+        for c, d, h, w in np.ndindex(codes.shape):
+            wanted[c // config.tn, d, h, w, c % config.tn] = codes[c, d, h, w]
+        np.testing.assert_array_equal(found, wanted.ravel())

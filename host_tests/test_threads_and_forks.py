@@ -116,6 +116,36 @@ def test_backends_of_one_design_in_two_threads(backend):
         assert found == [right[number]] * 5
 
 
+def test_many_clips_have_the_bits_of_one_by_one(backend):
+    """Each thread with clips of its own; two sessions take turns at loading the program."""
+    program, clips, right = made()
+    first, second = Session(program, backend), Session(program, backend)
+
+    def work(number):
+        order = [(number + i) % len(clips) for i in range(6)]
+        pairs = (first, second)[number % 2].run_many(order, lambda place: clips[place])
+        return [scores.logits.tolist() == right[place] for place, scores in pairs]
+
+    assert work(0) == [True] * 6
+    assert in_threads(4, work) == [[True] * 6] * 4
+    assert "next clip" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_fork_in_the_middle_of_many_clips(backend):
+    program, clips, right = made()
+    with Session(program, backend) as session:
+        many = session.run_many(clips)
+        assert next(many)[1].logits.tolist() == right[0]
+
+        def go_on():
+            with pytest.raises(DeviceError, match="which began to run these clips"):
+                next(many)
+            return [scores.logits.tolist() for _, scores in session.run_many(clips)]
+
+        assert_right(forked(go_on), right)
+        assert [scores.logits.tolist() for _, scores in many] == right[1:]
+
+
 def test_a_trace_goes_on_while_others_classify(backend):
     program, clips, right = made()
     with Session(program, backend) as session:

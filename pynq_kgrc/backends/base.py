@@ -90,12 +90,29 @@ def check_design(program: Program, config: AcceleratorConfig) -> None:
         )
 
 
-def check_codes(program: Program, slot: Slot, codes: Array) -> None:
-    """Refuse codes of another type or shape than a slot's buffer.
+@dataclass(frozen=True, eq=False)
+class PackedMap:
+    """The codes of a map as the bytes of the accelerator's memory, ready to be copied."""
+
+    program: Program
+    slot: Slot
+    start: int
+    """Where they go: byte in the memory of maps."""
+    raw: Array
+    """uint8 [bytes]."""
+
+
+def check_codes(program: Program, slot: Slot, codes: Array | PackedMap) -> Array:
+    """The codes, which must have the type and shape of a slot's buffer.
 
     Raises:
-        ProgramError: names the type and shape of the buffer.
+        ProgramError: names the type and shape of the buffer; or the map is packed.
     """
+    if isinstance(codes, PackedMap):
+        raise ProgramError(
+            f"the map for {codes.slot} is packed for the accelerator's memory; this backend takes "
+            f"its codes [C, D, H, W]"
+        )
     buffer = program.buffers[slot.buffer]
     dtype, shape = code_dtype(buffer.bits), (codes.shape[0], *buffer.size)
     if codes.shape != shape or codes.dtype != dtype:
@@ -103,6 +120,7 @@ def check_codes(program: Program, slot: Slot, codes: Array) -> None:
             f"buffer {slot.buffer} takes {dtype} codes of shape {shape}, "
             f"not {codes.dtype} of {codes.shape}"
         )
+    return codes
 
 
 def check_size(program: Program, slot: Slot, size: Size) -> None:
@@ -145,6 +163,10 @@ class Loaded:
             f"process {os.getpid()} is a fork of process {self._pid}, which opened the backend "
             f"{self.name}; open a backend in this process"
         )
+
+    def pack(self, program: Program, slot: Slot, codes: Array) -> Array | PackedMap:
+        """Nothing to prepare: `write` takes the codes as they are."""
+        return codes
 
     def check_maps(self) -> None:
         """Refuse to run or read when the maps hold no clip.
@@ -222,12 +244,14 @@ class Backend(Protocol):
     private to it.
 
     **Order of calls.** `load` first; then any number of `write`, `run`, `read`; `close` last.
+    `pack` may be called at any time, or not at all.
     `write`, `run` and `read` before a `load` raise ProgramError. After `close` only `close` may
     be called: open another backend instead.
 
     **Threads.** Each call is safe by itself: it takes `lock`. But `write`, `run` and `read` of one
     clip belong together; who shares a backend between threads holds `lock` from the first to the
     last, as `Session` does. Use one process for each backend that shall run at the same time.
+    `pack` alone takes no lock: it prepares the next clip while `run` works on the present one.
 
     **Forks.** In the child of a fork a backend holds no clip. The emulation and the C-simulation
     load the program again there, and need the clip to be written; until then, and on a board
@@ -272,14 +296,31 @@ class Backend(Protocol):
             DeviceError: the device has not enough memory, or does not answer.
         """
 
-    def write(self, slot: Slot, codes: Array) -> None:
-        """Host to device: copy codes [C, D, H, W] into a slot.
+    def pack(self, program: Program, slot: Slot, codes: Array) -> Array | PackedMap:
+        """The host's work of a `write`: codes [C, D, H, W] as `write` copies them to the device.
+
+        Takes no lock and touches neither the device nor what is loaded. The result may share memory
+        with `codes`, which must not change before it is written.
+
+        Args:
+            program: need not be the one that is loaded.
+            slot: where in `program` the map will be written.
+            codes: are not changed.
+
+        Raises:
+            ProgramError: the program is for another accelerator, or the codes have another type or
+                shape than the slot's buffer. A backend that has nothing to prepare leaves this to
+                `write`.
+        """
+
+    def write(self, slot: Slot, codes: Array | PackedMap) -> None:
+        """Host to device: copy codes [C, D, H, W], or what `pack` made of them, into a slot.
 
         The caller keeps `codes` and may change it as soon as `write` returns.
 
         Raises:
-            ProgramError: no program is loaded, or the codes have another type or shape than the
-                slot's buffer.
+            ProgramError: no program is loaded, the codes have another type or shape than the slot's
+                buffer, or they were packed for another slot or program.
             DeviceError: the device does not answer.
         """
 

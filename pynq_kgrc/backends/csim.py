@@ -32,7 +32,7 @@ from pynq_kgrc.accelerator.header import (
 from pynq_kgrc.backends.base import (
     Counters,
     Loaded,
-    check_codes,
+    PackedMap,
     check_design,
     check_size,
     locked,
@@ -42,8 +42,9 @@ from pynq_kgrc.backends.image import (
     Image,
     build_image,
     decode_map,
-    encode_map,
     map_bytes,
+    pack_map,
+    packed_map,
     slot_beat,
 )
 from pynq_kgrc.errors import DeviceError
@@ -208,14 +209,15 @@ class CSimulation(Loaded):
         self._program = program
         self._maps_lost = None
 
+    def pack(self, program: Program, slot: Slot, codes: Array) -> PackedMap:
+        """Codes [C, D, H, W] as the bytes that `write` copies."""
+        return pack_map(self.config, program, slot, codes)
+
     @locked
-    def write(self, slot: Slot, codes: Array) -> None:
-        """Copy codes [C, D, H, W] to a slot."""
-        check_codes(self.program, slot, codes)
-        buffer = self.program.buffers[slot.buffer]
-        raw = encode_map(self.config, codes, buffer.bits)
-        start = slot_beat(self.program, slot, "write") * self.config.beat_bytes
-        self._maps[start : start + raw.size] = raw
+    def write(self, slot: Slot, codes: Array | PackedMap) -> None:
+        """Copy codes [C, D, H, W], packed or not, to a slot."""
+        packed = packed_map(self.program, slot, codes)
+        self._maps[packed.start : packed.start + packed.raw.size] = packed.raw
         self._maps_lost = None
 
     @locked

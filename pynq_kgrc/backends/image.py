@@ -13,6 +13,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.header import FIELDS, KINDS, MAX_TAPS, SCALE_BITS
 from pynq_kgrc.accelerator.plan import item_words64, pack_fields
 from pynq_kgrc.accelerator.tiling import Work, beats_of_row, map_beats
+from pynq_kgrc.backends.base import PackedMap, check_codes, check_design
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.graph import Size
 from pynq_kgrc.program import ConvTask, KgrcWeights, PoolTask, Program, Slot, Task
@@ -98,6 +99,31 @@ def slot_beat(program: Program, slot: Slot, what: str) -> int:
     return buffer.offset // config.beat_bytes + before
 
 
+def pack_map(config: AcceleratorConfig, program: Program, slot: Slot, codes: Array) -> PackedMap:
+    """`Backend.pack` for a backend whose memory holds maps as the accelerator `config` does."""
+    check_design(program, config)
+    check_codes(program, slot, codes)
+    raw = encode_map(config, codes, program.buffers[slot.buffer].bits)
+    return PackedMap(program, slot, slot_beat(program, slot, "write") * config.beat_bytes, raw)
+
+
+def packed_map(program: Program, slot: Slot, codes: Array | PackedMap) -> PackedMap:
+    """What `Backend.write` copies: `codes` if they are packed, else packed now.
+
+    Raises:
+        ProgramError: they are packed for another slot or program, or have another type or shape
+            than the slot's buffer.
+    """
+    if not isinstance(codes, PackedMap):
+        return pack_map(program.config, program, slot, codes)
+    if codes.program is not program or codes.slot != slot:
+        raise ProgramError(
+            f"the map is packed for {codes.slot} of {codes.program.name}, this is {slot} of "
+            f"{program.name}; pack it for the program that is loaded"
+        )
+    return codes
+
+
 def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
     """Codes [C, D, H, W] as the bytes of a map; the padding of channels and width is zero."""
     channels, depth, height, width = codes.shape
@@ -105,15 +131,28 @@ def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
         ceil_div(channels, config.tn),
         beats_of_row(config, width) * config.port_positions,
     )
-    beats = np.zeros((vectors, depth, height, row, config.tn), code_dtype(bits))
-    pixels = np.ascontiguousarray(codes.transpose(1, 2, 3, 0))
-    for number, first in enumerate(range(0, channels, config.tn)):
-        # numpy copies a vector as one item much faster than code by code
-        item = np.dtype((np.void, min(config.tn, channels - first) * pixels.itemsize))
-        start, steps = first * pixels.itemsize, pixels.strides[:3]
-        vector: Array = np.ndarray((depth, height, width), item, pixels, start, steps)
-        target: Array = np.ndarray(vector.shape, item, beats[number], 0, beats.strides[1:4])
-        target[...] = vector
+    # np.empty, and not np.zeros: for a large map numpy then asks Linux for large pages
+    beats = np.empty((vectors, depth, height, row, config.tn), code_dtype(bits))
+    planar = codes.strides[3] == codes.itemsize
+    pixels = codes.transpose(1, 2, 3, 0)
+    if not planar:
+        pixels = np.ascontiguousarray(pixels)
+    for d, vector in np.ndindex(depth, vectors):  # a plane fits the cache
+        plane, part = beats[vector, d], pixels[d, ..., vector * config.tn :][..., : config.tn]
+        count = part.shape[-1]
+        if count < config.tn or width < row:
+            plane[...] = 0
+        if planar:
+            for channel in range(count):
+                plane[:, :width, channel] = part[..., channel]
+        else:
+            # numpy copies a vector as one item much faster than code by code
+            item = np.dtype((np.void, count * codes.itemsize))
+            first = d * pixels.strides[0] + vector * config.tn * codes.itemsize
+            shape = (height, width)
+            source: Array = np.ndarray(shape, item, pixels, first, pixels.strides[1:3])
+            target: Array = np.ndarray(shape, item, plane, 0, plane.strides[:2])
+            target[...] = source
     return _to_bytes(beats, bits)
 
 

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import time
 import weakref
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +34,7 @@ from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.backends.base import (
     Counters,
     Loaded,
-    check_codes,
+    PackedMap,
     check_design,
     check_size,
     locked,
@@ -48,15 +47,18 @@ from pynq_kgrc.backends.board.device import (
     error_text,
     find_device,
     interrupt_loop,
+    run_in,
     warnings_ignored,
 )
 from pynq_kgrc.backends.board.kernel import KgrcIp, KgrcOverlay, check_bitstream
 from pynq_kgrc.backends.board.overlays import FoundOverlay, find_overlay
 from pynq_kgrc.backends.image import (
+    Image,
     build_image,
     decode_map,
-    encode_map,
     map_bytes,
+    pack_map,
+    packed_map,
     slot_beat,
 )
 from pynq_kgrc.errors import DeviceError, ProgramError
@@ -228,7 +230,7 @@ class BoardBackend(Loaded):
 
         with warnings_ignored():
             loop = interrupt_loop()
-            kernel = self._overlay.bind() if loop is None else loop.run_until_complete(bind())
+            kernel = self._overlay.bind() if loop is None else run_in(loop, bind())
         self._interrupts = loop is not None and getattr(kernel, "interrupt", None) is not None
         return kernel
 
@@ -256,16 +258,13 @@ class BoardBackend(Loaded):
             DeviceError: too little contiguous memory, or the device fails; no program is loaded
                 then.
         """
-        check_design(program, self.config)
-        version = self._found_overlay.manifest.program_version
-        if version != IMAGE_VERSION:
-            raise ProgramError(
-                f"{program.name} becomes a memory image of version {IMAGE_VERSION}, the overlay "
-                f"reads version {version}; use an overlay that was built for this release"
-            )
-        image = build_image(program)
+        before, self._program = self._program, None  # until the last byte of the new one is written
+        try:
+            image = self._checked_image(program)
+        except ProgramError:
+            self._program = before
+            raise
         times = [task_time(self.config, program.work(task)) for task in program.tasks]
-        self._program = None  # until all of it is written, however that ends before
         resources = self._resources
         with device_errors("load"):
             if resources.failure is not None:
@@ -288,6 +287,16 @@ class BoardBackend(Loaded):
             self._write_image(image.weights, image.tables)
         resources.failure = None
         self._program = program
+
+    def _checked_image(self, program: Program) -> Image:
+        check_design(program, self.config)
+        version = self._found_overlay.manifest.program_version
+        if version != IMAGE_VERSION:
+            raise ProgramError(
+                f"{program.name} becomes a memory image of version {IMAGE_VERSION}, the overlay "
+                f"reads version {version}; use an overlay that was built for this release"
+            )
+        return build_image(program)
 
     def _write_image(self, weights: Array, tables: Array) -> None:
         """Write weights, tables and the address registers; clear maps and status."""
@@ -334,20 +343,27 @@ class BoardBackend(Loaded):
 
     # ---- maps -------------------------------------------------------------------------------
 
+    def pack(self, program: Program, slot: Slot, codes: Array) -> PackedMap:
+        """The codes [C, D, H, W] of a map as the bytes that `write` copies; the device is not used.
+
+        Raises:
+            ProgramError: the program is for another design, or the codes have another shape.
+        """
+        return pack_map(self.config, program, slot, codes)
+
     @locked
-    def write(self, slot: Slot, codes: Array) -> None:
-        """Write the codes [C, D, H, W] of a map into a slot; they are copied.
+    def write(self, slot: Slot, codes: Array | PackedMap) -> None:
+        """Write the codes [C, D, H, W] of a map, packed or not, into a slot; they are copied.
 
         After a failed run this first restores the device and the program.
 
         Raises:
-            ProgramError: no program is loaded, or the codes have another type or shape.
+            ProgramError: no program is loaded, the codes have another type or shape, or they are
+                packed for another program or slot.
             DeviceError: the device cannot be restored, or fails.
         """
         program = self.program
-        check_codes(program, slot, codes)
-        start = slot_beat(program, slot, "write") * self.config.beat_bytes
-        raw = encode_map(self.config, codes, program.buffers[slot.buffer].bits)
+        packed = packed_map(program, slot, codes)
         self._maps_lost = "a write that did not end"
         with device_errors("write"):
             if self._resources.failure is not None:
@@ -356,7 +372,7 @@ class BoardBackend(Loaded):
                 self._write_image(image.weights, image.tables)
                 self._resources.failure = None
             maps = self._host_maps()
-            maps[start : start + raw.size] = raw
+            maps[packed.start : packed.start + packed.raw.size] = packed.raw
             self._resources.buffers["maps"].flush()
         self._maps_lost = None
 
@@ -575,23 +591,23 @@ class BoardBackend(Loaded):
 
     def _wait_interrupt(self, loop: asyncio.AbstractEventLoop, seconds: float) -> bool:
         """Whether the interrupt arrives within `seconds`; if so it is acknowledged."""
-        waiting = loop.create_task(self._ip.interrupt.wait())
-        timer = loop.call_later(seconds, waiting.cancel)
-        try:
-            loop.run_until_complete(waiting)
-        except asyncio.CancelledError:
-            return False
-        finally:
-            timer.cancel()
-            # Ctrl-C ends the loop, not the task: left in it, it would end in a later wait
-            if not waiting.done():
-                waiting.cancel()
-                with suppress(asyncio.CancelledError):
-                    loop.run_until_complete(waiting)
-            elif not waiting.cancelled():
-                waiting.exception()  # asyncio logs one that nobody has asked for
-        self._ip.clear_interrupt()
-        return True
+
+        async def wait() -> bool:
+            task = asyncio.current_task()
+            assert task is not None
+            timer = loop.call_later(seconds, task.cancel)
+            try:
+                await self._ip.interrupt.wait()
+            except asyncio.CancelledError:
+                return False
+            finally:
+                timer.cancel()
+            return True
+
+        arrived = run_in(loop, wait())
+        if arrived:
+            self._ip.clear_interrupt()
+        return arrived
 
     def after_fork(self) -> None:
         super().after_fork()

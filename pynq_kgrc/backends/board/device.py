@@ -10,11 +10,11 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pynq
@@ -316,3 +316,22 @@ def interrupt_loop() -> asyncio.AbstractEventLoop | None:
         atexit.register(_loops[0].close)
     loop = _loops[0]
     return None if loop.is_running() else loop
+
+
+Result = TypeVar("Result")
+
+
+def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine in the loop; whatever ends it, nothing of it is left there.
+
+    Ctrl-C ends the loop and not the coroutine: the rest of it would end a later one.
+    """
+    task = loop.create_task(work)
+    try:
+        return loop.run_until_complete(task)
+    except BaseException:
+        task.cancel()
+        for _ in range(3):  # the cancellation, what awaits it, and a request to stop the loop
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+        raise

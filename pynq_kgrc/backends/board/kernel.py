@@ -58,21 +58,22 @@ def check_bitstream(device: Any, bitstream: str, found: str = "") -> None:
         return
     if state != "operating":
         raise DeviceError(f"{found}its logic is not programmed (FPGA manager: {state})")
-    if not global_state.global_state_file_exists():
+    record = _record()
+    if record is None:
         raise DeviceError(f"{found}pynq has no record of the bitstream that is loaded")
-    if not _is_recorded(bitstream):
-        record = global_state.load_global_state()
+    if record.bitfile_hash != global_state.bitstream_hash(bitstream):
         raise DeviceError(
             f"{found}it holds {record.bitfile_name}, loaded {record.timestamp}, not {bitstream}"
         )
 
 
-def _is_recorded(bitstream: str) -> bool:
-    """Whether pynq's record is of the bitstream in that file."""
+def _record() -> Any:
+    """What pynq has recorded of the last bitstream that it loaded; None if nothing."""
     if not global_state.global_state_file_exists():
-        return False
-    recorded = global_state.load_global_state().bitfile_hash
-    return bool(recorded == global_state.bitstream_hash(bitstream))
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pynq reads it by a method that pydantic deprecates
+        return global_state.load_global_state()
 
 
 def _record_stamp(device: Any) -> tuple[int, ...] | None:
@@ -189,13 +190,18 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
         Raises:
             DeviceError: a memory port does not come to rest; the device is not programmed.
         """
-        if self.holds_device():
-            self.stop_memory_ports()
-        self._programmed = False  # until the last step of what follows
         if manager_state(self.device) not in (None, "operating"):
             # pynq would access the ports that its record names, in logic that is not there
             global_state.clear_global_state()
-        if has_manager(self.device) and not _is_recorded(self.bitfile_name):
+        record = _record() if has_manager(self.device) else None
+        ports = {} if record is None else {n: p.base_addr for n, p in record.shutdown_ips.items()}
+        if self.holds_device():
+            ports = self.memory_ports()
+        if ports and not self.stop_memory_ports(ports) and record is not None:
+            global_state.clear_global_state()
+            record = None
+        self._programmed = False  # until the last step of what follows
+        if record is None or record.bitfile_hash != global_state.bitstream_hash(self.bitfile_name):
             # else pynq makes no record of a bitstream whose metadata it took from its cache
             with contextlib.suppress(AttributeError):
                 del self.parser._from_cache
@@ -241,19 +247,27 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
             return False
         return True
 
-    def stop_memory_ports(self) -> None:
+    def memory_ports(self) -> dict[str, int]:
+        """The shutdown managers of this overlay's memory ports: name -> physical address."""
+        entries = self.ip_dict.items()
+        return {name: e["phys_addr"] for name, e in entries if e.get("type") == MANAGER}
+
+    def stop_memory_ports(self, ports: dict[str, int]) -> bool:
         """Have the shutdown managers end all open bursts and take no new ones.
 
         Only programming the device lets bursts through again.
 
+        Args:
+            ports: the managers, as `memory_ports` names them.
+
+        Returns:
+            Whether any of them answers: the logic is there.
+
         Raises:
             DeviceError: a burst is still open after SHUTDOWN_SECONDS; names the memory port.
         """
-        managers = {
-            name: pynq.MMIO(entry["phys_addr"], 0x1000, device=self.device)
-            for name, entry in self.ip_dict.items()
-            if entry.get("type") == MANAGER
-        }
+        managers = {n: pynq.MMIO(a, 0x1000, device=self.device) for n, a in ports.items()}
+        answers = False
         for manager in managers.values():
             manager.write(0, 1)
         end = time.monotonic() + SHUTDOWN_SECONDS
@@ -262,6 +276,7 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
             late = False
             while (state := manager.read(0) & 0xF) != 0xF and not late:
                 late = time.monotonic() > end
+            answers |= state != 0
             if state == 0:
                 # A manager keeps the request; what does not is no longer there.
                 log.warning("%s does not answer: the logic was reset or lost its power", name)
@@ -271,6 +286,7 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
                     f"0xf); to program the device now could hang the board. Turn the board off "
                     f"and on"
                 )
+        return answers
 
     def bind(self) -> KgrcIp:
         """A new driver of the kernel; after a download the old driver's interrupt is dead."""

@@ -21,6 +21,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.backends.base import (
     Counters,
     Loaded,
+    PackedMap,
     check_codes,
     check_design,
     check_size,
@@ -125,14 +126,14 @@ class Emulation(Loaded):
         self._crew = self._start_crew()
 
     @locked
-    def write(self, slot: Slot, codes: Array) -> None:
+    def write(self, slot: Slot, codes: Array | PackedMap) -> None:
         """Copy codes [C, D, H, W] into a slot.
 
         Raises:
             ProgramError: no program is loaded, or the codes have another type or shape than the
                 slot's buffer.
         """
-        check_codes(self.program, slot, codes)
+        codes = check_codes(self.program, slot, codes)
         target = _slot_view(self._maps, slot, codes.shape[0]).transpose(3, 0, 1, 2)
         target[...] = codes
         self._maps_lost = None
