@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 CLUSTER := .venv-cluster
+GRPC   := .venv-grpc
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -11,7 +12,7 @@ PARALLEL := -n 2 --dist loadfile
 # versions of pynq on the images of boards, tested in addition to the one in constraints.txt
 OLDER_PYNQ := 3.0.1 3.1.2
 
-.PHONY: help demo notebooks docs test test-all rtl-tools matrix versions cluster bench check check-cpp clean
+.PHONY: help demo notebooks docs test test-all rtl-tools matrix versions cluster grpc bench check check-cpp clean
 help: ## show this text
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -21,7 +22,7 @@ $(VENV)/base: setup.py constraints.txt
 	@touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(PIP) -e '.[train,dev,docs,board,serve,clients]'
+	$(PIP) -e '.[train,dev,docs,board,serve,grpc,clients]'
 	$(PIP) --no-deps hls4ml # only for its ap_int headers: the C-simulation is tested with them too
 	@touch $@
 
@@ -34,6 +35,13 @@ $(CLUSTER)/done: setup.py constraints.txt
 	$(PYTHON) -m venv $(CLUSTER)
 	$(CLUSTER)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[cluster,serve]' pytest pytest-timeout
+	@touch $@
+
+# Triton's gRPC client needs a later protobuf than pynq 4.0 accepts
+$(GRPC)/done: setup.py constraints.txt
+	$(PYTHON) -m venv $(GRPC)
+	$(GRPC)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[serve,grpc]' 'tritonclient[grpc]' pytest pytest-timeout
 	@touch $@
 
 $(VENV)/bench: $(VENV)/base
@@ -68,7 +76,7 @@ docs: $(VENV)/dev ## build the site of the documents into build/site
 test: check ## format, lint, types, and all tests but the slow ones
 	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
 
-test-all: test matrix versions cluster rtl-tools ## every test, the slow ones too
+test-all: test matrix versions cluster grpc rtl-tools ## every test, the slow ones too
 	$(BIN)/python -m pytest -m slow
 
 # without them the tests of hls_src/rtl and hls_src/checks are skipped with a message
@@ -96,9 +104,12 @@ versions: ## test the runtime on the oldest and newest Python and numpy
 cluster: $(CLUSTER)/done ## test batches and several boards, with Ray in an environment of its own
 	$(CLUSTER)/bin/python -m pytest host_tests/test_cluster.py
 
+grpc: $(GRPC)/done ## test the service with Triton's gRPC client, in an environment of its own
+	$(GRPC)/bin/python -m pytest host_tests/test_grpc.py
+
 bench: $(VENV)/bench $(VENV)/dev ## benchmark the emulation beside other engines, and the driver's overhead
 	$(BIN)/python benchmarks/emulation.py --csim
 	$(BIN)/python benchmarks/driver.py
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) $(CLUSTER) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CLUSTER) $(GRPC) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

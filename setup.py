@@ -94,6 +94,9 @@ setup(
             # older versions do not limit the headers of a part (CVE-2026-42561)
             "python-multipart>=0.0.32",
         ],
+        # the Open Inference Protocol over gRPC; install together with serve. Any version since
+        # grpcio-tools 1.64, which pynq 4.0 installs
+        "grpc": ["grpcio>=1.64", "protobuf>=5.26"],
         # batches and several boards behind one endpoint; install together with serve.
         # pyarrow 26 needs numpy 2, pynq needs numpy 1
         "cluster": ["ray[data,serve]>=2.60", "pyarrow>=17,<26", "aiohttp>=3.12"],

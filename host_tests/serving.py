@@ -94,8 +94,8 @@ class Serving:
 
     @property
     def records(self):
-        """The lines of the log, decoded."""
-        return [json.loads(line) for line in self.log.splitlines()]
+        """The whole lines of the log, decoded."""
+        return [json.loads(line) for line in self.log.split("\n")[:-1]]
 
     def children(self, module):
         """Ids of this service's child processes that run a module."""
@@ -113,11 +113,16 @@ class Serving:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(text.split("VmRSS:")[1].split()[0])
 
-    def ask(self, method, path, body=None, headers=None, timeout=60):
+    def peak_memory(self):
+        """Largest resident memory of the answering process so far, in bytes."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(text.split("VmHWM:")[1].split()[0])
+
+    def ask(self, method, path, body=None, headers=None, timeout=60, **more):
         """Send one request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body, headers or {}, **more)
             answer = connection.getresponse()
             heads = {k.lower(): v for k, v in answer.getheaders()}
             return Reply(answer.status, heads, answer.read())

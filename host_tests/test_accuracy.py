@@ -45,6 +45,8 @@ def test_nothing_to_measure_and_labels_of_others(program):
         measure_accuracy(program, [])
     with pytest.raises(ProgramError, match="label 7 is not one of the 7 of net"):
         measure_accuracy(program, [(clips(1)[0], 7)])
+    with pytest.raises(ProgramError, match="clip 1, of class 3, has no window"):
+        measure_accuracy(program, [(clips(1)[0], 2), ([], 3), (clips(1)[0], 2)])
 
 
 @pytest.mark.parametrize(

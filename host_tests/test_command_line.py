@@ -309,7 +309,7 @@ def test_a_key_file_with_a_byte_order_mark(tmp_path):
 
 
 def test_a_state_folder_of_another_kind(program, tmp_path, capsys):
-    (tmp_path / "jobs.sqlite").write_bytes(b"not a database, but long enough for its header" * 30)
+    (tmp_path / "jobs.sqlite").mkdir()
     status, _, err = run(capsys, "serve", "-p", program, "--port=0", "--state", tmp_path)
     assert status == 2
     assert "jobs.sqlite: cannot be used as the database of jobs" in err

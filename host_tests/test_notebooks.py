@@ -195,6 +195,7 @@ def test_explore(tmp_path, monkeypatch):
 
 
 def test_power_without_sensors(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYNQ_KGRC_SIMULATE")
     if power.find_rails():
         pytest.skip("this computer has power sensors: the notebook without sensors is not tested")
     text, pictures = run("05_power", tmp_path, monkeypatch, **QUICK)
@@ -266,8 +267,9 @@ def test_power_that_cannot_be_read():
         power.record_power({"flat": lambda: 2.0}, lambda: 1 / 0)
 
 
-def test_rails_of_every_kind(monkeypatch):
+def test_rails_of_every_kind(monkeypatch, tmp_path):
     """Rails of pynq.pmbus have a power sensor, voltage and current sensors, or neither."""
+    monkeypatch.delenv("PYNQ_KGRC_SIMULATE")
 
     def rail(**sensors):
         values = {kind: Made(value=value) for kind, value in sensors.items()}
@@ -275,13 +277,15 @@ def test_rails_of_every_kind(monkeypatch):
 
     rails = {"a": rail(power=3.0), "b": rail(voltage=2.0, current=0.5), "c": rail(voltage=12.0)}
     monkeypatch.setattr(power, "import_module", lambda _: Made(get_rails=lambda: rails))
-    found = power.find_rails()
+    found = power.find_rails(tmp_path)
     assert {name: read() for name, read in found.items()} == {"a": 3.0, "b": 1.0}
 
 
-def test_no_rails_without_pynq(monkeypatch):
+def test_no_rails_without_pynq(monkeypatch, tmp_path):
+    monkeypatch.delenv("PYNQ_KGRC_SIMULATE")
+
     def missing(name):
         raise ImportError(name)
 
     monkeypatch.setattr(power, "import_module", missing)
-    assert power.find_rails() == {}
+    assert power.find_rails(tmp_path) == {}

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from functools import lru_cache
 
+import fake_xrt
 import numpy as np
 import pytest
+from fake_xrt import on_fake_board
 from networks import Net, compiled, small_config
 
 pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board backend is not tested")
 
-from pynq_kgrc.accelerator.config import preset, write_design  # noqa: E402
+from pynq_kgrc.accelerator.config import PRESETS, preset, write_design  # noqa: E402
 from pynq_kgrc.accelerator.header import FIELDS, STATUS  # noqa: E402
 from pynq_kgrc.analysis import known_answers, selftest  # noqa: E402
 from pynq_kgrc.analysis.selftest import FAILED, OK, SKIPPED, SelfTest  # noqa: E402
@@ -107,6 +109,17 @@ def test_a_dense_design_of_four_bits(device):
     results = run(3, 4, 5, config=small_config(4, sparse=False))
     assert not failed(results), results
     assert results["known answers"].found.endswith("modes dense, 4 bits")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", sorted(PRESETS))
+def test_every_preset(device, design):
+    config = preset(design)
+    results = run(3, 4, 5, config=config)
+    assert not failed(results), results
+    modes = results["known answers"].found.split("modes ")[1]
+    assert all(mode in modes for mode in ("KGR,", "KGC", "KGRC")) == config.sparse
+    assert modes.endswith(f"{config.bits} bits")
 
 
 def test_the_command(device, capsys, tmp_path):
@@ -367,6 +380,26 @@ def test_a_kernel_that_computes_nothing(device, plant):
     assert "task tiles (1 of 7): element [0, " in wrong_parts(results["known answers"])
 
 
+def test_a_kernel_that_runs_one_task_only(device, plant):
+    """What the tasks left one by one must not pass for the answer in one start."""
+
+    def make(real):
+        def run_(self, first, count):
+            maps = {b.address: b.logic.copy() for b in self.device.memory.buffers.values()}
+            real(self, first, count)
+            if count > 1:
+                buffer, _ = self.device.memory.at(self._address("output"))
+                buffer.logic[:] = maps[buffer.address]
+
+        return run_
+
+    plant("_run", make)
+    results = run(3, 4, 8)
+    assert failed(results) == ["known answers", "repeats"]
+    text = wrong_parts(results["known answers"])
+    assert text.count("all tasks in one start: element [") == len(results["known answers"].parts)
+
+
 def damaged_output(real, applies):
     """A kernel that writes a wrong byte where `applies(descriptor fields)`."""
 
@@ -510,7 +543,9 @@ def test_power(device, monkeypatch):
     monkeypatch.setattr(selftest, "find_rails", lambda: rails)
     result = run(9)["power"]
     assert result.state == OK
-    assert result.found == "2 rails: 1.75 W at rest, 1.75 W at work (measured)"
+    assert result.found == "2 rails read at rest and at work (measured)"
+    assert result.parts[0].found == "1.500 W at rest, 1.500 W at work"
+    assert result.data["work_watts"] == {"VCCINT": 1.5, "VCC1V2": 0.25}
 
     def broken():
         raise OSError("Remote I/O error")
@@ -518,6 +553,34 @@ def test_power(device, monkeypatch):
     rails["VCCINT"] = broken
     result = run(9)["power"]
     assert result.state == FAILED and "Remote I/O error" in result.found
+
+
+# ---- pynq's own device ------------------------------------------------------------------------
+
+
+@on_fake_board
+def test_on_the_device_of_pynq():
+    """Nothing is simulated as far as pynq and the package know: all but the power is tested."""
+    folder, hardware = fake_xrt.folder(), fake_xrt.board()
+    fake_xrt.write_overlay(folder / "overlay", CONFIG)
+    hardware.clocks_per_trip = 1.5
+    files = {"image": b"ZCU102\0", "meminfo": b"CmaTotal: 524288 kB\nCmaFree: 524288 kB\n"}
+    for name, text in files.items():
+        (folder / name).write_bytes(text)
+    machine.IMAGE, machine.MEMORY = folder / "image", folder / "meminfo"
+    machine.FIRMWARE = fake_xrt.place(machine.FIRMWARE)
+    machine.MANAGER = fake_xrt.place(machine.MANAGER)
+    test = SelfTest(CONFIG, folder / "overlay", repeats=2)
+    results = {result.name: result for result in test.run()}
+    wanted = {**ALL_RIGHT, "speed": OK}
+    assert {name: result.state for name, result in results.items()} == wanted, results
+    parts = {part.name: part.state for part in results["machine"].parts}
+    assert set(parts.values()) == {OK}, results["machine"]
+    parts = {part.name: part.state for part in results["memory"].parts}
+    assert parts["cached"] == OK
+    assert results["speed"].data["wall_seconds"] > 0
+    assert results["interrupts"].data["interrupt_seconds"] > 0
+    assert hardware.downloads == 2
 
 
 def test_without_an_interrupt_the_step_is_skipped(device):

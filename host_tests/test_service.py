@@ -5,11 +5,13 @@ import base64
 import gzip
 import http.client
 import json
+import os
 import re
 import shlex
 import struct
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -48,6 +50,9 @@ def program(folder):
     return folder / "tiny.kgrc"
 
 
+MAX_PIXELS = 1088 * 2400
+
+
 @pytest.fixture(scope="module")
 def repository(folder):
     """A folder of programs that may be loaded."""
@@ -65,6 +70,7 @@ def video(folder):
 @pytest.fixture(scope="module")
 def service(folder, program, repository):
     arguments = ["--repository", repository, "--queue", "4", "--max-bytes", "3000000"]
+    arguments += ["--max-pixels", MAX_PIXELS]
     with Serving(*arguments, state=folder / "state", program=program) as serving:
         yield serving
         assert serving.ready()  # no test broke it
@@ -314,24 +320,83 @@ def test_a_cut_video_says_so(service, tmp_path):
     assert "cut off or damaged" in document["video"]["notes"][-1]
 
 
+def write_plain(path, codec, layout, size=(64, 48)):
+    """Write a video of nine pictures of one colour each; its bytes."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = size
+        stream.pix_fmt = layout
+        for i in range(9):
+            picture = np.full((size[1], size[0], 3), 20 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
 def test_pixels_and_bytes_have_limits(service, tmp_path):
     huge = write_video(tmp_path / "huge.mp4", frames=2, size=(4096, 2160), codec="mpeg4")
     refused = service.classify(huge)
     assert refused.status == 413
-    assert "more than the 2088960 pixels accepted" in refused.json["error"]
+    assert f"more than the {MAX_PIXELS} pixels accepted" in refused.json["error"]
     huge = write_video(tmp_path / "huge.mkv", frames=2, size=(4096, 2160), codec="libx264")
     refused = service.classify(huge)
     assert refused.status == 413
-    assert "4096 x 2160 pixels are larger than the 2088960 accepted" in refused.json["error"]
+    assert f"4096 x 2160 pixels are larger than the {MAX_PIXELS} accepted" in refused.json["error"]
     refused = service.classify(bytes(3_000_001))
     assert refused.status == 413
     assert refused.json["error"] == "a body of 3000001 bytes; accepted are 3000000"
-    long = write_video(tmp_path / "long.avi", frames=10, codec="mpeg4", rate=1)
+    portrait = write_plain(tmp_path / "phone.mp4", "libx264", "yuv420p", (1080, 2400))
+    answer = service.classify(portrait)
+    assert answer.status == 200, answer.body
+    assert answer.json["video"]["height"] == 2400
+
+
+def test_of_a_long_video_the_beginning_is_answered(service, tmp_path):
+    long = write_video(tmp_path / "long.avi", frames=20, codec="mpeg4", rate=1)
     at = long.index(b"strh") + 8 + 20  # one frame takes 100 s
     slow = long[:at] + struct.pack("<II", 100, 1) + long[at + 8 :]
-    refused = service.classify(slow)
-    assert refused.status == 413, refused.body
-    assert "longer than the 600 s accepted" in refused.json["error"]
+    answer = service.classify(slow).json
+    assert answer["video"]["notes"][0].endswith("s: only 600 s of a video are looked at")
+    assert answer["video"]["frames"] == 7
+    assert answer["windows"][-1]["end_ms"] == 700_000
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "huffyuv", "png", "qtrle"])
+def test_a_codec_that_is_not_named_is_refused(service, tmp_path, codec):
+    layout = "rgb24" if codec in ("png", "qtrle") else "yuv422p"
+    container = {"ffv1": "v.mkv", "huffyuv": "v.avi"}.get(codec, "v.mov")
+    refused = service.classify(write_plain(tmp_path / container, codec, layout))
+    assert refused.status == 422
+    assert f"codec {codec}, which is not accepted; convert it: ffmpeg" in refused.json["error"]
+
+
+def test_the_clips_of_one_video_run_on_all_workers(folder, tmp_path):
+    """With two workers, two clips run at a time; the answer is that of one worker."""
+    write_program(tmp_path / "slow.kgrc", size=(8, 48, 48), filters=32)
+    film = write_video(tmp_path / "film.mp4", frames=96)
+    frames = np.random.default_rng(0).integers(0, 256, (6, 8, 48, 48, 3), dtype=np.uint8)
+    answers, busiest = [], []
+    for workers in (1, 2):
+        state = tmp_path / f"state-{workers}"
+        with Serving("--workers", workers, state=state, program=tmp_path / "slow.kgrc") as serving:
+            idle, over = [workers], threading.Event()
+
+            def watch(serving=serving, idle=idle, over=over):
+                while not over.wait(0.01):
+                    text = serving.get("/metrics").body.decode()
+                    idle.append(float(text.split("kgrc_workers_idle ")[-1].split()[0]))
+
+            watching = threading.Thread(target=watch)
+            watching.start()
+            document = serving.classify(film, "?stride=4").json
+            batch = serving.infer(frames, "slow").body
+            over.set()
+            watching.join()
+            answers.append((document["windows"], document["segments"], batch))
+            busiest.append(workers - min(idle))
+    assert busiest == [1, 2]
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]) == 23
 
 
 # ---- windows and segments -------------------------------------------------------------------
@@ -521,6 +586,9 @@ def test_keys(folder, program, video, tmp_path):
         for headers in ({"Authorization": f"Bearer {KEY}"}, {"X-API-Key": KEY}):
             assert serving.classify(video, headers=headers).status == 200
         assert serving.get("/v2/health/ready").status == 200
+        assert serving.get("/v2/models/tiny/ready").status == 200
+        unknown = serving.get("/v2/models/zzz/ready")
+        assert (unknown.status, "tiny" in unknown.json["error"]) == (404, False)
         assert serving.get("/").status == 200
         for path in ("/metrics", "/v1/programs", "/v2/models/tiny", "/nowhere"):
             assert serving.get(path).status == 401
@@ -561,6 +629,61 @@ def test_other_origins_and_other_hosts_are_refused(service, video):
     ours = {"Origin": f"http://127.0.0.1:{service.port}"}
     assert service.classify(video, headers=ours).status == 200
     assert service.get("/v1/programs", headers={"Host": "elsewhere.example"}).status == 421
+    for header, word in (("Host", "["), ("Origin", "http://[")):
+        refused = service.ask("POST", "/v1/videos:classify", video, {header: word})
+        assert (refused.status, header in refused.json["error"]) == (400, True)
+        assert "x-request-id" in refused.headers
+
+
+def test_head_is_get_without_a_body(service):
+    for path in ("/", "/v2/health/live", "/v2/models/tiny"):
+        there, body = service.get(path), service.ask("HEAD", path)
+        assert (body.status, body.body) == (200, b"")
+        assert body.headers["content-length"] == there.headers["content-length"]
+    assert service.ask("HEAD", "/nowhere").status == 404
+    assert service.ask("HEAD", "/v1/videos:classify").status == 405
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"NONSENSE\r\n\r\n", "not a request of HTTP/1.1"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nTE : chunked\r\n\r\n", "not a request of HTTP/1.1"),
+        (b"POST /v1/videos:classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+         b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+         "Content-Length beside Transfer-Encoding"),
+    ],
+)  # fmt: skip
+def test_requests_that_are_no_http_get_json_and_are_closed(service, raw, text):
+    with service.connect() as line, line.makefile("rb") as answer:
+        line.sendall(raw)
+        head, _, body = answer.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert b"content-type: application/json" in head
+    assert text in json.loads(body)["error"]
+
+
+def test_the_query_of_a_websocket_is_not_logged(service):
+    connect = pytest.importorskip("websockets.sync.client").connect
+    with connect(f"ws://127.0.0.1:{service.port}/v1/live?program=secret-name") as client:
+        assert json.loads(client.recv(10))["status"] == 404
+    service.until(lambda: '"/v1/live"' in service.log)
+    assert "secret-name" not in service.log
+
+
+def test_orders_to_the_repository(service, repository):
+    index = service.ask("POST", "/v2/repository/index", b'{"ready": true}').json
+    assert [row["name"] for row in index] == ["tiny"]
+    assert len(service.ask("POST", "/v2/repository/index", b"{}").json) > 1
+    for body in (b'{"ready": 1}', b"[", b"[]"):
+        assert service.ask("POST", "/v2/repository/index", body).status == 400
+    place = "/v2/repository/models/other/load"
+    refused = service.ask("POST", place, b'{"parameters": {"config": "{}"}}')
+    assert (refused.status, "parameters config" in refused.json["error"]) == (400, True)
+    os.mkfifo(repository / "pipe.kgrc")
+    refused = service.ask("POST", "/v2/repository/models/pipe/load")
+    (repository / "pipe.kgrc").unlink()
+    assert (refused.status, "pipe.kgrc: is no file" in refused.json["error"]) == (400, True)
 
 
 def test_settings_that_are_refused(tmp_path, capsys):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pynq_kgrc.cli import main
 from pynq_kgrc.compress.dataset import read_index
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session, softmax
+from pynq_kgrc.service.parts import SHORT_JSON
 
 REASON = "Triton's client is not installed: pip install pynq_kgrc[clients]"
 
@@ -227,12 +229,17 @@ def test_requests_that_are_wrong_are_refused_with_a_reason(service, frames):
         (b"[]", {}, 400, "not an inference request"),
         (b'{"inputs": []}', {}, 400, "inputs none"),
         (wrapped(name="x"), {}, 400, "inputs x; tiny has one, frames"),
-        (wrapped(), {}, 400, "not 24576 whole numbers"),
-        (wrapped(data=[1, 2]), {}, 400, "data are 2 int64, not 24576"),
+        (wrapped(), {}, 400, "accepted are 24576 whole numbers"),
+        (wrapped(data=[1, 2]), {}, 400, "data are 2 values, not 24576"),
         (wrapped(data=[[1], [2, 3]]), {}, 400, "data that cannot be read"),
-        (wrapped(data=[0.5] * size), {}, 400, "float64"),
-        (wrapped(data=[256] * size), {}, 400, "from 256 to 256, not uint8"),
-        (wrapped(data=[-1] * size), {}, 400, "from -1 to -1"),
+        (wrapped(data=[0.5] * size), {}, 400, "Expected `int`, got `float`"),
+        (wrapped(data=[256] * size), {}, 400, "<= 255"),
+        (wrapped(data=[-1] * size), {}, 400, ">= 0"),
+        (wrapped(data=["x" * 50_000, *[1] * size]), {}, 400, "got `str`"),
+        (wrapped(data=[[[[[1, 2, 3]] * 32] * 32] * 7]), {}, 400, "data that cannot be read"),
+        (wrapped(data=[[[[[1, 2], [1, 2, 3, 4]] * 16] * 32] * 8]), {}, 400, "of length >= 3"),
+        (wrapped(data={"a": 1}), {}, 400, "got `object`"),
+        (wrapped(data=[[[[1] * 3] * 32] * 32] * 8), {}, 400, "data that cannot be read"),
         (wrapped(shape=[-1, 8, 32, 32, 3]), {}, 400, "accepted are"),
         (wrapped(shape=[]), {}, 400, "accepted are"),
         (wrapped(parameters={"binary_data_size": 5}), {}, 400, "its shape takes 24576"),
@@ -243,10 +250,59 @@ def test_requests_that_are_wrong_are_refused_with_a_reason(service, frames):
         (gzip.compress(wrapped())[:-9], {"Content-Encoding": "gzip"}, 400, "cut off"),
         (gzip.compress(bytes(100_000_000)), {"Content-Encoding": "gzip"}, 413, "inflates to more"),
     ]
+    before = service.peak_memory()
     for body, headers, status, text in cases:
         answer = service.ask("POST", place, body, headers)
         assert answer.status == status, (text, answer)
         assert text in answer.json["error"], answer.json
+    assert service.peak_memory() < before + 50_000_000
+
+
+def test_a_body_that_is_too_large_for_the_model_is_refused_before_it_is_read(service):
+    place, most = "/v2/models/tiny/infer", 1_000_000 + 32 * 8 * 32 * 32 * 3
+    headers = {"Inference-Header-Content-Length": "100"}
+    with service.connect() as line, line.makefile("rb") as answer:
+        heads = {"Host": "localhost", "Content-Length": str(most + 1), **headers}
+        text = "".join(f"{name}: {value}\r\n" for name, value in heads.items())
+        line.sendall(f"POST {place} HTTP/1.1\r\n{text}\r\n".encode())
+        assert f"tiny takes up to {most}".encode() in answer.read()
+    chunks = (bytes(100_000) for _ in range(most // 100_000 + 1))
+    answer = service.ask("POST", place, chunks, headers, encode_chunked=True)
+    assert (answer.status, f"more than the {most}" in answer.json["error"]) == (413, True)
+
+
+def test_an_output_is_asked_for_once(service, frames):
+    tensor = {"name": "frames", "shape": list(frames[:1].shape), "datatype": "UINT8"}
+    body = {
+        "inputs": [{**tensor, "data": frames[:1].tolist()}],
+        "outputs": [{"name": "logits"}] * 2,
+    }
+    answer = service.ask("POST", "/v2/models/tiny/infer", json.dumps(body).encode())
+    assert (answer.status, "asked for twice" in answer.json["error"]) == (400, True)
+
+
+def test_json_tensors_flat_and_nested_short_and_long_are_the_binary_one(service, frames):
+    """A long one and a compressed one are read by a decoder child."""
+    place, length = "/v2/models/tiny/infer", "Inference-Header-Content-Length"
+    batch = np.repeat(frames[:1], 8, 0)
+    for clips in (frames[:1], batch, batch[0]):
+        tensor = {"name": "frames", "shape": list(clips.shape), "datatype": "UINT8"}
+        flat = json.dumps({"inputs": [{**tensor, "data": clips.reshape(-1).tolist()}]}).encode()
+        nested = json.dumps({"inputs": [{**tensor, "data": clips.tolist()}]}).encode()
+        tensor["parameters"] = {"binary_data_size": clips.nbytes}
+        head = json.dumps({"inputs": [tensor]}).encode()
+        binary = head + clips.tobytes()
+        answers = [
+            service.ask("POST", place, flat),
+            service.ask("POST", place, nested),
+            service.ask("POST", place, gzip.compress(nested), {"Content-Encoding": "gzip"}),
+            service.ask("POST", place, binary, {length: str(len(head))}),
+            service.ask("POST", place, zlib.compress(binary),
+                        {length: str(len(head)), "Content-Encoding": "deflate"}),
+        ]  # fmt: skip
+        assert {answer.status for answer in answers} == {200}, [a.body[:200] for a in answers]
+        assert len({answer.body for answer in answers}) == 1
+    assert len(flat) < SHORT_JSON < 8 * len(flat)
 
 
 def test_a_field_that_is_null_counts_as_absent(service, frames):

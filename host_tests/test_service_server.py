@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
 
 from pynq_kgrc.service import jobs
-from pynq_kgrc.service.jobs import Admission
+from pynq_kgrc.service.guard import client_of
+from pynq_kgrc.service.jobs import Admission, Jobs
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.server import REQUESTS_PER_TURN, listen, make_server
 from pynq_kgrc.service.settings import Settings
@@ -120,20 +121,99 @@ def test_a_client_that_does_not_read_its_answer_is_disconnected():
     assert sent < 1 << 28
 
 
+def test_a_websocket_is_not_cut_by_the_time_limit_of_a_header():
+    connect = pytest.importorskip("websockets.asyncio.client").connect
+
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": message["text"]})
+
+    async def run():
+        async with (
+            serving(app, Settings(header_seconds=0.2)) as (_, port),
+            connect(f"ws://127.0.0.1:{port}/") as client,
+        ):
+            for word in ("one", "two", "three"):
+                await asyncio.sleep(0.5)
+                await client.send(word)
+                assert await asyncio.wait_for(client.recv(), 10) == word
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def open_jobs(path):
+    return Jobs(path, Admission(2, "videos"), 1, 60, 3600)
+
+
+def damage_file(path):
+    path.write_bytes(b"noise, long enough for the header of a database" * 400)
+
+
+def damage_document(path):
+    with contextlib.closing(open_jobs(path)) as made:
+        made._store.execute("INSERT INTO jobs VALUES ('a', 'running', 0, '{\"id\": 3}')")
+
+
+def damage_page(path):
+    with contextlib.closing(open_jobs(path)) as made:
+        for i in range(300):
+            made._store.execute("INSERT INTO jobs VALUES (?, 'done', 0, ?)", (str(i), bytes(500)))
+    content = bytearray(path.read_bytes())
+    content[5 * 4096 : 9 * 4096] = b"\x55" * (4 * 4096)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [damage_file, damage_document, damage_page])
+def test_a_damaged_database_of_jobs_is_set_aside(tmp_path, caplog, damage):
+    path = tmp_path / "jobs.sqlite"
+    damage(path)
+    with contextlib.closing(open_jobs(path)) as found, pytest.raises(Refusal, match="no job 'a'"):
+        found.find("a")
+    assert "was damaged" in caplog.text
+    assert (tmp_path / "jobs.sqlite.damaged").stat().st_size > 0
+    caplog.clear()
+    open_jobs(path).close()
+    assert not caplog.text
+
+
+def test_a_damaged_result_is_not_found(tmp_path, caplog):
+    with contextlib.closing(open_jobs(tmp_path / "jobs.sqlite")) as found:
+        row = ("a", "done", jobs.now(), b"{")
+        found._store.execute("INSERT INTO jobs VALUES (?, ?, ?, ?)", row)
+        with pytest.raises(Refusal, match="'a' is damaged; send it again"):
+            found.find("a")
+    assert "damaged" in caplog.text
+
+
+def test_results_outlive_a_jump_of_the_clock(tmp_path, monkeypatch):
+    """A board without a battery sets its clock when it finds a network."""
+    with contextlib.closing(open_jobs(tmp_path / "jobs.sqlite")) as found:
+        job = jobs.Job()
+        job.state = "done"
+        found.keep(job)
+        wall = jobs.time.time()
+        monkeypatch.setattr(jobs.time, "time", lambda: wall + 3 * 3600)
+        assert found.find(job.id)[0].state == "done"
+        found.keep(jobs.Job())
+        assert found.find(job.id)[0].state == "done"
+
+
 def test_retry_after_grows_so_that_clients_do_not_return_at_once(monkeypatch):
     now = 100.0
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now)
     queue = Admission(2, "videos")
     for _ in range(100):  # each takes 4 s: a place becomes free every 2 s
-        with queue.enter():
+        with queue.enter(""):
             now += 4.0
 
     def refused():
         with pytest.raises(Refusal) as caught:
-            queue.check()
+            queue.check("")
         return int(caught.value.headers["retry-after"])
 
-    with queue.enter(), queue.enter():
+    with queue.enter(""), queue.enter(""):
         assert [refused() for _ in range(4)] == [2, 4, 6, 8]
         now += 6.0
         assert refused() == 4
@@ -141,4 +221,31 @@ def test_retry_after_grows_so_that_clients_do_not_return_at_once(monkeypatch):
             assert refused() <= 60
         now += 1000.0
         assert refused() == 2
-    queue.check()
+    queue.check("")
+
+
+def test_one_client_cannot_take_the_last_places():
+    """Of 16 places the last 4 are for clients that hold less than 2; this machine may take all."""
+    queue = Admission(16, "uploads")
+    with contextlib.ExitStack() as held:
+        for _ in range(12):
+            held.enter_context(queue.enter("192.0.2.1"))
+        with pytest.raises(Refusal, match="12 uploads of your address") as refused:
+            queue.check("192.0.2.1")
+        assert refused.value.status == 429
+        for address in ("192.0.2.2", "192.0.2.2", "192.0.2.3"):
+            held.enter_context(queue.enter(address))
+        with pytest.raises(Refusal, match="2 uploads of your address"):
+            queue.check("192.0.2.2")
+        held.enter_context(queue.enter(""))
+        with pytest.raises(Refusal, match="16 uploads are the most"):
+            queue.check("192.0.2.3")
+    queue.check("192.0.2.1")
+    assert not queue._held
+
+
+def test_clients_of_this_machine_have_no_address():
+    assert client_of({"client": ("192.0.2.1", 5)}) == "192.0.2.1"
+    assert client_of({"client": ("2001:db8::1", 5)}) == "2001:db8::1"
+    for scope in ({"client": ("127.0.0.2", 5)}, {"client": ("::1", 5)}, {"client": None}, {}):
+        assert client_of(scope) == ""

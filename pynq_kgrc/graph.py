@@ -137,6 +137,12 @@ class Layer:
             )
 
 
+MAX_PIXELS = 1 << 24
+"""Pixels of a frame that are accepted where nothing else is said: 4096 x 4096, for 4K and 5.3K."""
+
+MAX_SECONDS = 600.0
+"""Seconds of an upload that are looked at where nothing else is said."""
+
 SAMPLINGS = ("centre", "uniform", "windows")
 """How the frames of a video are chosen: one clip from its middle, one spread over all of it, or
 clips one after the other over all of it."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from pynq_kgrc.errors import KgrcError, VideoError
 from pynq_kgrc.results import Recognition, WindowLabels, WindowSum
-from pynq_kgrc.runtime import Session
+from pynq_kgrc.runtime import Scores, Session
 from pynq_kgrc.video import Clip, Limits, load_clip, load_windows
 
 Source = str | bytes | os.PathLike[str]
@@ -21,8 +21,8 @@ Source = str | bytes | os.PathLike[str]
 LOCAL = Limits(max_bytes=1 << 40, max_seconds=1e6)
 """Limits for files that are trusted: memory does not grow with the length of a video."""
 
-Bar = Callable[[Iterable[Clip]], Iterable[Clip]]
-"""Passes the clips of a video on, and may show progress."""
+Bar = Callable[[Iterable[tuple[Clip, Scores]]], Iterable[tuple[Clip, Scores]]]
+"""Passes on each clip of a video with its scores, and may show progress."""
 
 
 def recognize(
@@ -37,8 +37,8 @@ def recognize(
 ) -> Recognition:
     """The labels of a video, sampled as the program says.
 
-    One clip is decoded and run at a time: memory does not grow with the length of the video, but
-    for the labels of each window.
+    While a clip runs, the next one is decoded and encoded in a thread, and no other. So memory does
+    not grow with the length of the video, but for the labels of each window.
 
     Args:
         session: runs the clips.
@@ -48,8 +48,8 @@ def recognize(
             "windows".
         top: labels to give for the video and for each window.
         limits: what to refuse.
-        bar: wraps the clips to show progress.
-        watch: receives the labels of each window before the next one is decoded.
+        bar: wraps the clips that were run to show progress.
+        watch: receives the labels of each window before the next one is run.
 
     Raises:
         VideoError: what is wrong with the source.
@@ -59,9 +59,9 @@ def recognize(
     program = session.program
     found = WindowSum(program.labels, top, program.clip.threshold)
     notes: list[str] = []
-    for clip in bar(sample_clips(session, source, sampling, stride, limits)):
-        probabilities = session.run(clip.frames).probabilities
-        watch(found.add(clip.start_ms, clip.end_ms, probabilities))
+    clips = sample_clips(session, source, sampling, stride, limits)
+    for clip, scores in bar(session.run_many(clips, lambda clip: clip.frames)):
+        watch(found.add(clip.start_ms, clip.end_ms, scores.probabilities))
         notes += [note for note in clip.notes if note not in notes]
     return found.result(notes, session.backend_name)
 

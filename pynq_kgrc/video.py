@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,13 +29,27 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from pynq_kgrc.errors import VideoError
-from pynq_kgrc.graph import SAMPLINGS, ClipSpec
+from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS, SAMPLINGS, ClipSpec
 from pynq_kgrc.quant import Array
 
-FORMATS = "mov,matroska,avi,mpegts,gif"
-"""Containers that are opened, as FFmpeg calls them: no playlists, no images."""
+FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,h264,hevc,gif,apng"
+"""Containers that are opened, as FFmpeg calls them: no playlists, no still images."""
 
-ACCEPTED = "accepted are MP4, MOV, MKV, WebM, AVI, MPEG-TS and GIF"
+CODECS = frozenset(
+    (
+        *("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "vp6f", "flv", "theora"),
+        *("mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263"),
+        *("wmv1", "wmv2", "wmv3", "vc1", "prores", "dvvideo", "rawvideo", "mjpeg", "gif", "apng"),
+    )
+)
+"""Decoders that uploads may use, as FFmpeg calls them."""
+
+CONVERT = "convert it: ffmpeg -i YOURS -c:v libx264 -pix_fmt yuv420p OTHER.mp4"
+
+ACCEPTED = (
+    "accepted are MP4, MOV, MKV, WebM, AVI, MPEG-TS, MPEG-PS, WMV, FLV, OGV, raw H.264 and HEVC, "
+    f"GIF and APNG; {CONVERT}"
+)
 
 MAX_ELONGATION = 100
 """Largest ratio of the long side of a frame to its short side: `fit` scales both alike."""
@@ -48,12 +63,15 @@ DEFAULT_RATE = 25.0
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest video that is accepted."""
+    """The largest video that is accepted, and how much of it is looked at."""
 
     max_bytes: int = 200_000_000
-    max_pixels: int = 1920 * 1088
+    max_pixels: int = MAX_PIXELS
     """Of one frame."""
-    max_seconds: float = 600.0
+    max_seconds: float = MAX_SECONDS
+    """Of a longer video only the beginning is looked at, and a note says so."""
+    decode_seconds: float = float("inf")
+    """Processor time of one pass over the video; after it, the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +90,6 @@ class Clip:
 
 class TooLarge(VideoError):
     """Frames of more pixels than are accepted."""
-
-
-class TooLong(VideoError):
-    """A video of more seconds than are accepted."""
 
 
 class Frame(NamedTuple):
@@ -235,20 +249,24 @@ def sample(
     count = video.count
     if not count:
         raise no_frame()
+    end_ms, notes = video.end_ms, video.notes
     numbers = spread_numbers(spec.frames, count) if sampling == "uniform" else []
     if not numbers:  # also where there are too few frames to spread a clip over
         start = max(0, (count - spec.frames * spec.step) // 2)
         numbers = [(start + offset) % count for offset in offsets]
     video.rewind()
-    kept = {
-        number: frame
-        for number, frame in enumerate(video.frames(wanted=frozenset(numbers)))
-        if frame.pixels.size
-    }
-    if len(kept) < len(set(numbers)):
+    wanted, kept = frozenset(numbers), {}
+    with closing(video.frames(wanted)) as frames:
+        for number, frame in enumerate(frames):
+            if number in wanted:
+                kept[number] = frame
+            if len(kept) == len(wanted):
+                break
+    if len(kept) < len(wanted):
         raise VideoError(
             f"{count} frames were decoded once, but not again; it changes or is damaged"
         )
+    video.count, video.end_ms, video.notes = count, end_ms, notes  # of the first, whole pass
     video.note_repeats(spec.frames if sampling == "uniform" else offsets[-1] + 1)
     yield _span([kept[number] for number in numbers])
 
@@ -316,7 +334,7 @@ class Video:
         spec: the size of the frames, and the rate at which the network was trained.
         limits: what to refuse.
         threads: of the decoder; 0 lets FFmpeg choose.
-        codecs: decoders that may be used, as FFmpeg calls them, with commas; all if none.
+        codecs: decoders that may be used, as FFmpeg calls them, such as `CODECS`; all if none.
         check: called before each frame; what it raises ends the decoding.
 
     Raises:
@@ -329,7 +347,7 @@ class Video:
         spec: ClipSpec,
         limits: Limits,
         threads: int = 1,
-        codecs: str | None = None,
+        codecs: frozenset[str] | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.file, self.spec, self.limits = file, spec, limits
@@ -343,11 +361,6 @@ class Video:
         rate = float(self._stream.average_rate or 0)
         self._frame_ms = 1000 / (rate if 1 <= rate <= MAX_RATE else DEFAULT_RATE)
         self.declared_ms = self._declared_ms()
-        if self.declared_ms > 1000 * (limits.max_seconds + 1):
-            raise TooLong(
-                f"{self.declared_ms / 1000:.0f} s are longer than the "
-                f"{limits.max_seconds:g} s accepted"
-            )
         self._reset()
 
     def _open(self) -> None:
@@ -357,7 +370,7 @@ class Video:
             "max_pixels": str(self.limits.max_pixels),
         }
         if self._codecs is not None:
-            options["codec_whitelist"] = self._codecs
+            options["codec_whitelist"] = ",".join(sorted(self._codecs))
         self.file.seek(0)
         try:
             self._container = av.open(self.file, "r", options=options, metadata_errors="replace")
@@ -369,8 +382,10 @@ class Video:
             raise VideoError(f"the file has no video, only {', '.join(kinds) or 'nothing'}")
         self._stream = streams[0]
         codec = self._stream.codec_context
-        if codec is None:
-            raise VideoError("the video is of a codec that is not accepted")
+        # the whitelist of the container does not reach the decoder that PyAV opens
+        if codec is None or (self._codecs is not None and codec.name not in self._codecs):
+            name = "unknown to FFmpeg" if codec is None else codec.name
+            raise VideoError(f"a video of the codec {name}, which is not accepted; {CONVERT}")
         self._check_size(codec.width, codec.height)
         codec.options = {**codec.options, "max_pixels": str(self.limits.max_pixels)}
         codec.thread_count = self._threads
@@ -417,7 +432,7 @@ class Video:
                 f"{MAX_ELONGATION} to 1"
             )
 
-    def frames(self, wanted: Container[int] | None = None) -> Iterator[Frame]:
+    def frames(self, wanted: Container[int] | None = None) -> Generator[Frame]:
         """Every frame, upright and of the network's size.
 
         A network with a rate of its own (`ClipSpec.rate`) gets frames at that rate: for each moment
@@ -429,14 +444,18 @@ class Video:
 
         Raises:
             TooLarge: a frame of more pixels than are accepted.
-            TooLong: more seconds than are accepted.
             VideoError: not one frame can be decoded.
         """
         seconds = self.limits.max_seconds
+        began = time.process_time()
         last: tuple[Any, Array] = (None, NO_PIXELS)
         for start, end, picture in self._at_rate(self._shown()):
             if start > 1000 * seconds or self.count > MAX_RATE * seconds:
-                raise TooLong(f"longer than the {seconds:g} s accepted")
+                self._note_rest(f"only {seconds:g} s of a video are looked at")
+                return
+            if self.count and time.process_time() - began > self.limits.decode_seconds:
+                self._note_rest(f"decoding took {self.limits.decode_seconds:g} s by then")
+                return
             number, self.count, self.end_ms = self.count, self.count + 1, end
             pixels = NO_PIXELS
             if wanted is None or number in wanted:
@@ -444,6 +463,10 @@ class Video:
                     last = (picture, fit(upright(picture, self._converter), self.spec))
                 pixels = last[1]
             yield Frame(start, end, pixels)
+
+    def _note_rest(self, why: str) -> None:
+        """Note that the rest of the video is not looked at."""
+        self.notes.append(f"the video was looked at up to {self.end_ms / 1000:.1f} s: {why}")
 
     def note_repeats(self, needed: int) -> None:
         """Note that a video of fewer frames than a clip needs is repeated."""
@@ -464,16 +487,16 @@ class Video:
         for picture in self._decoded():
             self._check()
             self._check_size(picture.width, picture.height)
-            time = None if picture.pts is None or picture.time is None else 1000 * picture.time
+            shown = None if picture.pts is None or picture.time is None else 1000 * picture.time
             if first is None:
-                first = time or 0.0
+                first = shown or 0.0
             following = 0.0 if before is None else before[0] + self._frame_ms
-            start = following if time is None else time - first
+            start = following if shown is None else shown - first
             if before is not None:
                 if start <= before[0]:  # times that do not increase are no times
                     self._timed, start = False, following
                 yield before[0], start, before[1]
-            self._timed = self._timed and time is not None
+            self._timed = self._timed and shown is not None
             before = start, picture
         if before is not None:
             picture = before[1]

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
 from pynq_kgrc.errors import ProgramError
 from pynq_kgrc.program import Program
 from pynq_kgrc.quant import Array
-from pynq_kgrc.runtime import Session
+from pynq_kgrc.runtime import Scores, Session
 
 LabelledClip = tuple[Array | Iterable[Array], int]
 """uint8 frames [D, H, W, 3], or the windows of a video, and the number of their class."""
+
+
+class Video(NamedTuple):
+    """What a labelled clip is, besides its frames."""
+
+    number: int
+    label: int
+    windows: bool
+    """Whether its windows are averaged; else it is one clip."""
+
+
+Bar = Callable[[Iterable[tuple[Video, list[Scores]]]], Iterable[tuple[Video, list[Scores]]]]
+"""Passes on each labelled clip with its scores, and may show progress."""
 
 BINS = 15
 """Of the expected calibration error, as Guo et al. (ICML 2017) take them."""
@@ -134,7 +149,7 @@ def measure_accuracy(
     program: Program,
     clips: Iterable[LabelledClip],
     backend: str = "emulate",
-    bar: Callable[[Iterable[LabelledClip]], Iterable[LabelledClip]] = lambda clips: clips,
+    bar: Bar = lambda runs: runs,
 ) -> Accuracy:
     """Run every clip through the compiled integer program (not the float network).
 
@@ -142,32 +157,51 @@ def measure_accuracy(
         program: the program to measure.
         clips: labelled clips, each of the size of `program.clip`.
         backend: the name of the backend that runs it.
-        bar: wraps the clips to show progress.
+        bar: wraps the clips that were run to show progress.
 
     Raises:
-        ProgramError: there is no clip, a clip has another size than the program's, or a label is
-            not one of its classes.
+        ProgramError: there is no clip, a clip has another size than the program's or no window, or
+            a label is not one of its classes.
         DeviceError: the backend did not answer.
     """
     logits, probabilities, labels = [], [], []
     with Session(program, backend) as session:
-        classes = program.tasks[-1].shape.out_channels
-        for frames, label in bar(clips):
-            if not 0 <= label < classes:
-                raise ProgramError(f"label {label} is not one of the {classes} of {program.name}")
-            scores, mean = _scores(session, frames)
+        for video, runs in bar(_run_videos(session, clips)):
+            scores, mean = _scores(video, runs)
             logits.append(scores)
             probabilities.append(mean)
-            labels.append(label)
+            labels.append(video.label)
     if not labels:
         raise ProgramError("there is no clip to measure on")
     return accuracy_of(np.stack(logits), np.array(labels), np.stack(probabilities))
 
 
-def _scores(session: Session, frames: Array | Iterable[Array]) -> tuple[Array, Array]:
+def _run_videos(
+    session: Session, clips: Iterable[LabelledClip]
+) -> Iterator[tuple[Video, list[Scores]]]:
+    """Each labelled clip with the scores of its windows."""
+    runs = session.run_many(_windows(session.program, clips), lambda window: window[1])
+    for video, group in groupby(runs, lambda run: run[0][0]):
+        yield video, [scores for _, scores in group]
+
+
+def _windows(program: Program, clips: Iterable[LabelledClip]) -> Iterator[tuple[Video, Array]]:
+    classes = program.tasks[-1].shape.out_channels
+    for number, (frames, label) in enumerate(clips):
+        if not 0 <= label < classes:
+            raise ProgramError(f"label {label} is not one of the {classes} of {program.name}")
+        windows = (frames,) if isinstance(frames, np.ndarray) else frames
+        video, count = Video(number, label, windows is frames), 0
+        for window in windows:
+            count += 1
+            yield video, window
+        if not count:
+            raise ProgramError(f"clip {number}, of class {label}, has no window")
+
+
+def _scores(video: Video, runs: list[Scores]) -> tuple[Array, Array]:
     """What orders the classes, and their probabilities; of windows the mean of probabilities."""
-    if isinstance(frames, np.ndarray):
-        scores = session.run(frames)
-        return scores.logits, scores.probabilities
-    mean: Array = np.mean([session.run(window).probabilities for window in frames], axis=0)
+    if not video.windows:
+        return runs[0].logits, runs[0].probabilities
+    mean: Array = np.mean([scores.probabilities for scores in runs], axis=0)
     return np.log(np.maximum(mean, 1e-300)), mean

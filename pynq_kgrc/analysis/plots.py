@@ -13,6 +13,7 @@ from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.explore import Candidate, macs_a_cycle, pareto_front
 from pynq_kgrc.analysis.fidelity import Fidelity
+from pynq_kgrc.analysis.profile import Profile
 from pynq_kgrc.analysis.simulation import ARRAY, SimulatedTask, SimulationReport
 from pynq_kgrc.analysis.timing import LayerTime
 from pynq_kgrc.backends.board.power import Recording
@@ -294,16 +295,40 @@ def _places(candidates: Iterable[Candidate]) -> tuple[list[int], list[float]]:
 
 
 def plot_power(recordings: Mapping[str, Recording]) -> Figure:
-    """Measured watts of every rail over time, one plot per recording."""
+    """Watts of every rail over time, one plot per recording; measured, or simulated if they are."""
     figure = Figure(figsize=(8, 2.6 * len(recordings)), layout="constrained")
     all_axes = figure.subplots(len(recordings), 1, squeeze=False)[:, 0]
     for axes, (name, recording) in zip(all_axes, recordings.items(), strict=True):
         for rail, watts in recording.watts.items():
             axes.plot(recording.seconds, watts, label=rail)
         axes.set_title(name)
-        axes.set_ylabel("W, measured")
+        axes.set_ylabel("W, simulated" if recording.simulated else "W, measured")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     all_axes[-1].set_xlabel("seconds")
+    return figure
+
+
+def plot_profile(profile: Profile) -> Figure:
+    """The parts of a clip's time, and the time of each layer beside its modelled time."""
+    layers = profile.layers
+    figure = Figure(figsize=(9, 2.4 + 0.25 * len(layers)), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(1.4, 0.25 * len(layers) + 1))
+    start = 0.0
+    for part, ms in profile.parts_ms.items():
+        above.barh(0, ms, left=start, label=f"{part} {ms:.3g} ms")
+        start += ms
+    above.set_yticks([])
+    above.set_xlabel("ms of a clip, one after the other")
+    above.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    rows = range(len(layers))
+    below.barh(rows, [layer.ms for layer in layers], color="tab:blue", label="this run")
+    modelled = [layer.modelled_ms for layer in layers]
+    below.plot(modelled, rows, "k|", ms=9, label="modelled, on an FPGA")
+    below.set_yticks(rows, [layer.name for layer in layers], fontsize=7)
+    below.invert_yaxis()
+    below.set_xlabel("ms of a layer")
+    below.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
+    figure.suptitle(f"{profile.program} on {profile.design}\n{profile.figures}", fontsize=8)
     return figure
 
 

@@ -178,6 +178,11 @@ class Loaded:
             raise DeviceError(f"there is no result; write the clip again after: {self._maps_lost}")
 
     @property
+    def clock_mhz(self) -> float | None:
+        """No clock: what runs here is a simulation."""
+        return None
+
+    @property
     def program(self) -> Program:
         """The loaded program.
 
@@ -275,6 +280,10 @@ class Backend(Protocol):
 
     lock: threading.RLock
     """Held during each call, and by who needs several calls without others in between."""
+
+    @property
+    def clock_mhz(self) -> float | None:
+        """The clock of the array in MHz, as the device reads it back; None where there is none."""
 
     clip: object | None
     """Names the clip whose maps the backend holds; set after a `write`, under `lock`."""

@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         doctor,
         explore,
         info,
+        profile,
         selftest,
         serve,
         simulate,
@@ -199,17 +200,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     families = (
-        classify,
-        build,
-        train,
-        calibrate,
-        info,
-        explore,
-        simulate,
-        doctor,
-        selftest,
-        serve,
-        cluster,
+        *(classify, build, train, calibrate, info, explore),
+        *(simulate, profile, doctor, selftest, serve, cluster),
     )
     for family in families:
         family.declare(command)

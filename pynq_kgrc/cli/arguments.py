@@ -131,7 +131,12 @@ def printable(text: object) -> str:
     )
 
 
-def add_design(command: argparse.ArgumentParser, purpose: str, *old_names: str) -> None:
+def add_design(
+    command: argparse.ArgumentParser,
+    purpose: str,
+    *old_names: str,
+    default: str | None = DEFAULT_DESIGN,
+) -> None:
     """Add `--design`, the one spelling of the option that chooses an accelerator.
 
     `accelerator.config.read_design(options.design)` reads it.
@@ -140,13 +145,14 @@ def add_design(command: argparse.ArgumentParser, purpose: str, *old_names: str) 
         command: gets the option.
         purpose: what the command uses the accelerator for, as in "the accelerator to compile for".
         old_names: earlier spellings ("--config"), still accepted but not in the help.
+        default: the preset that is taken without the option; None if an overlay says it.
     """
     command.add_argument(
         "--design",
-        default=DEFAULT_DESIGN,
+        default=default,
         metavar="DESIGN",
         help=f"{purpose}: the name of a preset, or a .json that explore -o wrote "
-        f"(default: {DEFAULT_DESIGN})",
+        f"(default: {default or f'that of the overlay, else {DEFAULT_DESIGN}'})",
     )
     if old_names:
         command.add_argument(

@@ -61,7 +61,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     with Session(program, options.backend) as session:
         for sample in progress(videos.samples, "calibrate", len(labels)):
             clips = sample_clips(session, videos.folder / sample.file)
-            logits.append(np.stack([session.run(clip.frames).logits for clip in clips]))
+            runs = session.run_many(clips, lambda clip: clip.frames)
+            logits.append(np.stack([scores.logits for _, scores in runs]))
     temperature = fit_temperature(logits, labels)
     before = _measure(logits, labels, program.clip.temperature)
     after = _measure(logits, labels, temperature)

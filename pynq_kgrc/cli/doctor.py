@@ -51,13 +51,12 @@ def declare(command: Declare) -> None:
 
 def add_board(command: argparse.ArgumentParser, purpose: str) -> None:
     """Add `--design` and `--overlay`; `board_design(options)` reads them."""
-    add_design(command, purpose)
-    command.set_defaults(design=None)
+    add_design(command, purpose, default=None)
     command.add_argument(
         "--overlay",
         type=Path,
         help="a bitstream, its folder, or a folder of such folders (default: KGRC_OVERLAY, else "
-        "the overlays that are installed); without --design its manifest says the design",
+        "the overlays that are installed)",
     )
 
 

@@ -28,7 +28,7 @@ def declare(command: Declare) -> None:
         "test a board: memory, every mode bit for bit, counters, speed, interrupts, power",
         "Nine steps: 1 machine, 2 programming, 3 memory through each port, 4 known answers of\n"
         "every mode, 5 counters against the model, 6 speed, 7 interrupts, 8 repeats, 9 power.\n"
-        "It programs the device and stops whatever runs on it. Step 6 compares measured clock\n"
+        "It programs the device and stops whatever runs on it. Step 6 compares counted clock\n"
         "cycles with modelled ones.\n"
         "Exit status 0 if all steps that apply passed, 1 if one failed, 2 for wrong arguments,\n"
         f"{NO_BOARD} if there is no board. {SIMULATE}=1 tests the simulated board.",
@@ -104,7 +104,7 @@ def run_selftest(options: argparse.Namespace) -> int:
         "pynq_kgrc": VERSION,
         "pynq": pynq.found.split(";")[0],
         "python": f"{platform.python_version()} on {platform.machine()}",
-        "image": next((p.found for p in results[0].parts if p.name == "image"), ""),
+        "image": next(p.found.split(" -> ")[0] for p in results[0].parts if p.name == "image"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     failed = [result for result in results if result.state == FAILED]

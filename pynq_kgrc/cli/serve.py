@@ -9,6 +9,7 @@ from typing import Any
 
 from pynq_kgrc.cli.arguments import DAY, PROGRAM_HELP, Declare, positive, program_file, whole
 from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS
 
 MORE = """\
 Send a video from another terminal:
@@ -52,6 +53,13 @@ def declare(command: Declare) -> None:
         "--port", type=whole(0, 65535), default=8000, help="port to listen on; 0: any free one"
     )
     serve.add_argument(
+        "--grpc-port",
+        type=whole(0, 65535),
+        metavar="PORT",
+        help="serve the Open Inference Protocol over gRPC as well, on this port, without TLS; "
+        "0: any free one (Triton's is 8001; default: no gRPC)",
+    )
+    serve.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
@@ -64,6 +72,40 @@ def declare(command: Declare) -> None:
     )
     serve.add_argument(
         "--max-bytes", type=positive, default=200_000_000, help="largest video (default: 200000000)"
+    )
+    serve.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        help=f"largest frame of a video, in pixels (default: {MAX_PIXELS}, which takes in 4K)",
+    )
+    serve.add_argument(
+        "--max-seconds",
+        type=whole(1, DAY),
+        default=round(MAX_SECONDS),
+        metavar="SECONDS",
+        help="of a longer video only that much is looked at, and the answer says so "
+        f"(default: {MAX_SECONDS:g})",
+    )
+    serve.add_argument(
+        "--decode-seconds",
+        type=whole(1, DAY),
+        default=120,
+        metavar="SECONDS",
+        help="processor time to decode a video; after it, what was decoded is the answer "
+        "(default: 120)",
+    )
+    serve.add_argument(
+        "--uploads",
+        type=whole(1, 10_000),
+        default=64,
+        help="uploads that are received at a time; further ones get 429 (default: 64)",
+    )
+    serve.add_argument(
+        "--live",
+        type=whole(1, 10_000),
+        default=4,
+        help="live sessions at a time; further ones get 429 (default: 4)",
     )
     serve.add_argument(
         "--queue",
@@ -127,6 +169,11 @@ def run_serve(options: argparse.Namespace) -> int:
         port=options.port,
         keys=read_keys(options.api_key_file) if options.api_key_file else (),
         max_bytes=options.max_bytes,
+        max_pixels=options.max_pixels,
+        max_seconds=options.max_seconds,
+        decode_seconds=options.decode_seconds,
+        uploads=options.uploads,
+        live=options.live,
         queue=options.queue,
         wait_seconds=options.wait,
         clip_seconds=options.clip_limit,
@@ -142,7 +189,21 @@ def run_serve(options: argparse.Namespace) -> int:
             print(json.dumps(started), flush=True)
         else:
             programs = ", ".join(started["programs"]) or "no program yet"
-            print(f"{started['url']}  ({programs} on {started['backend']})", flush=True)
+            print(f"{started['url']}  ({programs} on {started['backend']})")
+            if started["grpc_port"] is not None:
+                print(f"gRPC on port {started['grpc_port']}")
+            limits = ", ".join(started["decoders_cannot"]) or "nothing of what this kernel lacks"
+            print(f"what decodes a video cannot: {limits}", flush=True)
 
-    asyncio.run(run_service(settings, announce))
+    make_grpc = None
+    if options.grpc_port is not None:
+        try:
+            from pynq_kgrc.service.grpc_server import GrpcServer
+        except ImportError as error:
+            raise ConfigError(
+                f"--grpc-port needs more ({error}): pip install pynq_kgrc[grpc]"
+            ) from error
+        make_grpc = lambda service: GrpcServer(service, options.host, options.grpc_port)  # noqa: E731
+
+    asyncio.run(run_service(settings, announce, make_grpc))
     return 0

@@ -34,7 +34,7 @@ from pynq_kgrc.cluster.local import STORE_BYTES, ray_started
 from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
 from pynq_kgrc.program import load
 from pynq_kgrc.service.app import make_app
-from pynq_kgrc.service.guard import App, Guard, Message, Receive, Scope, Send
+from pynq_kgrc.service.guard import App, Guard, Message, Receive, Scope, Send, client_of
 from pynq_kgrc.service.jobs import FINAL, Admission
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.metrics import Metrics
@@ -376,7 +376,7 @@ class Gateway:
         }
 
     async def _classify(self, request: Request) -> Response:
-        with self.queue.enter():
+        with self.queue.enter(client_of(request.scope)):
             body = bytearray()
             async for chunk in request.stream():
                 body += chunk

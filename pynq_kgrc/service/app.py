@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from fastapi import FastAPI, Header, Request, WebSocket
@@ -19,11 +19,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.service import protocol_v2
-from pynq_kgrc.service.guard import KEY_PROTOCOL, Guard
+from pynq_kgrc.service.guard import CLIENT_LEFT, KEY_PROTOCOL, Guard, client_of
 from pynq_kgrc.service.jobs import FINAL
 from pynq_kgrc.service.live import LiveSession, refuse_live, serve_live
 from pynq_kgrc.service.logs import start_logging
@@ -113,6 +114,10 @@ def add_error_handlers(app: FastAPI) -> None:
             headers["allow"] = ", ".join(sorted(methods_of(app, request.url.path)))
         return JSONResponse({"error": str(error.detail)}, error.status_code, headers=headers)
 
+    @app.exception_handler(ClientDisconnect)
+    async def client_left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it; for the metrics and the log
+
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("failed", extra={"request_id": request.state.request_id}, exc_info=error)
@@ -152,7 +157,7 @@ def add_video_routes(app: FastAPI, service: Service) -> None:
         """
         chosen = read_options(request.query_params.multi_items())
         upload = await service.receive(request)
-        job = service.submit(upload, form_options(upload, chosen))
+        job = service.submit(client_of(request.scope), upload, form_options(upload, chosen))
         seconds = preferred_seconds(prefer, service.settings.wait_seconds)
         return await service.answer(request, job, seconds)
 
@@ -256,7 +261,10 @@ def add_live_routes(app: FastAPI, service: Service) -> None:
         try:
             given = client.query_params.multi_items()
             options = make_options(read_options(given, ("program", "top_k")))
-            with service.live.enter(), service.catalogue.lease(options.program) as served:
+            with (
+                service.live.enter(client_of(client.scope)),
+                service.catalogue.lease(options.program) as served,
+            ):
                 session = LiveSession(
                     client,
                     served,
@@ -293,24 +301,58 @@ def add_page_routes(app: FastAPI) -> None:
         return page(name)
 
 
-async def run_service(settings: Settings, announce: Callable[[dict[str, Any]], None]) -> None:
+class FurtherServer(Protocol):
+    """Another server of the same service, such as `grpc_server.GrpcServer`."""
+
+    port: int
+
+    async def start(self) -> None:
+        """Listen, or raise ConfigError."""
+
+    async def stop(self, seconds: float) -> None:
+        """Accept no more requests; those that run have that time to finish."""
+
+
+MakeServer = Callable[[Service], FurtherServer]
+
+
+async def run_service(
+    settings: Settings,
+    announce: Callable[[dict[str, Any]], None],
+    make_grpc: MakeServer | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT; `announce` gets the address and the programs.
+
+    Args:
+        settings: what is served, and how.
+        announce: called once, when the service is ready.
+        make_grpc: makes the gRPC server of the service; it needs the extra `grpc`.
 
     Raises:
         KgrcError: the address is taken, a program is refused, or the device does not answer.
     """
     start_logging()
     with listen(settings.host, settings.port) as bound:
-        await _serve(settings, bound, announce)
+        await _serve(settings, bound, announce, make_grpc)
 
 
 async def _serve(
-    settings: Settings, bound: socket.socket, announce: Callable[[dict[str, Any]], None]
+    settings: Settings,
+    bound: socket.socket,
+    announce: Callable[[dict[str, Any]], None],
+    make_grpc: MakeServer | None,
 ) -> None:
     port = bound.getsockname()[1]
     service = Service(settings)
     began = time.perf_counter()
     await service.start()
+    further = None if make_grpc is None else make_grpc(service)
+    try:
+        if further is not None:
+            await further.start()
+    except BaseException:
+        await service.stop()
+        raise
     guard = Guard(
         make_app(service),
         settings,
@@ -331,10 +373,14 @@ async def _serve(
             "port": port,
             "backend": settings.backend,
             "programs": list(service.catalogue.served),
+            "grpc_port": None if further is None else further.port,
+            "decoders_cannot": service.confined,
         }
     )
     try:
         await service.server.serve(sockets=[bound])
     finally:
+        if further is not None:
+            await further.stop(settings.grace_seconds)
         await service.stop()
         log.info("stopped")

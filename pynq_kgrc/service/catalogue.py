@@ -76,6 +76,23 @@ class Catalogue:
         found = {path.stem: path for path in sorted((self.folder or Path()).glob("*.kgrc"))}
         return {**(found if self.folder is not None else {}), **self.given}
 
+    def index(self, ready: bool = False) -> list[dict[str, str]]:
+        """Every program that is loaded or may be loaded, and why it is not loaded.
+
+        Args:
+            ready: the loaded ones only.
+        """
+        rows = []
+        for name in {**self.sources(), **self.served}:
+            program = self.served.get(name)
+            if program is None and ready:
+                continue
+            version = "" if program is None else program.version
+            state = "UNAVAILABLE" if program is None else "READY"
+            reason = self.reasons.get(name, "")
+            rows.append({"name": name, "version": version, "state": state, "reason": reason})
+        return rows
+
     def find(self, name: str | None, version: str | None = None) -> ServedProgram:
         """The loaded program of that name; without a name, the first one.
 
@@ -184,6 +201,8 @@ class Catalogue:
         Raises:
             ProgramError: it cannot be read.
         """
+        if not source.is_file():  # a FIFO would be read for ever
+            raise ProgramError(f"{source.name}: is no file")
         self.copies.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         handle, beside = tempfile.mkstemp(dir=self.copies, prefix=".")

@@ -1,9 +1,11 @@
 """Decodes untrusted videos in forked children: `python -m pynq_kgrc.service.decode FD`.
 
+Large bodies of inference requests are read in such children too.
+
 The process (a zygote) imports what decoding needs, and forks a child for each message on the
 socket FD. A child gets two descriptors: the upload (an unnamed file) and a pipe for the clips. It
-sets its resource limits, decodes, and ends. FFmpeg reads from the descriptor and has no protocol to
-open files with, so that a playlist with the name of a video has no effect.
+sets its resource limits, confines itself (`confine.py`), decodes, and ends. FFmpeg reads from the
+descriptor and has no protocol to open files with: a playlist named as a video has no effect.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ import numpy as np
 from pynq_kgrc.errors import VideoError
 from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.service import wire
-from pynq_kgrc.service.wire import DecodeReply, DecodeRequest
-from pynq_kgrc.video import Limits, TooLarge, TooLong, Video, decode_jpeg, sample
+from pynq_kgrc.service.confine import confine, what_holds
+from pynq_kgrc.service.refusal import Refusal
+from pynq_kgrc.service.tensors import read_body
+from pynq_kgrc.service.wire import BodyRequest, ConfinedRequest, DecodeReply, DecodeRequest
+from pynq_kgrc.video import CODECS, Limits, TooLarge, Video, decode_jpeg, sample
 
-CODECS = (
-    "h264,hevc,mpeg4,msmpeg4v1,msmpeg4v2,msmpeg4,h263,flv,vp8,vp9,libdav1d,av1,mpeg1video,"
-    "mpeg2video,mjpeg,theora,gif,wmv1,wmv2,prores,dvvideo,rawvideo"
-)
-"""Decoders that uploads may use, as FFmpeg calls them."""
+HARD_SECONDS = 10.0
+"""A child is killed that long after it should have stopped by itself."""
 
 SMALLEST_GIF = (
     b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
@@ -49,7 +51,11 @@ def open_video(
     Raises:
         VideoError: not a video that is accepted, and why.
     """
-    limits = Limits(max_pixels=request.max_pixels, max_seconds=request.max_seconds)
+    limits = Limits(
+        max_pixels=request.max_pixels,
+        max_seconds=request.max_seconds,
+        decode_seconds=request.decode_seconds,
+    )
     return Video(file, request.clip, limits, codecs=CODECS, check=check)
 
 
@@ -140,39 +146,70 @@ class Pause:
         signal.setitimer(signal.ITIMER_REAL, max(0.001, self.left))
 
 
-def limit_process(request: DecodeRequest) -> Timer:
-    """Set the resource limits of this process: memory, processor time, open files, core dumps.
+def limit_process(memory: int, seconds: float, processor_time: bool) -> Timer:
+    """Limit memory, processor time and open files of this process, and confine it.
 
-    RLIMIT_FSIZE forbids to write to files. RLIMIT_NOFILE leaves room for a few files to be opened;
-    neither the file system nor the network is closed off (no seccomp, no Landlock).
+    See `confine.py` for what a child may not do.
     """
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
-    most = used + request.decode_bytes
+    most = used + memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    # a live session has no limit of processor time, but a timer for each image
-    if request.verb == "clips":
-        seconds = max(1, round(request.decode_seconds))
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    if processor_time:
+        whole = max(1, round(seconds))
+        resource.setrlimit(resource.RLIMIT_CPU, (whole, whole + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
-    return Timer(request.decode_seconds)
+    confine()
+    return Timer(seconds)
 
 
-def run_child(source: int, target: int, request: DecodeRequest) -> None:
+def run_child(source: int, target: int, request: wire.Orders) -> None:
     """The main function of a child."""
     out = os.fdopen(target, "wb")
+    if isinstance(request, ConfinedRequest):
+        confine()
+        wire.send(out, DecodeReply("confined", notes=what_holds()))
+    elif isinstance(request, BodyRequest):
+        read_inference(source, out, request)
+    else:
+        decode(source, out, request)
+
+
+def read_inference(source: int, out: BinaryIO, request: BodyRequest) -> None:
+    """Send the JSON part and the clips of the body of an inference request."""
+    limit_process(request.memory_bytes, request.seconds, processor_time=True)
+    try:
+        with os.fdopen(source, "rb") as file:
+            inference, clips = read_body(file.read(request.most + 1), request)
+        reply, payload = DecodeReply("body", text=msgspec.json.encode(inference).decode()), clips
+    except Refusal as refusal:
+        reply = DecodeReply("error", status=refusal.status, text=refusal.text)
+        payload = memoryview(b"")
+    except MemoryError:
+        text = f"reading this body takes more than the {request.memory_bytes} bytes accepted"
+        reply = DecodeReply("error", status=413, text=f"{text}: send tensors binary")
+        payload = memoryview(b"")
+    wire.send(out, reply, payload)
+
+
+def decode(source: int, out: BinaryIO, request: DecodeRequest) -> None:
+    """Decode a video, or the images of a live session."""
     verbs: dict[str, Callable[[BinaryIO, BinaryIO, DecodeRequest, Timer], None]] = {
         "clips": send_clips,
         "frames": send_frames,
     }
     try:
-        timer = limit_process(request)
+        # a live session has no limit of processor time, but a timer for each image
+        limited = request.verb == "clips"
+        # a video may be decoded twice, within its own limit each time
+        seconds = 2 * request.decode_seconds + HARD_SECONDS if limited else request.decode_seconds
+        timer = limit_process(request.decode_bytes, seconds, limited)
         with os.fdopen(source, "rb") as file:
             verbs[request.verb](file, out, request, timer)
     except VideoError as error:
-        status = {TooLarge: 413, TooLong: 413}.get(type(error), 422)
+        status = 413 if isinstance(error, TooLarge) else 422
         wire.send(out, DecodeReply("error", status=status, text=str(error)))
     except MemoryError:
         text = f"decoding takes more than the {request.decode_bytes} bytes of memory accepted"
@@ -203,7 +240,7 @@ def main() -> None:
             try:
                 orders.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                run_child(source, target, msgspec.json.decode(message, type=DecodeRequest))
+                run_child(source, target, msgspec.json.decode(message, type=wire.Orders))
             except BrokenPipeError:
                 pass  # the service has closed the pipe
             except BaseException as error:

@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pynq_kgrc.service.jobs import Admission
 from pynq_kgrc.service.metrics import Metrics
@@ -37,13 +37,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = re.compile(
     r"/(|docs|openapi\.json|page/[a-z.]+|v2/health/(live|ready)|v2/models/[^/]+/ready)"
 )
-"""Paths that need no key: the page, the description of the API, and health checks.
-
-A health check of an unknown model names the loaded programs.
-"""
+"""Paths that need no key: the page, the description of the API, and health checks."""
 WORK_PATHS = re.compile(r"/v1/videos:classify|/v2/models/.+/infer")
 """Paths that need a place in the queue."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CLIENT_LEFT = 499
+"""Status in the log and the metrics where the client left before it was answered (as in nginx)."""
 KEY_PROTOCOL = "kgrc.key."
 """A browser cannot set headers of a WebSocket; it sends the key as a subprotocol."""
 
@@ -58,6 +57,31 @@ SAFE_HEADERS = [
         b"frame-ancestors 'none'",
     ),
 ]
+
+
+def client_of(scope: Scope) -> str:
+    """The address of a client; empty for this machine, and where it is not known."""
+    host: str = (scope.get("client") or ("",))[0]
+    return "" if is_loopback(host) else host
+
+
+def has_valid_key(keys: tuple[bytes, ...], head: dict[str, str]) -> bool:
+    """Whether a request with these headers has one of the keys (SHA-256), in constant time."""
+    scheme, _, key = head.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        key = head.get("x-api-key", "")
+    for protocol in head.get("sec-websocket-protocol", "").split(","):
+        if protocol.strip().startswith(KEY_PROTOCOL):
+            coded = protocol.strip().removeprefix(KEY_PROTOCOL)
+            try:
+                key = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode()
+            except (binascii.Error, ValueError):
+                key = ""
+    digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+    known = False
+    for other in keys:
+        known |= hmac.compare_digest(digest, other)
+    return known
 
 
 class Guard:
@@ -95,7 +119,10 @@ class Guard:
             await exchange.refuse(refusal)
         else:
             try:
-                await self.app(scope, exchange.receive, exchange.send)
+                # uvicorn leaves out the body of an answer to HEAD
+                asked = {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
+                await self.app(asked, exchange.receive, exchange.send)
+                scope.setdefault("route", asked.get("route"))
             except Refusal as refusal:
                 if exchange.status:
                     raise
@@ -114,15 +141,21 @@ class Guard:
             most = self.settings.max_header_bytes
             raise Refusal(431, f"a header of more than the {most} bytes accepted", close=True)
         host = head.get("host", "")
-        if self.local_only and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self.local_only and not is_loopback(_split(f"//{host}", "Host").hostname or ""):
             raise Refusal(421, "this service answers to localhost only", close=True)
         origin = head.get("origin")
         unsafe = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        if origin is not None and unsafe and urlsplit(origin).netloc != host:
+        if origin is not None and unsafe and _split(origin, "Origin").netloc != host:
             raise Refusal(403, "pages of another origin may not use this service", close=True)
         path = scope["path"]
-        if self.settings.keys and not OPEN_PATHS.fullmatch(path) and not self.has_valid_key(head):
+        if (
+            self.settings.keys
+            and not OPEN_PATHS.fullmatch(path)
+            and not has_valid_key(self.settings.keys, head)
+        ):
             raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=True)
+        if "content-length" in head and "transfer-encoding" in head:  # RFC 9112, 6.3
+            raise Refusal(400, "Content-Length beside Transfer-Encoding", close=True)
         length = head.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
             raise Refusal(400, "a Content-Length that is not a number", close=True)
@@ -133,25 +166,19 @@ class Guard:
                 close=True,
             )
         if WORK_PATHS.fullmatch(path) and unsafe:
-            self.queue.check()
+            self.queue.check(client_of(scope))
 
-    def has_valid_key(self, head: dict[str, str]) -> bool:
-        """Whether a request has one of the keys, compared in constant time."""
-        scheme, _, key = head.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = head.get("x-api-key", "")
-        for protocol in head.get("sec-websocket-protocol", "").split(","):
-            if protocol.strip().startswith(KEY_PROTOCOL):
-                coded = protocol.strip().removeprefix(KEY_PROTOCOL)
-                try:
-                    key = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode()
-                except (binascii.Error, ValueError):
-                    key = ""
-        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
-        known = False
-        for other in self.settings.keys:
-            known |= hmac.compare_digest(digest, other)
-        return known
+
+def _split(address: str, header: str) -> SplitResult:
+    """The parts of an address in a header.
+
+    Raises:
+        Refusal: 400, it is none.
+    """
+    try:
+        return urlsplit(address)
+    except ValueError:
+        raise Refusal(400, f"a {header} header that is no address", close=True) from None
 
 
 class Exchange:
@@ -245,7 +272,7 @@ class Exchange:
         seconds = time.perf_counter() - self.began
         route = getattr(self.scope.get("route"), "path", "other")
         method = self.scope.get("method", "WEBSOCKET")
-        status = self.status or 499
+        status = self.status or CLIENT_LEFT
         metrics = self.guard.metrics
         # bounded label cardinality: unknown methods share one time series
         known = method if method in ("GET", "POST", "DELETE", "HEAD", "WEBSOCKET") else "other"

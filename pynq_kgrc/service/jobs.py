@@ -14,6 +14,7 @@ import math
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from pynq_kgrc.service.waiting import within
 log = logging.getLogger("pynq_kgrc.service")
 
 FINAL = ("done", "failed", "cancelled", "lost")
+LOST = "the service was restarted before this job was done; send it again"
 MAX_KEPT = 10_000
 """Jobs in the database; beyond that the oldest are deleted."""
 MAX_RETRY_SECONDS = 60
@@ -38,8 +40,23 @@ Work = Callable[[Report], Awaitable[Classification]]
 """Does a job."""
 
 
+STARTED = time.time() - time.monotonic()
+
+
+def now() -> float:
+    """Seconds since 1970 by the clock as it was when this process started.
+
+    A board without a battery sets its clock when it finds a network; results are not older then.
+    """
+    return STARTED + time.monotonic()
+
+
 class Admission:
     """Back-pressure: admits `limit` requests at a time and refuses others at once.
+
+    The last quarter of the places is for clients that hold less than an eighth of all places, so
+    that one client, however slow, does not shut out the others. Clients of this machine, such as a
+    proxy, may take all places.
 
     Retry-After grows with the number already refused, so that the clients do not all return at
     the same time and are refused again (thundering herd).
@@ -49,41 +66,92 @@ class Admission:
         self.limit, self.what = limit, what
         self.inside = 0
         self.refused = 0
+        self._held: Counter[str] = Counter()
+        """Address of a client -> places that it holds."""
         self._mean_seconds = 1.0
         """Moving average of the seconds that a request takes."""
         self._last_promise = 0.0
         """When the client that was refused last is to return, on the monotonic clock."""
 
-    def check(self) -> None:
-        """Refuse if the limit is reached.
+    def check(self, client: str) -> None:
+        """Refuse if the limit is reached; `client` is an address, or empty for this machine.
 
         Raises:
             Refusal: 429 with Retry-After.
         """
-        if self.inside >= self.limit:
-            self.refused += 1
-            now = time.monotonic()
-            # with all places taken, one becomes free every mean / limit seconds
-            moment = max(self._last_promise, now) + self._mean_seconds / self.limit
-            self._last_promise = min(moment, now + MAX_RETRY_SECONDS)
-            seconds = max(1, math.ceil(self._last_promise - now))
-            raise Refusal(429, f"{self.inside} {self.what} are the most at a time", seconds)
+        free = self.limit - self.inside
+        share = max(1, self.limit // 8)
+        if free <= 0:
+            text = f"{self.inside} {self.what} are the most at a time"
+        elif client and free <= self.limit // 4 and self._held[client] >= share:
+            text = (
+                f"{self._held[client]} {self.what} of your address are under way; the last {free} "
+                f"of {self.limit} places are for addresses with less than {share}"
+            )
+        else:
+            return
+        self.refused += 1
+        now = time.monotonic()
+        # with all places taken, one becomes free every mean / limit seconds
+        moment = max(self._last_promise, now) + self._mean_seconds / self.limit
+        self._last_promise = min(moment, now + MAX_RETRY_SECONDS)
+        raise Refusal(429, text, max(1, math.ceil(self._last_promise - now)))
 
     @contextlib.contextmanager
-    def enter(self) -> Iterator[None]:
-        """Admit a request for as long as the context lasts.
+    def enter(self, client: str) -> Iterator[None]:
+        """Admit a request of a client for as long as the context lasts.
 
         Raises:
             Refusal: 429, the limit is reached.
         """
-        self.check()
+        self.check(client)
         self.inside += 1
+        self._held[client] += 1
         began = time.monotonic()
         try:
             yield
         finally:
             self.inside -= 1
+            self._held[client] -= 1
+            if not self._held[client]:
+                del self._held[client]
             self._mean_seconds += 0.1 * (time.monotonic() - began - self._mean_seconds)
+
+
+class Budget:
+    """Bytes of memory that requests share: who finds too few left waits for them, in order."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total = self.left = total
+        self.what = what
+        self._turn = asyncio.Lock()
+        self._returned = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def take(self, size: int, seconds: float) -> AsyncIterator[None]:
+        """Have `size` bytes for as long as the context lasts.
+
+        Raises:
+            Refusal: 429, they were not left within `seconds`.
+        """
+        try:
+            await within(self._wait(size), seconds)
+        except asyncio.TimeoutError:
+            raise Refusal(
+                429, f"{self.what} of other requests take all of the {self.total} bytes", 5
+            ) from None
+        try:
+            yield
+        finally:
+            self.left += size
+            self._returned.set()
+
+    async def _wait(self, size: int) -> None:
+        async with self._turn:
+            while self.left < size:
+                self._returned.clear()
+                await self._returned.wait()
+            self.left -= size
 
 
 class Job:
@@ -92,7 +160,7 @@ class Job:
     def __init__(self) -> None:
         self.id = secrets.token_urlsafe(16)
         self.state = "queued"
-        self.created = time.time()
+        self.created = now()
         self.progress = Progress(0, 0, None)
         self.result: Classification | None = None
         self.error: Refusal | None = None
@@ -136,8 +204,10 @@ class Jobs:
         seconds: time limit of one job.
         keep_seconds: how long results are kept.
 
+    A damaged database is renamed and logged, and an empty one takes its place.
+
     Raises:
-        ConfigError: the database cannot be opened.
+        ConfigError: no database can be made there.
     """
 
     def __init__(
@@ -147,45 +217,26 @@ class Jobs:
         self.active: dict[str, Job] = {}
         self._running = asyncio.Semaphore(at_once)
         try:
-            self._store = sqlite3.connect(path, isolation_level=None)
-            self._open_store()
+            self._store = _open_store(path)
         except (sqlite3.Error, msgspec.MsgspecError) as error:
-            raise ConfigError(
-                f"{path}: cannot be used as the database of jobs ({error}); delete it, or give "
-                f"another --state"
-            ) from error
-
-    def _open_store(self) -> None:
-        self._store.execute("PRAGMA journal_mode=WAL")
-        self._store.execute("PRAGMA synchronous=NORMAL")
-        self._store.execute(
-            "CREATE TABLE IF NOT EXISTS jobs "
-            "(id TEXT PRIMARY KEY, state TEXT, created REAL, document BLOB)"
-        )
-        rows = self._store.execute("SELECT id, document FROM jobs WHERE state = 'running'")
-        for key, document in rows.fetchall():
-            lost = msgspec.structs.replace(
-                msgspec.json.decode(document, type=JobDocument),
-                state="lost",
-                error="the service was restarted before this job was done; send it again",
-            )
-            self._put(key, lost)
+            self._store = _open_anew(path, error)
 
     def close(self) -> None:
         """Close the database."""
         self._store.close()
 
-    def submit(self, work: Work, close: Callable[[], None]) -> Job:
+    def submit(self, client: str, work: Work, close: Callable[[], None]) -> Job:
         """Queue a job; it starts as soon as fewer than `at_once` others run.
 
         Args:
+            client: address of who asks for it.
             work: does the job.
             close: called when the job has ended, whether it succeeded or not.
 
         Raises:
             Refusal: 429, too many jobs are unfinished.
         """
-        admission = self.queue.enter()
+        admission = self.queue.enter(client)
         admission.__enter__()
         job = Job()
         self.active[job.id] = job
@@ -243,11 +294,16 @@ class Jobs:
         if job is not None and job.kept and job.state not in FINAL:
             return job.document(), job
         query = "SELECT document FROM jobs WHERE id = ? AND created > ?"
-        oldest = time.time() - self.keep_seconds - self.seconds
+        oldest = now() - self.keep_seconds - self.seconds
         row = self._store.execute(query, (key, oldest)).fetchone()
         if row is None:
             raise Refusal(404, f"no job {key[:50]!r}; results are kept for {self.keep_seconds:g} s")
-        return msgspec.json.decode(row[0], type=JobDocument), None
+        try:
+            return msgspec.json.decode(row[0], type=JobDocument), None
+        except msgspec.MsgspecError as error:
+            log.error("the document of a job is damaged", extra={"reason": str(error)})
+            text = f"the result of job {key[:50]!r} is damaged; send it again"
+            raise Refusal(404, text) from None
 
     async def events(self, key: str, every: float) -> AsyncIterator[JobDocument | None]:
         """A job's document after each change, until its state is final.
@@ -295,13 +351,9 @@ class Jobs:
                 self._put(job.id, job.document())
 
     def _put(self, key: str, document: JobDocument) -> None:
-        state = document.state if document.state in FINAL else "running"
         try:
-            self._store.execute(
-                "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)",
-                (key, state, document.created, msgspec.json.encode(document)),
-            )
-            oldest = time.time() - self.keep_seconds - self.seconds
+            _put(self._store, key, document)
+            oldest = now() - self.keep_seconds - self.seconds
             self._store.execute("DELETE FROM jobs WHERE created < ?", (oldest,))
             self._store.execute(
                 "DELETE FROM jobs WHERE id NOT IN "
@@ -310,3 +362,67 @@ class Jobs:
             )
         except sqlite3.Error as error:
             raise Refusal(507, f"the job cannot be written to disk: {error}", 60) from error
+
+
+def _open_store(path: Path) -> sqlite3.Connection:
+    """The database of jobs, made if it is missing; jobs that were not done become `lost`.
+
+    Raises:
+        sqlite3.Error: it cannot be opened, or is damaged.
+        msgspec.MsgspecError: a document in it is damaged.
+    """
+    store = sqlite3.connect(path, isolation_level=None)
+    try:
+        store.execute("PRAGMA journal_mode=WAL")
+        store.execute("PRAGMA synchronous=NORMAL")
+        store.execute(
+            "CREATE TABLE IF NOT EXISTS jobs "
+            "(id TEXT PRIMARY KEY, state TEXT, created REAL, document BLOB)"
+        )
+        (found,) = store.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        rows = store.execute("SELECT id, document FROM jobs WHERE state = 'running'").fetchall()
+        for key, document in rows:
+            job = msgspec.json.decode(document, type=JobDocument)
+            _put(store, key, msgspec.structs.replace(job, state="lost", error=LOST))
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _open_anew(path: Path, error: Exception) -> sqlite3.Connection:
+    """An empty database in the place of a damaged one, which is renamed (with its journals).
+
+    Power cuts damage files on SD cards. An older `.damaged` is replaced.
+
+    Raises:
+        ConfigError: it is not damaged but cannot be used, or cannot be renamed.
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        if isinstance(error, sqlite3.OperationalError):  # such as: no right to write
+            raise error
+        for end in ("", "-wal", "-shm"):
+            Path(f"{aside}{end}").unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{path}{end}").rename(f"{aside}{end}")
+        store = _open_store(path)
+    except (OSError, sqlite3.Error) as worse:
+        raise ConfigError(
+            f"{path}: cannot be used as the database of jobs ({worse}); give another --state"
+        ) from worse
+    log.error(
+        "the database of jobs was damaged: results of earlier jobs are lost, the file is kept",
+        extra={"reason": str(error), "kept": aside.name},
+    )
+    return store
+
+
+def _put(store: sqlite3.Connection, key: str, document: JobDocument) -> None:
+    state = document.state if document.state in FINAL else "running"
+    store.execute(
+        "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)",
+        (key, state, document.created, msgspec.json.encode(document)),
+    )

@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
 from pynq_kgrc.errors import ConfigError
-from pynq_kgrc.service.catalogue import Catalogue
-from pynq_kgrc.service.jobs import Admission, Job, Jobs, Report
+from pynq_kgrc.service.catalogue import Catalogue, ServedProgram
+from pynq_kgrc.service.guard import client_of
+from pynq_kgrc.service.jobs import Admission, Budget, Job, Jobs, Report
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.options import Options
 from pynq_kgrc.service.pool import ClipRun, Pool
@@ -23,9 +25,20 @@ from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.schemas import Classification, StructResponse
 from pynq_kgrc.service.server import Server
 from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.uploads import Upload, receive_upload
+from pynq_kgrc.service.tensors import (
+    HEADER_LENGTH,
+    MAX_BATCH,
+    MAX_HEAD,
+    MAX_JSON,
+    InferRequest,
+    read_body,
+)
+from pynq_kgrc.service.uploads import Room, Upload, receive_upload
 from pynq_kgrc.service.videos import Decoder, check_options, classify
+from pynq_kgrc.service.wire import BodyRequest
 
+SHORT_JSON = 1 << 18
+"""Largest JSON body that is read by the process that answers; it takes a few milliseconds."""
 PROBE_SECONDS = 10.0
 """Seconds between two health checks of idle workers."""
 
@@ -41,7 +54,11 @@ class Service:
         self.queue = Admission(settings.queue, "videos or inferences")
         self.uploads = Admission(settings.uploads, "uploads")
         self.live = Admission(settings.live, "live sessions")
+        self.bodies = Budget(settings.infer_bytes, "inference bodies")
+        self.room = Room(settings.state, settings.free_bytes)
         self.server: Server | None = None
+        self.confined: list[str] = []
+        """What a process that decodes a video cannot do on this machine."""
         self._probing: asyncio.Task[None] | None = None
         self._lock = self._open_state(settings.state)
         self.catalogue = Catalogue(
@@ -90,6 +107,7 @@ class Service:
         """
         try:
             self.decoder.start()
+            self.confined = await self.decoder.confined()
             await self.pool.start()
             for path in self.settings.programs:
                 await self.catalogue.load(path.stem)
@@ -152,7 +170,8 @@ class Service:
         Raises:
             Refusal: 415, 429, 507, or what is wrong with the body.
         """
-        self.queue.check()
+        client = client_of(request.scope)
+        self.queue.check(client)
         encoding = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
         if encoding not in ("", "identity"):
             raise Refusal(
@@ -161,14 +180,59 @@ class Service:
                 f"file as it is",
                 close=True,
             )
-        with self.uploads.enter():
+        with self.uploads.enter(client):
             expected = int(request.headers.get("content-length", "0") or 0)
             kind = request.headers.get("content-type", "")
-            folder, free = self.settings.state, self.settings.free_bytes
-            return await receive_upload(request.stream(), kind, expected, folder, free)
+            return await receive_upload(request.stream(), kind, expected, self.room)
 
-    def submit(self, upload: Upload, options: Options) -> Job:
-        """Start a job that classifies an upload; the job closes the upload.
+    @contextlib.asynccontextmanager
+    async def receive_inference(
+        self, request: Request, program: ServedProgram
+    ) -> AsyncIterator[tuple[InferRequest, list[memoryview]]]:
+        """The JSON part and the clips of an inference request, for as long as the context lasts.
+
+        A short or a binary body is read in memory; a long JSON tensor or a compressed body is
+        stored in a file and read by a decoder child.
+
+        Raises:
+            Refusal: 400, 413, 415, 429 or 507.
+        """
+        client, settings = client_of(request.scope), self.settings
+        head_length = request.headers.get(HEADER_LENGTH)
+        encoding = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
+        how = BodyRequest(program.name, program.clip_shape, 0, encoding, head_length)
+        whole = MAX_HEAD + MAX_BATCH * how.clip_bytes if head_length is not None else MAX_JSON
+        most = min(settings.infer_bytes, settings.max_bytes, whole)
+        how = msgspec.structs.replace(how, most=most)
+        announced = request.headers.get("content-length")
+        size = most if announced is None else int(announced)
+        if size > most:
+            raise Refusal(
+                413, f"a body of {size} bytes; {program.name} takes up to {most}", close=True
+            )
+        apart = encoding not in ("", "identity") or (head_length is None and size > SHORT_JSON)
+        async with contextlib.AsyncExitStack() as held:
+            await held.enter_async_context(
+                self.bodies.take(most if apart else size, settings.wait_seconds)
+            )
+            with self.uploads.enter(client):
+                stream = limited(request.stream(), most)
+                if apart:
+                    upload = Upload(self.room, size if announced is not None else 0)
+                    with contextlib.closing(upload):
+                        async for chunk in stream:
+                            upload.write(chunk)
+                        inference, clips = await self.decoder.body(upload, how)
+                else:
+                    body = bytearray()
+                    async for chunk in stream:
+                        body += chunk
+                    inference, clips = read_body(body, how)
+            step = how.clip_bytes
+            yield inference, [clips[at : at + step] for at in range(0, len(clips), step)]
+
+    def submit(self, client: str, upload: Upload, options: Options) -> Job:
+        """Start a job that classifies an upload of a client; the job closes the upload.
 
         Raises:
             Refusal: 404 no such program, 422 an option out of range, 429 the queue is full.
@@ -184,7 +248,7 @@ class Service:
                     upload, program, options, self.settings, self.pool, self.decoder, report
                 )
 
-            return self.jobs.submit(work, context.close)
+            return self.jobs.submit(client, work, context.close)
         except BaseException:
             context.close()
             raise
@@ -216,6 +280,20 @@ class Service:
             raise
         finally:
             leaving.cancel()
+
+
+async def limited(chunks: AsyncIterator[bytes], most: int) -> AsyncIterator[bytes]:
+    """The parts of a body.
+
+    Raises:
+        Refusal: 413, they are more than `most` bytes.
+    """
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > most:
+            raise Refusal(413, f"a body of more than the {most} bytes accepted", close=True)
+        yield chunk
 
 
 async def disconnected(request: Request) -> None:

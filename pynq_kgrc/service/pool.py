@@ -75,7 +75,9 @@ class Worker:
             wire.enlarge_pipe(process.stdin.get_extra_info("pipe").fileno())
         return cls(process)
 
-    async def call(self, command: Command, payload: bytes, seconds: float) -> tuple[Answer, bytes]:
+    async def call(
+        self, command: Command, payload: bytes | memoryview, seconds: float
+    ) -> tuple[Answer, bytes]:
         """Send a command and wait for the answer.
 
         Raises:
@@ -87,7 +89,9 @@ class Worker:
         except asyncio.TimeoutError:
             raise Hung(f"no answer to {command.verb} within {seconds:g} s") from None
 
-    async def _exchange(self, command: Command, payload: bytes) -> tuple[Answer, bytes]:
+    async def _exchange(
+        self, command: Command, payload: bytes | memoryview
+    ) -> tuple[Answer, bytes]:
         stdin, stdout = self.process.stdin, self.process.stdout
         if stdin is None or stdout is None:
             raise Died("the worker has no pipes")
@@ -159,7 +163,7 @@ class Pool:
         await asyncio.gather(*self._restarts, return_exceptions=True)
         await asyncio.gather(*(worker.stop(seconds=2.0) for worker in self._workers))
 
-    async def run(self, key: str, frames: bytes) -> ClipRun:
+    async def run(self, key: str, frames: bytes | memoryview) -> ClipRun:
         """Run a clip on the next idle worker.
 
         Args:
@@ -190,7 +194,9 @@ class Pool:
             return run
         raise Refusal(503, "the device failed twice on this clip", 5)
 
-    async def _run_on(self, worker: Worker, key: str, frames: bytes) -> tuple[Answer, bytes]:
+    async def _run_on(
+        self, worker: Worker, key: str, frames: bytes | memoryview
+    ) -> tuple[Answer, bytes]:
         """Run a clip on this worker; then make it idle again, or replace it if it failed."""
         try:
             answer = await worker.call(Command("run", key), frames, self.clip_seconds)

@@ -7,114 +7,36 @@ program's temperature. Extensions: binary tensors, classification, model reposit
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import gzip
 import re
-import struct
-import time
-import zlib
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from pynq_kgrc.quant import Array
 from pynq_kgrc.service.catalogue import Catalogue, ServedProgram
-from pynq_kgrc.service.parts import Service
-from pynq_kgrc.service.pool import Pool
+from pynq_kgrc.service.guard import client_of
+from pynq_kgrc.service.inference import (
+    EXTENSIONS,
+    OutputTensor,
+    chosen_outputs,
+    metadata,
+    run_inference,
+)
+from pynq_kgrc.service.parts import Service, limited
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.schemas import ERRORS, NOT_FOUND
-from pynq_kgrc.service.settings import Settings
-from pynq_kgrc.service.waiting import within
+from pynq_kgrc.service.tensors import (
+    HEADER_LENGTH,
+    MAX_HEAD,
+    InferRequest,
+)
 
 OIP = "Open Inference Protocol"
-INPUT = "frames"
-OUTPUTS = ("probabilities", "logits")
-MAX_BATCH = 32
-HEADER_LENGTH = "inference-header-content-length"
 WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 """A weight (qvalue) of RFC 9110, 12.4.2."""
-MAX_CLASSES = 1000
-"""Most classes of an output that is asked for as a classification."""
-EXTENSIONS = ["classification", "binary_tensor_data", "model_repository"]
-
-
-class Tensor(msgspec.Struct):
-    """An input tensor of a request."""
-
-    name: str
-    shape: list[int]
-    datatype: str
-    parameters: dict[str, Any] | None = None
-    data: msgspec.Raw = msgspec.Raw()
-
-
-class RequestedOutput(msgspec.Struct):
-    """An output tensor that a request asks for."""
-
-    name: str
-    parameters: dict[str, Any] | None = None
-
-
-class InferRequest(msgspec.Struct):
-    """The JSON part of a request. A field that is null counts as absent."""
-
-    inputs: list[Tensor]
-    id: str | None = None
-    outputs: list[RequestedOutput] | None = None
-    parameters: dict[str, Any] | None = None
-
-
-def metadata(program: ServedProgram) -> dict[str, Any]:
-    """The names, types and shapes of a model's inputs and outputs."""
-    outputs = [
-        {"name": name, "datatype": "FP32", "shape": [-1, len(program.labels)]} for name in OUTPUTS
-    ]
-    return {
-        "name": program.name,
-        "versions": [program.version],
-        "platform": "pynq_kgrc",
-        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *program.clip_shape]}],
-        "outputs": outputs,
-    }
-
-
-def whole_parameter(
-    parameters: dict[str, Any] | None, name: str, least: int, most: int, default: int
-) -> int:
-    """A parameter of the protocol that is a whole number; the default if it is absent or null.
-
-    Raises:
-        Refusal: 400, another type or out of bounds.
-    """
-    value = (parameters or {}).get(name)
-    if value is None:
-        return default
-    if type(value) is not int or not least <= value <= most:  # True is an int, too
-        raise Refusal(
-            400, f"{name}={_shown(value)}; accepted are whole numbers from {least} to {most}"
-        )
-    return value
-
-
-def flag_parameter(parameters: dict[str, Any] | None, name: str, default: bool) -> bool:
-    """A parameter of the protocol that is true or false; the default if it is absent or null.
-
-    Raises:
-        Refusal: 400, another type.
-    """
-    value = (parameters or {}).get(name)
-    if value is None:
-        return default
-    if type(value) is not bool:
-        raise Refusal(400, f"{name}={_shown(value)}; accepted are true and false")
-    return value
-
-
-def _shown(value: Any) -> str:
-    return msgspec.json.encode(value)[:40].decode("utf-8", "replace")
 
 
 def accepts_gzip(header: str) -> bool:
@@ -136,165 +58,38 @@ def accepts_gzip(header: str) -> bool:
     return gzip_weight > 0 and gzip_weight >= weights.get("identity", 0.0)
 
 
-def read_request(
-    body: bytes, head: dict[str, str], settings: Settings
-) -> tuple[InferRequest, bytes]:
-    """Split a body into its JSON part and its binary part.
-
-    Raises:
-        Refusal: 400, 413 or 415.
-    """
-    body = inflate(body, head.get("content-encoding", ""), settings.max_bytes)
-    length = head.get(HEADER_LENGTH)
-    size = len(body)
-    if length is not None:
-        digits = length.isascii() and length.isdigit() and len(length) < 19
-        if not digits or int(length) > len(body):
-            raise Refusal(400, f"{HEADER_LENGTH}: {length[:30]} of a body of {size} bytes")
-        size = int(length)
-    if size > settings.max_json_bytes:
-        raise Refusal(
-            413,
-            f"JSON of {size} bytes; accepted are {settings.max_json_bytes}: send tensors binary",
-        )
-    try:
-        return msgspec.json.decode(body[:size], type=InferRequest), body[size:]
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise Refusal(400, f"not an inference request: {error}") from error
-
-
-def inflate(body: bytes, encoding: str, most: int) -> bytes:
-    """Decompress a body, to at most `most` bytes (a zip bomb is refused).
-
-    Raises:
-        Refusal: 400 damaged, 413 too large, 415 unknown encoding.
-    """
-    kinds = {"gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
-    encoding = encoding.strip().lower().removeprefix("x-")
-    if encoding in ("", "identity"):
-        return body
-    if encoding not in kinds:
-        raise Refusal(415, f"Content-Encoding {encoding[:30]!r}; accepted are gzip and deflate")
-    reader = zlib.decompressobj(kinds[encoding])
-    try:
-        plain = reader.decompress(body, most + 1)
-    except zlib.error as error:
-        raise Refusal(400, f"the {encoding} body is damaged: {error}") from error
-    if len(plain) > most:
-        raise Refusal(413, f"the body inflates to more than the {most} bytes accepted")
-    if not reader.eof:
-        raise Refusal(400, f"the {encoding} body is cut off")
-    return plain
-
-
-def read_clips(program: ServedProgram, request: InferRequest, binary: bytes) -> list[bytes]:
-    """The clips of a request, uint8 [D, H, W, 3] each.
-
-    Raises:
-        Refusal: 400, names the input, its value, and what the model accepts.
-    """
-    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
-        named = ", ".join(tensor.name[:30] for tensor in request.inputs[:5]) or "none"
-        raise Refusal(400, f"inputs {named}; {program.name} has one, {INPUT}")
-    tensor = request.inputs[0]
-    if tensor.datatype != "UINT8":
-        raise Refusal(400, f"input {INPUT} of type {tensor.datatype[:20]}; accepted is UINT8")
-    shape, wanted = tuple(tensor.shape), program.clip_shape
-    count = 1 if shape == wanted else shape[0] if shape[1:] == wanted else 0
-    if not 1 <= count <= MAX_BATCH:
-        raise Refusal(
-            400,
-            f"input {INPUT} of shape {str(list(shape))[:60]}; accepted are "
-            f"{[-1, *wanted]} with 1 to {MAX_BATCH} clips",
-        )
-    size = int(np.prod(wanted))
-    declared = (tensor.parameters or {}).get("binary_data_size")
-    if declared is None:
-        if binary:
-            raise Refusal(
-                400, f"{len(binary)} bytes after the JSON; no input declares a binary_data_size"
-            )
-        values = _from_json(tensor, count * size)
-    else:
-        whole = type(declared) is int and declared == len(binary)
-        if not whole or len(binary) != count * size:
-            raise Refusal(
-                400,
-                f"input {INPUT}: binary_data_size {str(declared)[:20]}, {len(binary)} bytes "
-                f"arrived; its shape takes {count * size}",
-            )
-        values = binary
-    return [values[i * size : (i + 1) * size] for i in range(count)]
-
-
-def _from_json(tensor: Tensor, size: int) -> bytes:
-    text = bytes(tensor.data) or b"null"
-    try:
-        values = np.array(msgspec.json.decode(text))
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Refusal(400, f"input {INPUT}: data that cannot be read ({error})") from error
-    if b"t" in text or b"f" in text:  # numpy makes integers of true and false beside numbers
-        values = np.array(None)
-    if values.dtype.kind not in "iu" or values.size != size:
-        raise Refusal(
-            400, f"input {INPUT}: data are {values.size} {values.dtype}, not {size} whole numbers"
-        )
-    if values.min() < 0 or values.max() > 255:
-        raise Refusal(400, f"input {INPUT}: data from {values.min()} to {values.max()}, not uint8")
-    return values.astype(np.uint8).tobytes()
-
-
 def write_answer(
-    program: ServedProgram, request: InferRequest, results: dict[str, Any], head: dict[str, str]
+    program: ServedProgram, request: InferRequest, outputs: list[OutputTensor], accepted: str
 ) -> Response:
-    """Encode the answer as the request asks: JSON or binary, values or classes, plain or gzip.
+    """Encode the answer as the request asks: JSON or binary, plain or gzip.
 
-    Raises:
-        Refusal: 400, the model has no such output.
+    `accepted` is the header Accept-Encoding of the request.
     """
-    everything = flag_parameter(request.parameters, "binary_data_output", False)
-    outputs, binaries = [], []
-    for wanted in request.outputs or [RequestedOutput(name) for name in OUTPUTS]:
-        if wanted.name not in results:
-            there = ", ".join(results)
-            raise Refusal(400, f"no output {wanted.name[:50]!r}; there are {there}")
-        values = results[wanted.name]
-        best = whole_parameter(wanted.parameters, "classification", 0, MAX_CLASSES, 0)
-        as_binary = flag_parameter(wanted.parameters, "binary_data", everything)
-        output: dict[str, Any] = {"name": wanted.name}
-        if best:
-            texts = [_classes(row, program.labels, best) for row in values]
-            output |= {"datatype": "BYTES", "shape": [len(texts), len(texts[0])]}
-            flat = [text for row in texts for text in row]
-            data = b"".join(struct.pack("<I", len(t.encode())) + t.encode() for t in flat)
-            plain: Any = flat
+    listed: list[dict[str, Any]] = []
+    binaries: list[bytes] = []
+    for output in outputs:
+        document: dict[str, Any] = {
+            "name": output.name, "datatype": output.datatype, "shape": output.shape
+        }  # fmt: skip
+        if output.binary:
+            binaries.append(output.raw)
+            document["parameters"] = {"binary_data_size": len(binaries[-1])}
         else:
-            output |= {"datatype": "FP32", "shape": list(values.shape)}
-            data, plain = values.astype("<f4").tobytes(), values.reshape(-1).tolist()
-        if as_binary:
-            output["parameters"] = {"binary_data_size": len(data)}
-            binaries.append(data)
-        else:
-            output["data"] = plain
-        outputs.append(output)
-    document = {"model_name": program.name, "model_version": program.version, "outputs": outputs}
+            document["data"] = output.values
+        listed.append(document)
+    answer = {"model_name": program.name, "model_version": program.version, "outputs": listed}
     if request.id:
-        document["id"] = request.id
-    text = msgspec.json.encode(document)
+        answer["id"] = request.id
+    text = msgspec.json.encode(answer)
     body = b"".join([text, *binaries])
     headers = {"vary": "Accept-Encoding"}
     if binaries:
         headers[HEADER_LENGTH] = str(len(text))
-    if accepts_gzip(head.get("accept-encoding", "")) and len(body) > 1000:
+    if accepts_gzip(accepted) and len(body) > 1000:
         body = gzip.compress(body, 1)
         headers["content-encoding"] = "gzip"
     kind = "application/octet-stream" if binaries else "application/json"
     return Response(body, media_type=kind, headers=headers)
-
-
-def _classes(row: Any, labels: list[str], best: int) -> list[str]:
-    order = np.argsort(-row, kind="stable")[:best]
-    return [f"{row[i]:.6f}:{i}:{labels[i]}" for i in order]
 
 
 def make_router(service: Service) -> APIRouter:
@@ -338,7 +133,10 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
     @router.get("/models/{name}/ready", tags=[OIP], responses=NOT_FOUND)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
         """Whether a model is served."""
-        program = catalogue.find(name, version)
+        try:
+            program = catalogue.find(name, version)
+        except Refusal:  # without the names of the loaded ones: this route needs no key
+            raise Refusal(404, f"no program {name[:100]!r} of that version is loaded") from None
         if reason := service.unavailable_reason():
             raise Refusal(503, reason, 5)
         return {"name": program.name, "ready": True}
@@ -353,57 +151,82 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
     @router.post("/models/{name}/infer", tags=[OIP], openapi_extra=body)
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
         """Run a model on clips of frames."""
-        with service.queue.enter(), catalogue.lease(name, version) as program:
-            names = request.headers.keys()
-            head = {name: ", ".join(request.headers.getlist(name)) for name in names}
-            inference, binary = read_request(await request.body(), head, service.settings)
-            clips = read_clips(program, inference, binary)
-            # microseconds, as Triton has it; 0: no timeout of its own
-            timeout = whole_parameter(inference.parameters, "timeout", 0, 10**15, 0)
-            seconds = timeout / 1e6 if timeout else service.settings.job_seconds
-            began = time.perf_counter()
-            try:
-                running = within(run_clips(service.pool, program.key, clips), seconds)
-                scores = await service.while_connected(request, running)
-            except asyncio.TimeoutError:
-                waited = time.perf_counter() - began
-                raise Refusal(504, f"not done within the {waited:.3f} s asked for") from None
-            results = {"logits": scores[:, 0], "probabilities": scores[:, 1]}
-            return write_answer(program, inference, results, head)
+        async with contextlib.AsyncExitStack() as held:
+            program = held.enter_context(catalogue.lease(name, version))
+            receiving = service.receive_inference(request, program)
+            inference, clips = await held.enter_async_context(receiving)
+            held.enter_context(service.queue.enter(client_of(request.scope)))
+            running = run_inference(
+                service.pool, program, inference, clips, service.settings.job_seconds
+            )
+            results = await service.while_connected(request, running)
+            outputs = chosen_outputs(program, inference, results)
+            accepted = ", ".join(request.headers.getlist("accept-encoding"))
+            return write_answer(program, inference, outputs, accepted)
 
 
-async def run_clips(pool: Pool, key: str, clips: list[bytes]) -> Array:
-    """Logits and probabilities of clips, one after the other: float32 [clips, 2, classes]."""
-    found = [await pool.run(key, clip) for clip in clips]
-    scores: Array = np.stack([np.frombuffer(run.scores, "<f4").reshape(2, -1) for run in found])
-    return scores
+class IndexRequest(msgspec.Struct):
+    """What `index` may be asked: the loaded programs only."""
+
+    ready: bool = False
+
+
+class LoadRequest(msgspec.Struct):
+    """Triton's parameters of `load`, none of which is accepted."""
+
+    parameters: dict[str, Any] = {}
+
+
+Order = TypeVar("Order", bound=msgspec.Struct)
+
+
+async def read_order(request: Request, kind: type[Order]) -> Order:
+    """The JSON body of an order to the repository; the defaults if it is empty.
+
+    Raises:
+        Refusal: 400, it is not of that form; 413.
+    """
+    body = b"".join([part async for part in limited(request.stream(), MAX_HEAD)])
+    try:
+        return msgspec.json.decode(body or b"{}", type=kind)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise Refusal(400, f"the body: {error}") from error
+
+
+def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """An optional JSON body for FastAPI's `openapi_extra`."""
+    schema = msgspec.json.schema(kind)["$defs"][kind.__name__]
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
 
 
 def add_repository_routes(router: APIRouter, catalogue: Catalogue) -> None:
     """The model repository extension: list, load and unload programs."""
 
-    @router.post("/repository/index", tags=["Model repository"])
-    async def index() -> list[dict[str, str]]:
+    @router.post(
+        "/repository/index", tags=["Model repository"], openapi_extra=body_of(IndexRequest)
+    )
+    async def index(request: Request) -> list[dict[str, str]]:
         """Every program that is loaded or may be loaded, and why it is not loaded."""
-        rows = []
-        for name in {**catalogue.sources(), **catalogue.served}:
-            program = catalogue.served.get(name)
-            rows.append(
-                {
-                    "name": name,
-                    "version": "" if program is None else program.version,
-                    "state": "UNAVAILABLE" if program is None else "READY",
-                    "reason": catalogue.reasons.get(name, ""),
-                }
-            )
-        return rows
+        return catalogue.index((await read_order(request, IndexRequest)).ready)
 
-    @router.post("/repository/models/{name}/load", tags=["Model repository"], responses=NOT_FOUND)
-    async def load(name: str) -> dict[str, Any]:
+    @router.post(
+        "/repository/models/{name}/load",
+        tags=["Model repository"],
+        responses=NOT_FOUND,
+        openapi_extra=body_of(LoadRequest),
+    )
+    async def load(name: str, request: Request) -> dict[str, Any]:
         """Load a program, or reload its file.
 
         The old version is served until the new one has run a clip in every worker.
         """
+        given = (await read_order(request, LoadRequest)).parameters
+        if given:
+            raise Refusal(
+                400,
+                f"parameters {', '.join(sorted(given))[:100]}; accepted are none: a program "
+                f"file has all of its configuration",
+            )
         program = await catalogue.load(name)
         return {"name": program.name, "version": program.version}
 

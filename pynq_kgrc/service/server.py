@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import resource
 import signal
@@ -34,6 +35,10 @@ log = logging.getLogger("pynq_kgrc.service")
 REQUEST_TIMEOUT = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: 59\r\n"
     b'connection: close\r\n\r\n{"error": "the head of the request did not arrive in time"}'
+)
+BAD_REQUEST = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+    b"x-content-type-options: nosniff\r\nconnection: close\r\n\r\n"
 )
 BACKLOG = 4096
 """Connections that the kernel queues until they are accepted."""
@@ -124,6 +129,8 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _send_timer: asyncio.TimerHandle | None = None
     _held_data: bytes | None = None
+    _upgraded = False
+    """Whether the connection has become a WebSocket, which has time limits of its own."""
     _lingering: LingeringTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -166,7 +173,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
     def data_received(self, data: bytes) -> None:
         """Stop the timer when the header is complete; start it when another request begins."""
         super().data_received(data)
-        if not self._is_idle():
+        if self._upgraded or not self._is_idle():
             self._stop_timer()
         elif self._head_timer is None and not self.transport.is_closing():
             self._start_timer()
@@ -175,6 +182,12 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
         """Let a waiting request proceed, then shut down."""
         self._proceed()
         super().shutdown()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP/1.1, in JSON as all errors are; uvicorn answers in plain text."""
+        body = json.dumps({"error": f"not a request of HTTP/1.1: {msg}"}).encode()
+        self.transport.write(BAD_REQUEST % len(body) + body)
+        self.transport.close()
 
     def pause_writing(self) -> None:
         """The write buffer is full (back-pressure): start the timer for the client to read."""
@@ -190,7 +203,7 @@ class TimedProtocol(H11Protocol, asyncio.BufferedProtocol):
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """The connection becomes a WebSocket: stop the timer for the header."""
         super().handle_websocket_upgrade(event)
-        self._stop_timer()
+        self._upgraded = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""

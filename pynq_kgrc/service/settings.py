@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import shipped_programs
+from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS
 
 MIN_KEY = 16
 """Smallest length of a key, in characters."""
@@ -39,14 +40,14 @@ class Settings:
     live: int = 4
     """Live sessions that may run at a time."""
     max_bytes: int = 200_000_000
-    """Largest request body, and largest body after decompression."""
-    max_json_bytes: int = 32_000_000
-    """Largest JSON part of an inference request."""
+    """Largest request body."""
+    infer_bytes: int = 100_000_000
+    """Memory for the bodies of all inference requests at a time; others wait to be read."""
     max_header_bytes: int = 32_768
-    max_pixels: int = 1920 * 1088
+    max_pixels: int = MAX_PIXELS
     """Largest frame, in pixels."""
-    max_seconds: float = 600.0
-    """Longest video."""
+    max_seconds: float = MAX_SECONDS
+    """Of a longer video only the beginning is looked at."""
     max_window: int = 1024
     """Most frames of a video that one window may span."""
 
@@ -65,7 +66,7 @@ class Settings:
     job_seconds: float = 3600.0
     """Time limit of a job, or of an inference without a timeout of its own."""
     decode_seconds: float = 120.0
-    """Time limit to decode a video: processor time, and time on the clock without the device's."""
+    """Processor time to decode a video; after it, what was decoded is the answer."""
     decode_bytes: int = 1_000_000_000
     """Address space that a decoder child may add."""
     drain_seconds: float = 1.0
@@ -75,8 +76,8 @@ class Settings:
     keep_seconds: float = 3600.0
     """How long results of jobs are kept."""
     free_bytes: int = 100_000_000
-    """An upload is refused with 507 if, when it begins, the disk has less than this free besides
-    its announced size. The space is not reserved."""
+    """Bytes that stay free on the disk of `state`: an upload that would take them is refused with
+    507. An announced size is reserved until it has arrived."""
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:

@@ -25,25 +25,64 @@ MAX_FIELD = 1000
 MAX_PARTS = 16
 
 
+class Room:
+    """The room for uploads on a disk: what is free, less what uploads under way were promised.
+
+    Args:
+        folder: a folder on that disk.
+        keep: bytes that stay free.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.promised = 0
+        """Bytes that were announced by uploads under way and have not arrived yet."""
+
+    def check(self, size: int, promised: int = 0) -> None:
+        """Refuse `size` more bytes that do not fit beside what is to stay free.
+
+        Args:
+            size: the bytes.
+            promised: how many of them were promised to this upload before.
+
+        Raises:
+            Refusal: 507, the disk is full.
+        """
+        others = self.promised - promised
+        free = shutil.disk_usage(self.folder).free - others
+        if free < size + self.keep:
+            raise Refusal(
+                507,
+                f"no room for an upload of {size} bytes: {max(0, free)} are free beside other "
+                f"uploads, and {self.keep} stay free",
+                60,
+            )
+
+
 class Upload:
     """A video in an unnamed temporary file; closing it deletes it.
 
     Args:
-        folder: the file system on which the file is.
-        expected: bytes that the client announced; 0 if it did not.
-        free_bytes: what must be free besides, when the upload begins.
+        room: the disk on which the file is.
+        expected: bytes that the client announced, which are reserved; 0 if it did not.
 
     Raises:
         Refusal: 507, the disk is full.
     """
 
-    def __init__(self, folder: Path, expected: int, free_bytes: int) -> None:
-        if shutil.disk_usage(folder).free < expected + free_bytes:
-            raise Refusal(507, f"no room for an upload of {expected} bytes", 60)
+    def __init__(self, room: Room, expected: int) -> None:
+        self.room, self.promised = room, 0
+        room.check(expected)
+        folder = room.folder
         self.file = cast(BinaryIO, tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115
         self.size = 0
         self.fields: list[tuple[str, str]] = []
         """Name and text of each further field of a form."""
+        self._promise(expected)
+
+    def _promise(self, change: int) -> None:
+        self.promised += change
+        self.room.promised += change
 
     def write(self, data: bytes) -> None:
         """Append data.
@@ -51,6 +90,8 @@ class Upload:
         Raises:
             Refusal: 507, the disk is full.
         """
+        own = min(len(data), self.promised)
+        self.room.check(len(data), own)
         try:
             while data:
                 written = self.file.write(data)
@@ -60,6 +101,11 @@ class Upload:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise Refusal(507, f"the disk is full after {self.size} bytes", 60) from error
             raise
+        self._promise(-own)
+
+    def complete(self) -> None:
+        """All has arrived: what was promised beyond it is free again."""
+        self._promise(-self.promised)
 
     def open(self) -> int:
         """A new descriptor of the file, with a read position of its own."""
@@ -67,6 +113,7 @@ class Upload:
 
     def close(self) -> None:
         """Close and delete the file."""
+        self.complete()
         self.file.close()
 
 
@@ -134,9 +181,9 @@ class _Form:
 
 
 async def receive_upload(
-    chunks: AsyncIterator[bytes], content_type: str, expected: int, folder: Path, free_bytes: int
+    chunks: AsyncIterator[bytes], content_type: str, expected: int, room: Room
 ) -> Upload:
-    """Store the body of a request in a file.
+    """Store the body of a request in a file; `expected` is its announced size, or 0.
 
     Raises:
         Refusal: 400 a malformed form, or one without a video; 415 another type of body; 507.
@@ -153,7 +200,7 @@ async def receive_upload(
         )
     if form and not options.get(b"boundary"):
         raise Refusal(400, "multipart/form-data without a boundary")
-    upload = Upload(folder, expected, free_bytes)
+    upload = Upload(room, expected)
     try:
         reader = _Form(upload, options[b"boundary"]) if form else None
         async for chunk in chunks:
@@ -168,6 +215,7 @@ async def receive_upload(
                 raise Refusal(400, f"a form without a part named {' or '.join(VIDEO_FIELDS)}")
         if not upload.size:
             raise Refusal(400, "an empty video (0 bytes)")
+        upload.complete()
     except FormParserError as error:
         upload.close()
         raise Refusal(400, f"not a form: {error}") from error

@@ -33,12 +33,23 @@ from pynq_kgrc.service.schemas import (
     VideoFacts,
 )
 from pynq_kgrc.service.settings import Settings
+from pynq_kgrc.service.tensors import InferRequest
 from pynq_kgrc.service.uploads import Upload
-from pynq_kgrc.service.waiting import within
-from pynq_kgrc.service.wire import DecodeReply, DecodeRequest, LayerRun, ProgramDocument
+from pynq_kgrc.service.waiting import in_order, within
+from pynq_kgrc.service.wire import (
+    BodyRequest,
+    ConfinedRequest,
+    DecodeReply,
+    DecodeRequest,
+    LayerRun,
+    ProgramDocument,
+)
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
 """Only a process with one thread may fork safely, so the numeric libraries get one thread."""
+
+CONFINED_SECONDS = 30.0
+"""Time limit for the first child; the process that forks it may still be starting."""
 
 DIGITS = 6
 """Decimals of the confidences in an answer."""
@@ -52,6 +63,7 @@ class Decoder:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._reading = asyncio.Lock()
 
     def start(self) -> None:
         """Start the process; forking a child from it takes 10 ms instead of a second."""
@@ -82,7 +94,7 @@ class Decoder:
         """Process id; 0 if there is no process."""
         return 0 if self._process is None else self._process.pid
 
-    def fork(self, request: DecodeRequest, source: int, target: int) -> None:
+    def fork(self, request: wire.Orders, source: int, target: int) -> None:
         """Fork a child that reads from descriptor `source` and writes to `target`.
 
         Raises:
@@ -108,7 +120,55 @@ class Decoder:
         The pipe's buffer gives back-pressure: while a clip runs on the device, the child decodes
         about two clips ahead. Leaving the context ends the child.
         """
-        source = upload.open()
+        async with self._child(upload.open(), request, max(1 << 16, clip_bytes)) as stream:
+            yield _replies(stream, request, clip_bytes)
+
+    async def body(self, upload: Upload, request: BodyRequest) -> tuple[InferRequest, memoryview]:
+        """The body of an inference request, read by a child; see `tensors.read_body`.
+
+        One at a time, so that all of them take no more memory than one.
+
+        Raises:
+            Refusal: what is wrong with the body; 413, it takes too much time or memory.
+        """
+        async with self._reading, self._child(upload.open(), request, 1 << 20) as stream:
+            try:
+                reading = wire.read(stream, DecodeReply, request.most)
+                message = await within(reading, request.seconds + 5)
+            except (asyncio.TimeoutError, DeviceError):
+                message = None
+        if message is None:
+            raise Refusal(
+                413,
+                f"reading this body failed, or took more than the {request.seconds:g} s or "
+                f"{request.memory_bytes} bytes of memory accepted: send tensors binary",
+            )
+        reply, clips = message
+        if reply.kind == "error":
+            raise Refusal(reply.status if reply.status in (413, 415) else 400, reply.text[:500])
+        return msgspec.json.decode(reply.text, type=InferRequest), memoryview(clips)
+
+    async def confined(self) -> list[str]:
+        """What a child on this machine cannot do, by trying it; see `confine.what_holds`.
+
+        Raises:
+            DeviceError: no child answers.
+        """
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        async with self._child(nothing, ConfinedRequest(), 1 << 16) as stream:
+            message = await within(wire.read(stream, DecodeReply), CONFINED_SECONDS)
+        if message is None:
+            raise DeviceError("the process that decodes videos does not answer")
+        return message[0].notes
+
+    @contextlib.asynccontextmanager
+    async def _child(
+        self, source: int, request: wire.Orders, ahead: int
+    ) -> AsyncIterator[asyncio.StreamReader]:
+        """What a child writes that reads from `source`, which is closed here.
+
+        `ahead` bytes are read of it before they are asked for.
+        """
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         wire.enlarge_pipe(ours)
         try:
@@ -119,13 +179,13 @@ class Decoder:
         finally:
             os.close(source)
             os.close(theirs)
-        stream = asyncio.StreamReader(limit=max(1 << 16, clip_bytes))
+        stream = asyncio.StreamReader(limit=ahead)
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(ours, "rb", buffering=0)
         )
         try:
-            yield _replies(stream, request, clip_bytes)
+            yield stream
         finally:
             transport.close()
 
@@ -222,16 +282,23 @@ async def classify(
     run = waited = 0.0
     end = DecodeReply("end")
     async with decoder.clips(upload, request, clip_bytes) as replies:
-        async for reply, payload in replies:
-            if reply.kind == "end":
-                end = reply
-                break
-            found = await pool.run(program.key, payload)
-            times = round(reply.start_ms, 1), round(reply.end_ms, 1)
-            windows.add(*times, probabilities_of(found))
-            layers, run, waited = found.layers, run + found.seconds, waited + found.waited
-            share = min(1.0, reply.end_ms / reply.declared_ms) if reply.declared_ms else None
-            report(Progress(len(windows.windows), reply.decoded, share))
+
+        async def clips() -> Clips:
+            nonlocal end
+            async for reply, payload in replies:
+                if reply.kind == "end":
+                    end = reply
+                    return
+                yield reply, payload
+
+        runs = in_order(clips(), lambda clip: pool.run(program.key, clip[1]), pool.size)
+        async with contextlib.aclosing(runs):
+            async for (reply, _), found in runs:
+                times = round(reply.start_ms, 1), round(reply.end_ms, 1)
+                windows.add(*times, probabilities_of(found))
+                layers, run, waited = found.layers, run + found.seconds, waited + found.waited
+                share = min(1.0, reply.end_ms / reply.declared_ms) if reply.declared_ms else None
+                report(Progress(len(windows.windows), reply.decoded, share))
     total = time.perf_counter() - began
     recognition = windows.result(end.notes, pool.backend)
     return Classification(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import math
 import struct
 from typing import Any, BinaryIO, TypeVar
 
@@ -17,7 +18,7 @@ import msgspec
 
 from pynq_kgrc.analysis.documents import ProgramDescription, TaskDescription
 from pynq_kgrc.errors import DeviceError
-from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS, ClipSpec
 
 LENGTHS = struct.Struct("<IQ")
 MAX_HEAD = 4_000_000
@@ -72,7 +73,7 @@ class Answer(msgspec.Struct):
     program: ProgramDocument | None = None
 
 
-class DecodeRequest(msgspec.Struct, forbid_unknown_fields=True):
+class DecodeRequest(msgspec.Struct, tag="decode", forbid_unknown_fields=True):
     """To a decoder child: what to decode, into which clips, within which limits."""
 
     verb: str
@@ -82,14 +83,45 @@ class DecodeRequest(msgspec.Struct, forbid_unknown_fields=True):
     """One of `graph.SAMPLINGS`."""
     window: int | None = None
     stride: int | None = None
-    max_pixels: int = 1920 * 1088
-    max_seconds: float = 600.0
+    max_pixels: int = MAX_PIXELS
+    max_seconds: float = MAX_SECONDS
     decode_seconds: float = 120.0
     decode_bytes: int = 1_000_000_000
 
 
+class BodyRequest(msgspec.Struct, tag="body", frozen=True, forbid_unknown_fields=True):
+    """How to read the body of an inference request. To a decoder child."""
+
+    model: str
+    clip_shape: tuple[int, int, int, int]
+    """[D, H, W, 3]."""
+    most: int
+    """Largest body after decompression, in bytes."""
+    encoding: str = ""
+    """Content-Encoding."""
+    head_length: str | None = None
+    """Inference-Header-Content-Length: bytes of the JSON part; without it all is JSON."""
+    memory_bytes: int = 250_000_000
+    """Address space that a decoder child may add."""
+    seconds: float = 30.0
+    """Time limit of a decoder child."""
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of a clip."""
+        return math.prod(self.clip_shape)
+
+
+class ConfinedRequest(msgspec.Struct, tag="confined", forbid_unknown_fields=True):
+    """To a decoder child: confine yourself, and tell what you cannot do."""
+
+
+Orders = DecodeRequest | BodyRequest | ConfinedRequest
+"""What a decoder child may be asked for."""
+
+
 class DecodeReply(msgspec.Struct):
-    """From a decoder child; `kind` is `clip`, `frame`, `end` or `error`."""
+    """From a decoder child; `kind` is `clip`, `frame`, `end`, `body`, `confined` or `error`."""
 
     kind: str
     number: int = 0

@@ -214,6 +214,11 @@ class BoardBackend(Loaded):
             )
         return clock
 
+    @property
+    def clock_mhz(self) -> float:
+        """The clock of the kernel, as the board reads it back."""
+        return self._clock_hz / 1e6
+
     def describe(self) -> str:
         """The design, digest and clock that the device reported, and how runs are awaited."""
         waits = "interrupt" if self._interrupts else "no interrupt, polled"
