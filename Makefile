@@ -21,10 +21,12 @@ $(VENV)/base: setup.py constraints.txt
 	$(PIP) -e '.[train]'
 	@touch $@
 
-$(VENV)/dev: $(VENV)/base
+# all of base in one go: pip then resolves and downloads once
+$(VENV)/dev: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[train,dev,docs,board,serve,grpc,clients]'
 	$(PIP) --no-deps hls4ml # only for its ap_int headers: the C-simulation is tested with them too
-	@touch $@
+	@touch $(VENV)/base $@
 
 $(VENV)/jupyter: $(VENV)/base
 	$(PIP) -e '.[train,notebooks]'
