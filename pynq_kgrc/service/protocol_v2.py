@@ -28,7 +28,15 @@ from pynq_kgrc.service.inference import (
 )
 from pynq_kgrc.service.parts import Service, limited
 from pynq_kgrc.service.refusal import Refusal
-from pynq_kgrc.service.schemas import ERRORS, NOT_FOUND
+from pynq_kgrc.service.schemas import (
+    ERRORS,
+    NOT_FOUND,
+    IndexRequest,
+    InferAnswer,
+    LoadRequest,
+    answer_of,
+    body_of,
+)
 from pynq_kgrc.service.tensors import (
     HEADER_LENGTH,
     MAX_HEAD,
@@ -128,7 +136,10 @@ def add_server_routes(router: APIRouter, service: Service) -> None:
 def add_model_routes(router: APIRouter, service: Service) -> None:
     """Readiness, metadata and inference of a model, with and without its version."""
     catalogue = service.catalogue
-    body = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
+    typed: dict[str, Any] = {
+        "openapi_extra": body_of(InferRequest),
+        "responses": {200: answer_of(InferAnswer, "The outputs"), **NOT_FOUND},
+    }
 
     @router.get("/models/{name}/versions/{version}/stats", tags=[OIP], responses=NOT_FOUND)
     @router.get("/models/{name}/stats", tags=[OIP], responses=NOT_FOUND)
@@ -162,8 +173,8 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
         """The configuration of a model, as Triton gives it."""
         return configuration(catalogue.find(name, version))
 
-    @router.post("/models/{name}/versions/{version}/infer", tags=[OIP], openapi_extra=body)
-    @router.post("/models/{name}/infer", tags=[OIP], openapi_extra=body)
+    @router.post("/models/{name}/versions/{version}/infer", tags=[OIP], **typed)
+    @router.post("/models/{name}/infer", tags=[OIP], **typed)
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
         """Run a model on clips of frames."""
         async with contextlib.AsyncExitStack() as held:
@@ -176,18 +187,6 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
             outputs = chosen_outputs(program, inference, results)
             accepted = ", ".join(request.headers.getlist("accept-encoding"))
             return write_answer(program, inference, outputs, accepted)
-
-
-class IndexRequest(msgspec.Struct):
-    """What `index` may be asked: the loaded programs only."""
-
-    ready: bool = False
-
-
-class LoadRequest(msgspec.Struct):
-    """Triton's parameters of `load`, none of which is accepted."""
-
-    parameters: dict[str, Any] = {}
 
 
 Order = TypeVar("Order", bound=msgspec.Struct)
@@ -210,12 +209,6 @@ async def read_order(request: Request, kind: type[Order]) -> Order:
         return msgspec.json.decode(body or b"{}", type=kind)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise Refusal(400, f"the body: {error}") from error
-
-
-def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """An optional JSON body for FastAPI's `openapi_extra`."""
-    schema = msgspec.json.schema(kind)["$defs"][kind.__name__]
-    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
 
 
 def add_repository_routes(router: APIRouter, catalogue: Catalogue) -> None:

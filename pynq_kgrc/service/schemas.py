@@ -9,7 +9,20 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from pynq_kgrc.results import Recognition
+from pynq_kgrc.service.tensors import InferRequest
 from pynq_kgrc.service.wire import LayerRun, ProgramDocument
+
+
+class IndexRequest(msgspec.Struct):
+    """What `index` may be asked: the loaded programs only."""
+
+    ready: bool = False
+
+
+class LoadRequest(msgspec.Struct):
+    """Triton's parameters of `load`, none of which is accepted."""
+
+    parameters: dict[str, Any] = {}
 
 
 class ErrorDocument(msgspec.Struct, frozen=True):
@@ -90,6 +103,25 @@ class JobDocument(msgspec.Struct, frozen=True):
     error: str | None
 
 
+class AnsweredTensor(msgspec.Struct, frozen=True):
+    """An output: `data` in row-major order, or bytes after the JSON if it has a size for them."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[float | str] | None = None
+    parameters: dict[str, int] | None = None
+
+
+class InferAnswer(msgspec.Struct, frozen=True):
+    """The JSON part of the answer to an inference request."""
+
+    model_name: str
+    model_version: str
+    outputs: list[AnsweredTensor]
+    id: str | None = None
+
+
 class ListedJob(msgspec.Struct, frozen=True):
     """A job without its result."""
 
@@ -126,7 +158,10 @@ class StructResponse(JSONResponse):
 
 
 _, COMPONENTS = msgspec.json.schema_components(
-    [ErrorDocument, Classification, JobDocument, JobList, ProgramList],
+    [
+        *(ErrorDocument, Classification, JobDocument, JobList, ProgramList),
+        *(InferRequest, InferAnswer, IndexRequest, LoadRequest),
+    ],
     ref_template="#/components/schemas/{name}",
 )
 
@@ -149,6 +184,12 @@ def answer_of(kind: type[msgspec.Struct], description: str) -> dict[str, Any]:
     """A response for FastAPI's `responses` whose body is this struct as JSON."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """A JSON body of this struct for FastAPI's `openapi_extra`."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
 
 
 ERRORS: Documented = {
