@@ -163,14 +163,17 @@ def options_of(command):
 
 
 def test_an_accelerator_is_chosen_by_one_option():
-    """`--design` in every command; an earlier spelling is accepted, but not in the help."""
+    """`--design` in every command; an earlier spelling is accepted, but not in the help.
+
+    What looks at a board takes the design of its overlay, if none is given.
+    """
     design = options_of("compile")["--design"]
     assert design.default == "8-sparse"
     assert options_of("compile")["--config"].dest == "design"
     assert options_of("compile")["--config"].help == argparse.SUPPRESS
-    for command in ("compile", "doctor"):
+    for command, default in (("compile", design.default), ("doctor", None), ("selftest", None)):
         assert "--accelerator" not in options_of(command)
-        assert options_of(command)["--design"].default == design.default
+        assert options_of(command)["--design"].default == default
 
 
 def test_commands_that_take_one_clip_sample_alike():

@@ -16,6 +16,7 @@ from serving import LABELS, Serving, write_program, write_video
 
 from pynq_kgrc import Session, load_clip, load_program, recognition, recognize
 from pynq_kgrc.analysis.accuracy import measure_accuracy
+from pynq_kgrc.backends.chosen import choose_backend
 from pynq_kgrc.cli import main
 from pynq_kgrc.cluster.archive import ArchiveSettings, classify_file, find_files
 from pynq_kgrc.compress.dataset import read_index
@@ -73,7 +74,8 @@ def by_notebook(session, video, program, **_):
     """The code of the notebook's cell that shows the best labels."""
     book = nbformat.read(ROOT / "notebooks" / "01_classify.ipynb", as_version=4)
     (cell,) = [c.source for c in book.cells if c.cell_type == "code" and "plot_labels" in c.source]
-    names = {"program": load_program(program), "video": video, "BACKEND": "emulate"}
+    chosen = replace(choose_backend(), backend="emulate")
+    names = {"program": load_program(program), "video": video, "chosen": chosen}
     exec(cell, names)
     return names["found"]
 

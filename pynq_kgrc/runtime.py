@@ -288,10 +288,14 @@ class ReadAhead(Generic[Item]):
         self._found: Item | None = None
         self._error: BaseException | None = None
         self._ended = False
+        # not Thread.join: in Python 3.11 a join that Ctrl-C interrupts takes a thread that runs for
+        # ended
+        self._taken = threading.Event()
         self._process = os.getpid()
 
     def begin(self) -> None:
         """Start to take the next item."""
+        self._taken.clear()
         self._thread = threading.Thread(target=self._next, name="next clip")
         self._thread.start()
 
@@ -302,7 +306,7 @@ class ReadAhead(Generic[Item]):
             BaseException: what the iterator raised.
         """
         assert self._thread is not None
-        self._thread.join()
+        self._taken.wait()
         found, self._found, error = self._found, None, self._error
         if error is not None:
             raise error
@@ -311,7 +315,8 @@ class ReadAhead(Generic[Item]):
     def end(self) -> None:
         """Wait until nothing is taken any more. In the child of a fork there is no thread."""
         self._ended = True
-        if self._process == os.getpid() and self._thread is not None and self._thread.is_alive():
+        if self._process == os.getpid() and self._thread is not None:
+            self._taken.wait()
             self._thread.join()
 
     def _next(self) -> None:
@@ -320,6 +325,8 @@ class ReadAhead(Generic[Item]):
                 self._found = next(self._items, None)
         except BaseException as error:
             self._error = error
+        finally:
+            self._taken.set()
 
 
 @dataclass(frozen=True)
