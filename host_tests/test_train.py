@@ -119,7 +119,13 @@ def penalties():
     }
 
 
-@pytest.mark.parametrize("kind", ["plain", "average", "sgd", "reweighted", "admm"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("plain", "reweighted", "admm"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("average", "sgd")),
+    ],
+)
 def test_a_killed_run_ends_with_the_same_bits(clips, tmp_path, kind):
     config = msgspec.structs.replace(
         SHORT,
@@ -155,6 +161,7 @@ def test_a_killed_run_ends_with_the_same_bits(clips, tmp_path, kind):
     assert_same(parameters(whole), parameters(third))
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(clips, tmp_path):
     one, other = network(), network()
     train(one, *clips, CLIP, SHORT, tmp_path / "0")
@@ -245,6 +252,7 @@ def test_labels_beyond_the_network_are_refused(clips, tmp_path):
         train(Small(3), *clips, CLIP, SHORT, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_average_of_few_epochs_is_of_trained_weights(clips, tmp_path):
     """Ten epochs: without a warm-up the average is mostly of the initial weights (chance, 1/4)."""
     config = msgspec.structs.replace(SHORT, epochs=10, augment=PLAIN, lr=5e-3)
