@@ -218,7 +218,7 @@ function add(files, example) {
     videos.push({ name: file.name, kind, size: file.size, file, example: example && example.name,
       shows: example && example.label, runs: runsNow() });
   }
-  if (!working) show(videos[videos.length - files.length]);
+  if (!working || !shown) show(videos[videos.length - files.length]);
   work();
   listVideos();
 }
@@ -229,7 +229,6 @@ async function work() {
   working = true;
   let next;
   while ((next = videos.find((video) => video.runs.some((run) => run.state === "waiting")))) {
-    if (shown === null || shown.runs.every((run) => FINAL.includes(run.state))) show(next);
     await Promise.all(next.runs.map((run) => classify(next, run)));
     keep();
   }
@@ -498,6 +497,7 @@ function found(run) {
 
 /** Show a video again whose runs have changed, if it is the displayed one. */
 function changed(video) {
+  listVideos();
   if (video !== shown || !video) return;
   const busy = video.runs.filter((run) => !FINAL.includes(run.state));
   const failed = video.runs.filter((run) => run.error);
@@ -507,8 +507,7 @@ function changed(video) {
   $("progress").hidden = !busy.length;
   const [first] = busy;
   if (first) {
-    const known = first.state === "sending" || (first.state === "running" && first.share !== null);
-    if (known) $("progress").value = first.share;
+    if (first.state !== "queued" && Number.isFinite(first.share)) $("progress").value = first.share;
     else $("progress").removeAttribute("value");
   }
   $("status").textContent = first ? working_on(video, first) : conclusion(video);
@@ -520,7 +519,6 @@ function changed(video) {
   showLabels(video);
   showTimes(video);
   showStale();
-  listVideos();
 }
 
 function working_on(video, run) {
