@@ -659,7 +659,7 @@ async function makeThumbs(video) {
     if (video.kind.startsWith("image/")) {
       if (!("ImageDecoder" in window)) return;
       const decoder = new ImageDecoder({ data: await video.file.arrayBuffer(), type: video.kind });
-      await decoder.completed;
+      await Promise.all([decoder.tracks.ready, decoder.completed]);
       const frames = decoder.tracks.selectedTrack.frameCount;
       for (let i = 0; i < count; i += 1) {
         const { image } = await decoder.decode({ frameIndex: Math.floor(((i + 0.5) * frames) / count) });
