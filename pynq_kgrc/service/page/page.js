@@ -540,7 +540,7 @@ function conclusion(video) {
   const parts = done.map(({ result }) => {
     return `${clips(result.windows.length)} in ${seconds(result.timings_ms.total)}`;
   });
-  const shows = video.shows ? ` Its data set says that it shows: ${video.shows}.` : "";
+  const shows = video.shows ? ` The example shows: ${video.shows}.` : "";
   return `Classified ${parts.join(" and ")}.${shows}`;
 }
 
