@@ -21,10 +21,12 @@ $(VENV)/base: setup.py constraints.txt
 	$(PIP) -e '.[train]'
 	@touch $@
 
-$(VENV)/dev: $(VENV)/base
+# all of base in one go: pip then resolves and downloads once
+$(VENV)/dev: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[train,dev,docs,board,serve,grpc,clients]'
 	$(PIP) --no-deps hls4ml # only for its ap_int headers: the C-simulation is tested with them too
-	@touch $@
+	@touch $(VENV)/base $@
 
 $(VENV)/jupyter: $(VENV)/base
 	$(PIP) -e '.[train,notebooks]'
@@ -95,6 +97,7 @@ matrix: $(OLDER_PYNQ:%=$(VENV)/pynq-%/done) ## test the driver under older versi
 		$(VENV)/pynq-$$version/bin/python -m pytest -m 'not slow' -k 'board or doctor' \
 			host_tests/test_board.py host_tests/test_board_xrt.py \
 			host_tests/test_board_battery.py host_tests/test_doctor.py host_tests/test_backends.py || exit 1; \
+		$(VENV)/pynq-$$version/bin/python -m pytest host_tests/test_deploy.py || exit 1; \
 	done
 
 versions: ## test the runtime on the oldest and newest Python and numpy

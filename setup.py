@@ -69,20 +69,20 @@ setup(
         # includes a bitstream and its .hwh if they were built in this checkout
         "pynq_kgrc.overlays": ["README.md", "*/manifest.json", "*/kgrc.bit", "*/kgrc.hwh"],
         "pynq_kgrc.notebooks": ["*.ipynb"],
-        "pynq_kgrc.clips": ["*.*", "calibration/*.*"],
+        "pynq_kgrc.clips": ["*.*", "calibration/*.*", "depth/*.*"],
     },
     install_requires=[
-        "numpy>=1.23",
+        "numpy>=1.21.5",
         "msgspec>=0.18",
         "safetensors>=0.4",
         "threadpoolctl>=3.1",
         "tqdm>=4.60",
         "av>=15,<19",  # FFmpeg: decodes videos; 19 changes its API, for Python 3.10 it ends with 17
         # provides the module cv2 as opencv-python does, but needs no X11 libraries
-        "opencv-python-headless>=4.8",
+        "opencv-python-headless>=4.8,<4.12",
     ],
     extras_require={
-        "board": ["pynq>=3.0.1", "pycparser<3", "setuptools<=80"],
+        "board": ["pynq>=3.0.1,!=3.1.1", "numpy<2", "pycparser<3", "setuptools<=80"],
         "train": ["torch>=2.6", "tomli-w>=1.0", "tomli>=2.0; python_version < '3.11'"],
         "serve": [
             "fastapi>=0.162",

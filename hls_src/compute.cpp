@@ -263,6 +263,10 @@ void multiply(const Task& task, Stream<ArrayRun>& runs, Stream<InputStep>& input
 #pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 1
 #pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 2
 #pragma HLS ARRAY_PARTITION variable = sum_ram complete dim = 3
+#ifdef KGRC_REGION_URAM
+  // two ports a bank, each of which reads or writes: an UltraRAM instead of two block RAMs
+#pragma HLS BIND_STORAGE variable = region_ram type = ram_t2p impl = uram
+#endif
   const bool convolves = is_convolution(task), largest = task[kKind] == kMaxPool;
   ArrayRun run = ArrayRun();
   WeightWord word = WeightWord();

@@ -9,11 +9,8 @@ import runpy
 import sys
 from pathlib import Path
 
-xclbin = runpy.run_path(sys.argv[1])
-KIND = xclbin["AXLF_SECTION_KIND"]
 
-
-def memories(entries):
+def memories(xclbin, entries):
     """The section of the memories in mem.json."""
     entry, head = xclbin["mem_data"], xclbin["mem_topology"]
     raw = bytearray(ctypes.sizeof(head) + (len(entries) - 1) * ctypes.sizeof(entry))
@@ -27,7 +24,7 @@ def memories(entries):
     return bytes(raw)
 
 
-def container(sections):
+def container(xclbin, sections):
     """An xclbin of {kind: bytes}."""
     head, entry = xclbin["axlf"], xclbin["axlf_section_header"]
     raw = bytearray(ctypes.sizeof(head) + (len(sections) - 1) * ctypes.sizeof(entry))
@@ -42,9 +39,11 @@ def container(sections):
 
 
 if __name__ == "__main__":
+    xclbin = runpy.run_path(sys.argv[1])
+    kind = xclbin["AXLF_SECTION_KIND"]
     topology = json.loads(Path("mem.json").read_text())["mem_topology"]
     sections = {
-        KIND.EMBEDDED_METADATA: Path("metadata.xml").read_bytes(),
-        KIND.MEM_TOPOLOGY: memories(topology["m_mem_data"]),
+        kind.EMBEDDED_METADATA: Path("metadata.xml").read_bytes(),
+        kind.MEM_TOPOLOGY: memories(xclbin, topology["m_mem_data"]),
     }
-    Path("t.xclbin").write_bytes(container(sections))
+    Path("t.xclbin").write_bytes(container(xclbin, sections))

@@ -14,6 +14,7 @@ Quick start: adding something that a task can do
 """
 
 import dataclasses
+import sys
 from fractions import Fraction
 from typing import get_args
 
@@ -312,6 +313,40 @@ def test_a_map_is_packed_for_its_own_slot_and_program(name):
     else:
         with pytest.raises(ProgramError, match="packed for the accelerator's memory"):
             backend.write(program.source, PackedMap(program, program.source, 0, codes))
+    backend.close()
+
+
+@pytest.mark.parametrize("name", ["emulate", "csim"])
+def test_what_ctrl_c_stops_half_way_gives_no_answer(name, monkeypatch):
+    """Not the codes of a run that did not end, nor the program before under the new one's name."""
+    net = Net(size=(2, 4, 4))
+    net.conv(net.conv("clip", 6), 5)
+    program, _ = compiled(net)
+    backend = open_backend(name, program.config)
+    module, codes = sys.modules[type(backend).__module__], random_codes(program)
+    target, wanted = program.target, run_program(program, codes)["conv2"]
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    backend.load(program)
+    backend.write(program.source, codes)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "replace" if name == "emulate" else "reported_counters", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            backend.run()
+    with pytest.raises(DeviceError, match="write the clip again after: a run that did not end"):
+        backend.read(target, 5, codes.shape[1:])
+    backend.write(program.source, codes)
+    backend.run()
+    np.testing.assert_array_equal(backend.read(target, 5, codes.shape[1:]), wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Workspace" if name == "emulate" else "ceil_div", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            backend.load(program)
+    with pytest.raises(ProgramError, match="no program is loaded"):
+        backend.run()
+    backend.load(program)
     backend.close()
 
 

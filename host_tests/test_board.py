@@ -1325,6 +1325,7 @@ def test_an_overlay_that_another_process_loaded_is_attached_to(
     device, overlay, program, clips, recorded
 ):
     BoardBackend(program.config, overlay, device=device).close()
+    recorded("operating", overlay / "kgrc.bit")  # as pynq does when it programs it
     with BoardBackend(program.config, overlay, device=device, download=False) as board:
         board.load(program)
         np.testing.assert_array_equal(classify(board, program, clips[0][0]), clips[0][1])
@@ -1347,6 +1348,21 @@ def test_another_process_that_loads_a_bitstream_is_noticed_before_a_register_is_
                 with pytest.raises(DeviceError, match=r"re-programmed: it holds .*other.bit"):
                     verb()
             recorded("operating", overlay / "kgrc.bit")  # as pynq does when it programs it
+
+
+@pytest.mark.parametrize("what", ["not programmed", "gone", "broken"])
+def test_pynq_is_not_left_to_ask_the_ports_of_logic_that_is_not_there(
+    device, overlay, program, recorded, what, tmp_path
+):
+    """`Device.shutdown` of pynq accesses whatever its record names, or fails to read the record."""
+    recorded("write error" if what == "not programmed" else "operating", tmp_path / "other.bit")
+    (record,) = tmp_path.glob("global_pl_state*.json")
+    if what == "gone":
+        (tmp_path / "other.bit").unlink()
+    if what == "broken":
+        record.write_text("{")
+    BoardBackend(program.config, overlay, device=device).close()
+    assert not record.exists()
 
 
 def test_an_overlay_for_another_board(device, overlay, program):

@@ -9,8 +9,10 @@ from pynq_kgrc.compiler.lower import lower
 from pynq_kgrc.compress.calibrate import (
     HEADROOM,
     METHODS,
+    apply_ranges,
     choose_quant,
     choose_range,
+    choose_ranges,
     choose_weight_scale,
     observe,
     tie,
@@ -40,6 +42,29 @@ def test_concat_parts_and_pools_share_one_format():
     assert quantized["conv2"].out_quant == quantized["conv3"].out_quant
     assert quantized["conv1"].out_quant.zero_point == -128  # after a ReLU all codes are used
     assert quantized["conv3"].out_quant.zero_point > -128
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranges_are_chosen_by_the_method_for_all_tensors_of_a_format(method):
+    net = branching_net()
+    graph, clips = net.graph(), net.clips()
+    seen = observe(graph, clips)
+    found = choose_ranges(graph, clips, 8, method)
+    assert found.observed == {name: (each.low, each.high) for name, each in seen.items()}
+    parts = [seen[name] for name, root in tie(graph).items() if root == tie(graph)["concat5"]]
+    assert len(parts) > 3
+    assert found.chosen[tie(graph)["concat5"]] == choose_range(parts, 8, method)
+    least, cut = (choose_range(parts, 8, each) for each in ("minmax", "percentile"))
+    assert least != cut, "the methods differ on these clips"
+
+
+def test_ranges_of_another_network_are_refused():
+    net = branching_net()
+    found = choose_ranges(net.graph(), net.clips(), 8)
+    other = Net(size=(4, 8, 8))
+    other.dense(other.conv("clip", 8), 6)
+    with pytest.raises(CompileError, match="ranges are of another network; only one of both has"):
+        apply_ranges(other.graph(), found)
 
 
 def test_the_result_is_kept_at_sixteen_bits_with_headroom():

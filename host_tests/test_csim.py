@@ -367,7 +367,10 @@ def test_lanes_need_not_be_a_power_of_two(pf):
     assert_follows(program_of(8, True, pf=pf, beat=8))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "8-kv260")) for name in PRESETS],
+)
 def test_every_published_design_builds(name, tmp_path):
     """A small program on each design of table V, and on ours."""
     config = preset(name)

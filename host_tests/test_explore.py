@@ -11,7 +11,7 @@ from networks import Net, compiled, small_config
 from test_published import HARDWARE_PAGE
 
 from pynq_kgrc.accelerator import paper
-from pynq_kgrc.accelerator.boards import REFERENCE, board
+from pynq_kgrc.accelerator.boards import REFERENCE, board, board_of_design
 from pynq_kgrc.accelerator.config import PRESETS, preset, read_design, write_design
 from pynq_kgrc.accelerator.explore import (
     Candidate,
@@ -31,6 +31,8 @@ from pynq_kgrc.accelerator.resources import (
     bram36,
     estimate_resources,
     resource_parts,
+    uram288,
+    uram_parts,
 )
 from pynq_kgrc.cli import main
 from pynq_kgrc.cli.explore import _networks
@@ -43,7 +45,10 @@ from pynq_kgrc.models.trace import trace
 from pynq_kgrc.program import load
 
 ZCU102 = board("zcu102")
+OUR_DESIGNS = ("8-zcu102", "8-zcu104", "8-kv260")
+"""Designs that the search found, each for the board in its name."""
 RESULTS = HARDWARE_PAGE.parent.parent / "benchmarks" / "results" / "latency.json"
+BOARDS_TABLE = RESULTS.with_name("boards.md")
 
 
 def test_resources_of_the_published_arrays_by_hand():
@@ -93,6 +98,34 @@ def test_block_rams_come_in_halves(bits, rows, both, wanted):
 def test_odd_arrays_waste_half_a_dsp():
     even, odd = (estimate_resources(small_config(4, pf=pf)).dsp for pf in (6, 5))
     assert even == odd
+
+
+def test_memories_move_to_ultraram_where_that_leaves_more_of_the_board():
+    config, kv260 = preset("8-kv260"), board("kv260")
+    parts = resource_parts(config)
+    used = estimate_resources(config, kv260)
+    assert uram_parts(config, kv260) == ("region", "memory ports")
+    # 6 reads a trip at two ports make 3 copies of 3 banks, double; they are narrower than 72 bits
+    banks = 2 * 3 * 3
+    # four ports of 128 bits, two of 256 bits for the weights, four of 64 bits for the tables
+    buffers = 4 * 2 + 2 * 4 + 4
+    assert used.uram == banks + buffers
+    saved = parts["region"].bram36 + parts["memory ports"].bram36
+    in_block_ram = estimate_resources(config)
+    assert used == replace(in_block_ram, bram36=in_block_ram.bram36 - saved, uram=used.uram)
+    assert in_block_ram.share(kv260) > 1
+    # a ZCU102 has none; a chip with few of them takes none
+    assert estimate_resources(config, ZCU102) == in_block_ram
+    assert uram_parts(config, ZCU102) == uram_parts(config, replace(kv260, uram=10)) == ()
+    # where block RAM suffices for the buffers of the ports, the banks alone move
+    assert uram_parts(preset("8-zcu104"), board("zcu104")) == ("region",)
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "wanted"), [(72, 4096, 1), (73, 4096, 2), (64, 4097, 2), (512, 1024, 8)]
+)
+def test_ultrarams_are_72_bits_wide(bits, rows, wanted):
+    assert uram288(bits, rows) == wanted
 
 
 def test_designs_fit_and_keep_the_groups():
@@ -156,11 +189,14 @@ def test_our_design_meets_the_targets_within_the_chip(targets):
 
 
 @pytest.mark.slow
-def test_the_search_finds_our_design(targets):
-    ranked = rank_designs(list_designs(preset("8-sparse"), ZCU102), targets)
-    candidates = list(evaluate(ranked[:40], targets))
+@pytest.mark.parametrize("name", OUR_DESIGNS)
+def test_the_search_finds_our_design(targets, name):
+    target = board_of_design(name)
+    ranked = rank_designs(list_designs(preset("8-sparse"), target), targets)
+    candidates = list(evaluate(ranked[:30], targets, memory=target.memory, board=target))
     best = min(candidates, key=lambda each: each.mean_ms)
-    assert best.config.digest == preset("8-zcu102").digest
+    assert best.config.digest == preset(name).digest
+    assert best.resources.share(target) <= 0.8
 
 
 def test_the_ranking_bound_is_a_lower_bound(targets):
@@ -295,6 +331,8 @@ def test_a_file_without_a_design_is_refused(tmp_path, text, message):
 
 def resource_rows():
     for name, config in PRESETS.items():
+        if board_of_design(name) != ZCU102:
+            continue
         found = estimate_resources(config)
         sizes = (config.tm, config.pm, config.tn, config.pk, config.pf, config.port_positions)
         cells = [name, *map(str, sizes), str(macs_a_cycle(config))]
@@ -326,9 +364,32 @@ def test_the_tables_are_those_of_the_present_model(traced, name):
     assert row["modelled"]["70"] == pytest.approx([latency.convolutions, latency.whole], rel=0.01)
 
 
+@pytest.mark.parametrize("name", OUR_DESIGNS)
+def test_the_table_of_boards_is_that_of_the_present_model(traced, name):
+    """Resources, and the latency of C3D."""
+    (row,) = (
+        line.strip("| ").split(" | ")
+        for line in BOARDS_TABLE.read_text("utf-8").splitlines()
+        if line.startswith(f"| {name} |")
+    )
+    config, target = preset(name), board_of_design(name)
+    used = estimate_resources(config, target)
+    assert row[1] == target.part
+    shares = [cell.rpartition("(")[2].rstrip(")") for cell in row[2:6]]
+    found = used.shares(target)
+    wanted = [found.get(resource) for resource in ("dsp", "bram36", "uram", "lut")]
+    assert shares == ["-" if share is None else f"{share:.0%}" for share in wanted]
+    assert max(found.values()) <= 0.8
+    network = network_by(traced["c3d"], recipe("c3d", "kgrc"))
+    latency = model_latency(config, network, memory=target.memory)
+    shown = [float(ms) for ms in row[6].split(" / ")]
+    assert shown == pytest.approx([latency.convolutions, latency.whole], rel=0.01)
+
+
 def test_the_page_shows_what_our_model_says():
     lines = set(HARDWARE_PAGE.read_text("utf-8").splitlines())
     latency_rows = RESULTS.with_suffix(".md").read_text("utf-8").splitlines()
     assert sum(line.startswith("| C3D | KGRC ") for line in latency_rows) == 4
+    latency_rows += BOARDS_TABLE.read_text("utf-8").splitlines()
     for line in (*(row for row in latency_rows if row), *resource_rows(), *part_rows()):
         assert line in lines, f"docs/hardware.md lacks or differs from: {line}"

@@ -11,8 +11,7 @@ from pynq_kgrc.cli import train
 from pynq_kgrc.errors import ModelError
 from pynq_kgrc.files import find_folder, shipped_programs, user_cache
 from pynq_kgrc.models import pretrained
-from pynq_kgrc.program import load
-from pynq_kgrc.samples import cached_program
+from pynq_kgrc.program import cached_program, load
 
 
 def cached_paths(monkeypatch):

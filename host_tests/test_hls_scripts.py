@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from pynq_kgrc.accelerator import header
-from pynq_kgrc.accelerator.boards import board
+from pynq_kgrc.accelerator.boards import BOARDS, board, board_of_design, overlay_name
+from pynq_kgrc.accelerator.build import build_settings
+from pynq_kgrc.accelerator.build import main as print_settings
 from pynq_kgrc.accelerator.config import PRESETS, preset, write_design
 from pynq_kgrc.accelerator.header import (
     ADDRESSES,
@@ -91,7 +93,8 @@ def test_the_makefile_knows_the_designs_the_sources_and_the_board():
     assert variable("SOURCES") == list(SOURCES)
     others = {"config.h", "timed.h", "timed.cpp"}  # made for a design; of the timed simulation
     assert variable("HEADERS") == sorted({p.name for p in HLS.glob("*.h")} - others)
-    assert variable("PART") == [board(*variable("BOARD")).part]
+    assert variable("BOARDS") == list(BOARDS)
+    assert variable("FREE") == [name for name, each in BOARDS.items() if each.free_tools]
     assert set(SOURCES) == {p.name for p in HLS.glob("*.cpp")} - others
     listed = re.search(r"foreach name \{(.*?)\}", (HLS / "scripts/hls.tcl").read_text(), re.DOTALL)
     assert listed[1].split() == list(SOURCES)
@@ -142,13 +145,19 @@ def test_every_memory_port_of_the_kernel_has_one_port_of_the_system(monkeypatch,
         "HP2": ("output",),
         OTHER_PORT: ("shortcut", "tables", "status"),
     }
-    header.main(["--ports"])
+    print_settings(["--design", "8-kv260", "--board", "kv260"])
     assert capsys.readouterr().out == (
-        "HPC0 {input0} HPC1 {input1} HP3 {shortcut tables status} HP2 {output} HP0 {weights0} "
-        "HP1 {weights1}\n"
+        "KGRC_BOARD=kv260 KGRC_PART=xck26-sfvc784-2LV-c KGRC_BOARD_PART=xilinx.com:kv260_som "
+        "KGRC_PORTS='HPC0 {input0} HPC1 {input1} HP3 {shortcut tables status} HP2 {output} "
+        "HP0 {weights0} HP1 {weights1}' KGRC_URAM='region,memory ports'\n"
     )
+    fewer = replace(board("kv260"), ports=("HPC0", "HPC1", "HP0", "HP1"))
+    with pytest.raises(ConfigError, match="kv260 has no port HP3, HP2 to memory; there are HPC0"):
+        build_settings(preset("8-kv260"), fewer)
+    with pytest.raises(ConfigError, match="zcu102 is only modelled: it has no board_part"):
+        build_settings(preset("8-kv260"), replace(board("zcu102"), board_part=""))
     monkeypatch.setattr(header, "ADDRESSES", ("input2",))
-    with pytest.raises(ConfigError, match="input2: SYSTEM_PORTS has 2 for input"):
+    with pytest.raises(ConfigError, match="input2: OWN_PORTS has 2 for input"):
         memory_ports()
 
 
@@ -395,13 +404,14 @@ def test_clock_cycles_are_counted_until_the_token_comes(tmp_path, fault):
 # ---- the Tcl files, with the tools' commands stubbed ------------------------------------------
 
 COMMANDS = """
-add_files apply_bd_automation assign_bd_address config_compile connect_bd_intf_net connect_bd_net
+add_files apply_bd_automation assign_bd_address config_compile config_interface
+connect_bd_intf_net connect_bd_net
 cosim_design create_bd_cell create_bd_design create_clock create_project csim_design csynth_design
 current_fileset current_project export_design generate_target get_bd_addr_segs get_bd_addr_spaces
 get_bd_cells get_bd_intf_pins get_bd_pins get_board_parts get_files get_ipdefs get_property
 get_runs launch_runs make_wrapper open_project open_run open_solution report_timing_summary
-report_utilization save_bd_design set_clock_uncertainty set_part set_property set_top
-update_compile_order update_ip_catalog validate_bd_design version wait_on_run
+report_utilization save_bd_design set_clock_uncertainty set_param set_part set_property set_top
+update_compile_order update_ip_catalog validate_bd_design version wait_on_run xhub::get_xstores
 """
 """Commands of Vitis HLS and of Vivado that the stub takes (UG1399, UG835)."""
 
@@ -422,7 +432,7 @@ proc unknown {name args} {
       return [list $kind:1.9 $kind:1.10]
     }
     "get_board_parts *" {
-      return [expr {$::env(STUB_LACKS) eq "board" ? {} : "xilinx.com:zcu102:part0:3.4"}]
+      return [expr {$::env(STUB_LACKS) eq "board" ? {} : $::env(STUB_BOARDS)}]
     }
     "get_bd_addr_spaces kgrc_run_0/*" {return {kgrc_run_0/Data_m_axi_weights}}
     "get_bd_addr_segs -of_objects *" {
@@ -452,6 +462,12 @@ proc make_file {path text} {
 }
 source [lindex $argv end]
 """
+
+BOARD_PARTS = """xilinx.com:zcu102-es2:part0:1.0 xilinx.com:zcu102:part0:3.4
+xilinx.com:k26c:part0:1.4
+xilinx.com:kv260_som:part0:1.4 xilinx.com:zcu104:part0:1.1 xilinx.com:zcu106:part0:2.6
+avnet.com:Ultra96v2:part0:1.2"""
+"""Names as in github.com/Xilinx/XilinxBoardStore."""
 
 LOOPS = "".join(
     f"<Module><Name>{function}</Name><PerformanceEstimates><SummaryOfLoopLatency><{label}>"
@@ -500,6 +516,8 @@ def tools(tmp_path, monkeypatch):
         "KGRC_PART": "a-part",
         "KGRC_CLOCK_MHZ": "150",
         "KGRC_BOARD": "zcu102",
+        "KGRC_BOARD_PART": "xilinx.com:zcu102",
+        "KGRC_URAM": "nothing",
         "KGRC_JOBS": "3",
         "KGRC_PORT_CLOCK_MHZ": "300",
         "KGRC_PORTS": " ".join(f"{s} {{{' '.join(p)}}}" for s, p in memory_ports().items()),
@@ -509,6 +527,7 @@ def tools(tmp_path, monkeypatch):
         "STUB_LOG": str(tmp_path / "log"),
         "STUB_COMMANDS": COMMANDS,
         "STUB_LACKS": "nothing",
+        "STUB_BOARDS": BOARD_PARTS,
         "STUB_SLACK": "0.1",
         "STUB_REPORT": REPORT,
         "STUB_HANDOFF": handoff(),
@@ -577,6 +596,27 @@ def test_the_calls_of_vitis_hls_come_in_order(tools, tmp_path, monkeypatch):
         assert (done.returncode, done.stderr) == (0, "")
         assert calls_of(tools) == calls
         assert (tmp_path / "build" / made[step]).is_file()
+
+
+@needs_tclsh
+@pytest.mark.parametrize(
+    ("uram", "flag", "buffers"),
+    [("nothing", False, False), ("region", True, False), ("region,memory ports", True, True)],
+)
+def test_memories_go_to_ultraram_where_the_board_asks_for_it(
+    tools, tmp_path, monkeypatch, uram, flag, buffers
+):
+    monkeypatch.setenv("KGRC_STEP", "synthesize")
+    monkeypatch.setenv("KGRC_URAM", uram)
+    done = source(HLS / "scripts/hls.tcl", tmp_path / "build", tmp_path / "stub.tcl")
+    assert (done.returncode, done.stderr) == (0, "")
+    calls = calls_of(tools)
+    files = with_name(calls, "add_files")
+    assert {"-DKGRC_REGION_URAM" in call[-1].split() for call in files} == {flag}
+    found = with_name(calls, "config_interface")
+    assert found == ([["-m_axi_buffer_impl", "uram"]] if buffers else [])
+    pragma = r"#ifdef KGRC_REGION_URAM\n.*\n#pragma HLS BIND_STORAGE variable = region_ram"
+    assert re.search(pragma, (HLS / "compute.cpp").read_text())
 
 
 @needs_tclsh
@@ -690,6 +730,24 @@ def test_the_block_design_is_complete(tools, tmp_path):
 
 
 @needs_tclsh
+@pytest.mark.parametrize("name", BOARDS)
+def test_the_board_part_and_its_preset_are_those_of_the_board(tools, tmp_path, monkeypatch, name):
+    for setting, value in build_settings(preset("8-sparse"), board(name)).items():
+        monkeypatch.setenv(setting, value)
+    (tmp_path / "build/ip").mkdir(parents=True)
+    done = source(HLS / "scripts/overlay.tcl", tmp_path / "build", tmp_path / "stub.tcl")
+    assert (done.returncode, done.stderr) == (0, "")
+    calls = calls_of(tools)
+    assert with_name(calls, "create_project")[0][-1] == board(name).part
+    (part,) = (call[1] for call in with_name(calls, "set_property") if call[0] == "board_part")
+    assert part in BOARD_PARTS.split()
+    assert part.lower().startswith(f"{board(name).board_part}:")
+    (automation,) = with_name(calls, "apply_bd_automation")
+    assert "apply_board_preset 1" in automation
+    assert not with_name(calls, "set_param"), "the store is looked into where the part is missing"
+
+
+@needs_tclsh
 @pytest.mark.parametrize(
     ("lacks", "says"),
     [
@@ -706,6 +764,7 @@ def test_vivado_is_asked_for_all_that_a_build_needs_first(
     done = source(HLS / "scripts/overlay.tcl", tmp_path / "build", tmp_path / "stub.tcl")
     assert (done.returncode == 0) == (lacks == "nothing")
     assert says in done.stderr
+    assert bool(with_name(calls_of(tools), "set_param")) == (lacks == "board")
     kinds = {call[-1] for call in with_name(calls_of(tools), "get_ipdefs")}
     assert not with_name(calls_of(tools), "create_bd_design")
     if lacks == "nothing":
@@ -726,6 +785,7 @@ def test_vivado_is_asked_for_all_that_a_build_needs_first(
         ("STUB_LACKS", "progress", "no bitstream"),
         ("STUB_SLACK", "-0.2", "at 150 MHz (kernel) and 300 MHz (memory ports): WNS is -0.2"),
         ("KGRC_PART", None, "KGRC_PART is not set"),
+        ("KGRC_BOARD_PART", "xilinx.com:zcu", "no board files of zcu102 (xilinx.com:zcu)"),
     ],
 )
 def test_what_fails_makes_no_bitstream(tools, tmp_path, monkeypatch, setting, value, says):
@@ -816,6 +876,48 @@ def test_make_goes_from_sources_to_an_overlay_once(road, tools, tmp_path):
 
 @needs_tclsh
 @needs_make
+def test_overlays_of_one_design_for_two_boards_stay_apart(road, tools, tmp_path):
+    """Without the C-simulation: the compiler is a stub, too."""
+    (tmp_path / "cxx").write_text('#!/bin/sh\nfor last; do :; done\ncp /bin/true "$last"\n')
+    (tmp_path / "cxx").chmod(0o755)
+    write_manifests(tmp_path / "overlays")
+    before = (tmp_path / "overlays/8-kv260/manifest.json").read_bytes()
+    done = road("quick-8-kv260", BOARD="zcu104", CXX=tmp_path / "cxx")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = overlay_name("8-kv260", board("zcu104"))
+    assert [path.name for path in (tmp_path / "build").iterdir()] == [folder]
+    overlay = read_overlay(tmp_path / "overlays" / folder)
+    assert (overlay.manifest.board, overlay.manifest.config) == ("zcu104", preset("8-kv260"))
+    page = (overlay.folder / "report.md").read_text()
+    assert "- memories in UltraRAM: region, memory ports" in page
+    assert page in done.stdout, "the report is shown at the end"
+    calls = calls_of(tools)
+    assert with_name(calls, "set_part") == [[board("zcu104").part]]
+    assert ["board_part", "xilinx.com:zcu104:part0:1.1", ""] in with_name(calls, "set_property")
+    assert (tmp_path / "overlays/8-kv260/manifest.json").read_bytes() == before
+    with pytest.raises(ConfigError, match="no board named 'zcu999'"):
+        print_settings(["--design", "8-kv260", "--board", "zcu999"])
+
+
+@needs_make
+def test_the_makefile_knows_the_board_of_a_design(tmp_path):
+    rules = tmp_path / "rules.mk"
+    rules.write_text(
+        f"include {HLS / 'Makefile'}\nshow:\n\t@echo $(foreach each,$(DESIGNS),"
+        "$(call folder,$(each)):$(call target,$(each)):$(call design,$(call folder,$(each))))\n"
+    )
+    for name in ("", *BOARDS):
+        command = ["make", "-s", "-C", str(HLS), "-f", str(rules), "show", f"BOARD={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        wanted = []
+        for design in PRESETS:
+            target = board(name) if name else board_of_design(design)
+            wanted.append(f"{overlay_name(design, target)}:{target.name}:{design}")
+        assert done.stdout.split() == wanted, done.stderr
+
+
+@needs_tclsh
+@needs_make
 def test_quick_leaves_out_the_cosimulation_until_it_is_asked_for(road, tools, tmp_path):
     done = road("quick-4-dense")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -865,10 +967,12 @@ def test_a_build_that_would_be_slow_or_wrong_is_refused(
 def test_every_tool_is_looked_for_before_the_first_one_runs(road, tools, tmp_path, tool):
     if tool != "PYTHON":
         done = road("4-dense", **{tool: "no-such-tool -x"})
-        assert re.search(r"^not found: no-such-tool\. .*settings64\.sh", done.stdout, re.MULTILINE)
+        found = "no-such-tool"
     else:  # config.h is made by Python, before the tools are needed
         done = road("4-dense", PYTHON="no-such-tool")
-        assert "no-such-tool" in done.stderr
+        found = r"no-such-tool pynq_kgrc\(Python\)"
+    said = rf"^not found: {found}\. .*settings64\.sh.* board files .* licence"
+    assert re.search(said, done.stdout, re.MULTILINE)
     assert done.returncode != 0
     assert not tools.exists(), "a tool has run"
 

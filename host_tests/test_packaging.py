@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from email import message_from_bytes
 from importlib import metadata
@@ -15,6 +16,8 @@ from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from pynq_kgrc import files
 from pynq_kgrc.accelerator.config import PRESETS, preset
@@ -162,7 +165,8 @@ def test_every_licence_is_in_the_table():
     """Each clip, label list and program that ships, and each release that `pull` fetches."""
     table = (ROOT / "LICENSES.md").read_text("utf-8")
     for folder in ("pynq_kgrc/programs/", "pynq_kgrc/labels/kinetics400.txt", "examples/clips/",
-                   "examples/clips/calibration/", "pynq_kgrc/service/page/"):  # fmt: skip
+                   "examples/clips/calibration/", "examples/clips/depth/",
+                   "pynq_kgrc/service/page/"):  # fmt: skip
         assert f"`{folder}`" in table
         assert (ROOT / folder).exists()
     assert {p.name for p in (ROOT / "pynq_kgrc" / "labels").iterdir()} == {"kinetics400.txt"}
@@ -172,7 +176,7 @@ def test_every_licence_is_in_the_table():
         assert f"{release.package} {release.version}" in table
     counts = {"one": 1, "two": 2}
     rows = re.findall(r"^\| (one|two) clips? of .*?`(examples/clips/\S*)`", table, re.MULTILINE)
-    for place in ("examples/clips/", "examples/clips/calibration/"):
+    for place in ("examples/clips/", "examples/clips/calibration/", "examples/clips/depth/"):
         videos = [p for p in (ROOT / place).iterdir() if p.suffix in (".mp4", ".gif", ".avi")]
         assert sum(counts[number] for number, folder in rows if folder == place) == len(videos)
 
@@ -348,24 +352,129 @@ def test_git_has_no_bitstream():
     assert not [name for name in done.stdout.split() if name.endswith((BIT, HWH))]
 
 
+# ---- what pip installs ----------------------------------------------------------------------
+
+IMAGES = {
+    "PYNQ 3": {"python": "3.10", "numpy": "1.21.5", "tqdm": "4.64.0", "pynq": "3.0.1"},
+    "PYNQ 4": {"python": "3.12", "numpy": "1.26.4", "tqdm": "4.68.4", "pynq": "4.0.0"},
+}
+"""What images have (sdbuild's requirements.txt and Ubuntu's python3-numpy). Both need numpy 1."""
+
+INDEX = {
+    "numpy": {"1.21.5": [], "1.26.4": [], "2.4.6": []},
+    "opencv-python-headless": {"4.11.0.86": ["numpy>=1.21.2"], "5.0.0.93": ["numpy>=2"]},
+    "pynq": {"3.0.1": ["numpy"], "4.0.0": ["numpy<2.0", "pycparser<3"]},
+    "pycparser": {"2.23": [], "3.0": []},
+    "setuptools": {"80.0.0": [], "83.0.0": []},
+    "msgspec": {"0.22.0": []},
+    "safetensors": {"0.8.0": []},
+    "threadpoolctl": {"3.8.0": []},
+    "tqdm": {"4.70.1": []},
+    "av": {"17.1.0": [], "18.1.0": []},
+}
+"""Packages, versions and what they require, as on the package index."""
+
+
+def metadata_of(name, version, requires=()):
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    return "\n".join([*lines, *(f"Requires-Dist: {each}" for each in requires), ""])
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """A folder of empty wheels with the names, versions and requirements of INDEX."""
+    folder = tmp_path_factory.mktemp("index")
+    for name, versions in INDEX.items():
+        for version, requires in versions.items():
+            stem = f"{name.replace('-', '_')}-{version}"
+            with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+                about = metadata_of(name, version, requires)
+                archive.writestr(f"{stem}.dist-info/METADATA", about)
+                archive.writestr(
+                    f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n"
+                )
+                archive.writestr(f"{stem}.dist-info/RECORD", "")
+    return folder
+
+
+def chosen(index, folder, wanted, installed=()):
+    """The versions that pip would install into an environment that has `installed`."""
+    venv.create(folder, with_pip=False)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    for name, version in dict(installed).items():
+        about = packages / f"{name}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(metadata_of(name, version, INDEX[name].get(version, ())))
+    offline = ("--dry-run", "--no-index", "--find-links", index, "--report", folder / "report")
+    call("-m", "pip", "--python", folder / "bin" / "python", *PIP[2:], "install", *offline, wanted)
+    report = json.loads((folder / "report").read_text())["install"]
+    return {each["metadata"]["name"]: each["metadata"]["version"] for each in report}
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_keeps_its_packages(wheel, index, tmp_path, image):
+    """With numpy 2, pynq.allocate fails in every program on the board."""
+    packages = {name: version for name, version in IMAGES[image].items() if name != "python"}
+    found = chosen(index, tmp_path, wheel, packages)
+    assert not set(packages) & set(found)
+    assert found["opencv-python-headless"] == "4.11.0.86"
+
+
+def test_an_empty_environment_gets_what_is_right_together(wheel, index, tmp_path):
+    found = chosen(index, tmp_path / "laptop", wheel)
+    assert found["numpy"] == "2.4.6" and "pynq" not in found
+    found = chosen(index, tmp_path / "board", f"{wheel}[board]")
+    wanted = {"pynq": "4.0.0", "numpy": "1.26.4", "setuptools": "80.0.0", "pycparser": "2.23"}
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def pins(python):
+    """Names and versions in constraints.txt for a version of Python."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        if line := line.split("#")[0].strip():
+            asked = Requirement(line)
+            if asked.marker is None or asked.marker.evaluate({"python_version": python}):
+                assert asked.name not in found, f"{asked.name} is there twice for {python}"
+                found[asked.name] = asked.specifier
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+def test_the_pins_are_within_the_bounds(wheel, python):
+    with zipfile.ZipFile(wheel) as built:
+        (name,) = (n for n in built.namelist() if n.endswith(".dist-info/METADATA"))
+        about = message_from_bytes(built.read(name))
+    found = pins(python)
+    for line in about.get_all("Requires-Dist"):
+        asked = Requirement(line)
+        (pin,) = found.get(asked.name, SpecifierSet(">=0"))
+        assert pin.operator != "==" or asked.specifier.contains(pin.version), line
+
+
 # ---- the board ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.parametrize("python", ["3.10", "3.12"])
-def test_a_board_needs_no_compiler_and_no_torch(wheel, tmp_path, python):
+@pytest.mark.parametrize("extra", ["", "[serve]"])
+def test_a_board_needs_no_compiler_and_no_torch(wheel, tmp_path, python, extra):
     """Every package that an aarch64 board with that Python would install has a wheel."""
+    # pip takes the tags of another Python, but asks the running one for markers
+    lines = [f"{name}{bounds}\n" for name, bounds in pins(python).items()]
+    (tmp_path / "constraints").write_text("".join(lines))
     resolve = [
         *(sys.executable, *PIP, "install", "--dry-run", "--only-binary=:all:"),
         *("--python-version", python, "--implementation", "cp", "--target", str(tmp_path / "none")),
         *("--platform", "manylinux2014_aarch64", "--platform", "manylinux_2_28_aarch64"),
-        *("--constraint", str(ROOT / "constraints.txt"), "--report", str(tmp_path / "report")),
+        *("--constraint", str(tmp_path / "constraints"), "--report", str(tmp_path / "report")),
     ]
     probe = subprocess.run([*resolve, "tqdm"], capture_output=True, text=True, timeout=LIMIT)
     if probe.returncode:
         pytest.skip("no package index: the wheels for aarch64 are not resolved")
-    done = subprocess.run([*resolve, str(wheel)], capture_output=True, text=True, timeout=LIMIT)
+    wanted = f"{wheel}{extra}"
+    done = subprocess.run([*resolve, wanted], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report").read_text())["install"]
     files = {each["metadata"]["name"]: each["download_info"]["url"] for each in report}
@@ -373,4 +482,66 @@ def test_a_board_needs_no_compiler_and_no_torch(wheel, tmp_path, python):
     assert all(url.endswith(".whl") for url in files.values())
     native = [url for url in files.values() if not url.endswith("-any.whl")]
     assert native and all("aarch64" in url for url in native)
-    assert not {"torch", "pynq", "fastapi"} & set(files)
+    assert not {"torch", "pynq"} & set(files)
+    assert ("fastapi" in files) == bool(extra)
+
+
+ALLOCATE = """
+import pynq
+from pynq_kgrc.backends.board import simulated
+buffer = pynq.allocate((4,), "u4", target=simulated.shared_device())
+buffer[:] = 7
+buffer.flush()
+print(type(buffer).__name__, buffer.device_address > 0, int(buffer.sum()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("image", IMAGES)
+def test_pynq_works_after_installing(wheel, tmp_path, image):
+    """A plain installation changes no package of an image; the service has its own environment."""
+    about = IMAGES[image]
+    python = os.environ.get(f"PYTHON{about['python'].replace('.', '')}", f"python{about['python']}")
+    probe = subprocess.run([python, "--version"], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"no {python} that runs here: {image} not tested")
+
+    def run(*command, **variables):
+        environment = {**os.environ, **variables}
+        environment.pop("PYTHONPATH", None)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=900, env=environment, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def packages(python):
+        listed = json.loads(run(python, *PIP[:-1], "list", "--format", "json"))
+        return {each["name"]: each["version"] for each in listed}
+
+    run(python, "-m", "venv", tmp_path / "image")
+    image_python = tmp_path / "image" / "bin" / "python"
+    older = ("pynqmetadata==0.1.2", "pynqutils==0.1.1") if about["pynq"] < "3.1" else ()
+    asked = [f"{name}=={about[name]}" for name in ("numpy", "tqdm")]
+    asked += ["pydantic==1.9.1", "ipython", "psutil", "pycparser<3", "wheel", *older]
+    run(image_python, *PIP, "install", "setuptools<=80", *asked)
+    run(image_python, *PIP, "install", "--no-build-isolation", f"pynq=={about['pynq']}", *asked)
+    before = packages(image_python)
+    run(image_python, *PIP, "install", wheel)
+    assert {name: packages(image_python).get(name) for name in before} == before
+    simulated = {"PYNQ_KGRC_SIMULATE": "1"}
+    quiet = ("-W", "ignore", "-c")
+    assert run(image_python, *quiet, ALLOCATE, **simulated).endswith("PynqBuffer True 28\n")
+
+    run(python, "-m", "venv", "--system-site-packages", tmp_path / "own")
+    own_python = tmp_path / "own" / "bin" / "python"
+    (seen,) = (tmp_path / "image" / "lib").glob("python*/site-packages")
+    (place,) = (tmp_path / "own" / "lib").glob("python*/site-packages")
+    (place / "image.pth").write_text(f"{seen}\n")
+    run(own_python, *PIP, "install", f"{wheel}[serve]")
+    assert {name: packages(image_python).get(name) for name in before} == before
+    imported = "import numpy, pynq, pynq_kgrc.service\n" + ALLOCATE + "print(numpy.__version__)"
+    printed = run(own_python, *quiet, imported, **simulated).splitlines()
+    assert printed[-2:] == ["PynqBuffer True 28", about["numpy"]]

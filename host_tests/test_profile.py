@@ -331,6 +331,7 @@ def test_pynq_names_rails_only_by_labels_that_are_unique(sysfs, monkeypatch):
         return list(power.find_rails(folder))
 
     assert named("curr1", "in1", "in2", "power1") == []
+    assert named("pin", "pout1", "pout4", "vout2") == []  # of a PMBus chip; a ZCU104 has two
     assert named("12V", "INT", "power1") == ["12V", "INT"]
     add(0, "ina226_u79", 1)
     assert named("12V", "power1") == ["VCCINT"]

@@ -313,11 +313,12 @@ def taps_as_channels(padded: Array, shape: WindowShape) -> Array:
     # the taps of a row are neighbours in memory: we copy them as one item
     row = np.dtype((np.void, kw * padded.shape[3] * padded.itemsize))
     out = np.empty((*shape.out_size, kd, kh, kw * padded.shape[3]), padded.dtype)
+    items = out.view(row)[..., 0]
     steps = (sd * depth, sh * height, sw * width)
     for d, h in np.ndindex(kd, kh):
         first = d * depth + h * height
         rows: Array = np.ndarray(shape.out_size, row, padded, first, steps)
-        out[:, :, :, d, h].view(row)[..., 0] = rows
+        items[:, :, :, d, h] = rows
     return out.reshape(*shape.out_size, -1).transpose(3, 0, 1, 2)
 
 

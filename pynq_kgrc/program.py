@@ -29,7 +29,7 @@ from pynq_kgrc.accelerator.tiling import (
     weight_bytes,
 )
 from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
-from pynq_kgrc.files import written_beside
+from pynq_kgrc.files import shipped_programs, user_cache, written_beside
 from pynq_kgrc.graph import ClipSpec, ConvShape, Size, WindowShape, taps_as_channels
 from pynq_kgrc.groups import join
 from pynq_kgrc.quant import (
@@ -367,6 +367,16 @@ def _sorted_metadata(payload: bytes) -> bytes:
     text = msgspec.json.encode(header)
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text + payload[end:]
+
+
+def cached_program(name: str) -> Path:
+    """The path of a program of that name in the user's cache; the file need not exist."""
+    return user_cache() / "programs" / f"{name}.kgrc"
+
+
+def named_programs() -> dict[str, Path]:
+    """The programs that come with this package, by name."""
+    return {path.stem: path for path in shipped_programs()}
 
 
 def load(path: str | Path) -> Program:

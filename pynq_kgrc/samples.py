@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compiler.released import (
+    WIDTHS,
+    describe_ranges,
+    ranges_file,
+    released_graph,
+    released_program,
+)
+from pynq_kgrc.compiler.retarget import retarget
 from pynq_kgrc.compress.calibrate import choose_quant
-from pynq_kgrc.errors import VideoError
-from pynq_kgrc.files import find_folder, shipped_programs, user_cache
+from pynq_kgrc.errors import CompileError, ModelError, VideoError
+from pynq_kgrc.files import find_folder, shipped_programs, written_beside
 from pynq_kgrc.graph import (
     AVERAGE_POOL,
     CONV,
@@ -64,17 +75,27 @@ def sample_frames(spec: ClipSpec) -> list[Array]:
     return [load_clip(path, spec).frames for path in calibration_videos()]
 
 
-def cached_program(name: str) -> Path:
-    """The path of a program of that name in the user's cache; the file need not exist."""
-    return user_cache() / "programs" / f"{name}.kgrc"
+def depth_video() -> Path:
+    """A depth video for the program `utd_mhad27`, of a person whom it was not trained on.
+
+    It ships in `examples/clips/depth`, with its label in `index.csv`.
+    """
+    return next(iter(sorted((find_folder("clips") / "depth").glob("*.mp4"))))
+
+
+def true_label(video: Path) -> str:
+    """The label of a video that ships, from the `index.csv` beside it."""
+    with (video.parent / "index.csv").open(encoding="utf-8", newline="") as file:
+        labels = {row["file"]: row["label"] for row in csv.DictReader(file)}
+    return labels[video.name]
 
 
 def sample_program(config: AcceleratorConfig) -> Program:
     """A program to try things with.
 
     The first of these that there is: the program that PYNQ_KGRC_PROGRAM names, whatever its
-    design; a program that ships with the project for the design `config`; an untrained network,
-    compiled for `config` (its labels say so).
+    design; a program that ships with the project, packed for the design `config`; an untrained
+    network, compiled for `config` (its labels say so), for a design that cannot run the former.
 
     Raises:
         ProgramError: PYNQ_KGRC_PROGRAM names a file that is no program.
@@ -85,9 +106,41 @@ def sample_program(config: AcceleratorConfig) -> Program:
         program = load(path)
         if program.config.digest == config.digest:
             return program
+        try:
+            return retarget(program, config)
+        except CompileError:
+            continue  # another width, or a design that cannot run it
     graph = sample_graph()
     clips = (graph.clip.normalise(frames) for frames in sample_frames(graph.clip))
     return lower(choose_quant(graph, clips, config.bits), config)
+
+
+def action_program(
+    config: AcceleratorConfig, name: str = "i3d-kinetics400", tell: Callable[[str], None] = print
+) -> Program:
+    """A program whose labels for the videos that ship mean something.
+
+    PYNQ_KGRC_PROGRAM's; else the published network `name`, made in numpy on the first call; else,
+    without a network connection or for a design of 4 bits, `sample_program`.
+
+    Args:
+        config: the design.
+        name: one of `models.pretrained.RELEASES`, or empty: `sample_program`.
+        tell: receives a line for each stage, and why the published network is not used.
+    """
+    if name and not os.environ.get(PROGRAM):
+        try:
+            return load(released_program(name, config, tell))
+        except ModelError as error:
+            tell(f"not {name}: {error}")
+    return sample_program(config)
+
+
+def videos_of(program: Program) -> list[Path]:
+    """The videos that ship and show an action of the program's labels; else the colour videos."""
+    videos = [depth_video(), *sample_videos()]
+    found = [video for video in videos if true_label(video) in program.labels]
+    return found or sample_videos()
 
 
 def sample_graph(width: int = 16, seed: int = 0) -> Graph:
@@ -128,3 +181,17 @@ def sample_graph(width: int = 16, seed: int = 0) -> Graph:
     conv("fc", CLASSES, layers[-1].size, ones, (0, 0, 0), "none")
     labels = tuple(f"untrained class {i}" for i in range(CLASSES))
     return Graph("untrained thin C3D", tuple(layers), "fc", CLIP, labels)
+
+
+def write_ranges(name: str, graph: Graph, videos: list[Path], bits: tuple[int, ...]) -> Path:
+    """Choose the ranges of a published network on one clip of each video, and store them."""
+    clips = {video: load_clip(video, graph.clip).frames for video in videos}
+    path = ranges_file(name)
+    with written_beside(path) as beside:
+        beside.write_bytes(describe_ranges(name, graph, clips, bits))
+    return path
+
+
+if __name__ == "__main__":
+    for each in sys.argv[1:]:
+        print(write_ranges(each, released_graph(each), calibration_videos(), WIDTHS))

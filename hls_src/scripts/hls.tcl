@@ -23,6 +23,11 @@ set solution hls/solution
 # KGRC_VITIS: ports are the vendor's class, in its C-simulation and co-simulation, too. Only config.h
 # is searched for: the sources name each other's place.
 set flags "-std=c++14 -DKGRC_VITIS -I$build"
+# parts of the design whose memories are UltraRAMs: uram_parts in accelerator/resources.py
+set uram [split [setting KGRC_URAM] ,]
+if {"region" in $uram} {
+  append flags " -DKGRC_REGION_URAM"
+}
 
 if {$step eq "synthesize"} {
   file delete -force ip reports
@@ -42,6 +47,9 @@ if {$step eq "synthesize"} {
   # A pipeline that waits for a word must still hand on what it holds (flushing): with stalling ones
   # the last sums of a tile stay in `multiply` until the next tile comes, which may wait for them.
   config_compile -pipeline_style flp
+  if {"memory ports" in $uram} {
+    config_interface -m_axi_buffer_impl uram
+  }
 
   csim_design -O -argv "$build/vectors.bin"
   csynth_design

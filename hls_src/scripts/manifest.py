@@ -12,11 +12,13 @@ import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
 
 from pynq_kgrc.accelerator import reports
+from pynq_kgrc.accelerator.boards import board
 from pynq_kgrc.accelerator.config import read_design
 from pynq_kgrc.accelerator.header import (
     IMAGE_VERSION,
@@ -25,7 +27,7 @@ from pynq_kgrc.accelerator.header import (
     VLNV,
     memory_ports,
 )
-from pynq_kgrc.accelerator.resources import estimate_resources
+from pynq_kgrc.accelerator.resources import estimate_resources, uram_parts
 from pynq_kgrc.backends.board.overlays import BIT, HWH, MANIFEST, REPORT, Manifest
 from pynq_kgrc.errors import DeviceError, KgrcError
 
@@ -71,13 +73,13 @@ def write_file(path: Path, content: bytes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--design", required=True, help="a name, or the JSON file of a design")
-    parser.add_argument("--board", default="zcu102")
+    parser.add_argument("--board", required=True, help="the board that it was built for")
     parser.add_argument("--clock", type=float, required=True, help="MHz of the kernel")
     parser.add_argument("--port-clock", type=float, required=True, help="MHz of the memory ports")
     parser.add_argument("--build", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     chosen = parser.parse_args()
-    config = read_design(chosen.design)
+    config, target = read_design(chosen.design), board(chosen.board)
     check_handoff(chosen.build / HWH)
     folder = chosen.build / "reports"
     synthesis = reports.read_synthesis(folder / reports.SYNTHESIS)
@@ -93,23 +95,23 @@ def main() -> None:
         clock_mhz=chosen.clock,
         sha256={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         tool=f"Vitis HLS {synthesis.version}, {vivado}",
-        board=chosen.board,
+        board=target.name,
         program_version=IMAGE_VERSION,
         port_clock_mhz=chosen.port_clock,
         loops={loop.name: loop.reached for loop in loops if loop.reached is not None},
         setup_slack_ns=timing.setup_ns,
         cosimulated=(chosen.build / "cosim.passed").is_file(),
     )
-    modelled = estimate_resources(config)
     rows = reports.compare(
-        reports.ChipResources(dsp=modelled.dsp, bram36=modelled.bram36, lut=modelled.lut),
+        reports.ChipResources(**asdict(estimate_resources(config, target))),
         synthesis.resources,
         reports.read_utilization(folder / reports.UTILIZATION),
     )
     facts = (
-        f"design: {config.name}, digest {config.digest}, on {synthesis.part} ({chosen.board})",
+        f"design: {config.name}, digest {config.digest}, on {synthesis.part} ({target.name})",
         f"tools: {manifest.tool}",
         f"clocks: {chosen.clock:g} MHz (kernel), {chosen.port_clock:g} MHz (memory ports)",
+        f"memories in UltraRAM: {', '.join(uram_parts(config, target)) or 'none'}",
         f"co-simulation: {'passed' if manifest.cosimulated else 'not run'}",
     )
     page = reports.build_report(
@@ -127,6 +129,7 @@ def main() -> None:
     # and meanwhile the checksums of the manifest do not match an old bitstream.
     for name, content in files.items():
         write_file(chosen.output / name, content)
+    print(page, f"kept as {chosen.output / REPORT}", sep="\n")
 
 
 if __name__ == "__main__":

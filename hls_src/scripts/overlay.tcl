@@ -1,11 +1,12 @@
-# Vivado, 2022.1 and later: the kernel in a block design for a ZCU102, to a bitstream.
+# Vivado, 2022.1 and later: the kernel in a block design for a board, to a bitstream.
 #
 #   vivado -mode batch -source overlay.tcl
 #
 # The Makefile runs this in the build folder of the design, which holds ip/. Makes kgrc.bit,
 # kgrc.hwh, reports/{utilization,timing}.rpt and vivado.version. With KGRC_STEP = look it only looks
-# whether this Vivado has the part, the board files and the blocks that are needed. Never run by
-# Vivado; a test runs it in tclsh with stubs for the tool's commands.
+# whether this Vivado has the part, the board files and the blocks that are needed. What is different
+# from board to board comes from accelerator/build.py. Never run by Vivado; a test runs it in tclsh
+# with stubs for the tool's commands.
 
 proc setting {name} {
   if {![info exists ::env($name)] || $::env($name) eq ""} {
@@ -15,6 +16,8 @@ proc setting {name} {
 }
 
 set board [setting KGRC_BOARD]
+# vendor and name, without a version: that of the board files differs from Vivado to Vivado
+set board_name [setting KGRC_BOARD_PART]
 set clock_mhz [setting KGRC_CLOCK_MHZ]
 set port_clock_mhz [setting KGRC_PORT_CLOCK_MHZ]
 # port of the processing system -> the kernel's memory ports: memory_ports in accelerator/header.py
@@ -69,10 +72,27 @@ proc masters_of {memory_ports} {
   return $found
 }
 
+# The newest board part of a vendor and name; "" if there is none. Vendors write names in both cases.
+proc board_part_of {name} {
+  foreach part [get_board_parts -latest_file_version] {
+    if {[string match -nocase $name:* $part]} {
+      return $part
+    }
+  }
+}
+
+# a part that is not installed, or not licensed, ends here
 create_project -force kgrc vivado -part [setting KGRC_PART]
-set board_part [lindex [get_board_parts -latest_file_version *:$board:*] 0]
+if {[board_part_of $board_name] eq ""} {
+  # in batch mode Vivado may not look where its store puts board files
+  catch {
+    set store [xhub::get_xstores xilinx_board_store]
+    set_param board.repoPaths [get_property LOCAL_ROOT_DIR $store]
+  }
+}
+set board_part [board_part_of $board_name]
 if {$board_part eq ""} {
-  error "no board files of $board: install them (Vivado, Tools, Vivado Store, Boards)"
+  error "no board files of $board ($board_name): install them (Vivado, Tools, Vivado Store, Boards)"
 }
 set_property board_part $board_part [current_project]
 if {[setting KGRC_STEP] eq "look"} {
@@ -88,8 +108,9 @@ update_ip_catalog
 
 create_bd_design kgrc
 
-# The processing system stays at the top level: pynq finds it only there. The board preset sets up
-# the DDR memory. The kernel accesses it through ports of 128 bits, their full width, with a clock of
+# The processing system stays at the top level: pynq finds it only there. The preset of the board
+# part sets up the DDR memory; that of a KV260 is of its module, without the carrier, whose SD card,
+# UART, USB and Ethernet the boot firmware has set up before. The kernel accesses it through ports of 128 bits, their full width, with a clock of
 # their own; one more port accesses the registers. HPC0 and HPC1 are used as plain ports: AxCACHE of
 # an HLS master asks for no coherency.
 make_cell ps xilinx.com:ip:zynq_ultra_ps_e

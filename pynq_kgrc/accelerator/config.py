@@ -200,8 +200,14 @@ PRESETS = {
         AcceleratorConfig("8-sparse", 8, True, tm=32, tn=8, pm=16, pk=3, pf=8),
         AcceleratorConfig("4-dense", 4, False, tm=32, tn=8, pm=32, pk=3, pf=8),
         AcceleratorConfig("4-sparse", 4, True, tm=64, tn=8, pm=32, pk=3, pf=8),
-        # our own: the best that `explore` finds for C3D and R(2+1)D-18 with KGRC on a ZCU102
+        # our own: the best that `explore` finds for C3D and R(2+1)D-18 with KGRC on each board
         AcceleratorConfig("8-zcu102", 8, True, tm=32, tn=8, pm=16, pk=3, pf=9, beat=8),
+        AcceleratorConfig(
+            *("8-zcu104", 8, True), tm=24, tn=8, pm=12, pk=3, pf=7, th=7, filter_tiles=6, beat=2
+        ),
+        AcceleratorConfig(
+            *("8-kv260", 8, True), tm=16, tn=8, pm=8, pk=3, pf=3, th=7, filter_tiles=3, beat=2
+        ),
     )
 }
 

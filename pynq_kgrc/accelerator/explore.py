@@ -47,8 +47,9 @@ FEATURES = ((4, 14, 14), (4, 7, 14))
 FILTER_TILES = (2, 3, 4, 5, 6, 8)
 """Numbers of filter tiles whose sums are held at the same time, to try."""
 
-BEATS = (4, 8)
-"""Positions in a beat of a map port, to try; 8 are 512 bits at 8 bits and T_N = 8."""
+BEATS = (2, 4, 8)
+"""Positions in a beat of a map port, to try; 8 are 512 bits at 8 bits and T_N = 8. Narrow ports
+take less block RAM, which small boards lack."""
 
 SHARE = 0.8
 """Largest share of each resource that a design may use: above it routing fails (eq. 14, rho)."""
@@ -119,7 +120,8 @@ def list_designs(
                 )
             except ConfigError:
                 continue
-            if config.port_positions != beat or estimate_resources(config).share(board) > share:
+            used = estimate_resources(config, board)
+            if config.port_positions != beat or used.share(board) > share:
                 continue
             found.append(replace(config, name=design_name(config)))
             fitting += 1
@@ -188,8 +190,12 @@ def evaluate(
     networks: Mapping[str, Network],
     clock_mhz: float = CLOCK_MHZ,
     memory: Memory = REFERENCE,
+    board: Board | None = None,
 ) -> Iterator[Candidate]:
-    """Candidates of the designs; a design that cannot run one of the networks is left out."""
+    """Candidates of the designs; a design that cannot run one of the networks is left out.
+
+    Resources are those on `board`, whose UltraRAMs take some memories; without it, block RAMs.
+    """
     for config in configs:
         try:
             latency = {
@@ -198,7 +204,7 @@ def evaluate(
             }
         except CompileError:
             continue
-        yield Candidate(config, estimate_resources(config), latency)
+        yield Candidate(config, estimate_resources(config, board), latency)
 
 
 def model_latency(
@@ -226,11 +232,12 @@ def pareto_front(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 class ResourceShares(msgspec.Struct, frozen=True):
-    """Shares of a board's DSPs, block RAMs and LUTs, from 0 to 1."""
+    """Shares of a board's DSPs, block RAMs, LUTs and UltraRAMs, from 0 to 1."""
 
     dsp: float
     bram36: float
     lut: float
+    uram: float = 0.0
 
 
 class DesignReport(msgspec.Struct, frozen=True):
@@ -274,9 +281,7 @@ def report_design(candidate: Candidate, board: Board, pareto: bool) -> DesignRep
         },
         resources=used,
         share=ResourceShares(
-            dsp=round(used.dsp / board.dsp, 3),
-            bram36=round(used.bram36 / board.bram36, 3),
-            lut=round(used.lut / board.lut, 3),
+            **{name: round(share, 3) for name, share in used.shares(board).items()}
         ),
         pareto=pareto,
         config=candidate.config,

@@ -93,7 +93,7 @@ MANAGER = "xilinx.com:ip:dfx_axi_shutdown_manager:1.0"
 """The block between a memory port and the processing system that ends open bursts (PG377). pynq
 asks all blocks of this VLNV to shut down before it programs the device."""
 
-SYSTEM_PORTS = {"input": ("HPC0", "HPC1"), "weights": ("HP0", "HP1"), "output": ("HP2",)}
+OWN_PORTS = {"input": ("HPC0", "HPC1"), "weights": ("HP0", "HP1"), "output": ("HP2",)}
 """Ports of the processing system by the kernel's memory ports: `input0` takes the first of `input`,
 `input1` the second. All other memory ports share OTHER_PORT."""
 
@@ -104,15 +104,15 @@ def memory_ports() -> dict[str, tuple[str, ...]]:
     """Port of the processing system -> the kernel's memory ports that it carries, in order.
 
     Raises:
-        ConfigError: the kernel has more ports of a kind than SYSTEM_PORTS has for it.
+        ConfigError: the kernel has more ports of a kind than OWN_PORTS has for it.
     """
     found: dict[str, tuple[str, ...]] = {}
     for port in ADDRESSES:
         kind = port.rstrip("0123456789_")
         number = int(port[len(kind) :].lstrip("_") or 0)
-        system = SYSTEM_PORTS.get(kind, (OTHER_PORT,))
+        system = OWN_PORTS.get(kind, (OTHER_PORT,))
         if number >= len(system):
-            raise ConfigError(f"{port}: SYSTEM_PORTS has {len(system)} for {kind}: {system}")
+            raise ConfigError(f"{port}: OWN_PORTS has {len(system)} for {kind}: {system}")
         found[system[number]] = (*found.get(system[number], ()), port)
     return found
 
@@ -278,15 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--design", default="8-sparse", help="a name, or the JSON file of a design")
     parser.add_argument("-o", "--output", type=Path, help="file to write instead of printing")
-    parser.add_argument(
-        "--ports", action="store_true", help="print memory_ports as a Tcl dictionary instead"
-    )
     chosen = parser.parse_args(arguments)
-    if chosen.ports:
-        print(
-            " ".join(f"{system} {{{' '.join(ports)}}}" for system, ports in memory_ports().items())
-        )
-        return
     text = config_header(read_design(chosen.design))
     path: Path | None = chosen.output
     if path is None:

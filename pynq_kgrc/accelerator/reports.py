@@ -18,10 +18,12 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
 
+from pynq_kgrc.accelerator.boards import board, board_of_design
 from pynq_kgrc.accelerator.config import read_design
 from pynq_kgrc.accelerator.resources import estimate_resources
 from pynq_kgrc.errors import ConfigError
@@ -500,6 +502,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ".json that explore -o wrote",
     )
     parser.add_argument(
+        "--board",
+        help="the board whose memories the estimate counts; default the board of the design",
+    )
+    parser.add_argument(
         "--estimate",
         type=_parse_estimate,
         nargs="*",
@@ -525,8 +531,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     timing = read_timing(paths[2]) if paths[2].is_file() else None
     estimate: dict[str, float] = {}
     if chosen.design is not None:
-        modelled = estimate_resources(read_design(chosen.design))
-        estimate = dict(dsp=modelled.dsp, bram36=modelled.bram36, lut=modelled.lut)
+        config = read_design(chosen.design)
+        target = board(chosen.board) if chosen.board else board_of_design(config.name)
+        estimate = asdict(estimate_resources(config, target))
     rows = compare(
         ChipResources(**(estimate | dict(chosen.estimate))),
         None if synthesis is None else synthesis.resources,

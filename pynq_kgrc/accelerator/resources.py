@@ -9,8 +9,9 @@ estimate with a synthesis report.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
@@ -79,25 +80,73 @@ smartconnects together are within the 25 to 40 thousand LUTs that the review of 
 
 @dataclass(frozen=True)
 class Resources:
-    """DSP48E2s, 36-kbit block RAMs and LUTs."""
+    """DSP48E2s, 36-kbit block RAMs, LUTs and UltraRAMs."""
 
     dsp: int
     bram36: float
     lut: int
+    uram: int = 0
+
+    def shares(self, board: Board) -> dict[str, float]:
+        """The shares of a board that are used, by the name of the resource; 1 = all of it."""
+        return {
+            name: getattr(self, name) / getattr(board, name)
+            for name in ("dsp", "bram36", "lut", "uram")
+            if getattr(board, name) or getattr(self, name)
+        }
 
     def share(self, board: Board) -> float:
-        """The largest of the three shares of a board, 1 = all of it."""
-        return max(self.dsp / board.dsp, self.bram36 / board.bram36, self.lut / board.lut)
+        """The largest of the shares of a board, 1 = all of it."""
+        return max(self.shares(board).values())
 
 
-def estimate_resources(config: AcceleratorConfig) -> Resources:
-    """Modelled resources of a design: the sum of its parts."""
-    parts = resource_parts(config).values()
-    return Resources(
-        dsp=sum(part.dsp for part in parts),
-        bram36=sum(part.bram36 for part in parts),
-        lut=sum(part.lut for part in parts),
+def estimate_resources(config: AcceleratorConfig, board: Board | None = None) -> Resources:
+    """Modelled resources of a design on a board: the sum of its parts.
+
+    Without a board all memories are block RAMs, as on a ZCU102, which has no UltraRAM.
+    """
+    parts = resource_parts(config)
+    if board is not None and board.uram:
+        return _place_memories(parts, config, board)[1]
+    return _sum(parts.values())
+
+
+def uram_parts(config: AcceleratorConfig, board: Board) -> tuple[str, ...]:
+    """The parts of a design whose memories are UltraRAMs on a board: of `IN_URAM`, or none.
+
+    The build gives the answer to the tools (hls_src/scripts/hls.tcl). It changes no code and no
+    program, and no figure of latency.
+    """
+    return _place_memories(resource_parts(config), config, board)[0]
+
+
+def _place_memories(
+    parts: Mapping[str, Resources], config: AcceleratorConfig, board: Board
+) -> tuple[tuple[str, ...], Resources]:
+    """The choice of parts in UltraRAM with the smallest of the largest shares of the board."""
+    used = _sum(parts.values())
+    rams = {name: count(config) for name, count in IN_URAM.items()}
+    choices = (
+        [names for size in range(len(IN_URAM) + 1) for names in combinations(IN_URAM, size)]
+        if board.uram
+        else [()]
     )
+    placed = {
+        names: replace(
+            used,
+            bram36=used.bram36 - sum(parts[name].bram36 for name in names),
+            uram=sum(rams[name] for name in names),
+        )
+        for names in choices
+    }
+    return min(placed.items(), key=lambda choice: choice[1].share(board))
+
+
+def _sum(parts: Iterable[Resources]) -> Resources:
+    dsp, bram36, lut = 0, 0.0, 0
+    for part in parts:
+        dsp, bram36, lut = dsp + part.dsp, bram36 + part.bram36, lut + part.lut
+    return Resources(dsp, bram36, lut)
 
 
 def resource_parts(config: AcceleratorConfig) -> dict[str, Resources]:
@@ -106,15 +155,14 @@ def resource_parts(config: AcceleratorConfig) -> dict[str, Resources]:
     The array multiplies T_M/G_M groups of P_M G_M/T_M rows, P_F positions, P_K columns and T_N
     channels, packed into DSPs as in hls_src/dot.h. The input buffer has two halves. Each half has
     P_F banks of 1024 vectors of T_N codes, in as many copies as the reads per trip need at two
-    ports a bank. The sums have two halves of T_M x P_F banks.
+    ports a bank. The sums have two halves of T_M x P_F banks. All memories are block RAMs.
     """
     bits, pf, tn = config.bits, config.pf, config.tn
     sum_bits = ACCUMULATOR_BITS[bits]
     filters, positions = PACKED[bits]
     rows = config.rows_per_cycle
     lanes = config.port_positions * tn
-    reads = (config.groups_per_tile if config.sparse else 1) * config.pk
-    copies = ceil_div(reads, 2)
+    reads, banks = _region_reads(config), _region_banks(config)
     dots = config.groups_per_tile * ceil_div(rows, filters) * ceil_div(pf, positions)
     # the low factor of a DSP holds one filter, the high one another: 9 bits of it are added
     weights = config.groups_per_tile * ceil_div(rows, filters) * config.pk * tn
@@ -126,11 +174,11 @@ def resource_parts(config: AcceleratorConfig) -> dict[str, Resources]:
         ),
         "region": Resources(
             dsp=0,
-            bram36=2 * copies * pf * bram36(tn * bits, config.region_rows, True),
+            bram36=banks * bram36(tn * bits, config.region_rows, True),
             lut=reads * region_lanes_luts(pf, tn * bits)
             + pf * region_load_luts(config.port_positions, tn * bits)
             # each port reads or is loaded: a choice of two rows
-            + 2 * copies * pf * 2 * (ROW_BITS // 2 + 1),
+            + banks * 2 * (ROW_BITS // 2 + 1),
         ),
         "sums": Resources(
             dsp=0,
@@ -244,6 +292,13 @@ def bram36(bits: int, rows: int, both_ports: bool) -> float:
     return ceil_div(bits, width) * ceil_div(rows, depth) / 2
 
 
+def uram288(bits: int, rows: int) -> int:
+    """UltraRAMs of a memory of `rows` x `bits`: 4096 x 72 bits, two ports, each of which reads or
+    writes (UG573).
+    """
+    return ceil_div(bits, 72) * ceil_div(rows, 4096)
+
+
 def stream_words(config: AcceleratorConfig) -> Iterator[tuple[str, int, int, int]]:
     """(what, how many, bits, depth) of the streams between the processes (hls_src/top.cpp)."""
     beat = 8 * config.beat_bytes
@@ -286,11 +341,34 @@ def _fifos(config: AcceleratorConfig) -> Resources:
 
 def _ports(config: AcceleratorConfig) -> Resources:
     """Adapters with a buffer for all that is outstanding, and smartconnects."""
-    beats = {"weights": 64 * config.weight_port_words}
-    blocks, count = TABLE_PORTS * bram36(64, 4 * 64, False), TABLE_PORTS
-    for name, ports, outstanding in PORTS:
-        bits = beats.get(name, 8 * config.beat_bytes)
-        blocks += ports * bram36(bits, outstanding * 64, False)
-        count += ports
+    blocks = sum(bram36(bits, rows, False) for bits, rows in _port_buffers(config))
+    count = len(list(_port_buffers(config)))
     luts = count * LUT_PER_PORT_ASSUMED + SMARTCONNECTS * LUT_PER_SMARTCONNECT_ASSUMED
     return Resources(0, blocks, luts)
+
+
+def _port_buffers(config: AcceleratorConfig) -> Iterator[tuple[int, int]]:
+    """(bits, rows) of the buffer of each memory port."""
+    yield from [(64, 4 * 64)] * TABLE_PORTS
+    for name, ports, outstanding in PORTS:
+        bits = 64 * config.weight_port_words if name == "weights" else 8 * config.beat_bytes
+        yield from [(bits, outstanding * 64)] * ports
+
+
+def _region_reads(config: AcceleratorConfig) -> int:
+    """Reads of a bank of the input buffer in a trip."""
+    return (config.groups_per_tile if config.sparse else 1) * config.pk
+
+
+def _region_banks(config: AcceleratorConfig) -> int:
+    return 2 * ceil_div(_region_reads(config), 2) * config.pf
+
+
+IN_URAM: Mapping[str, Callable[[AcceleratorConfig], int]] = {
+    "region": lambda config: (
+        _region_banks(config) * uram288(config.tn * config.bits, config.region_rows)
+    ),
+    "memory ports": lambda config: sum(uram288(*buffer) for buffer in _port_buffers(config)),
+}
+"""Parts whose memories may be UltraRAMs, with how many they are then: the banks of the input buffer
+(BIND_STORAGE) and the buffers of the memory ports (config_interface -m_axi_buffer_impl)."""

@@ -51,6 +51,53 @@ def plot_labels(prediction: Prediction | Recognition) -> Figure:
     return figure
 
 
+def plot_frames(frames: Sequence[Array], titles: Sequence[str], columns: int = 3) -> Figure:
+    """Frames [H, W, 3] of videos, each below its title, `columns` side by side."""
+    columns = min(columns, len(frames))
+    rows = -(-len(frames) // columns)
+    height, width = frames[0].shape[:2]
+    side = 3.2
+    figure = Figure(
+        figsize=(side * columns, rows * (side * height / width + 0.5)), layout="constrained"
+    )
+    places = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axes in places:
+        axes.axis("off")
+    for axes, frame, title in zip(places, frames, titles, strict=False):
+        axes.imshow(frame)
+        axes.set_title(title, fontsize=9)
+    return figure
+
+
+MOST_MAPS = 6
+"""The most channels that `plot_maps` shows."""
+
+
+def plot_maps(found: Mapping[str, Array], title: str = "") -> Figure:
+    """Output codes [C, D, H, W] of one task, a row for each backend, a column for each channel.
+
+    The channels are those that vary most; of each the middle of the depth is shown. All pictures
+    have one scale of colours.
+    """
+    first = next(iter(found.values()))
+    depth = first.shape[1] // 2
+    channels = np.sort(np.argsort(-first[:, depth].std(axis=(1, 2)), kind="stable")[:MOST_MAPS])
+    figure = Figure(figsize=(1.6 * len(channels) + 1, 1.7 * len(found) + 0.6), layout="constrained")
+    places = figure.subplots(len(found), len(channels), squeeze=False)
+    low, high = int(first.min()), int(first.max())
+    for row, (name, codes) in zip(places, found.items(), strict=True):
+        for channel, axes in zip(channels, row, strict=True):
+            picture = axes.imshow(codes[channel, depth], vmin=low, vmax=high, cmap="viridis")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if name == next(iter(found)):
+                axes.set_title(f"channel {channel}", fontsize=8)
+        row[0].set_ylabel(name)
+    figure.colorbar(picture, ax=places, label="code", shrink=0.8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def plot_timeline(windows: Sequence[WindowLabels], top: int = 4) -> Figure:
     """Probabilities over the time of a video: a line per label, a step per window.
 
@@ -137,6 +184,10 @@ def plot_layers(layers: Sequence[LayerTime]) -> Figure:
     return figure
 
 
+NEAR = 0.08
+"""Points of a roofline that differ by less than this share get one label."""
+
+
 def plot_roofline(
     layers: Sequence[LayerTime], config: AcceleratorConfig, board: Board, clock_mhz: float = 150.0
 ) -> Figure:
@@ -149,10 +200,16 @@ def plot_roofline(
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(x, np.minimum(peak, slope * x), color="0.4")
-    for i, each in enumerate(layers):
-        place, aside = (each.intensity, each.rate), (4, -12 if i % 2 else 5)
+    named: dict[tuple[float, float], list[str]] = {}
+    """The names of the layers whose points lie on one another, by the first one's place."""
+    for each in layers:
+        place = each.intensity, each.rate
         axes.plot(*place, "o", color=PROCESSES[each.time.bound])
-        axes.annotate(each.name, place, aside, textcoords="offset points")
+        same = (other for other in named if np.allclose(other, place, rtol=NEAR))
+        named.setdefault(next(same, place), []).append(each.name)
+    for i, (place, names) in enumerate(named.items()):
+        aside = 4, -12 if i % 2 or place[1] > 0.7 * peak else 5  # not on the line of the peak
+        axes.annotate(", ".join(names), place, aside, textcoords="offset points")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("multiply-accumulates for each byte of traffic")

@@ -203,11 +203,13 @@ class CSimulation(Loaded):
             ProgramError: it was compiled for another design, or the hardware cannot address it.
         """
         check_design(program, self.config)
-        self._image: Image = build_image(program)
+        image = build_image(program)
+        self._program = None  # until the last step: Ctrl-C leaves no program
+        self._image: Image = image
         self._maps = np.zeros(ceil_div(program.arena_bytes, 64) * 64 + 64, np.uint8)
         self._status = np.zeros((len(program.tasks), len(STATUS)), np.uint64)
-        self._program = program
         self._maps_lost = None
+        self._program = program
 
     def pack(self, program: Program, slot: Slot, codes: Array) -> PackedMap:
         """Codes [C, D, H, W] as the bytes that `write` copies."""
@@ -244,9 +246,13 @@ class CSimulation(Loaded):
         found = []
         for number in range(first, last):
             began = time.perf_counter()
-            self._call(number, 1)
-            seconds = time.perf_counter() - began
-            found.append(self._counters(number, seconds))
+            try:
+                self._call(number, 1)
+                seconds = time.perf_counter() - began
+                found.append(self._counters(number, seconds))
+            except KeyboardInterrupt:
+                self._maps_lost = "a run that did not end"
+                raise
         return found
 
     def enter_child(self) -> None:

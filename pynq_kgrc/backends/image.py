@@ -148,7 +148,11 @@ def encode_map(config: AcceleratorConfig, codes: Array, bits: int) -> Array:
         else:
             # numpy copies a vector as one item much faster than code by code
             item = np.dtype((np.void, count * codes.itemsize))
-            plane[:, :width, :count].view(item)[...] = part.view(item)
+            first = d * pixels.strides[0] + vector * config.tn * codes.itemsize
+            shape = (height, width)
+            source: Array = np.ndarray(shape, item, pixels, first, pixels.strides[1:3])
+            target: Array = np.ndarray(shape, item, plane, 0, plane.strides[:2])
+            target[...] = source
     return _to_bytes(beats, bits)
 
 

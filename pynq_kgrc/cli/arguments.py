@@ -9,6 +9,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TextIO, TypeVar
 
@@ -16,6 +17,9 @@ from pynq_kgrc.graph import SAMPLINGS
 
 DEFAULT_DESIGN = "8-sparse"
 """The preset that commands take without `--design`."""
+
+PROGRAM_HELP = "a compiled .kgrc, or a name that pull takes with --design"
+"""Help of `--program`, whose value `program_file` reads."""
 
 T = TypeVar("T")
 
@@ -184,6 +188,40 @@ def progress(items: Iterable[T], text: str, total: int | None = None) -> Iterato
     from tqdm import tqdm
 
     yield from tqdm(items, desc=printable(text), total=total, disable=None, leave=False)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """A function to call with the name of each stage that begins: a bar on a terminal, else lines.
+
+    It counts stages and seconds; how many there will be is not known.
+    """
+    from tqdm import tqdm
+
+    with tqdm(unit=" stages", disable=None, leave=False) as bar:
+
+        def begin(text: str) -> None:
+            if bar.disable:
+                print(printable(text), file=sys.stderr)
+            bar.set_description(printable(text))
+            bar.update()
+
+        yield begin
+
+
+def program_file(name: Path) -> Path:
+    """The file of `--program`: a path, or the name of a program (`compiler.released`).
+
+    A named program is for the design of the installed overlay, or for the default design.
+
+    Raises:
+        KgrcError: a named program cannot be made.
+    """
+    from pynq_kgrc.backends.chosen import installed_design
+    from pynq_kgrc.compiler.released import find_program
+
+    with stages() as stage:
+        return find_program(name, installed_design(), stage)
 
 
 def say(line: str, file: TextIO | None = None) -> None:

@@ -17,6 +17,7 @@ from pynq_kgrc.cli.arguments import (
     printable,
     progress,
     readable,
+    stages,
     whole,
 )
 from pynq_kgrc.cli.info import print_description, summary
@@ -30,8 +31,21 @@ if TYPE_CHECKING:
 
 def declare(command: Declare) -> None:
     """Add this file's commands."""
-    pull = command("pull", run_pull, "fetch pretrained weights into the cache")
-    pull.add_argument("name", metavar="NAME", help="i3d-kinetics400")
+    pull = command(
+        "pull",
+        run_pull,
+        "fetch pretrained weights, or make a program of them",
+        "Without --design: the weights as a state dict, for compile --weights.\n"
+        "With --design: a program for that accelerator, made in numpy from the weights and from\n"
+        "ranges that ship with the package. It needs no torch and no clip, so a board can do it.\n"
+        "It is kept in the cache: later calls need no network.",
+    )
+    pull.add_argument("name", metavar="NAME", help="i3d-kinetics400, or a program that ships")
+    pull.add_argument(
+        "--design",
+        metavar="DESIGN",
+        help="make a program for it: the name of a preset, or a .json that explore -o wrote",
+    )
 
     compile_ = command(
         "compile",
@@ -91,10 +105,29 @@ def declare(command: Declare) -> None:
 def run_pull(options: argparse.Namespace) -> int:
     from pynq_kgrc.models.pretrained import pull
 
-    path = pull(options.name, progress=lambda text: print(text, file=sys.stderr))
+    if options.design is None:
+        path = pull(options.name, progress=lambda text: print(text, file=sys.stderr))
+    else:
+        path = _pull_program(options)
     document = {"name": options.name, "path": readable(path)}
     print(json.dumps(document) if options.json else printable(path))
     return 0
+
+
+def _pull_program(options: argparse.Namespace) -> Path:
+    """A program for a design, of published weights or of one that ships.
+
+    Raises:
+        ModelError: there is nothing of that name.
+    """
+    from pynq_kgrc.accelerator.config import read_design
+    from pynq_kgrc.compiler.released import find_program, program_names
+
+    if options.name not in program_names():
+        there = ", ".join(program_names())
+        raise ModelError(f"no program {options.name!r}; there are {there}")
+    with stages() as stage:
+        return find_program(options.name, read_design(options.design), stage)
 
 
 def run_compile(options: argparse.Namespace) -> int:
@@ -164,7 +197,7 @@ def _trace(options: argparse.Namespace) -> Graph:
 
     from pynq_kgrc.models import find_network
     from pynq_kgrc.models.checkpoint import load_state
-    from pynq_kgrc.models.pretrained import RELEASES, pull
+    from pynq_kgrc.models.pretrained import RELEASES, pull, read_labels
     from pynq_kgrc.models.trace import trace
 
     torch.manual_seed(0)
@@ -189,22 +222,10 @@ def _trace(options: argparse.Namespace) -> Graph:
     elif ":" not in options.network:
         print(f"no --weights: {options.network} has seeded random weights", file=sys.stderr)
     release = RELEASES.get(options.weights)
-    labels = _labels(options.labels or (release.labels if release else None))
+    names = options.labels or (release.labels if release else None)
+    labels = () if names is None else read_labels(names)
     if options.sampling is not None:
         clip = replace(clip, sampling=options.sampling)
     if options.rate is not None:
         clip = replace(clip, rate=options.rate or None)
     return trace(network, clip, labels, options.network)
-
-
-def _labels(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: no list of labels, one a line ({error})") from error
-    labels = tuple(line.strip() for line in lines if line.strip())
-    if not labels or "\0" in "".join(labels):
-        raise ModelError(f"{path}: no list of labels, one a line (it has no text, or NUL bytes)")
-    return labels

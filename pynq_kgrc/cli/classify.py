@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from pynq_kgrc.cli.arguments import (
+    PROGRAM_HELP,
     Declare,
     add_sampling,
     add_top,
     draw_bar,
     printable,
+    program_file,
     progress,
     readable,
     say,
@@ -44,7 +46,7 @@ def declare(command: Declare) -> None:
         "status is then 2.",
     )
     classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
-    classify.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
+    classify.add_argument("-p", "--program", type=Path, required=True, help=PROGRAM_HELP)
     classify.add_argument(
         "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
     )
@@ -59,7 +61,7 @@ def declare(command: Declare) -> None:
         "Exit status 1 if the backends differ.",
     )
     compare.add_argument("video", metavar="VIDEO")
-    compare.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
+    compare.add_argument("-p", "--program", type=Path, required=True, help=PROGRAM_HELP)
     compare.add_argument("--left", default="emulate", help="a backend (default: emulate)")
     compare.add_argument("--right", default="emulate", help="a backend (default: emulate)")
 
@@ -68,7 +70,7 @@ def run_classify(options: argparse.Namespace) -> int:
     from pynq_kgrc.program import load
     from pynq_kgrc.runtime import Session
 
-    program = load(options.program)
+    program = load(program_file(options.program))
     report = _JsonReport() if options.json else _TextReport(program.clip.threshold)
     unreadable = 0
     with Session(program, options.backend) as session, report.document(program.name):
@@ -222,7 +224,7 @@ def run_compare(options: argparse.Namespace) -> int:
     from pynq_kgrc.runtime import Session, compare
     from pynq_kgrc.video import load_clip
 
-    program = load(options.program)
+    program = load(program_file(options.program))
     frames = load_clip(options.video, program.clip).frames
     with Session(program, options.left) as left, Session(program, options.right) as right:
         difference = compare(left, right, frames)

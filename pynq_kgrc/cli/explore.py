@@ -108,7 +108,7 @@ def run_explore(options: argparse.Namespace) -> int:
     if base not in ranked:
         ranked.append(base)
     evaluated = evaluate(
-        progress(ranked, "explore", len(ranked)), networks, options.clock, target.memory
+        progress(ranked, "explore", len(ranked)), networks, options.clock, target.memory, target
     )
     candidates = sorted(evaluated, key=lambda each: each.mean_ms)
     fitting = [each for each in candidates if each.resources.share(target) <= options.share]
@@ -167,7 +167,7 @@ def _networks(programs: Sequence[Program], paths: Sequence[Path]) -> dict[str, N
 
 def _table(report: SearchReport) -> str:
     own = report.compiled_for
-    head = f"{'design':36} {'MAC/cycle':>9} {'DSP':>10} {'BRAM36':>10} {'LUT':>6}  "
+    head = f"{'design':36} {'MAC/cycle':>9} {'DSP':>10} {'BRAM36':>10} {'URAM':>8} {'LUT':>6}  "
     lines = [
         f"for {report.board}: ms of the convolutions, and of all tasks; {report.figures}",
         head + "  ".join(f"{name:>18}" for name in own.latency_ms),
@@ -181,8 +181,8 @@ def _table(report: SearchReport) -> str:
             lines.append("the programs were compiled for:")
         lines.append(
             f"{row.name:36} {row.macs_a_cycle:9} {used.dsp:5} {share.dsp:4.0%} "
-            f"{used.bram36:5.0f} {share.bram36:4.0%} {share.lut:6.0%}  {latency}"
-            f"{'  pareto' if row.pareto else ''}"
+            f"{used.bram36:5.0f} {share.bram36:4.0%} {used.uram:3} {share.uram:4.0%} "
+            f"{share.lut:6.0%}  {latency}{'  pareto' if row.pareto else ''}"
         )
     return "\n".join(lines)
 

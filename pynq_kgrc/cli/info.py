@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from pynq_kgrc.cli.arguments import Declare
+from pynq_kgrc.cli.arguments import PROGRAM_HELP, Declare, program_file
 
 if TYPE_CHECKING:
     from pynq_kgrc.analysis.documents import ProgramDescription, TaskDescription
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 def declare(command: Declare) -> None:
     """Add this file's command."""
     info = command("info", run_info, "show the layers, sizes and operations of a program")
-    info.add_argument("program", type=Path, metavar="PROGRAM", help="a compiled .kgrc")
+    info.add_argument("program", type=Path, metavar="PROGRAM", help=PROGRAM_HELP)
 
 
 def run_info(options: argparse.Namespace) -> int:
     from pynq_kgrc.analysis.description import describe
     from pynq_kgrc.program import load
 
-    print_description(describe(load(options.program)), options.json)
+    print_description(describe(load(program_file(options.program))), options.json)
     return 0
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pynq_kgrc.cli.arguments import DAY, Declare, positive, whole
+from pynq_kgrc.cli.arguments import DAY, PROGRAM_HELP, Declare, positive, program_file, whole
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS
 
@@ -34,7 +34,7 @@ def declare(command: Declare) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a compiled .kgrc to load at the start; may be given more than once "
+        help=f"{PROGRAM_HELP}, to load at the start; may be given more than once "
         "(default: the programs that come with this package, if there are any)",
     )
     serve.add_argument(
@@ -155,7 +155,7 @@ def run_serve(options: argparse.Namespace) -> int:
     from pynq_kgrc.files import shipped_programs
     from pynq_kgrc.service.settings import Settings, check_settings, read_keys, state_folder
 
-    programs = tuple(options.program) or shipped_programs()
+    programs = tuple(map(program_file, options.program)) or shipped_programs()
     if not programs and options.repository is None:
         raise ConfigError(
             "no program comes with this release: give --program FILE (made by compile)"

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pynq_kgrc.cli.arguments import (
+    PROGRAM_HELP,
     Declare,
     check_plot,
     file_to_write,
     number,
+    program_file,
     progress,
     whole,
 )
@@ -43,7 +45,7 @@ def declare(command: Declare) -> None:
         "  pynq-kgrc simulate c3d.kgrc --tasks conv1 fc6 --latency 100 --depth 50\n"
         "  pynq-kgrc simulate c3d.kgrc --latency 0 --port-bytes 1e6 --ddr-bytes 1e6  # ideal",
     )
-    simulate.add_argument("program", type=Path, metavar="PROGRAM", help="a compiled .kgrc")
+    simulate.add_argument("program", type=Path, metavar="PROGRAM", help=PROGRAM_HELP)
     simulate.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="names or numbers; default: all"
     )
@@ -111,7 +113,7 @@ def run_simulate(options: argparse.Namespace) -> int:
     timing = _timing(options)
     if options.plot:
         check_plot(options.plot)
-    program = load(options.program)
+    program = load(program_file(options.program))
     numbers = task_numbers(program, options.tasks)
     simulation = TimedSimulation(program.config, timing)
     simulation.load(program)

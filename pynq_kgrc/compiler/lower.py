@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
+from msgspec.structs import replace as replace_fields
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cutting import cut_convolution
@@ -51,6 +53,8 @@ from pynq_kgrc.quant import (
     multiplier,
     weight_limit,
 )
+
+Name = TypeVar("Name", str, int)
 
 SlotOf = Callable[[str], Slot]
 """Finds the slot of a tensor by its name."""
@@ -396,8 +400,6 @@ def assign_buffers(
 ) -> tuple[tuple[Buffer, ...], dict[str, int], int]:
     """Lay the buffers out in one arena; buffers that are never alive together may overlap.
 
-    A greedy allocation: largest first, each at the lowest offset that is free while it is alive.
-
     Returns:
         The buffers, the index of the buffer of each root tensor, and the bytes of the arena.
     """
@@ -414,25 +416,42 @@ def assign_buffers(
 
     roots = list(born)
     wanted = {root: _buffer(tensors[root]) for root in roots}
-    taken: dict[str, tuple[int, int]] = {}
-    for root in sorted(roots, key=lambda r: -wanted[r].nbytes(config)):
-        nbytes = wanted[root].nbytes(config)
+    offsets, arena_bytes = lay_out(wanted, born, dies, config)
+    buffers = tuple(replace_fields(wanted[root], offset=offsets[root]) for root in roots)
+    return buffers, {root: i for i, root in enumerate(roots)}, arena_bytes
+
+
+def lay_out(
+    buffers: Mapping[Name, Buffer],
+    born: Mapping[Name, int],
+    dies: Mapping[Name, int],
+    config: AcceleratorConfig,
+) -> tuple[dict[Name, int], int]:
+    """The offset of each buffer, and the bytes of the arena.
+
+    A greedy allocation: largest first, each at the lowest offset that is free while it is alive.
+
+    Args:
+        buffers: by any name; their offsets are not read.
+        born: number of the task that first writes each, -1 for the clip.
+        dies: number of the last task that reads or writes each.
+        config: the design.
+    """
+    taken: dict[Name, tuple[int, int]] = {}
+    for name in sorted(born, key=lambda each: -buffers[each].nbytes(config)):
+        nbytes = buffers[name].nbytes(config)
         neighbours = sorted(
             span
             for other, span in taken.items()
-            if born[root] <= dies[other] and born[other] <= dies[root]
+            if born[name] <= dies[other] and born[other] <= dies[name]
         )
         offset = 0
         for start, end in neighbours:
             if offset + nbytes <= start:
                 break
             offset = max(offset, ceil_div(end, ALIGNMENT) * ALIGNMENT)
-        taken[root] = (offset, offset + nbytes)
-    buffers = tuple(
-        Buffer(wanted[r].channels, wanted[r].size, wanted[r].bits, taken[r][0]) for r in roots
-    )
-    arena_bytes = max(end for _, end in taken.values())
-    return buffers, {root: i for i, root in enumerate(roots)}, arena_bytes
+        taken[name] = (offset, offset + nbytes)
+    return {name: start for name, (start, _) in taken.items()}, max(e for _, e in taken.values())
 
 
 def _buffer(layer: Layer) -> Buffer:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 
 from pynq_kgrc.accelerator.cutting import cut_pools
@@ -114,7 +115,7 @@ def choose_range(observed: list[Observed], bits: int, method: str) -> Range:
     for shrink in SHRINKS:
         params = choose_params(low * shrink, high * shrink, bits)
         errors.append(np.mean((params.dequantize(params.quantize(samples)) - samples) ** 2))
-    best = SHRINKS[int(np.argmin(errors))]
+    best = float(SHRINKS[int(np.argmin(errors))])
     return low * best, high * best
 
 
@@ -191,11 +192,11 @@ def widen_narrow_ranges(graph: Graph, ranges: dict[str, Range]) -> dict[str, Ran
     return widened
 
 
-def warn_of_small_parts(concat: Layer, seen: dict[str, Observed], ends: Range, bits: int) -> None:
+def warn_of_small_parts(concat: Layer, seen: dict[str, Range], ends: Range, bits: int) -> None:
     """Warn of parts of a concat that have next to no resolution in the format of all parts."""
     scale = choose_params(*ends, bits).scale
     for name in concat.inputs:
-        low, high = min(seen[name].low, 0.0), max(seen[name].high, 0.0)
+        low, high = min(seen[name][0], 0.0), max(seen[name][1], 0.0)
         steps = (high - low) / scale
         if 0 < steps < LEAST_STEPS[bits]:
             loss = 20 * math.log10((ends[1] - ends[0]) / (high - low))
@@ -205,12 +206,23 @@ def warn_of_small_parts(concat: Layer, seen: dict[str, Observed], ends: Range, b
                 f"{name} is coded in {steps:.1f} of {(1 << bits) - 1} steps, {loss:.0f} dB less "
                 f"than alone; multiply its filters and divide the weights that read it by the "
                 f"same number, or use more bits",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
 def _largest(ends: Range) -> float:
     return max(-ends[0], ends[1])
+
+
+class Ranges(msgspec.Struct, frozen=True):
+    """What calibration found: enough to quantize the same network again without a clip."""
+
+    bits: int
+    method: str
+    observed: dict[str, Range]
+    """Lowest and highest real of every tensor."""
+    chosen: dict[str, Range]
+    """The range that each format covers, by the tensor that `tie` names it by."""
 
 
 def choose_quant(
@@ -219,12 +231,7 @@ def choose_quant(
     bits: int,
     method: str = DEFAULT_METHOD,
 ) -> Graph:
-    """The graph with a format for every tensor and weight.
-
-    Activations are affine and per tensor, weights symmetric and per filter. The logits have 16
-    bits: soft-max needs their resolution, and only the host reads them. Only a concat as the result
-    keeps the bits of its parts. A pool with more taps than
-    the accelerator has becomes several pools (`cutting.cut_pools`).
+    """The graph with a format for every tensor and weight: `choose_ranges`, then `apply_ranges`.
 
     Args:
         graph: traced network.
@@ -238,25 +245,60 @@ def choose_quant(
     Raises:
         CompileError: unknown width or method, no clip, values that are not finite.
     """
+    return apply_ranges(graph, choose_ranges(graph, clips, bits, method))
+
+
+def choose_ranges(
+    graph: Graph, clips: Iterable[Array], bits: int, method: str = DEFAULT_METHOD
+) -> Ranges:
+    """The ranges of all tensors, from the float network on some clips; as for `choose_quant`.
+
+    Raises:
+        CompileError: unknown width or method, no clip, values that are not finite.
+    """
     if bits not in BITS or method not in METHODS:
         raise CompileError(f"bits={bits}, method={method!r}; accepted are {BITS} and {METHODS}")
     graph = cut_pools(graph)
     seen = observe(graph, clips)
+    groups: dict[str, list[Observed]] = {}
+    for name, root in tie(graph).items():
+        groups.setdefault(root, []).append(seen[name])
+    chosen = {root: choose_range(observed, bits, method) for root, observed in groups.items()}
+    return Ranges(bits, method, {name: (x.low, x.high) for name, x in seen.items()}, chosen)
+
+
+def apply_ranges(graph: Graph, found: Ranges) -> Graph:
+    """The graph with a format for every tensor and weight, from ranges that were chosen before.
+
+    Activations are affine and per tensor, weights symmetric and per filter. The logits have 16
+    bits: soft-max needs their resolution, and only the host reads them. Only a concat as the result
+    keeps the bits of its parts. A pool with more taps than
+    the accelerator has becomes several pools (`cutting.cut_pools`).
+
+    Warns:
+        UserWarning: a part of a concat has next to no resolution beside the others.
+
+    Raises:
+        CompileError: the ranges are those of another network.
+    """
+    graph = cut_pools(graph)
+    bits, method, chosen, seen = found.bits, found.method, found.chosen, found.observed
     table = graph.clip.pixel_values()  # the input's range is known, whatever the clips contain
     pixels = float(table.min()), float(table.max())
     ties = tie(graph)
-    groups: dict[str, list[Observed]] = {}
-    for name, root in ties.items():
-        groups.setdefault(root, []).append(seen[name])
-    chosen = {root: choose_range(observed, bits, method) for root, observed in groups.items()}
+    if set(seen) != set(ties) or set(chosen) != set(ties.values()):
+        odd = sorted(set(seen) ^ set(ties)) or sorted(set(chosen) ^ set(ties.values()))
+        raise CompileError(
+            f"{graph.name}: the ranges are of another network; only one of both has {odd[0]}"
+        )
     # what shares the input's format, such as another part of a concat, may have a larger range
     clip, low, high = graph.layers[0].name, *pixels
-    if len(groups[ties[clip]]) > 1:
+    if sum(root == ties[clip] for root in ties.values()) > 1:
         low, high = min(low, chosen[ties[clip]][0]), max(high, chosen[ties[clip]][1])
     ranges = widen_narrow_ranges(graph, {**chosen, ties[clip]: (low, high)})
     pooled = any(layer.op == MAX_POOL and clip in layer.inputs for layer in graph.layers)
     formats = {root: choose_params(*ends, bits) for root, ends in ranges.items()}
-    last = seen[graph.output].low, seen[graph.output].high
+    last = seen[graph.output]
     if last == (0, 0):
         last = ranges[ties[graph.output]]
     layers: dict[str, Layer] = {}

@@ -12,21 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.models.i3d_graph import AVERAGE, BLOCKS, CLIP, EPSILON, POOLS, clip, same_padding
 
+__all__ = ("CLIP", "I3D", "clip", "i3d")
 
-def clip(frames: int = 64) -> ClipSpec:
-    """The clip of I3D: any multiple of 8 frames from 16 on; it was trained with 64.
-
-    The authors sampled videos at 25 frames a second, and averaged over the whole video in tests
-    (section 3 of the paper); here over windows of it.
-    """
-    return ClipSpec(
-        frames=frames, height=224, width=224, short_side=256, sampling="windows", rate=25.0
-    )
-
-
-CLIP = clip()
 
 WIDTHS = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
@@ -40,6 +29,9 @@ WIDTHS = {
     "Mixed_5c": (384, 192, 384, 48, 128, 128),
 }
 """Filters of each Inception block, by branch: 1x1x1; 1x1x1 and 3x3x3; the same; after the pool."""
+
+ENDS = (0, 2, 4, 5)
+"""Those of the widths that a block's output has, one of each branch."""
 
 
 def i3d(classes: int = 400) -> I3D:
@@ -81,31 +73,25 @@ class I3D(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.Conv3d_1a_7x7 = Unit(3, 64, 7, stride=2)
-        self.MaxPool3d_2a_3x3 = _max_pool((1, 3, 3), (1, 2, 2))
+        self.MaxPool3d_2a_3x3 = _max_pool("MaxPool3d_2a_3x3")
         self.Conv3d_2b_1x1 = Unit(64, 64, 1)
         self.Conv3d_2c_3x3 = Unit(64, 192, 3)
-        self.MaxPool3d_3a_3x3 = _max_pool((1, 3, 3), (1, 2, 2))
-        self.Mixed_3b = Mixed(192, WIDTHS["Mixed_3b"])
-        self.Mixed_3c = Mixed(256, WIDTHS["Mixed_3c"])
-        self.MaxPool3d_4a_3x3 = _max_pool((3, 3, 3), (2, 2, 2))
-        self.Mixed_4b = Mixed(480, WIDTHS["Mixed_4b"])
-        self.Mixed_4c = Mixed(512, WIDTHS["Mixed_4c"])
-        self.Mixed_4d = Mixed(512, WIDTHS["Mixed_4d"])
-        self.Mixed_4e = Mixed(512, WIDTHS["Mixed_4e"])
-        self.Mixed_4f = Mixed(528, WIDTHS["Mixed_4f"])
-        self.MaxPool3d_5a_2x2 = _max_pool((2, 2, 2), (2, 2, 2))
-        self.Mixed_5b = Mixed(832, WIDTHS["Mixed_5b"])
-        self.Mixed_5c = Mixed(832, WIDTHS["Mixed_5c"])
-        self.AvgPool3d = nn.AvgPool3d((2, 7, 7), stride=1)
+        channels = 192
+        for name in BLOCKS:
+            if name in POOLS:
+                self.add_module(name, _max_pool(name))
+                continue
+            self.add_module(name, Mixed(channels, WIDTHS[name]))
+            channels = sum(WIDTHS[name][i] for i in ENDS)
+        self.AvgPool3d = nn.AvgPool3d(AVERAGE, stride=1)
         self.dropout = nn.Dropout(0.5)
-        self.Logits = nn.Conv3d(1024, classes, 1)
+        self.Logits = nn.Conv3d(channels, classes, 1)
 
     def forward(self, clip: Tensor) -> Tensor:
         x = self.MaxPool3d_2a_3x3(self.Conv3d_1a_7x7(clip))
-        x = self.MaxPool3d_3a_3x3(self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x)))
-        x = self.MaxPool3d_4a_3x3(self.Mixed_3c(self.Mixed_3b(x)))
-        x = self.Mixed_4f(self.Mixed_4e(self.Mixed_4d(self.Mixed_4c(self.Mixed_4b(x)))))
-        x = self.Mixed_5c(self.Mixed_5b(self.MaxPool3d_5a_2x2(x)))
+        x = self.Conv3d_2c_3x3(self.Conv3d_2b_1x1(x))
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)
         logits: Tensor = self.Logits(self.dropout(self.AvgPool3d(x)))
         return logits.mean((2, 3, 4))
 
@@ -115,11 +101,10 @@ class Unit(nn.Module):
 
     def __init__(self, channels: int, filters: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
-        # SAME, for sizes that are multiples of the stride, as all in I3D are
-        before, after = (kernel - stride) // 2, (kernel - stride + 1) // 2
+        before, after = same_padding(kernel, stride)
         self.pad = nn.ConstantPad3d((before, after) * 3, 0.0)
         self.conv = nn.Conv3d(channels, filters, kernel, stride=stride, bias=False)
-        self.norm = nn.BatchNorm3d(filters, eps=1e-3, momentum=1e-3)
+        self.norm = nn.BatchNorm3d(filters, eps=EPSILON, momentum=1e-3)
         self.norm.weight.requires_grad_(False)  # stays 1
         self.relu = nn.ReLU(inplace=True)
 
@@ -160,6 +145,6 @@ def _reduced(channels: int, middle: int, filters: int) -> nn.Sequential:
     )
 
 
-def _max_pool(kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> nn.MaxPool3d:
+def _max_pool(name: str) -> nn.MaxPool3d:
     """SAME for even sizes: one element of padding after the map, which `ceil_mode` adds."""
-    return nn.MaxPool3d(kernel, stride, ceil_mode=True)
+    return nn.MaxPool3d(*POOLS[name], ceil_mode=True)

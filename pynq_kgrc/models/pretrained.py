@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ import safetensors.numpy
 
 from pynq_kgrc.errors import ModelError
 from pynq_kgrc.files import user_cache
+from pynq_kgrc.graph import Graph
+from pynq_kgrc.models.i3d_graph import i3d_graph
 from pynq_kgrc.quant import Array
 
 SECONDS_TO_FETCH = 900
@@ -50,6 +52,10 @@ class Release:
     """Text file with the names of the classes, one a line."""
     megabytes: int
     """Size of the archive."""
+    graph: Callable[[Mapping[str, Array], Sequence[str]], Graph] | None = None
+    """The state dict and the names of the classes to the network's graph, without torch."""
+    ranges: Path | None = None
+    """File of stored ranges (`compiler.released`); None: the one that ships under the name."""
 
 
 def pull(
@@ -86,6 +92,22 @@ def pull(
         safetensors.numpy.save_file(state, part, metadata={"source_sha256": release.member_sha256})
         part.replace(path)
     return path
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The names of classes in a text file, one a line.
+
+    Raises:
+        ModelError: the file cannot be read, or has no text.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: no list of labels, one a line ({error})") from error
+    labels = tuple(line.strip() for line in lines if line.strip())
+    if not labels or "\0" in "".join(labels):
+        raise ModelError(f"{path}: no list of labels, one a line (it has no text, or NUL bytes)")
+    return labels
 
 
 def _is_complete(path: Path, release: Release) -> bool:
@@ -231,6 +253,7 @@ RELEASES = {
         convert=i3d_state,
         labels=LABELS / "kinetics400.txt",
         megabytes=47,
+        graph=lambda state, labels: i3d_graph(state, labels=labels),
     )
 }
 """Published weights by the name that `pull` and `compile --weights` take."""

@@ -312,7 +312,7 @@ def add_page_routes(app: FastAPI) -> None:
     async def list_examples() -> Response:
         return StructResponse([example for example, _ in examples.values()])
 
-    @app.get("/page/examples/{name}", include_in_schema=False)
+    @app.get("/page/examples/{name:path}", include_in_schema=False)
     async def example_clip(name: str) -> Response:
         if name not in examples:
             raise Refusal(404, f"no example {name[:50]!r}; there are: {', '.join(examples)}")

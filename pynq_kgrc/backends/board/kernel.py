@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pynq
 from pynq.pl_server import global_state
 
@@ -67,26 +68,48 @@ def check_bitstream(device: Any, bitstream: str, found: str = "") -> None:
         )
 
 
-def _record() -> Any:
-    """What pynq has recorded of the last bitstream that it loaded; None if nothing."""
-    if not global_state.global_state_file_exists():
+class Record(msgspec.Struct):
+    """What pynq keeps, for all processes, of the bitstream that it loaded last."""
+
+    bitfile_name: str
+    timestamp: str
+    bitfile_hash: str = ""
+    """SHA-1 of the file when it was loaded, hexadecimal."""
+    shutdown_ips: dict[str, dict[str, Any]] = {}
+    """Name of a shutdown manager -> its `base_addr`."""
+
+    def ports(self) -> dict[str, int]:
+        """The shutdown managers: name -> physical address."""
+        return {name: int(port["base_addr"]) for name, port in self.shutdown_ips.items()}
+
+
+def _record_path() -> Path | None:
+    """The file of pynq's record, if it exists."""
+    names = ("global_pl_state_.json", "global_pl_state.json")  # pynq 3.1 and later; pynq 3.0
+    paths = (Path(global_state.STATE_DIR) / name for name in names)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _record() -> Record | None:
+    """pynq's record; None if there is none or it cannot be understood.
+
+    pynq's own function is not used: that of pynq 3.0 takes the hash of the file as it is now, and
+    fails where it is gone.
+    """
+    path = _record_path()
+    try:
+        return None if path is None else msgspec.json.decode(path.read_bytes(), type=Record)
+    except msgspec.DecodeError:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pynq reads it by a method that pydantic deprecates
-        return global_state.load_global_state()
 
 
-def _record_stamp(device: Any) -> tuple[int, ...] | None:
+def _record_stamp(device: Any) -> tuple[int, ...]:
     """Changes when a process of this machine loads another bitstream by pynq."""
-    if not has_manager(device):
-        return None
-    for name in ("global_pl_state_.json", "global_pl_state.json"):  # pynq 3.1 and later; 3.0
-        try:
-            status = os.stat(os.path.join(global_state.STATE_DIR, name))
-        except FileNotFoundError:
-            continue
-        return status.st_ino, status.st_mtime_ns, status.st_size
-    return ()
+    path = _record_path() if has_manager(device) else None
+    if path is None:
+        return ()
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 # ---- the kernel and its overlay -------------------------------------------------------------
@@ -190,14 +213,14 @@ class KgrcOverlay(pynq.Overlay):  # type: ignore[misc]
         Raises:
             DeviceError: a memory port does not come to rest; the device is not programmed.
         """
-        if manager_state(self.device) not in (None, "operating"):
-            # pynq would access the ports that its record names, in logic that is not there
-            global_state.clear_global_state()
-        record = _record() if has_manager(self.device) else None
-        ports = {} if record is None else {n: p.base_addr for n, p in record.shutdown_ips.items()}
-        if self.holds_device():
+        state = manager_state(self.device)
+        record = _record() if state == "operating" else None
+        ports = {} if record is None else record.ports()
+        if state in (None, "operating") and self.holds_device():
             ports = self.memory_ports()
-        if ports and not self.stop_memory_ports(ports) and record is not None:
+        answers = bool(ports) and self.stop_memory_ports(ports)
+        if state is not None and not (record and answers and os.path.isfile(record.bitfile_name)):
+            # pynq would ask the ports of its record, which are not there, or fail to read it
             global_state.clear_global_state()
             record = None
         self._programmed = False  # until the last step of what follows

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from pynq_kgrc.accelerator.boards import Board, board, board_of_design, board_of_image
 from pynq_kgrc.accelerator.config import PRESETS, AcceleratorConfig
 from pynq_kgrc.accelerator.header import IMAGE_VERSION
 from pynq_kgrc.errors import ConfigError, DeviceError
@@ -23,6 +24,12 @@ from pynq_kgrc.files import find_folder, written_beside
 
 OVERLAY = "KGRC_OVERLAY"
 """Environment variable: a bitstream, its folder, or a folder of such folders."""
+
+BOARD = "BOARD"
+"""Environment variable of PYNQ's images, and of Kria-PYNQ: the name of the board."""
+
+DEVICE_TREE = Path("/proc/device-tree/chosen/pynq_board")
+"""The same in the device tree of PYNQ's images."""
 
 BIT, HWH, MANIFEST, REPORT = "kgrc.bit", "kgrc.hwh", "manifest.json", "report.md"
 
@@ -40,6 +47,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tool: str
     """Name and version of the tool that built it."""
     board: str = "zcu102"
+    """Name of the board that it was built for (accelerator/boards.py)."""
     program_version: int = 1
     """Version of the memory image that the hardware reads (`header.IMAGE_VERSION`). The key is
     older than that name; it is no version of the program's file."""
@@ -61,6 +69,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def built(self) -> bool:
         """Whether the manifest was written for a bitstream."""
         return bool(self.sha256)
+
+    @property
+    def part(self) -> str:
+        """The part of the board: only there the bitstream can be loaded."""
+        return board(self.board).part
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,7 @@ def read_overlay(folder: Path) -> FoundOverlay:
     """The overlay in a folder.
 
     Raises:
-        DeviceError: there is no manifest, or it is invalid; names the field.
+        DeviceError: there is no manifest, or it is invalid; names the field or the value.
     """
     path = folder / MANIFEST
     try:
@@ -116,6 +129,10 @@ def read_overlay(folder: Path) -> FoundOverlay:
         raise DeviceError(
             f"{path}: digest {manifest.digest} is not that of its config, {manifest.config.digest}"
         )
+    try:
+        board(manifest.board)
+    except ConfigError as error:
+        raise DeviceError(f"{path}: {error}") from error
     for name in ("", "port_"):
         mhz, clock = getattr(manifest, f"{name}clock_mhz"), getattr(manifest, f"{name}pl_clock")
         if not mhz > 0 or clock not in range(4):
@@ -144,8 +161,23 @@ def list_overlays(place: Path) -> list[FoundOverlay]:
     return [read_overlay(path.parent) for path in sorted(place.glob(f"*/{MANIFEST}"))]
 
 
+def this_board() -> Board | None:
+    """The board that this computer is, as its image says; None on a PC, or if the name is unknown.
+
+    The device tree is asked first, then the environment variable BOARD.
+    """
+    try:
+        text = DEVICE_TREE.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        text = os.environ.get(BOARD, "")
+    return board_of_image(text)
+
+
 def find_overlay(config: AcceleratorConfig, place: Path | None = None) -> FoundOverlay:
-    """The overlay of a design, with its files checked.
+    """The overlay of a design for this board, with its files checked.
+
+    A bitstream is loaded only on the part that it was built for. Where the image does not say
+    which board it is, and on a PC, the first overlay of the design is taken.
 
     Args:
         config: the design; overlays are matched by its digest, not by its name.
@@ -153,30 +185,38 @@ def find_overlay(config: AcceleratorConfig, place: Path | None = None) -> FoundO
             the folder `overlays`.
 
     Raises:
-        DeviceError: there is none (names the designs found), or its files are not as built.
+        DeviceError: there is none (names the designs and boards found), or its files are not as
+            built.
     """
     named = os.environ.get(OVERLAY)
     place = place or (Path(named) if named else find_folder("overlays"))
     found = [overlay for overlay in list_overlays(place) if overlay.manifest.built]
+    here = this_board()
     for overlay in found:
-        if overlay.manifest.digest == config.digest:
+        fits = here is None or overlay.manifest.part == here.part
+        if overlay.manifest.digest == config.digest and fits:
             overlay.check_files()
             return overlay
-    there = ", ".join(f"{o.manifest.config.name} ({o.manifest.digest})" for o in found) or "none"
+    there = ", ".join(
+        f"{o.manifest.config.name} for {o.manifest.board} ({o.manifest.digest})" for o in found
+    )
+    for_here = "" if here is None else f" for this {here.name}"
     raise DeviceError(
-        f"{place}: no overlay of {config.name} ({config.bits} bits, digest {config.digest}); "
-        f"there is {there}. Build one as overlays/README.md says, or point {OVERLAY} at it"
+        f"{place}: no overlay of {config.name} ({config.bits} bits, digest {config.digest})"
+        f"{for_here}; there is {there or 'none'}. Build one as overlays/README.md says, or point "
+        f"{OVERLAY} at it"
     )
 
 
 def describe_unbuilt(config: AcceleratorConfig, clock_mhz: float = 150.0) -> bytes:
-    """The manifest of a design that is not built, as the bytes of its file."""
+    """The manifest of a design that is not built, for its board, as the bytes of its file."""
     manifest = Manifest(
         config,
         config.digest,
         clock_mhz,
         {},
         "none: not built",
+        board=board_of_design(config.name).name,
         program_version=IMAGE_VERSION,
     )
     return msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"

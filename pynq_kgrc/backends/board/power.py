@@ -56,15 +56,16 @@ CHIPS = {
 }
 """Name of a chip in sysfs -> its rail, and what the rail feeds; in this order.
 
-The INA226 are a ZCU102's, named by their place on the board: "u79" in Linux's device tree
-(zynqmp-zcu102-revA.dts) and in the tables of its power monitors in AMD's UG1182. The INA260 is that
-of a Kria K26 module."""
+The INA226 are a ZCU102's, named by their place on the board ("u79") in Linux's device tree
+(zynqmp-zcu102-revA.dts). The rails are those that public power monitors for this board name; AMD's
+UG1182, which has the tables, was not at hand. The INA260 is that of a Kria K26 module."""
 
 SIMULATED = "(simulated)"
 """Ends the name of each simulated rail."""
 
-DEFAULT_LABEL = re.compile(r"(in|curr|power|temp|fan)\d+$")
-"""What libsensors calls a sensor that has no name: those of all chips are the same."""
+DEFAULT_LABEL = re.compile(r"(in|curr|power|temp|fan|[piv]in|[piv]out)\d*")
+"""What libsensors and drivers of PMBus chips call a sensor that has no name: the same on each
+chip."""
 
 
 @dataclass(frozen=True)

@@ -158,4 +158,5 @@ def _processor(
         f"<MEMORYMAP>{memory}</MEMORYMAP>"
     )
     vlnv = "xilinx.com:ip:zynq_ultra_ps_e:3.5"
-    return _module("zynq_ultra_ps_e_0", "zynq_ultra_ps_e", vlnv, inside)
+    # pynqmetadata before 0.2 knows the processing system by this mark, as Vivado sets it
+    return _module("zynq_ultra_ps_e_0", "zynq_ultra_ps_e", vlnv, inside, 'IS_PL="FALSE"')

@@ -94,7 +94,7 @@ class Emulation(Loaded):
         check_design(program, self.config)
         self._stop_crew()
         self._maps_lost = None
-        self._program = program
+        self._program = None  # until all of it is prepared: Ctrl-C leaves no program
         # the program packs two 4-bit codes a byte, a numpy map holds one: twice the bytes
         bytes_per_byte = 2 if self.config.bits == 4 else 1
         arena = shared_array(program.arena_bytes * bytes_per_byte)
@@ -124,6 +124,7 @@ class Emulation(Loaded):
         workspace.allocate()
         self._steps = [steps[number] for number in sorted(steps)]
         self._crew = self._start_crew()
+        self._program = program
 
     @locked
     def write(self, slot: Slot, codes: Array | PackedMap) -> None:
@@ -164,6 +165,7 @@ class Emulation(Loaded):
         if first == last:
             return []
         crew = self._crew = self._crew or self._start_crew()
+        self._maps_lost = "a run that did not end"
         counters = []
         try:
             with self._blas.limit(limits=1):  # one BLAS thread: the crew already uses every core
@@ -176,6 +178,7 @@ class Emulation(Loaded):
         except BaseException:
             self._stop_crew()  # its other processes may be in the middle of any step
             raise
+        self._maps_lost = None
         return counters
 
     def close(self) -> None:

@@ -196,7 +196,7 @@ async function tryExample(example) {
     if (fit && !$("compare").value) $("program").value = fit.name;
     showProgram();
     const blob = await (await request(`/page/examples/${example.name}`)).blob();
-    add([new File([blob], example.name, { type: example.kind })], example);
+    add([new File([blob], example.name.split("/").pop(), { type: example.kind })], example);
   } catch (error) {
     showError(error.message);
   }
