@@ -1,9 +1,8 @@
-"""The service with other projects' clients: Triton's, schemathesis, and a browser."""
+"""The service with other projects' clients: Triton's and schemathesis."""
 
 import asyncio
 import gzip
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -517,97 +516,3 @@ def test_the_simulated_board_answers_as_the_emulation(folder):
         assert len(answers[0]["windows"]) == 3
         found[backend] = [answer["windows"] for answer in answers]
     assert found["emulate"] == found["board"]
-
-
-# ---- a browser ------------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.fixture
-def page(tmp_path):
-    """A page of a headless Chromium with a simulated webcam; no error may be logged."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine: the page was not tested (apt install chromium)")
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install pynq_kgrc[clients]: the page was not tested"
-    )
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # fmt: skip
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        opened = browser.new_page(viewport={"width": 1280, "height": 900})
-        opened.set_default_timeout(30_000)
-        complaints = []
-        opened.on("console", lambda m: m.type == "error" and complaints.append(m.text))
-        opened.on("pageerror", lambda error: complaints.append(str(error)))
-        strangers = []
-        opened.on("request", lambda r: "//127.0.0.1" not in r.url and strangers.append(r.url))
-        yield opened
-        browser.close()
-    # Chromium also reports the requests that a test has refused on purpose
-    assert [text for text in complaints if "status of 422" not in text] == []
-    assert [url for url in strangers if not url.startswith(("blob:", "data:"))] == []
-
-
-def shoot(page, name):
-    """Take a screenshot if KGRC_SCREENSHOTS names a folder."""
-    if "KGRC_SCREENSHOTS" in os.environ:
-        page.screenshot(path=f"{os.environ['KGRC_SCREENSHOTS']}/{name}.png", full_page=True)
-
-
-@pytest.mark.slow
-def test_the_page_shows_a_real_clip(service, page, example_clips):
-    page.goto(f"http://127.0.0.1:{service.port}/")
-    page.wait_for_selector("#program option", state="attached")
-    assert page.locator("#rows tr").count() == 2
-    shoot(page, "start")
-    page.set_input_files("#file", str(example_clips / "arm_wrestling_k400.mp4"))
-    page.wait_for_selector("#timeline .segment")
-    segments = page.locator("#timeline .segment")
-    answer = service.classify((example_clips / "arm_wrestling_k400.mp4").read_bytes()).json
-    assert segments.all_inner_texts() == [s["label"] for s in answer["segments"]]
-    assert page.locator("#bars .bar b").all_inner_texts() == [s["label"] for s in answer["labels"]]
-    assert "modelled" in page.inner_text("#facts")
-    assert "Classified 35 clips" in page.inner_text("#status")
-    assert float(page.locator("#rows tr td:nth-child(6)").first.inner_text()) >= 0
-
-    wide = page.locator("#timeline").bounding_box()
-    page.mouse.click(wide["x"] + 0.5 * wide["width"], wide["y"] + 10)
-    page.locator("#bars-title", has_text="At 5.0 s").wait_for()
-    assert page.evaluate("player.currentTime") == pytest.approx(5, abs=0.2)
-    shown = [w for w in answer["windows"] if w["start_ms"] <= 5010][-1]["labels"]
-    assert page.locator("#bars .bar b").first.inner_text() in [label["label"] for label in shown]
-    assert page.locator("#timeline .segment.now").count() == 1
-    shoot(page, "result")
-
-    page.click("#another")
-    page.set_input_files(
-        "#file", {"name": "x.mp4", "mimeType": "video/mp4", "buffer": b"no video at all"}
-    )
-    page.wait_for_selector("#status.wrong")
-    assert "not a video" in page.inner_text("#status")
-
-
-@pytest.mark.slow
-def test_the_page_uses_the_webcam(service, page):
-    page.goto(f"http://127.0.0.1:{service.port}/")
-    page.wait_for_selector("#program option", state="attached")
-    page.click("#webcam")
-    page.locator("#bars-title", has_text="Now").wait_for()
-    assert page.locator("#bars .bar").count() == 4
-    page.locator("#status", has_text="ms a clip").wait_for()
-    shoot(page, "webcam")
-    page.click("#webcam")
-    service.until(lambda: "/v1/live" in service.log, 10)
-
-
-@pytest.mark.slow
-def test_the_api_page_lists_every_route(service, page):
-    page.goto(f"http://127.0.0.1:{service.port}/docs")
-    page.wait_for_selector("#paths summary")
-    listed = " ".join(page.locator("#paths summary").all_inner_texts())
-    for path in service.get("/openapi.json").json["paths"]:
-        assert path in listed
-    shoot(page, "docs")

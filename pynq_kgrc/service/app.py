@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import msgspec
-from fastapi import FastAPI, Header, Request, WebSocket
+from fastapi import FastAPI, Header, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.service import protocol_v2
+from pynq_kgrc.service.examples import example_files
 from pynq_kgrc.service.guard import CLIENT_LEFT, Guard, client_of
 from pynq_kgrc.service.jobs import FINAL
 from pynq_kgrc.service.keys import KEY_PROTOCOL, Key
@@ -51,7 +52,7 @@ from pynq_kgrc.service.uploads import Upload
 log = logging.getLogger("pynq_kgrc.service")
 
 PAGE = Path(__file__).with_name("page")
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".webp": "image/webp"}
 HEARTBEAT_SECONDS = 10.0
 """Seconds between two comments on a stream of events without a change."""
 
@@ -204,9 +205,15 @@ def add_job_routes(app: FastAPI, service: Service) -> None:
         return StructResponse(JobList(service.jobs.listed(owner_of(request))))
 
     @app.get("/v1/jobs/{key}", tags=["Jobs"], responses={200: JOB, **NOT_FOUND})
-    async def job(key: str, request: Request) -> Response:
-        """The state and progress of a job, and its result."""
-        return StructResponse(service.jobs.find(key, owner_of(request))[0])
+    async def job(
+        key: str,
+        request: Request,
+        since: Annotated[
+            int | None, Query(ge=0, le=10**9, description="also the clips from this number on")
+        ] = None,
+    ) -> Response:
+        """The state and progress of a job, its place in the queue, and its result."""
+        return StructResponse(service.jobs.find(key, owner_of(request), since)[0])
 
     @app.delete("/v1/jobs/{key}", tags=["Jobs"], responses={200: JOB, **NOT_FOUND})
     async def cancel(key: str, request: Request) -> Response:
@@ -248,7 +255,11 @@ def add_operation_routes(app: FastAPI, service: Service) -> None:
         for program in service.catalogue.served.values():
             document = msgspec.structs.asdict(program.description)
             listed.append(
-                ListedProgram(**{**document, "name": program.name}, version=program.version)
+                ListedProgram(
+                    **{**document, "name": program.name},
+                    version=program.version,
+                    about=program.about,
+                )
             )
         return StructResponse(ProgramList(service.settings.backend, listed))
 
@@ -290,7 +301,7 @@ def add_live_routes(app: FastAPI, service: Service) -> None:
 
 
 def add_page_routes(app: FastAPI) -> None:
-    """The web page, its scripts, and the page that lists the API."""
+    """The web page, its scripts and examples, and the page that lists the API."""
     files = {path.name: path.read_bytes() for path in PAGE.iterdir() if path.suffix in TYPES}
 
     def page(name: str) -> Response:
@@ -305,6 +316,19 @@ def add_page_routes(app: FastAPI) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         return page("docs.html")
+
+    examples = example_files()
+
+    @app.get("/page/examples", include_in_schema=False)
+    async def list_examples() -> Response:
+        return StructResponse([example for example, _ in examples.values()])
+
+    @app.get("/page/examples/{name:path}", include_in_schema=False)
+    async def example_clip(name: str) -> Response:
+        if name not in examples:
+            raise Refusal(404, f"no example {name[:50]!r}; there are: {', '.join(examples)}")
+        example, path = examples[name]
+        return FileResponse(path, media_type=example.kind)
 
     @app.get("/page/{name}", include_in_schema=False)
     async def part(name: str) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -20,6 +21,11 @@ from pynq_kgrc.errors import KgrcError, ProgramError
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.wire import ProgramDocument
+
+log = logging.getLogger("pynq_kgrc.service")
+
+MAX_ABOUT = 2000
+"""Most bytes that are read of the text beside a program."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class ServedProgram:
     path: Path
     """The copy in the state folder."""
     description: ProgramDocument
+    about: str
+    """What it knows, in a sentence or two; empty if nothing is known of that."""
 
     @property
     def labels(self) -> list[str]:
@@ -152,7 +160,8 @@ class Catalogue:
                 self.reasons[name] = str(error)
                 self._delete(path)
                 raise
-            self.served[name] = ServedProgram(name, digest[:12], key, path, description)
+            about = await asyncio.to_thread(_read_about, source)
+            self.served[name] = ServedProgram(name, digest[:12], key, path, description, about)
             self.reasons.pop(name, None)
             if old is not None:
                 self._retire(old)
@@ -219,3 +228,16 @@ class Catalogue:
             Path(beside).unlink(missing_ok=True)
             raise ProgramError(f"{source.name}: cannot be copied ({error.strerror})") from error
         return digest.hexdigest(), path
+
+
+def _read_about(source: Path) -> str:
+    """The text beside a program, `NAME.txt` beside `NAME.kgrc`; empty if there is none."""
+    beside = source.with_suffix(".txt")
+    try:
+        if not beside.is_file():
+            return ""
+        with beside.open("rb") as file:
+            return " ".join(file.read(MAX_ABOUT).decode("utf-8", "ignore").split())
+    except OSError as error:
+        log.warning("the text beside a program cannot be read", extra={"reason": str(error)})
+        return ""

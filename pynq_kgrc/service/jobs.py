@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from pynq_kgrc.errors import ConfigError, KgrcError
+from pynq_kgrc.results import WindowLabels
 from pynq_kgrc.service.refusal import Refusal, refusal_of
 from pynq_kgrc.service.schemas import Classification, JobDocument, ListedJob, Progress
 from pynq_kgrc.service.waiting import within
@@ -36,8 +38,8 @@ MAX_LISTED = 1000
 MAX_RETRY_SECONDS = 60
 """Largest Retry-After, in seconds."""
 
-Report = Callable[[Progress], None]
-"""Called with the progress of a job."""
+Report = Callable[[Progress, Sequence[WindowLabels]], None]
+"""Called with the progress of a job and all clips classified so far."""
 Work = Callable[[Report], Awaitable[Classification]]
 """Does a job."""
 
@@ -166,6 +168,7 @@ class Job:
         self.state = "queued"
         self.created = now()
         self.progress = Progress(0, 0, None)
+        self.windows: Sequence[WindowLabels] = ()
         self.result: Classification | None = None
         self.error: Refusal | None = None
         self.kept = False
@@ -173,10 +176,14 @@ class Job:
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
-    def change(self, state: str | None = None, progress: Progress | None = None) -> None:
-        """Set the state or the progress, and wake everyone who waits in `changed`."""
-        self.state = state or self.state
-        self.progress = progress or self.progress
+    def report(self, progress: Progress, windows: Sequence[WindowLabels]) -> None:
+        """Set the progress, and wake everyone who waits in `changed`."""
+        self.progress, self.windows = progress, windows
+        self.change(self.state)
+
+    def change(self, state: str) -> None:
+        """Set the state, and wake everyone who waits in `changed`."""
+        self.state = state
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -260,8 +267,7 @@ class Jobs:
         try:
             async with self._running:
                 job.change("running")
-                report: Report = lambda progress: job.change(progress=progress)  # noqa: E731
-                job.result = await within(work(report), self.seconds)
+                job.result = await within(work(job.report), self.seconds)
             state = "done"
         except asyncio.CancelledError:
             state = "cancelled"
@@ -299,19 +305,23 @@ class Jobs:
         states = {job.id: job.state for job in self.active.values()}
         return [ListedJob(key, states.get(key, state), when) for key, state, when in rows]
 
-    def find(self, key: str, owner: str | None = None) -> tuple[JobDocument, Job | None]:
+    def find(
+        self, key: str, owner: str | None = None, since: int | None = None
+    ) -> tuple[JobDocument, Job | None]:
         """The document of a job, and the job itself if it is unfinished.
 
         Args:
             key: the id of the job.
             owner: whose jobs may be found; None: those of all.
+            since: an unfinished job has the clips from this number on, which are classified
+                already.
 
         Raises:
             Refusal: 404, there is no such job, or its result is no longer kept.
         """
         job = self.active.get(key)
         if job is not None and job.kept and job.state not in FINAL and owner in (None, job.owner):
-            return job.document(), job
+            return self._unfinished(job, since), job
         query = (
             "SELECT document FROM jobs WHERE id = ? AND created > ? AND (? IS NULL OR owner = ?)"
         )
@@ -326,23 +336,40 @@ class Jobs:
             text = f"the result of job {key[:50]!r} is damaged; send it again"
             raise Refusal(404, text) from None
 
+    def _unfinished(self, job: Job, since: int | None = None) -> JobDocument:
+        """The document of an unfinished job, with its place in the queue."""
+        document = job.document()
+        if job.state == "queued":
+            earlier = itertools.takewhile(lambda other: other is not job, self.active.values())
+            ahead = sum(other.state == "queued" for other in earlier)
+            document = msgspec.structs.replace(document, ahead=ahead)
+        if since is not None:
+            document = msgspec.structs.replace(document, windows=tuple(job.windows[since:]))
+        return document
+
     async def events(
         self, key: str, owner: str | None, every: float
     ) -> AsyncIterator[JobDocument | None]:
         """A job's document after each change, until its state is final.
 
-        Yields None after `every` seconds without a change, for a heartbeat.
+        Each has the clips that were classified since the one before. Yields None after `every`
+        seconds without a change, for a heartbeat.
         """
         document, job = self.find(key, owner)
         if job is None:
             yield document
             return
-        sent = None
+        sent, shown = None, 0
         while sent is None or sent[0] not in FINAL:
-            now = (job.state, job.progress)
-            yield job.document() if now != sent else None
-            sent = now
-            if now == (job.state, job.progress) and job.state not in FINAL:
+            state = (job.state, job.progress)
+            if state == sent:
+                yield None
+            else:
+                document = self._unfinished(job, shown)
+                shown += len(document.windows)
+                yield document
+            sent = state
+            if state == (job.state, job.progress) and job.state not in FINAL:
                 await job.changed(every)
 
     def cancel(self, key: str, owner: str | None = None) -> JobDocument:

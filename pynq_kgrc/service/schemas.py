@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from pynq_kgrc.results import Recognition
+from pynq_kgrc.results import Recognition, WindowLabels
 from pynq_kgrc.service.tensors import InferRequest
 from pynq_kgrc.service.wire import LayerRun, ProgramDocument
 
@@ -101,6 +101,10 @@ class JobDocument(msgspec.Struct, frozen=True):
     progress: Progress
     result: Classification | None
     error: str | None
+    ahead: int = 0
+    """Jobs that start before this one; 0 once it runs."""
+    windows: tuple[WindowLabels, ...] = ()
+    """Clips classified so far: those from number `since` on, if it is asked for."""
 
 
 class AnsweredTensor(msgspec.Struct, frozen=True):
@@ -140,6 +144,8 @@ class ListedProgram(ProgramDocument, frozen=True, kw_only=True):
     """A loaded program: its description and version."""
 
     version: str
+    about: str
+    """What it knows, from the text file beside it; empty without one."""
 
 
 class ProgramList(msgspec.Struct, frozen=True):

@@ -298,7 +298,8 @@ async def classify(
                 windows.add(*times, probabilities_of(found))
                 layers, run, waited = found.layers, run + found.seconds, waited + found.waited
                 share = min(1.0, reply.end_ms / reply.declared_ms) if reply.declared_ms else None
-                report(Progress(len(windows.windows), reply.decoded, share))
+                progress = Progress(len(windows.windows), reply.decoded, share)
+                report(progress, windows.windows)
     total = time.perf_counter() - began
     recognition = windows.result(end.notes, pool.backend)
     return Classification(
