@@ -32,7 +32,7 @@ PASSED_ON = (
 """Headers of the client that are passed on: the boards check its key themselves."""
 PASSED_BACK = (
     *("content-type", "content-encoding", "inference-header-content-length", "retry-after"),
-    *("location", "allow", "cache-control", "www-authenticate"),
+    *("location", "allow", "cache-control", "vary", "www-authenticate"),
 )
 """Headers of the board's answer that are passed back."""
 MAX_REPLY = 50_000_000
