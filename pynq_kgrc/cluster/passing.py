@@ -24,6 +24,8 @@ from pynq_kgrc.service.refusal import Refusal
 CONNECT_SECONDS = 5.0
 SILENT_SECONDS = 40.0
 """A stream of events without a byte for this time has ended; the boards send one each 10 s."""
+HEARTBEAT_SECONDS = 20.0
+"""A device that does not answer a ping of a live session within half of this time is gone."""
 KEYS = ("authorization", "x-api-key")
 PASSED_ON = (
     *("content-type", "content-encoding", "accept-encoding", "inference-header-content-length"),
@@ -58,10 +60,15 @@ def no_answer(why: str) -> Reply:
 
 def new_client(seconds: float) -> aiohttp.ClientSession:
     """An HTTP client whose requests have this time limit; it needs a running event loop."""
-    limit = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
     return aiohttp.ClientSession(
-        timeout=limit, auto_decompress=False, skip_auto_headers=("accept-encoding", "content-type")
+        timeout=_limit(seconds),
+        auto_decompress=False,
+        skip_auto_headers=("accept-encoding", "content-type"),
     )
+
+
+def _limit(seconds: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
 
 
 async def ask(
@@ -70,8 +77,9 @@ async def ask(
     url: str,
     headers: Mapping[str, str] | None = None,
     body: bytes = b"",
+    seconds: float | None = None,
 ) -> Reply:
-    """The whole answer of a device.
+    """The whole answer of a device; `seconds` is its time limit if it is not that of the client.
 
     Raises:
         aiohttp.ClientError, OSError, asyncio.TimeoutError: it cannot be reached.
@@ -82,6 +90,7 @@ async def ask(
         data=body or None,
         headers=dict(headers or {}),
         allow_redirects=False,
+        timeout=client.timeout if seconds is None else _limit(seconds),
     ) as answer:
         text = bytearray()
         async for chunk in answer.content.iter_chunked(1 << 16):
@@ -146,6 +155,7 @@ async def pass_live(
             headers=dict(headers),
             protocols=[name for name in offered if name.startswith(KEY_PROTOCOL)],
             max_msg_size=MAX_MESSAGE,
+            heartbeat=HEARTBEAT_SECONDS,
             timeout=aiohttp.ClientWSTimeout(ws_close=CONNECT_SECONDS),
         )
     except aiohttp.WSServerHandshakeError as error:

@@ -35,7 +35,7 @@ from prometheus_client.registry import Collector
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.websockets import WebSocket
 
@@ -59,6 +59,7 @@ from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
 from pynq_kgrc.program import load
 from pynq_kgrc.service.app import make_app
 from pynq_kgrc.service.guard import (
+    CLIENT_LEFT,
     MANAGE_PATHS,
     WORK_PATHS,
     App,
@@ -254,11 +255,12 @@ class Emulator(Replica):
     async def _started(self) -> str:
         """Start the service if it is not running; why it cannot be used, or empty."""
         if self._service is None:
+            bound = listen(self.settings.host, 0)
             try:
-                bound = listen(self.settings.host, 0)
                 service = Service(self.settings)
                 await service.start()
             except KgrcError as error:
+                bound.close()
                 return str(error)
             guard = Guard(
                 make_app(service), self.settings, service.metrics, lambda: False, service.queue
@@ -380,6 +382,8 @@ class Gateway:
             response = await self._respond(Request(scope, receive))
         except KgrcError as error:
             raise refusal_of(error) from error
+        except ClientDisconnect:
+            response = Response(status_code=CLIENT_LEFT)  # for the metrics and the log
         except Exception as error:
             log.exception("failed")
             raise Refusal(500, "the gateway failed; its log says more") from error
@@ -449,13 +453,15 @@ class Gateway:
         target: str = "",
         headers: dict[str, str] | None = None,
         body: bytes = b"",
+        seconds: float = PASS_SECONDS,
     ) -> Reply:
         """A device's answer to a request, or to one of the same client; 503 if it has none."""
         if headers is None:
             headers = keys_of(headers_of(request))
         url = device.url + (target or target_of(request))
         try:
-            return await ask(self.client, request.method, url, for_device(device, headers), body)
+            sent = for_device(device, headers)
+            return await ask(self.client, request.method, url, sent, body, seconds)
         except UNREACHABLE as error:
             failure = f"does not answer ({type(error).__name__})"
             if device in self.idle:  # where it is busy, its request finds that out
@@ -575,7 +581,10 @@ class Gateway:
         with self.queue.enter(client_of(request.scope)):
             body, headers = await request.body(), headers_of(request)
             replies = await asyncio.gather(
-                *(self._ask(device, request, "", headers, body) for device in self.devices)
+                *(
+                    self._ask(device, request, "", headers, body, self.layout.answer_seconds)
+                    for device in self.devices
+                )
             )
         if len({(reply.status, reply.body) for reply in replies}) > 1:
             texts = [
