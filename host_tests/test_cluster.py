@@ -4,9 +4,12 @@ The tests without Ray run everywhere; the others in an environment of their own 
 There every process that uses Ray is a child process, so that a test can kill it.
 """
 
+import base64
 import contextlib
+import gzip
 import http.client
 import http.server
+import io
 import json
 import os
 import signal
@@ -22,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 pytest.importorskip("av", reason="PyAV is not installed: scale-out not tested")
@@ -783,6 +787,246 @@ def test_a_killed_replica_loses_and_doubles_no_answer(cluster, boards):
     assert cluster.replica("board-0") not in (None, victim)
 
 
+CLASSIFIER = "a key that may classify only"
+
+
+@pytest.fixture(scope="module")
+def real_boards(program, tmp_path_factory):
+    """Two services with keys; the second one serves one more program."""
+    folder = tmp_path_factory.mktemp("boards")
+    keys = folder / "keys"
+    keys.write_text(f"boss manage {KEY}\nguest classify {CLASSIFIER}\n")
+    write_program(folder / "more.kgrc", seed=1)
+    more = ["--program", program, "--program", folder / "more.kgrc"]
+    options = ["--api-key-file", keys, "--backend", "emulate"]
+    with (
+        Serving(*options, "--program", program, state=folder / "a") as first,
+        Serving(*options, *more, state=folder / "b") as second,
+    ):
+        yield keys, first, second
+
+
+@pytest.fixture(scope="module")
+def front(real_boards, tmp_path_factory):
+    """A cluster in front of two real boards."""
+    keys, *services = real_boards
+    boards = [f"--board=http://127.0.0.1:{service.port}" for service in services]
+    log = tmp_path_factory.mktemp("front") / "log"
+    with Cluster(log, *boards, "--api-key-file", keys, key=KEY) as cluster:
+        cluster.settle()
+        yield cluster
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/docs", "/page/page.js", "/openapi.json", "/v2", "/v2/models/tiny", "/nothing"],
+)
+def test_the_front_answers_as_a_board_does(front, real_boards, path):
+    board = real_boards[1].get(path, headers=front.headers)
+    reply = front.ask("GET", path)
+    assert (reply.status, reply.body) == (board.status, board.body)
+    assert reply.headers["content-type"] == board.headers["content-type"]
+    assert front.ask("HEAD", path).status == board.status
+    assert front.ask("GET", path, headers={}).status == (
+        200 if path in ("/", "/docs", "/page/page.js", "/openapi.json") else 401
+    )
+
+
+@needs_ray
+def test_programs_that_differ_are_named_and_not_offered(front, real_boards):
+    document = front.ask("GET", "/v1/programs").json
+    assert [program["name"] for program in document["programs"]] == ["tiny"]
+    (odd,) = document["differing"]
+    assert odd["name"] == "more"
+    assert odd["devices"] == [f"http://127.0.0.1:{real_boards[2].port}"]
+    reply = front.ask("POST", "/v2/repository/models/more/unload")
+    assert reply.status == 409 and str(real_boards[1].port) in reply.json["error"]
+    assert front.ask("GET", "/v1/programs").json["differing"] == []
+    assert front.ask("GET", "/v2/models/tiny/stats").status == 404
+
+
+@needs_ray
+def test_inference_is_passed_with_its_tensors(front, real_boards):
+    frames = np.random.default_rng(0).integers(0, 256, (24, 8, 32, 32, 3), np.uint8)
+    tensor = {"name": "frames", "shape": list(frames.shape), "datatype": "UINT8"}
+    tensor["parameters"] = {"binary_data_size": frames.nbytes}
+    asked = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    head = json.dumps(asked).encode()
+    headers = {**front.headers, "Inference-Header-Content-Length": str(len(head))}
+    question = ("POST", "/v2/models/tiny/infer", head + frames.tobytes())
+    board = real_boards[1].ask(*question, headers)
+    reply = front.ask(*question, headers)
+    assert board.status == reply.status == 200, reply.body
+    length = "inference-header-content-length"
+    assert reply.headers[length] == board.headers[length]
+    assert reply.body == board.body and len(reply.body) > int(reply.headers[length])
+    packed = (*question[:2], gzip.compress(question[2]))
+    heads = {**headers, "Content-Encoding": "gzip", "Accept-Encoding": "gzip"}
+    board, reply = real_boards[1].ask(*packed, heads), front.ask(*packed, heads)
+    assert board.status == reply.status == 200, reply.body
+    assert reply.headers["content-encoding"] == board.headers["content-encoding"] == "gzip"
+    assert reply.headers["vary"] == board.headers["vary"]
+    assert gzip.decompress(reply.body) == gzip.decompress(board.body)
+
+
+@needs_ray
+def test_a_jobs_address_leads_to_its_board(front, archive):
+    video = (archive / "c" / "video 11.mp4").read_bytes()
+    heads = {"content-type": "video/mp4", "prefer": "respond-async"}
+    guest = {"x-api-key": CLASSIFIER}
+    places = []
+    for key in (front.headers, front.headers, guest, guest):
+        reply = front.ask("POST", "/v1/videos:classify", video, {**heads, **key})
+        assert reply.status == 202, reply.body
+        assert reply.headers["location"] == f"/v1/jobs/{reply.json['id']}"
+        places.append(reply.headers["location"])
+    assert {place.split(".")[0] for place in places} == {"/v1/jobs/board-0", "/v1/jobs/board-1"}
+    for place in places:
+        stream = front.ask("GET", f"{place}/events")
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        last = stream.body.decode().strip().split("\n\n")[-1]
+        assert last.startswith("event: done\ndata: ")
+        document = front.ask("GET", place).json
+        assert json.loads(last.split("data: ")[1]) == document
+        assert document["id"] == place.removeprefix("/v1/jobs/") and document["result"]["labels"]
+    ids = [place.removeprefix("/v1/jobs/") for place in places]
+    listed = front.ask("GET", "/v1/jobs").json
+    assert [job["id"] for job in listed["jobs"]] == ids[::-1] and listed["missing"] == []
+    theirs = front.ask("GET", "/v1/jobs", headers=guest).json["jobs"]
+    assert [job["id"] for job in theirs] == ids[:1:-1]
+    assert front.ask("GET", places[0], headers=guest).status == 404
+    assert front.ask("DELETE", places[0]).json["id"] == ids[0]
+    for gone_place in (places[0], "/v1/jobs/board-7.x", "/v1/jobs/x", f"{places[0]}/events"):
+        assert front.ask("GET", gone_place).status == 404
+
+
+@needs_ray
+def test_events_arrive_while_the_job_runs(front, archive):
+    video = (archive / "c" / "video 11.mp4").read_bytes()
+    heads = {**front.headers, "content-type": "video/mp4", "prefer": "respond-async"}
+    for _ in range(6):  # the last of them waits behind the others
+        reply = front.ask("POST", "/v1/videos:classify?stride=1", video, heads)
+    line = http.client.HTTPConnection("127.0.0.1", front.port, timeout=30)
+    line.request("GET", f"{reply.headers['location']}/events", headers=front.headers)
+    with line.getresponse() as answer:
+        first = answer.readline() + answer.readline()
+        assert b"event: progress" in first and reply.json["id"].encode() in first
+    line.close()
+    assert front.ask("DELETE", reply.headers["location"]).status == 200
+
+
+def gauges(front):
+    """Metric of a device -> its values, in the order of the boards."""
+    found = {}
+    for line in front.ask("GET", "/metrics").body.decode().splitlines():
+        if line.startswith("kgrc_device_"):
+            name, _, value = line.partition("{")
+            found.setdefault(name, []).append(float(value.rsplit(" ", 1)[1]))
+    return found
+
+
+@needs_ray
+def test_metrics_count_what_each_device_did(front, archive):
+    before = gauges(front)
+    assert before["kgrc_device_up"] == [1, 1] and before["kgrc_device_live"] == [0, 0]
+    video = (archive / "a" / "video 00.mp4").read_bytes()
+    for _ in range(2):
+        assert front.classify(video).status == 200
+    after = gauges(front)
+    name = "kgrc_device_served_total"
+    assert sum(after[name]) == sum(before[name]) + 2
+    assert after["kgrc_device_failures_total"] == before["kgrc_device_failures_total"]
+    text = front.ask("GET", "/metrics").body.decode()
+    assert 'kgrc_requests_total{method="POST",route="/v1/videos:classify",status="200"}' in text
+    assert front.ask("GET", "/metrics", headers={}).status == 401
+
+
+@contextlib.contextmanager
+def live(front, query="?top_k=2"):
+    """A live session, with the key as a browser gives it."""
+    from websockets.sync.client import connect
+
+    names = []
+    if front.headers:
+        coded = base64.urlsafe_b64encode(KEY.encode()).decode().rstrip("=")
+        names = [f"kgrc.key.{coded}"]
+    place = f"ws://127.0.0.1:{front.port}/v1/live{query}"
+    with connect(place, subprotocols=names or None) as client:
+        yield client
+
+
+def jpeg():
+    """A JPEG image."""
+    import av
+
+    made = io.BytesIO()
+    with av.open(made, "w", format="mjpeg") as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        picture = np.full((48, 64, 3), 128, np.uint8)
+        for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+            container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return made.getvalue()
+
+
+@needs_ray
+def test_live_sessions_are_shared_out_and_passed_through(front):
+    with live(front) as one, live(front) as two:
+        assert gauges(front)["kgrc_device_live"] == [1, 1]
+        for client in (one, two):
+            assert json.loads(client.recv(10))["program"] == "tiny"
+        kinds = []
+        while "prediction" not in kinds:
+            one.send(jpeg())
+            document = json.loads(one.recv(10))
+            kinds.append(document["type"])
+        assert kinds[0] == "filling" and len(document["labels"]) == 2
+        two.send("text")
+        document = json.loads(two.recv(10))
+        assert (document["type"], document["status"]) == ("error", 400)
+        with pytest.raises(Exception, match="1008"):
+            two.recv(10)
+    until(lambda: gauges(front)["kgrc_device_live"] == [0, 0], 20)
+    with live(front, "?program=none") as client:
+        assert json.loads(client.recv(10))["status"] == 404
+
+
+@needs_ray
+def test_a_board_that_dies_takes_only_what_was_its_own(front, real_boards, archive):
+    video = (archive / "a" / "video 00.mp4").read_bytes()
+    heads = {**front.headers, "content-type": "video/mp4", "prefer": "respond-async"}
+    place = front.ask("POST", "/v1/videos:classify", video, heads).headers["location"]
+    until(lambda: front.ask("GET", place).json["state"] == "done", 20)
+    number = int(place.split("board-")[1].split(".")[0])
+    dying = real_boards[1 + number]
+    with contextlib.ExitStack() as held:
+        sessions = [held.enter_context(live(front)) for _ in range(2)]
+        for session in sessions:
+            session.recv(10)
+        dying.process.kill()
+        dying.process.wait(30)
+        reply = front.ask("GET", place)
+        assert reply.status == 503 and str(dying.port) in reply.json["error"]
+        assert front.ask("GET", f"{place}/events").status == 503
+        assert front.ask("GET", "/").status == 200
+        assert [front.classify(video).status for _ in range(3)] == [200] * 3
+        listed = front.ask("GET", "/v1/jobs").json
+        assert listed["missing"] == [f"http://127.0.0.1:{dying.port}"]
+        assert front.ask("POST", "/v2/repository/models/tiny/unload").status == 503
+        with live(front) as client:
+            assert json.loads(client.recv(10))["type"] == "ready"
+        texts = []
+        for session in sessions:
+            with contextlib.suppress(TimeoutError):
+                texts.append(json.loads(session.recv(2)))
+        assert [(t["type"], t["status"]) for t in texts] == [("error", 503)]
+    up = [0.0 if i == number else 1.0 for i in range(2)]
+    assert gauges(front)["kgrc_device_up"] == up
+
+
 def steady(document):
     """An answer without the times, which differ from run to run."""
     layers = [{**layer, "ms": 0} for layer in document["layers"]]
@@ -799,6 +1043,14 @@ def test_emulators_answer_as_one_service_does_and_survive_a_kill(archive, progra
         cluster.settle()
         bad = cluster.classify(b"no video")
         assert (bad.status, bad.body) == (refused.status, refused.body)
+        assert b"<title>" in cluster.ask("GET", "/").body
+        heads = {"content-type": "video/mp4", "prefer": "respond-async"}
+        place = cluster.ask("POST", "/v1/videos:classify?top_k=2", video, heads).headers["location"]
+        assert place.startswith("/v1/jobs/emulator-")
+        last = cluster.ask("GET", f"{place}/events").body.decode().split("data: ")[-1]
+        assert steady(json.loads(last)["result"]) == expected
+        with live(cluster) as client:
+            assert json.loads(client.recv(10))["type"] == "ready"
         with ThreadPoolExecutor(1) as pool:
             crowd = pool.submit(lambda: [cluster.crowd(4, video) for _ in range(4)])
             time.sleep(0.3)

@@ -44,7 +44,7 @@ WALLS = {
     "starlette": ("service", "cluster"),
     "uvicorn": ("service",),
     "av": ("video", "service"),
-    "prometheus_client": ("service",),
+    "prometheus_client": ("service", "cluster"),
     "ray": ("cluster",),
     "pyarrow": ("cluster",),
     "aiohttp": ("cluster",),

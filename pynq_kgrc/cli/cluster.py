@@ -38,14 +38,16 @@ same files. Its telemetry and dashboard are off.
 
 CLUSTER = """\
 A load balancer. Each board runs `pynq-kgrc serve`; emulators run on this machine, or on the cluster
-of --address. A client sends the same request as to one board:
+of --address. The page, jobs, live sessions and the Open Inference Protocol over HTTP are as on one
+board, /metrics counts what each device did, and a client sends the same request:
 
   curl --data-binary @video.mp4 -H 'Content-Type: video/mp4' \\
       'http://127.0.0.1:9000/v1/videos:classify?top_k=3'
 
-A device gets one video at a time. A device that answers 503 or 429, or does not answer, leaves the
-rotation until its /v2/health/ready succeeds; its video is sent to one other device. /v1/devices
-lists the devices, and why one is out of the rotation. The client's key is passed on to the boards.
+A device gets one video or inference at a time. A device that answers 503 or 429, or does not
+answer, leaves the rotation until its /v2/health/ready succeeds; its video is sent to one other
+device. /v1/devices lists the devices, and why one is out of the rotation. The client's key is
+passed on to the boards.
 On your own Ray cluster, `serve run pynq_kgrc.cluster.serving:build boards=URL,URL` does the same.
 """
 

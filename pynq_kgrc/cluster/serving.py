@@ -1,7 +1,8 @@
 """Many boards behind one endpoint: an application of Ray Serve.
 
 client -> guard.py -> Gateway -> a Replica (of a board) or an Emulator, each of which takes one
-request at a time. Ray Serve starts them, places them on machines, and restarts one that dies.
+video or inference at a time. Ray Serve starts them, places them on machines, and restarts one that
+dies. All other requests the Gateway passes on to the devices itself (passing.py).
 
 `serve run pynq_kgrc.cluster.serving:build boards=http://a:8000,http://b:8000`, or
 `pynq-kgrc cluster`, which also starts Ray.
@@ -11,43 +12,76 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
+import re
+import secrets
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
-from urllib.parse import urlencode, urlsplit
+from types import SimpleNamespace
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode, urlsplit
 
 import aiohttp
 import msgspec
+import ray
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.websockets import WebSocket
 
 from pynq_kgrc.cluster.local import STORE_BYTES, ray_started
+from pynq_kgrc.cluster.passing import (
+    CONNECT_SECONDS,
+    KEYS,
+    PASSED_BACK,
+    PASSED_ON,
+    SILENT_SECONDS,
+    UNREACHABLE,
+    Reply,
+    ask,
+    events,
+    named,
+    new_client,
+    no_answer,
+    pass_live,
+)
 from pynq_kgrc.errors import ConfigError, DeviceError, KgrcError
 from pynq_kgrc.program import load
 from pynq_kgrc.service.app import make_app
-from pynq_kgrc.service.guard import App, Guard, Message, Receive, Scope, Send, client_of
-from pynq_kgrc.service.jobs import FINAL, Admission
-from pynq_kgrc.service.keys import read_keys
+from pynq_kgrc.service.guard import (
+    CLIENT_LEFT,
+    MANAGE_PATHS,
+    WORK_PATHS,
+    App,
+    Guard,
+    Receive,
+    Scope,
+    Send,
+    client_of,
+)
+from pynq_kgrc.service.jobs import FINAL, MAX_LISTED, Admission
+from pynq_kgrc.service.keys import KEY_PROTOCOL, Key, read_keys
+from pynq_kgrc.service.live import refuse_live
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.refusal import Refusal, refusal_of
+from pynq_kgrc.service.server import Server, listen, make_server
 from pynq_kgrc.service.settings import Settings, shipped_program
 from pynq_kgrc.service.waiting import within
 
 log = logging.getLogger("pynq_kgrc.service")
 
-CLASSIFY = "/v1/videos:classify"
-CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 1.0
 """Seconds between two readiness checks of a device that left the rotation."""
 READY_SECONDS = 10.0
@@ -56,14 +90,10 @@ START_SECONDS = 120.0
 """Time limit for Ray to start a replica, and for the replica to start an emulation."""
 JOB_SECONDS = 0.5
 """Seconds between two requests for the state of a board's job."""
-PASSED_ON = ("content-type", "authorization", "x-api-key")
-"""Headers of the client that are passed on: the boards check its key themselves."""
-PASSED_BACK = ("content-type", "retry-after")
-"""Headers of the board's answer that are passed back."""
-MAX_REPLY = 50_000_000
-"""Largest answer of a board, in bytes."""
-T = TypeVar("T")
-
+PASS_SECONDS = 60.0
+"""Time limit of a device for a request that is neither a video nor an inference."""
+JOB_PATH = re.compile(r"/v1/jobs/([a-z]+-[0-9]+)\.([A-Za-z0-9_-]{1,64})(/events)?")
+STATS_PATH = re.compile(r"/v2/models/(.+/)?stats")
 LEAVING = (429, 503)
 """A device that answers with one of these leaves the rotation until it is ready."""
 
@@ -97,19 +127,6 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Time limit of a device for a video; then it leaves the rotation, and another one gets it."""
 
 
-class Reply(NamedTuple):
-    """The answer of a device."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-def no_answer(why: str) -> Reply:
-    """The reply in place of a device that does not answer."""
-    return Reply(503, {}, json.dumps({"error": why}).encode())
-
-
 def failure_of(error: Exception) -> str:
     """An exception of Ray in one line."""
     first = str(error).strip().splitlines()
@@ -121,7 +138,7 @@ class Replica:
 
     Args:
         url: its address.
-        seconds: time limit of a video.
+        seconds: time limit of a video or an inference.
     """
 
     def __init__(self, url: str, seconds: float) -> None:
@@ -129,44 +146,53 @@ class Replica:
         self._client: aiohttp.ClientSession | None = None
 
     @property
-    def client(self) -> Any:
+    def client(self) -> aiohttp.ClientSession:
         """The HTTP client; aiohttp needs a running event loop to make it."""
         if self._client is None:
-            limit = aiohttp.ClientTimeout(total=self.seconds, sock_connect=CONNECT_SECONDS)
-            self._client = aiohttp.ClientSession(timeout=limit)
+            self._client = new_client(self.seconds)
         return self._client
+
+    async def address(self) -> str:
+        """Where the gateway reaches the device for all other requests."""
+        return self.url
 
     async def unavailable_reason(self) -> str:
         """Why the board cannot be used now; empty if it can."""
+        asked = ask(self.client, "GET", f"{self.url}/v2/health/ready")
         try:
-            reply = await within(self._ask("GET", "/v2/health/ready"), READY_SECONDS)
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            reply = await within(asked, READY_SECONDS)
+        except UNREACHABLE as error:
             return f"does not answer ({type(error).__name__})"
         return "" if reply.status == 200 else f"not ready ({reply.status})"
 
-    async def classify(self, query: str, headers: dict[str, str], body: bytes) -> Reply:
-        """Send the board a video; if it answers with a job, wait for the job's result."""
+    async def work(self, target: str, headers: dict[str, str], body: bytes) -> Reply:
+        """Send the board a video or an inference.
+
+        If it answers with a job although the client has no `Prefer`, wait for the job's result.
+        """
         job = None
         try:
-            reply = await self._ask("POST", f"{CLASSIFY}?{query}", headers, body)
-            job = reply.headers.get("location", "") if reply.status == 202 else None
-            if job is not None:
+            reply = await ask(self.client, "POST", self.url + target, headers, body)
+            if reply.status == 202 and "prefer" not in headers:
+                job = reply.headers.get("location", "")
                 if not job.startswith("/v1/jobs/"):
+                    job = None
                     return no_answer(f"{self.url}: 202 without a job's address")
                 reply = await within(self._finished(job, headers), self.seconds)
                 job = None
             return reply
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        except UNREACHABLE as error:
             return no_answer(f"{self.url} does not answer ({type(error).__name__})")
         finally:
             if job is not None:  # the client does not wait any more
-                with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError):
-                    await within(self._ask("DELETE", job, headers), CONNECT_SECONDS)
+                with contextlib.suppress(*UNREACHABLE):
+                    asked = ask(self.client, "DELETE", self.url + job, keys_of(headers))
+                    await within(asked, CONNECT_SECONDS)
 
     async def _finished(self, job: str, headers: dict[str, str]) -> Reply:
         """Poll a job until it is done; its result as if the board had answered with it at once."""
         while True:
-            reply = await self._ask("GET", job, headers)
+            reply = await ask(self.client, "GET", self.url + job, keys_of(headers))
             if reply.status != 200:
                 return reply
             document = json.loads(reply.body)
@@ -180,148 +206,164 @@ class Replica:
                 return Reply(422, {"content-type": "application/json"}, body)
             await asyncio.sleep(JOB_SECONDS)
 
-    async def _ask(
-        self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes = b""
-    ) -> Reply:
-        kept = ("authorization", "x-api-key") if method != "POST" else PASSED_ON
-        sent = {name: value for name, value in (headers or {}).items() if name in kept}
-        async with self.client.request(
-            method, self.url + path, data=body or None, headers=sent, allow_redirects=False
-        ) as answer:
-            text = bytearray()
-            async for chunk in answer.content.iter_chunked(1 << 16):
-                text += chunk
-                if len(text) > MAX_REPLY:
-                    return no_answer(f"{self.url}: an answer of more than {MAX_REPLY} bytes")
-            heads = {name.lower(): value for name, value in answer.headers.items()}
-            return Reply(answer.status, heads, bytes(text))
+
+def keys_of(headers: dict[str, str]) -> dict[str, str]:
+    """Those of a request's headers that have its key."""
+    return {name: value for name, value in headers.items() if name in KEYS}
 
 
-class Emulator:
-    """A service over an emulation in this process, called without HTTP.
+class Emulator(Replica):
+    """A service over an emulation in this process, on a port that only this cluster's keys open.
 
     The service has an event loop and a thread of its own: Ray's loop (uvloop) gives no access to
     the pipes of child processes, whose buffers the service enlarges.
     """
 
-    def __init__(self, program: str, backend: str, max_bytes: int, seconds: float) -> None:
+    def __init__(
+        self, program: str, backend: str, max_bytes: int, seconds: float, keys: tuple[Key, ...]
+    ) -> None:
+        super().__init__("", seconds)
         # deleted when this process exits normally; stays if it is killed
         self._folder = tempfile.TemporaryDirectory(prefix="kgrc-")
         self.settings = Settings(
             programs=(Path(program),),
             backend=backend,
+            host=ray.util.get_node_ip_address(),
+            port=0,
+            keys=keys,
             state=Path(self._folder.name),
             max_bytes=max_bytes,
             wait_seconds=seconds,
             job_seconds=seconds,
         )
         self._service: Service | None = None
-        self._app: App | None = None
+        self._serving: asyncio.Task[None] | None = None
         asyncio.set_event_loop_policy(None)  # uvloop's cannot wait for child processes (3.11)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="service", daemon=True).start()
 
     async def unavailable_reason(self) -> str:
         """Why the emulation cannot be used now; empty if it can."""
-        return await self._on_service_loop(self._started())
+        started = asyncio.run_coroutine_threadsafe(self._started(), self._loop)
+        return await asyncio.wrap_future(started)
 
-    async def classify(self, query: str, headers: dict[str, str], body: bytes) -> Reply:
-        """The service's answer to a video."""
-        return await self._on_service_loop(self._classify(query, headers, body))
-
-    async def _on_service_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the service's loop; cancelled if the caller is cancelled."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+    async def work(self, target: str, headers: dict[str, str], body: bytes) -> Reply:
+        """Send the emulation a video or an inference."""
+        reason = await self.unavailable_reason()
+        return no_answer(reason) if reason else await super().work(target, headers, body)
 
     async def _started(self) -> str:
         """Start the service if it is not running; why it cannot be used, or empty."""
         if self._service is None:
+            bound = listen(self.settings.host, 0)
             try:
                 service = Service(self.settings)
                 await service.start()
             except KgrcError as error:
+                bound.close()
                 return str(error)
-            self._service, self._app = service, make_app(service)
+            guard = Guard(
+                make_app(service), self.settings, service.metrics, lambda: False, service.queue
+            )
+            server: Server = make_server(guard, self.settings)
+            service.server = server
+            self._serving = asyncio.ensure_future(server.serve(sockets=[bound]))
+            while not server.started and not self._serving.done():
+                await asyncio.sleep(0.01)
+            host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+            self.url = f"http://{host}:{bound.getsockname()[1]}"
+            self._service = service
+        if self._serving is None or self._serving.done():
+            return "its server ended"
         return self._service.unavailable_reason()
-
-    async def _classify(self, query: str, headers: dict[str, str], body: bytes) -> Reply:
-        reason = await self._started()
-        if reason or self._app is None:
-            return no_answer(reason)
-        return await post(self._app, query, headers, body)
-
-
-async def post(app: App, query: str, headers: dict[str, str], body: bytes) -> Reply:
-    """Post a video to an ASGI application in this process."""
-    status = 500
-    heads: dict[str, str] = {}
-    parts: list[bytes] = []
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        if messages:
-            return messages.pop()
-        await asyncio.Event().wait()  # never disconnects: leaving cancels this task
-        raise AssertionError
-
-    async def send(message: Message) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-            heads.update((k.decode("latin-1"), v.decode("latin-1")) for k, v in message["headers"])
-        else:
-            parts.append(message.get("body", b""))
-
-    sent = {**headers, "host": "localhost", "content-length": str(len(body))}
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": CLASSIFY,
-        "raw_path": CLASSIFY.encode(),
-        "query_string": query.encode("latin-1"),
-        "root_path": "",
-        "headers": [(k.encode("latin-1"), v.encode("latin-1")) for k, v in sent.items()],
-        "client": None,
-        "server": None,
-        "state": {"request_id": ""},
-    }
-    await app(scope, receive, send)
-    return Reply(status, heads, b"".join(parts))
 
 
 class Device:
-    """A device in the gateway's list."""
+    """A device in the gateway's list.
 
-    def __init__(self, name: str, handle: Any) -> None:
-        self.name, self.handle = name, handle
+    Args:
+        name: a board's address, or the name of an emulator.
+        short: its name in the ids of jobs.
+        token: the key that the gateway sends it; empty: the client's.
+    """
+
+    def __init__(self, name: str, short: str, token: str = "") -> None:
+        self.name, self.short, self.token = name, short, token
+        self.handle: Any = None
+        self.url = ""
+        """Its address, from the last readiness check that succeeded."""
         self.resting_reason = "not checked yet"
         """Why it is out of the rotation; empty while it is in."""
         self.served = self.failures = 0
+        self.jobs = self.live = 0
+        """Jobs whose clients do not wait, and live sessions, that it has now."""
+
+
+class DeviceMetrics(Collector):
+    """State of the devices and how much they did, for Prometheus."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def collect(self) -> Iterator[Metric]:
+        """A gauge or counter of each kind, with a value per device."""
+        idle = self.gateway.idle
+        kinds: dict[str, tuple[type, str, Callable[[Device], float]]] = {
+            "up": (GaugeMetricFamily, "In the rotation", lambda d: not d.resting_reason),
+            "busy": (
+                GaugeMetricFamily,
+                "Has a video or an inference",
+                lambda d: not d.resting_reason and d not in idle,
+            ),
+            "jobs": (GaugeMetricFamily, "Jobs that no client waits for", lambda d: d.jobs),
+            "live": (GaugeMetricFamily, "Live sessions", lambda d: d.live),
+            "served": (CounterMetricFamily, "Videos and inferences answered", lambda d: d.served),
+            "failures": (CounterMetricFamily, "Those that it failed", lambda d: d.failures),
+        }
+        for name, (kind, text, read) in kinds.items():
+            family = kind(f"kgrc_device_{name}", text, labels=["device"])
+            for device in self.gateway.devices:
+                family.add_metric([device.name], float(read(device)))
+            yield family
 
 
 class Gateway:
-    """The one endpoint: gives each video to an idle device; if it fails, once to another one."""
+    """The one endpoint.
 
-    def __init__(self, layout: Layout, names: list[str], handles: list[Any]) -> None:
-        self.layout = layout
-        self.devices = [Device(*pair) for pair in zip(names, handles, strict=True)]
+    It gives each video and each inference to an idle device, and if that fails, once to another
+    one. A request about a job goes to the device that has it, any other to a device that is ready.
+    """
+
+    def __init__(
+        self, layout: Layout, keys: tuple[Key, ...], devices: list[Device], handles: list[Any]
+    ) -> None:
+        self.layout, self.keys = layout, keys
+        self.devices = devices
+        for device, handle in zip(devices, handles, strict=True):
+            device.handle = handle
         self.idle: list[Device] = []
         """Devices in the rotation without a video, the longest idle first."""
         self.queue = Admission(layout.queue, "videos")
+        self.metrics = Metrics()
+        self.metrics.registry.register(DeviceMetrics(self))
         self._changed = asyncio.Event()
-        self._probes: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._client: aiohttp.ClientSession | None = None
+
+    @property
+    def client(self) -> aiohttp.ClientSession:
+        """The HTTP client; aiohttp needs a running event loop to make it."""
+        if self._client is None:
+            self._client = new_client(PASS_SECONDS)
+        return self._client
 
     def __serve_build_asgi_app__(self) -> App:
         """The ASGI application; Ray Serve calls this once."""
         start_logging()
-        keys = read_keys(Path(self.layout.keys)) if self.layout.keys else ()
         # without keys the guard accepts only requests to localhost, unless `insecure` is set
         host = "0.0.0.0" if self.layout.insecure else "127.0.0.1"
-        settings = Settings(host=host, keys=keys, max_bytes=self.layout.max_bytes)
-        return Guard(self.answer, settings, Metrics(), lambda: False, self.queue)
+        settings = Settings(host=host, keys=self.keys, max_bytes=self.layout.max_bytes)
+        return Guard(self.answer, settings, self.metrics, lambda: False, self.queue)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or the lifespan events of ASGI.
@@ -332,12 +374,16 @@ class Gateway:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
-        if scope["type"] != "http":
-            raise Refusal(404, "a cluster has no WebSocket; connect to a board")
+        scope["route"] = SimpleNamespace(path=route_of(scope["path"]))
+        if scope["type"] == "websocket":
+            await self._live(WebSocket(scope, receive, send))
+            return
         try:
             response = await self._respond(Request(scope, receive))
         except KgrcError as error:
             raise refusal_of(error) from error
+        except ClientDisconnect:
+            response = Response(status_code=CLIENT_LEFT)  # for the metrics and the log
         except Exception as error:
             log.exception("failed")
             raise Refusal(500, "the gateway failed; its log says more") from error
@@ -349,22 +395,39 @@ class Gateway:
             self._leave(device, device.resting_reason)
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        for probe in self._probes:
-            probe.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if self._client is not None:
+            await self._client.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _respond(self, request: Request) -> Response:
         path, method = request.url.path, request.method
-        if path == CLASSIFY and method == "POST":
-            return await self._classify(request)
-        if path == "/v2/health/live" and method == "GET":
-            return JSONResponse({"live": True})
-        if path == "/v2/health/ready" and method == "GET":
-            ready = any(not device.resting_reason for device in self.devices)
-            return JSONResponse({"ready": ready}, 200 if ready else 503)
-        if path == "/v1/devices" and method == "GET":
-            return JSONResponse({"devices": [self._describe(d) for d in self.devices]})
-        raise Refusal(404, f"nothing at {method[:10]} {path[:50]}; there is POST {CLASSIFY}")
+        if method == "GET" and path in OWN_PATHS:
+            return await OWN_PATHS[path](self, request)
+        if method in ("GET", "DELETE") and path.startswith("/v1/jobs/"):
+            return await self._job(request)
+        if method == "POST" and WORK_PATHS.fullmatch(path):
+            return await self._work(request)
+        if method == "POST" and MANAGE_PATHS.fullmatch(path):
+            return await self._manage(request)
+        if STATS_PATH.fullmatch(path):
+            raise Refusal(404, "a cluster has no statistics of models: each board has its own")
+        return await self._pass(request)
+
+    async def _alive(self, request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def _ready(self, request: Request) -> Response:
+        ready = bool(self._sound())
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(self.metrics.text(), media_type=kind)
+
+    async def _devices(self, request: Request) -> Response:
+        return JSONResponse({"devices": [self._describe(device) for device in self.devices]})
 
     def _describe(self, device: Device) -> dict[str, Any]:
         state = "resting" if device.resting_reason else "idle" if device in self.idle else "busy"
@@ -374,31 +437,220 @@ class Gateway:
             "trouble": device.resting_reason,
             "served": device.served,
             "failures": device.failures,
+            "jobs": device.jobs,
+            "live": device.live,
         }
 
-    async def _classify(self, request: Request) -> Response:
+    def _sound(self) -> list[Device]:
+        """The devices in the rotation, those first that are idle."""
+        found = [device for device in self.devices if not device.resting_reason]
+        return sorted(found, key=lambda device: device not in self.idle)
+
+    async def _ask(
+        self,
+        device: Device,
+        request: Request,
+        target: str = "",
+        headers: dict[str, str] | None = None,
+        body: bytes = b"",
+        seconds: float = PASS_SECONDS,
+    ) -> Reply:
+        """A device's answer to a request, or to one of the same client; 503 if it has none."""
+        if headers is None:
+            headers = keys_of(headers_of(request))
+        url = device.url + (target or target_of(request))
+        try:
+            sent = for_device(device, headers)
+            return await ask(self.client, request.method, url, sent, body, seconds)
+        except UNREACHABLE as error:
+            failure = f"does not answer ({type(error).__name__})"
+            if device in self.idle:  # where it is busy, its request finds that out
+                self.idle.remove(device)
+                self._leave(device, failure)
+            return no_answer(f"{device.name} {failure}")
+
+    async def _pass(self, request: Request) -> Response:
+        """Pass a request on to a device that is ready, and if it fails to the next one."""
+        reply = None
+        headers = headers_of(request)
+        with contextlib.ExitStack() as held:
+            body = b""
+            if request.method != "GET":
+                held.enter_context(self.queue.enter(client_of(request.scope)))
+                body = await request.body()
+            for device in self._sound():
+                reply = await self._ask(device, request, headers=headers, body=body)
+                if reply.status not in LEAVING:
+                    break
+        if reply is None:
+            raise Refusal(503, "no device is ready", 5)
+        return response_of(reply)
+
+    async def _asked_all(self, request: Request) -> list[tuple[Device, Reply]]:
+        """The answers of all devices in the rotation.
+
+        Raises:
+            Refusal: 503, there is none.
+        """
+        found = [device for device in self.devices if not device.resting_reason]
+        if not found:
+            raise Refusal(503, "no device is ready", 5)
+        replies = await asyncio.gather(*(self._ask(device, request) for device in found))
+        return list(zip(found, replies, strict=True))
+
+    async def _programs(self, request: Request) -> Response:
+        """The programs that all devices have in the same version, and those that differ."""
+        answers = await self._asked_all(request)
+        good = [
+            (device, json.loads(reply.body)) for device, reply in answers if reply.status == 200
+        ]
+        if not good:
+            return response_of(answers[0][1])
+        holders: dict[tuple[str, str], list[str]] = {}
+        for device, document in good:
+            for program in document["programs"]:
+                key = (program["name"], program["version"])
+                holders.setdefault(key, []).append(device.name)
+        common = {key for key, names in holders.items() if len(names) == len(good)}
+        document = good[0][1]
+        kept = [p for p in document["programs"] if (p["name"], p["version"]) in common]
+        differing = [
+            {"name": name, "version": version, "devices": names}
+            for (name, version), names in holders.items()
+            if (name, version) not in common
+        ]
+        if differing:
+            log.warning("the devices serve different programs", extra={"differing": differing})
+        backends = " and ".join(sorted({document["backend"] for _, document in good}))
+        return JSONResponse({"backend": backends, "programs": kept, "differing": differing})
+
+    async def _jobs(self, request: Request) -> Response:
+        """The jobs of all devices that answer, newest first by the clocks of the devices."""
+        answers = await self._asked_all(request)
+        good = [
+            (device, json.loads(reply.body)) for device, reply in answers if reply.status == 200
+        ]
+        if not good:
+            return response_of(answers[0][1])
+        jobs = [
+            {**job, "id": f"{device.short}.{job['id']}"}
+            for device, document in good
+            for job in document["jobs"]
+        ]
+        jobs.sort(key=lambda job: -job["created"])
+        asked = [device for device, _ in good]
+        missing = [device.name for device in self.devices if device not in asked]
+        return JSONResponse({"jobs": jobs[:MAX_LISTED], "missing": missing})
+
+    async def _job(self, request: Request) -> Response:
+        """State, events or cancellation of a job, from the device that took it."""
+        found = JOB_PATH.fullmatch(request.url.path)
+        short, key, stream = found.groups() if found else ("", "", None)
+        device = next((device for device in self.devices if device.short == short), None)
+        if device is None or not device.url:
+            raise Refusal(404, f"no job {request.url.path.removeprefix('/v1/jobs/')[:50]!r}")
+        target = f"/v1/jobs/{key}"
+        if not stream:
+            return response_of(named(short, await self._ask(device, request, target)))
+        limit = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS
+        )
+        headers = for_device(device, keys_of(headers_of(request)))
+        url = f"{device.url}{target}/events"
+        try:
+            answer = await self.client.request(request.method, url, headers=headers, timeout=limit)
+            if answer.status != 200:
+                body = await answer.read()
+                answer.close()
+                return Response(body, answer.status, media_type="application/json")
+        except UNREACHABLE as error:
+            why = f"{device.name} does not answer ({type(error).__name__})"
+            raise Refusal(503, why, 5) from error
+        return StreamingResponse(events(short, answer), media_type="text/event-stream")
+
+    async def _manage(self, request: Request) -> Response:
+        """Load or unload a program on every device.
+
+        Raises:
+            Refusal: 503, a device is not ready, and none was asked; 409, the devices now differ.
+        """
+        resting = [device.name for device in self.devices if device.resting_reason]
+        if resting:
+            text = "; programs are loaded and unloaded on all devices at once"
+            raise Refusal(503, f"not ready: {', '.join(resting)}{text}", 5)
         with self.queue.enter(client_of(request.scope)):
-            body = bytearray()
-            async for chunk in request.stream():
-                body += chunk
-            # normalized: a query that no parser accepts would look like a failure of the board
-            query = urlencode(request.query_params.multi_items())
-            headers = {name: request.headers[name] for name in PASSED_ON if name in request.headers}
-            video = bytes(body)
-            del body
-            reply = await self._try(query, headers, video)
+            body, headers = await request.body(), headers_of(request)
+            replies = await asyncio.gather(
+                *(
+                    self._ask(device, request, "", headers, body, self.layout.answer_seconds)
+                    for device in self.devices
+                )
+            )
+        if len({(reply.status, reply.body) for reply in replies}) > 1:
+            texts = [
+                f"{device.name} answered {reply.status} {reply.body[:200].decode(errors='replace')}"
+                for device, reply in zip(self.devices, replies, strict=True)
+            ]
+            raise Refusal(409, f"the devices differ now: {'; '.join(texts)}")
+        return response_of(replies[0])
+
+    async def _work(self, request: Request) -> Response:
+        """Give a video or an inference to an idle device, and if it fails to another one."""
+        with self.queue.enter(client_of(request.scope)):
+            headers, target = headers_of(request), target_of(request)
+            body = await request.body()
+            device, reply = await self._try(target, headers, body)
             if reply.status in LEAVING:
                 log.info("trying a second device", extra={"reason": reply.body[:200]})
                 with contextlib.suppress(Refusal):  # no other device: answer with the first reply
-                    reply = await self._try(query, headers, video)
-        heads = {name: reply.headers[name] for name in PASSED_BACK if name in reply.headers}
-        heads.setdefault("content-type", "application/json")
-        if reply.status in LEAVING:
-            heads.setdefault("retry-after", "5")
-        return Response(reply.body, reply.status, heads)
+                    device, reply = await self._try(target, headers, body)
+        if reply.status == 202:
+            job = reply.headers.get("location", "")
+            self._start(self._follow(device, job, for_device(device, keys_of(headers))))
+            reply = named(device.short, reply)
+        return response_of(reply)
 
-    async def _try(self, query: str, headers: dict[str, str], video: bytes) -> Reply:
-        """Give a video to the next idle device; its answer.
+    async def _follow(self, device: Device, job: str, headers: dict[str, str]) -> None:
+        """Count a job as its device's until it ends, so that devices without jobs come first."""
+        device.jobs += 1
+        end = time.monotonic() + self.layout.answer_seconds
+        try:
+            while time.monotonic() < end:
+                await asyncio.sleep(JOB_SECONDS)
+                reply = await ask(self.client, "GET", device.url + job, headers)
+                if reply.status != 200 or json.loads(reply.body)["state"] in FINAL:
+                    return
+        except (*UNREACHABLE, ValueError):
+            return
+        finally:
+            device.jobs -= 1
+
+    async def _live(self, client: WebSocket) -> None:
+        """Pass a live session through to the device with the fewest.
+
+        Raises:
+            Refusal: 404, there is no such WebSocket.
+        """
+        if client.url.path != "/v1/live":
+            raise Refusal(404, "the WebSocket of live sessions is /v1/live")
+        reason = "no device is ready"
+        for device in sorted(self._sound(), key=lambda device: device.live):
+            url = device.url + target_of(client)
+            headers = for_device(device, keys_of(headers_of(client)))
+            device.live += 1
+            try:
+                failure = await pass_live(client, self.client, url, headers)
+            finally:
+                device.live -= 1
+            if not failure:
+                return
+            reason = f"{device.name}: {failure}"
+        offered = client.scope.get("subprotocols", [])
+        await client.accept(next((o for o in offered if o.startswith(KEY_PROTOCOL)), None))
+        await refuse_live(client, Refusal(503, reason, 5))
+
+    async def _try(self, target: str, headers: dict[str, str], body: bytes) -> tuple[Device, Reply]:
+        """Give a video or an inference to the next idle device; the device, and its answer.
 
         Raises:
             Refusal: 503, no device is in the rotation, or none was idle in time.
@@ -408,7 +660,7 @@ class Gateway:
         failure = "its request was cancelled"
         answer = None
         try:
-            answer = device.handle.classify.remote(query, headers, video)
+            answer = device.handle.work.remote(target, for_device(device, headers), body)
             reply = Reply(*await within(answer, self.layout.answer_seconds + READY_SECONDS))
             failure = f"answered {reply.status}" if reply.status in LEAVING else ""
         except asyncio.TimeoutError:
@@ -426,13 +678,16 @@ class Gateway:
                 self._join(device)
         device.served += not failure
         device.failures += bool(failure)
-        return reply
+        return device, reply
 
     async def _take(self) -> Device:
+        """The device that is idle for longest, of those with the fewest jobs."""
         end = time.monotonic() + self.layout.wait_seconds
         while True:
             if self.idle:
-                return self.idle.pop(0)
+                device = min(self.idle, key=lambda device: device.jobs)
+                self.idle.remove(device)
+                return device
             if all(device.resting_reason for device in self.devices):
                 raise Refusal(503, "no device is ready", 5)
             left = end - time.monotonic()
@@ -451,10 +706,13 @@ class Gateway:
         """Take a device out of the rotation until a readiness check succeeds."""
         device.resting_reason = reason
         log.warning("a device left the rotation", extra={"device": device.name, "reason": reason})
-        task = asyncio.get_running_loop().create_task(self._probe(device))
-        self._probes.add(task)
-        task.add_done_callback(self._probes.discard)
+        self._start(self._probe(device))
         self._notify()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -465,6 +723,9 @@ class Gateway:
             try:
                 answer = device.handle.unavailable_reason.remote()
                 reason = await within(answer, START_SECONDS)
+                if not reason:
+                    answer = device.handle.address.remote()
+                    device.url = await within(answer, START_SECONDS)
             except asyncio.TimeoutError:
                 answer.cancel()
                 reason = "its replica does not answer"
@@ -476,6 +737,60 @@ class Gateway:
                 return
             device.resting_reason = reason
             await asyncio.sleep(PROBE_SECONDS)
+
+
+OWN_PATHS: dict[str, Callable[[Gateway, Request], Coroutine[Any, Any, Response]]] = {
+    "/v2/health/live": Gateway._alive,
+    "/v2/health/ready": Gateway._ready,
+    "/metrics": Gateway._metrics,
+    "/v1/devices": Gateway._devices,
+    "/v1/programs": Gateway._programs,
+    "/v1/jobs": Gateway._jobs,
+}
+"""Path -> what the gateway answers to GET, itself or from the answers of all devices."""
+
+
+def route_of(path: str) -> str:
+    """A request's path for the metrics, without the names of jobs and models."""
+    if path in OWN_PATHS or path in ("/", "/docs", "/openapi.json", "/v1/live"):
+        return path
+    if path.startswith("/v1/jobs/"):
+        return "/v1/jobs/{key}"
+    if WORK_PATHS.fullmatch(path):
+        return path if path.startswith("/v1/") else "/v2/models/{name}/infer"
+    return "other"
+
+
+def target_of(request: HTTPConnection) -> str:
+    """Path and query of a request, quoted anew.
+
+    A query that no parser accepts would look like a failure of the board.
+    """
+    path = quote(request.scope["path"], safe="/:")
+    query = urlencode(request.query_params.multi_items())
+    return f"{path}?{query}" if query else path
+
+
+def headers_of(request: HTTPConnection) -> dict[str, str]:
+    """The headers of a request that are passed on."""
+    return {name: request.headers[name] for name in PASSED_ON if name in request.headers}
+
+
+def for_device(device: Device, headers: dict[str, str]) -> dict[str, str]:
+    """Headers with the key that the device takes."""
+    if not device.token:
+        return headers
+    kept = {name: value for name, value in headers.items() if name not in KEYS}
+    return {**kept, "x-api-key": device.token}
+
+
+def response_of(reply: Reply) -> Response:
+    """A device's answer, for the client."""
+    heads = {name: reply.headers[name] for name in PASSED_BACK if name in reply.headers}
+    heads.setdefault("content-type", "application/json")
+    if reply.status in LEAVING:
+        heads.setdefault("retry-after", "5")
+    return Response(reply.body, reply.status, heads)
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -491,32 +806,36 @@ def build(args: dict[str, Any]) -> Any:
         layout = msgspec.convert(args, Layout, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"cluster: {error}") from error
-    replicas: list[tuple[str, Any]] = []
+    keys = read_keys(Path(layout.keys)) if layout.keys else ()
+    token = secrets.token_urlsafe(24)
+    own_keys = keys or (Key("cluster", hashlib.sha256(token.encode()).digest()),)
+    devices: list[tuple[Device, Any]] = []
     for url in filter(None, (part.strip() for part in layout.boards.split(","))):
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise ConfigError(f"board {url!r}: not an address such as http://board:8000")
-        board = _deployment(Replica, f"board-{len(replicas)}", 0)
-        replicas.append((url, board.bind(url, layout.answer_seconds)))
+        short = f"board-{len(devices)}"
+        board = _deployment(Replica, short, 0).bind(url, layout.answer_seconds)
+        devices.append((Device(url, short), board))
     if layout.emulators:
         program = str(Path(layout.program or shipped_program()).absolute())
         load(program)
     for number in range(layout.emulators):
         name = f"emulator-{number}"
         emulator = _deployment(Emulator, name, 1).bind(
-            program, layout.backend, layout.max_bytes, layout.answer_seconds
+            program, layout.backend, layout.max_bytes, layout.answer_seconds, own_keys
         )
-        replicas.append((name, emulator))
-    if not replicas:
+        devices.append((Device(name, name, "" if keys else token), emulator))
+    if not devices:
         raise ConfigError("no device: give the address of a board, or how many emulators")
-    names, handles = [name for name, _ in replicas], [handle for _, handle in replicas]
     gateway = serve.deployment(
         name="gateway",
         num_replicas=1,  # it alone knows which devices are idle
-        max_ongoing_requests=layout.queue + 100,  # its own queue refuses before Ray's does
+        max_ongoing_requests=layout.queue + 1000,  # its own queue refuses before Ray's does
         max_queued_requests=1000,
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Gateway))
-    return gateway.bind(layout, names, handles)
+    listed, handles = [device for device, _ in devices], [handle for _, handle in devices]
+    return gateway.bind(layout, keys, listed, handles)
 
 
 def _deployment(kind: type, name: str, cpus: int) -> Any:

@@ -16,6 +16,7 @@ import logging
 import resource
 import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -258,7 +259,13 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """On SIGTERM and SIGINT stop the server, not the process: other parts must be closed."""
+        """On SIGTERM and SIGINT stop the server, not the process: other parts must be closed.
+
+        A server in a thread other than the main one gets no signals.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.handle_exit, number, None)
