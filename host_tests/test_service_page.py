@@ -68,16 +68,16 @@ def test_a_job_tells_its_place_in_the_queue_and_the_clips_so_far(tmp_path):
             await go.wait()
             raise RuntimeError("the end")
 
-        made = [jobs.submit("", work, lambda: None) for _ in range(4)]
+        made = [jobs.submit("", None, work, lambda: None) for _ in range(4)]
         for job in made:
             jobs.keep(job)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         for job in made:
-            document, _ = jobs.find(job.id, 1)
+            document, _ = jobs.find(job.id, since=1)
             told.append((document.state, document.ahead, document.windows))
         seen = []
-        async for document in jobs.events(made[0].id, 0.01):
+        async for document in jobs.events(made[0].id, None, 0.01):
             if document is None:
                 go.set()
             else:
