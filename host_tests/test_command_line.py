@@ -301,7 +301,7 @@ def test_labels_with_a_byte_order_mark(network, video, tmp_path, capsys):
 
 
 def test_a_key_file_with_a_byte_order_mark(tmp_path):
-    from pynq_kgrc.service.settings import read_keys
+    from pynq_kgrc.service.keys import read_keys
 
     (tmp_path / "plain.txt").write_text("0123456789abcdef\n")
     (tmp_path / "marked.txt").write_text("\ufeff0123456789abcdef\r\n", "utf-8")

@@ -31,8 +31,9 @@ from pynq_kgrc.cli import _parser, main
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.program import load
 from pynq_kgrc.runtime import Session
+from pynq_kgrc.service.keys import read_keys
 from pynq_kgrc.service.schemas import Classification
-from pynq_kgrc.service.settings import Settings, check_settings, is_loopback, read_keys
+from pynq_kgrc.service.settings import Settings, check_settings, is_loopback
 from pynq_kgrc.service.waiting import within
 from pynq_kgrc.video import Frame, cut_windows, frame_offsets, load_clip, load_windows
 
@@ -575,7 +576,7 @@ def test_programs_are_listed_loaded_and_replaced(service, repository, video):
 
 def test_keys(folder, program, video, tmp_path):
     keys = tmp_path / "keys"
-    keys.write_text(f"# ours\nanother-key-of-somebody\n{KEY}\n")
+    keys.write_text(f"# ours\nalice classify alice's own key 1\n{KEY}\n")
     arguments = ["--api-key-file", keys, "--host", "127.0.0.1"]
     with Serving(*arguments, state=tmp_path / "state", program=program) as serving:
         for headers in ({}, {"Authorization": "Bearer wrong-wrong-wrong-wrong"},
@@ -592,6 +593,27 @@ def test_keys(folder, program, video, tmp_path):
         assert serving.get("/").status == 200
         for path in ("/metrics", "/v1/programs", "/v2/models/tiny", "/nowhere"):
             assert serving.get(path).status == 401
+
+        assert serving.classify(video, headers={"X-API-Key": "alice's own key 1"}).status == 200
+        serving.until(lambda: '"key": "alice"' in serving.log)
+        assert "alice's own key 1" not in serving.log
+        alice = {"X-API-Key": "alice's own key 1"}
+        order = "/v2/repository/models/tiny/unload"
+        refused = serving.ask("POST", order, headers=alice)
+        assert (refused.status, refused.json["error"]) == (
+            403, "the key alice may classify, not manage"
+        )  # fmt: skip
+        later = {"Prefer": "respond-async"}
+        ours = serving.classify(video, headers={**alice, **later}).headers["location"]
+        theirs = serving.classify(video, headers={"X-API-Key": KEY, **later}).headers["location"]
+        assert serving.get(ours, headers=alice).status == 200
+        assert serving.get(theirs, headers=alice).status == 404
+        assert serving.get(f"{theirs}/events", headers=alice).status == 404
+        assert serving.ask("DELETE", theirs, headers=alice).status == 404
+        listed = serving.get("/v1/jobs", headers=alice).json["jobs"]
+        assert [f"/v1/jobs/{job['id']}" for job in listed] == [ours]
+        assert len(serving.get("/v1/jobs", headers={"X-API-Key": KEY}).json["jobs"]) == 2
+        assert serving.get(ours, headers={"X-API-Key": KEY}).status == 200
 
         # without a key the body is not read
         with serving.connect() as line:
@@ -692,10 +714,13 @@ def test_settings_that_are_refused(tmp_path, capsys):
     short.write_text("abc\n")
     empty = tmp_path / "empty"
     empty.write_text("# nothing\n")
+    twice = tmp_path / "twice"
+    twice.write_text("bob classify 0123456789abcdef\nbob manage fedcba9876543210\n")
     mistakes = {
         "--host 0.0.0.0 can be reached from other machines": ["--host", "0.0.0.0"],
         "key 1 has 3 characters; use 16": ["--api-key-file", str(short)],
         "has no key": ["--api-key-file", str(empty)],
+        "two keys are named bob": ["--api-key-file", str(twice)],
         "cannot be read as a file of keys": ["--api-key-file", str(tmp_path / "gone")],
         "--workers 2: the backend board takes one": ["--backend", "board", "--workers", "2"],
         "there is no such folder": ["--repository", str(tmp_path / "gone")],

@@ -95,6 +95,38 @@ def test_triton_health_and_metadata(triton, service):
     assert not client.is_model_ready("tiny", "7")
 
 
+def test_triton_configuration_and_statistics(triton, service, frames):
+    http, client = triton
+    found = client.get_model_config("tiny")
+    assert (found["name"], found["max_batch_size"]) == ("tiny", 32)
+    assert found["input"] == [{"name": "frames", "data_type": "TYPE_UINT8", "dims": [8, 32, 32, 3]}]
+
+    def statistics():
+        (row,) = client.get_inference_statistics("tiny")["model_stats"]
+        return row
+
+    before = statistics()
+    client.infer("tiny", tensor(http, frames), model_version="1")  # whichever is loaded
+    with pytest.raises(Exception, match="not done within"):
+        client.infer("tiny", tensor(http, frames), timeout=1)
+    after = statistics()
+    assert after["inference_count"] - before["inference_count"] >= len(frames)
+    change = {
+        name: after["inference_stats"][name]["count"] - before["inference_stats"][name]["count"]
+        for name in ("success", "fail")
+    }
+    assert change == {"success": 1, "fail": 1}
+    assert after["inference_stats"]["compute_infer"]["ns"] > 0
+    assert after["last_inference"] > before["last_inference"]
+    version = after["version"]
+    text = service.get("/metrics").body.decode()
+    count = after["inference_stats"]["success"]["count"]
+    labels = f'model="tiny",version="{version}"'
+    assert f"nv_inference_request_success{{{labels}}} {float(count)}\n" in text
+    names = [row["name"] for row in client.get_inference_statistics()["model_stats"]]
+    assert "tiny" in names
+
+
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])

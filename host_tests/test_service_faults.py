@@ -149,7 +149,7 @@ def test_a_hung_device_is_replaced(service, frames):
     service.until(service.ready, 5)  # recovered within 5 s of the limit
     assert service.infer(frames).status == 200
     assert pid not in service.children(WORKER)
-    assert metric(service, "kgrc_worker_restarts") >= 1
+    assert metric(service, "kgrc_worker_restarts_total") >= 1
 
 
 def test_a_killed_decoder_is_replaced(service, video):

@@ -153,13 +153,15 @@ def damage_file(path):
 
 def damage_document(path):
     with contextlib.closing(open_jobs(path)) as made:
-        made._store.execute("INSERT INTO jobs VALUES ('a', 'running', 0, '{\"id\": 3}')")
+        made._store.execute("INSERT INTO jobs VALUES ('a', 'running', 0, '{\"id\": 3}', NULL)")
 
 
 def damage_page(path):
     with contextlib.closing(open_jobs(path)) as made:
         for i in range(300):
-            made._store.execute("INSERT INTO jobs VALUES (?, 'done', 0, ?)", (str(i), bytes(500)))
+            made._store.execute(
+                "INSERT INTO jobs VALUES (?, 'done', 0, ?, NULL)", (str(i), bytes(500))
+            )
     content = bytearray(path.read_bytes())
     content[5 * 4096 : 9 * 4096] = b"\x55" * (4 * 4096)
     path.write_bytes(content)
@@ -181,10 +183,41 @@ def test_a_damaged_database_of_jobs_is_set_aside(tmp_path, caplog, damage):
 def test_a_damaged_result_is_not_found(tmp_path, caplog):
     with contextlib.closing(open_jobs(tmp_path / "jobs.sqlite")) as found:
         row = ("a", "done", jobs.now(), b"{")
-        found._store.execute("INSERT INTO jobs VALUES (?, ?, ?, ?)", row)
+        found._store.execute("INSERT INTO jobs VALUES (?, ?, ?, ?, NULL)", row)
         with pytest.raises(Refusal, match="'a' is damaged; send it again"):
             found.find("a")
     assert "damaged" in caplog.text
+
+
+def test_jobs_of_an_earlier_release_are_found(tmp_path):
+    path = tmp_path / "jobs.sqlite"
+    done = jobs.Job()
+    with contextlib.closing(jobs.sqlite3.connect(path, isolation_level=None)) as old:
+        old.execute(
+            "CREATE TABLE jobs (id TEXT PRIMARY KEY, state TEXT, created REAL, document BLOB)"
+        )
+        document = jobs.msgspec.json.encode(done.document())
+        old.execute("INSERT INTO jobs VALUES (?, 'done', ?, ?)", ("a", jobs.now(), document))
+    with contextlib.closing(open_jobs(path)) as found:
+        assert found.find("a")[0].id == done.id
+        with pytest.raises(Refusal, match="no job 'a'"):
+            found.find("a", "alice")
+
+
+def test_a_key_sees_its_own_jobs(tmp_path):
+    with contextlib.closing(open_jobs(tmp_path / "jobs.sqlite")) as found:
+        made = {owner: jobs.Job(owner) for owner in ("alice", "bob", None)}
+        for job in made.values():
+            found.keep(job)
+        for owner in ("alice", "bob"):
+            assert [row.id for row in found.listed(owner)] == [made[owner].id]
+        assert len(found.listed(None)) == 3
+        assert found.find(made["alice"].id, "alice")[0].id == made["alice"].id
+        for hidden in (made["bob"], made[None]):
+            with pytest.raises(Refusal, match="no job"):
+                found.find(hidden.id, "alice")
+            with pytest.raises(Refusal, match="no job"):
+                found.cancel(hidden.id, "alice")
 
 
 def test_results_outlive_a_jump_of_the_clock(tmp_path, monkeypatch):

@@ -209,7 +209,8 @@ def run_cluster(options: argparse.Namespace) -> int:
         from pynq_kgrc.cluster.serving import run_cluster as serve_cluster
     except ImportError as error:
         raise needs_ray(error) from error
-    from pynq_kgrc.service.settings import Settings, check_settings, read_keys
+    from pynq_kgrc.service.keys import read_keys
+    from pynq_kgrc.service.settings import Settings, check_settings
 
     keys = read_keys(options.api_key_file) if options.api_key_file else ()
     check_settings(Settings(host=options.host, port=options.port, keys=keys), options.insecure)

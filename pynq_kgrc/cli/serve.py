@@ -63,7 +63,8 @@ def declare(command: Declare) -> None:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="keys, one per line; clients send Authorization: Bearer KEY",
+        help="keys, one per line: KEY, or NAME ROLE KEY with the role classify or manage (may load "
+        "and unload programs); clients send Authorization: Bearer KEY",
     )
     serve.add_argument(
         "--insecure",
@@ -153,7 +154,8 @@ def run_serve(options: argparse.Namespace) -> int:
         )
     from pynq_kgrc.backends.base import backend_class
     from pynq_kgrc.files import shipped_programs
-    from pynq_kgrc.service.settings import Settings, check_settings, read_keys, state_folder
+    from pynq_kgrc.service.keys import read_keys
+    from pynq_kgrc.service.settings import Settings, check_settings, state_folder
 
     programs = tuple(map(program_file, options.program)) or shipped_programs()
     if not programs and options.repository is None:

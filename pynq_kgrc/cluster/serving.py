@@ -36,11 +36,12 @@ from pynq_kgrc.program import load
 from pynq_kgrc.service.app import make_app
 from pynq_kgrc.service.guard import App, Guard, Message, Receive, Scope, Send, client_of
 from pynq_kgrc.service.jobs import FINAL, Admission
+from pynq_kgrc.service.keys import read_keys
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.refusal import Refusal, refusal_of
-from pynq_kgrc.service.settings import Settings, read_keys, shipped_program
+from pynq_kgrc.service.settings import Settings, shipped_program
 from pynq_kgrc.service.waiting import within
 
 log = logging.getLogger("pynq_kgrc.service")

@@ -24,8 +24,9 @@ from starlette.routing import Route
 
 from pynq_kgrc.errors import KgrcError
 from pynq_kgrc.service import protocol_v2
-from pynq_kgrc.service.guard import CLIENT_LEFT, KEY_PROTOCOL, Guard, client_of
+from pynq_kgrc.service.guard import CLIENT_LEFT, Guard, client_of
 from pynq_kgrc.service.jobs import FINAL
+from pynq_kgrc.service.keys import KEY_PROTOCOL, Key
 from pynq_kgrc.service.live import LiveSession, refuse_live, serve_live
 from pynq_kgrc.service.logs import start_logging
 from pynq_kgrc.service.options import Options, make_options, query_parameters, read_options
@@ -37,6 +38,7 @@ from pynq_kgrc.service.schemas import (
     Classification,
     DescribedApp,
     JobDocument,
+    JobList,
     ListedProgram,
     ProgramList,
     StructResponse,
@@ -157,7 +159,8 @@ def add_video_routes(app: FastAPI, service: Service) -> None:
         """
         chosen = read_options(request.query_params.multi_items())
         upload = await service.receive(request)
-        job = service.submit(client_of(request.scope), upload, form_options(upload, chosen))
+        options = form_options(upload, chosen)
+        job = service.submit(client_of(request.scope), owner_of(request), upload, options)
         seconds = preferred_seconds(prefer, service.settings.wait_seconds)
         return await service.answer(request, job, seconds)
 
@@ -175,6 +178,12 @@ def form_options(upload: Upload, query: dict[str, Any]) -> Options:
         raise
 
 
+def owner_of(request: Request) -> str | None:
+    """The name of the key whose jobs a request may see; None: those of all."""
+    key: Key | None = request.state.key
+    return None if key is None or key.manages else key.name
+
+
 def preferred_seconds(prefer: str | None, most: float) -> float:
     """How long to wait for a result: ``respond-async`` or ``wait=SECONDS`` of RFC 7240."""
     for preference in (prefer or "").replace(";", ",").split(","):
@@ -189,27 +198,33 @@ def preferred_seconds(prefer: str | None, most: float) -> float:
 def add_job_routes(app: FastAPI, service: Service) -> None:
     """State, result, events and cancellation of jobs."""
 
+    @app.get("/v1/jobs", tags=["Jobs"], responses={200: answer_of(JobList, "The jobs")})
+    async def jobs(request: Request) -> Response:
+        """The jobs of this key, newest first; a key that manages sees all. Without results."""
+        return StructResponse(JobList(service.jobs.listed(owner_of(request))))
+
     @app.get("/v1/jobs/{key}", tags=["Jobs"], responses={200: JOB, **NOT_FOUND})
-    async def job(key: str) -> Response:
+    async def job(key: str, request: Request) -> Response:
         """The state and progress of a job, and its result."""
-        return StructResponse(service.jobs.find(key)[0])
+        return StructResponse(service.jobs.find(key, owner_of(request))[0])
 
     @app.delete("/v1/jobs/{key}", tags=["Jobs"], responses={200: JOB, **NOT_FOUND})
-    async def cancel(key: str) -> Response:
+    async def cancel(key: str, request: Request) -> Response:
         """Cancel a job, or delete its result."""
-        return StructResponse(service.jobs.cancel(key))
+        return StructResponse(service.jobs.cancel(key, owner_of(request)))
 
     @app.get(
         "/v1/jobs/{key}/events",
         tags=["Jobs"],
         responses={200: {"content": {"text/event-stream": {}}}, **NOT_FOUND},
     )
-    async def events(key: str) -> Response:
+    async def events(key: str, request: Request) -> Response:
         """The job's document after each change until it is final, as server-sent events."""
-        service.jobs.find(key)
+        owner = owner_of(request)
+        service.jobs.find(key, owner)
 
         async def lines() -> AsyncIterator[str]:
-            async for document in service.jobs.events(key, HEARTBEAT_SECONDS):
+            async for document in service.jobs.events(key, owner, HEARTBEAT_SECONDS):
                 if document is None:
                     yield ": heartbeat\n\n"
                     continue
@@ -240,14 +255,9 @@ def add_operation_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", tags=["Operation"], responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
-        metrics = service.metrics
-        metrics.refused.set(service.queue.refused + service.uploads.refused)
-        metrics.at_work.set(service.queue.inside)
-        metrics.queue_limit.set(service.queue.limit)
-        metrics.restarts.set(service.pool.restarts)
-        metrics.idle.set(service.pool.idle)
-        metrics.ready.set(0 if service.unavailable_reason() else 1)
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
 
 def add_live_routes(app: FastAPI, service: Service) -> None:

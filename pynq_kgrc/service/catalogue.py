@@ -96,13 +96,15 @@ class Catalogue:
     def find(self, name: str | None, version: str | None = None) -> ServedProgram:
         """The loaded program of that name; without a name, the first one.
 
+        The version "1", which many clients ask for, is whichever is loaded.
+
         Raises:
             Refusal: 404, it is not loaded; the message names the loaded ones.
         """
         if name is None and self.served:
             name = next(iter(self.served))
         program = self.served.get(name or "")
-        if program is None or version not in (None, program.version):
+        if program is None or version not in (None, program.version, "1"):
             asked = (name or "") + (f" version {version}" if version else "")
             there = ", ".join(self.served) or "none is loaded"
             raise Refusal(404, f"no program {asked[:100]!r}; loaded are: {there}")

@@ -16,8 +16,9 @@ from typing import Any
 import grpc
 
 from pynq_kgrc.errors import ConfigError, KgrcError
-from pynq_kgrc.service.guard import client_of, has_valid_key
+from pynq_kgrc.service.guard import client_of
 from pynq_kgrc.service.inference import EXTENSIONS, chosen_outputs, metadata, run_inference
+from pynq_kgrc.service.keys import find_key
 from pynq_kgrc.service.messages import CLASSES, METHODS, SERVICE
 from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.refusal import Refusal, refusal_of
@@ -32,12 +33,15 @@ AT_ONCE = 10
 """Requests that are received and answered at a time; gRPC refuses further ones."""
 OPEN_METHODS = ("ServerLive", "ServerReady")
 """Methods that need no key."""
+MANAGE_METHODS = ("RepositoryModelLoad", "RepositoryModelUnload")
+"""Methods that need a key that manages."""
 QUIET_METHODS = ("ServerLive", "ServerReady", "ModelReady")
 """Methods whose calls are logged for debugging only."""
 
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -106,9 +110,7 @@ class GrpcServer:
             head = {key: str(value) for key, value in context.invocation_metadata() or ()}
             client = _client(context)
             try:
-                keys = self.service.settings.keys
-                if keys and name not in OPEN_METHODS and not has_valid_key(keys, head):
-                    raise Refusal(401, "a key is needed: metadata authorization: Bearer KEY")
+                self._check_key(name, head)
                 return await answer(request, client)
             except KgrcError as error:
                 refusal = refusal_of(error)
@@ -125,6 +127,16 @@ class GrpcServer:
                 self._count(name, code.name, time.perf_counter() - began, client)
 
         return method
+
+    def _check_key(self, name: str, head: dict[str, str]) -> None:
+        keys = self.service.settings.keys
+        if not keys or name in OPEN_METHODS:
+            return
+        key = find_key(keys, head)
+        if key is None:
+            raise Refusal(401, "a key is needed: metadata authorization: Bearer KEY")
+        if name in MANAGE_METHODS and not key.manages:
+            raise Refusal(403, f"the key {key.name} may {key.role}, not manage")
 
     def _count(self, name: str, code: str, seconds: float, client: str) -> None:
         route = f"/{SERVICE}/{name}"
@@ -168,9 +180,7 @@ class GrpcServer:
             data = read_clips(how, asked, memoryview(values))
             step = how.clip_bytes
             clips = [data[at : at + step] for at in range(0, len(data), step)]
-            results = await run_inference(
-                service.pool, program, asked, clips, service.settings.job_seconds
-            )
+            results = await run_inference(service, program, asked, clips)
             outputs = chosen_outputs(program, asked, results)
         return CLASSES["ModelInferResponse"](
             model_name=program.name,

@@ -7,10 +7,6 @@ from a page of another origin, or with a body that is too large is answered befo
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import hmac
 import json
 import logging
 import re
@@ -21,6 +17,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from pynq_kgrc.service.jobs import Admission
+from pynq_kgrc.service.keys import find_key
 from pynq_kgrc.service.metrics import Metrics
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.settings import Settings, is_loopback
@@ -43,8 +40,8 @@ WORK_PATHS = re.compile(r"/v1/videos:classify|/v2/models/.+/infer")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLIENT_LEFT = 499
 """Status in the log and the metrics where the client left before it was answered (as in nginx)."""
-KEY_PROTOCOL = "kgrc.key."
-"""A browser cannot set headers of a WebSocket; it sends the key as a subprotocol."""
+MANAGE_PATHS = re.compile(r"/v2/repository/models/.+/(load|unload)")
+"""Paths that need a key that manages."""
 
 SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -63,25 +60,6 @@ def client_of(scope: Scope) -> str:
     """The address of a client; empty for this machine, and where it is not known."""
     host: str = (scope.get("client") or ("",))[0]
     return "" if is_loopback(host) else host
-
-
-def has_valid_key(keys: tuple[bytes, ...], head: dict[str, str]) -> bool:
-    """Whether a request with these headers has one of the keys (SHA-256), in constant time."""
-    scheme, _, key = head.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        key = head.get("x-api-key", "")
-    for protocol in head.get("sec-websocket-protocol", "").split(","):
-        if protocol.strip().startswith(KEY_PROTOCOL):
-            coded = protocol.strip().removeprefix(KEY_PROTOCOL)
-            try:
-                key = base64.urlsafe_b64decode(coded + "=" * (-len(coded) % 4)).decode()
-            except (binascii.Error, ValueError):
-                key = ""
-    digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
-    known = False
-    for other in keys:
-        known |= hmac.compare_digest(digest, other)
-    return known
 
 
 class Guard:
@@ -148,12 +126,13 @@ class Guard:
         if origin is not None and unsafe and _split(origin, "Origin").netloc != host:
             raise Refusal(403, "pages of another origin may not use this service", close=True)
         path = scope["path"]
-        if (
-            self.settings.keys
-            and not OPEN_PATHS.fullmatch(path)
-            and not has_valid_key(self.settings.keys, head)
-        ):
-            raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=True)
+        key = find_key(self.settings.keys, head)
+        scope.setdefault("state", {})["key"] = key
+        if self.settings.keys and not OPEN_PATHS.fullmatch(path):
+            if key is None:
+                raise Refusal(401, "a key is needed: Authorization: Bearer KEY", close=True)
+            if MANAGE_PATHS.fullmatch(path) and not key.manages:
+                raise Refusal(403, f"the key {key.name} may {key.role}, not manage", close=True)
         if "content-length" in head and "transfer-encoding" in head:  # RFC 9112, 6.3
             raise Refusal(400, "Content-Length beside Transfer-Encoding", close=True)
         length = head.get("content-length", "0")
@@ -280,6 +259,7 @@ class Exchange:
         metrics.request_seconds.labels(route).observe(seconds)
         metrics.received_bytes.inc(self.received)
         level = logging.DEBUG if route.startswith("/v2/health") else logging.INFO
+        key = self.scope["state"].get("key")
         log.log(
             level,
             "request",
@@ -291,5 +271,6 @@ class Exchange:
                 "ms": round(1e3 * seconds, 1),
                 "received": self.received,
                 "client": (self.scope.get("client") or ("",))[0],
+                **({} if key is None else {"key": key.name}),
             },
         )

@@ -1,7 +1,4 @@
-"""Inference by the Open Inference Protocol, over HTTP or gRPC: a model's tensors, run and outputs.
-
-Imports no web framework.
-"""
+"""Inference by the Open Inference Protocol, over HTTP or gRPC: tensors, run, outputs of a model."""
 
 from __future__ import annotations
 
@@ -16,10 +13,12 @@ import numpy as np
 
 from pynq_kgrc.quant import Array
 from pynq_kgrc.service.catalogue import ServedProgram
+from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.tensors import (
     INPUT,
+    MAX_BATCH,
     InferRequest,
     RequestedOutput,
     flag_parameter,
@@ -30,7 +29,10 @@ from pynq_kgrc.service.waiting import in_order, within
 OUTPUTS = ("probabilities", "logits")
 MAX_CLASSES = 1000
 """Most classes of an output that is asked for as a classification."""
-EXTENSIONS = ["classification", "binary_tensor_data", "model_repository"]
+EXTENSIONS = [
+    *("classification", "binary_tensor_data", "model_repository"),
+    *("model_configuration", "statistics"),
+]
 
 
 def metadata(program: ServedProgram) -> dict[str, Any]:
@@ -44,6 +46,21 @@ def metadata(program: ServedProgram) -> dict[str, Any]:
         "platform": "pynq_kgrc",
         "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, *program.clip_shape]}],
         "outputs": outputs,
+    }
+
+
+def configuration(program: ServedProgram) -> dict[str, Any]:
+    """Triton's configuration of a model, as far as it says something here."""
+    classes = [len(program.labels)]
+    return {
+        "name": program.name,
+        "platform": "pynq_kgrc",
+        "backend": "pynq_kgrc",
+        "max_batch_size": MAX_BATCH,
+        "input": [
+            {"name": INPUT, "data_type": "TYPE_UINT8", "dims": [*program.clip_shape]},
+        ],
+        "output": [{"name": name, "data_type": "TYPE_FP32", "dims": classes} for name in OUTPUTS],
     }
 
 
@@ -69,9 +86,9 @@ class OutputTensor(NamedTuple):
 
 
 async def run_inference(
-    pool: Pool, program: ServedProgram, request: InferRequest, clips: list[memoryview], most: float
+    service: Service, program: ServedProgram, request: InferRequest, clips: list[memoryview]
 ) -> dict[str, Array]:
-    """The outputs by name, float32 [clips, classes], within the request's own timeout or `most` s.
+    """The outputs by name, float32 [clips, classes], in the request's or a job's time.
 
     Raises:
         Refusal: 400, a timeout that is none; 503; 504, not done in time.
@@ -80,9 +97,9 @@ async def run_inference(
     timeout = whole_parameter(request.parameters, "timeout", 0, 10**15, 0)
     began = time.perf_counter()
     try:
-        scores = await within(
-            run_clips(pool, program.key, clips), timeout / 1e6 if timeout else most
-        )
+        seconds = timeout / 1e6 if timeout else service.settings.job_seconds
+        with service.metrics.model(program.name, program.version).request():
+            scores = await within(run_clips(service.pool, program.key, clips), seconds)
     except asyncio.TimeoutError:
         waited = time.perf_counter() - began
         raise Refusal(504, f"not done within the {waited:.3f} s asked for") from None

@@ -22,7 +22,7 @@ import msgspec
 
 from pynq_kgrc.errors import ConfigError, KgrcError
 from pynq_kgrc.service.refusal import Refusal, refusal_of
-from pynq_kgrc.service.schemas import Classification, JobDocument, Progress
+from pynq_kgrc.service.schemas import Classification, JobDocument, ListedJob, Progress
 from pynq_kgrc.service.waiting import within
 
 log = logging.getLogger("pynq_kgrc.service")
@@ -31,6 +31,8 @@ FINAL = ("done", "failed", "cancelled", "lost")
 LOST = "the service was restarted before this job was done; send it again"
 MAX_KEPT = 10_000
 """Jobs in the database; beyond that the oldest are deleted."""
+MAX_LISTED = 1000
+"""Most jobs of a list."""
 MAX_RETRY_SECONDS = 60
 """Largest Retry-After, in seconds."""
 
@@ -157,7 +159,9 @@ class Budget:
 class Job:
     """The job of one video: its state, progress and result."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str | None = None) -> None:
+        self.owner = owner
+        """Name of the key that sent it; None where any key that manages, or none, did."""
         self.id = secrets.token_urlsafe(16)
         self.state = "queued"
         self.created = now()
@@ -225,11 +229,12 @@ class Jobs:
         """Close the database."""
         self._store.close()
 
-    def submit(self, client: str, work: Work, close: Callable[[], None]) -> Job:
+    def submit(self, client: str, owner: str | None, work: Work, close: Callable[[], None]) -> Job:
         """Queue a job; it starts as soon as fewer than `at_once` others run.
 
         Args:
             client: address of who asks for it.
+            owner: name of the key that alone may see it; None: keys that manage.
             work: does the job.
             close: called when the job has ended, whether it succeeded or not.
 
@@ -238,7 +243,7 @@ class Jobs:
         """
         admission = self.queue.enter(client)
         admission.__enter__()
-        job = Job()
+        job = Job(owner)
         self.active[job.id] = job
         job.task = asyncio.get_running_loop().create_task(self._work(job, work))
 
@@ -271,7 +276,7 @@ class Jobs:
         job.change(state)
         if job.kept:
             try:
-                self._put(job.id, job.document())
+                self._put(job)
             except Refusal as error:  # after a restart the job will be reported as lost
                 log.error("a result cannot be kept", extra={"reason": error.text})
 
@@ -282,20 +287,36 @@ class Jobs:
             Refusal: 507, it cannot be written to disk.
         """
         job.kept = True
-        self._put(job.id, job.document())
+        self._put(job)
 
-    def find(self, key: str) -> tuple[JobDocument, Job | None]:
+    def listed(self, owner: str | None) -> list[ListedJob]:
+        """The jobs that have an address, newest first; of one owner, or of all."""
+        rows = self._store.execute(
+            "SELECT id, state, created FROM jobs WHERE (? IS NULL OR owner = ?) AND created > ? "
+            "ORDER BY created DESC LIMIT ?",
+            (owner, owner, now() - self.keep_seconds - self.seconds, MAX_LISTED),
+        )
+        states = {job.id: job.state for job in self.active.values()}
+        return [ListedJob(key, states.get(key, state), when) for key, state, when in rows]
+
+    def find(self, key: str, owner: str | None = None) -> tuple[JobDocument, Job | None]:
         """The document of a job, and the job itself if it is unfinished.
+
+        Args:
+            key: the id of the job.
+            owner: whose jobs may be found; None: those of all.
 
         Raises:
             Refusal: 404, there is no such job, or its result is no longer kept.
         """
         job = self.active.get(key)
-        if job is not None and job.kept and job.state not in FINAL:
+        if job is not None and job.kept and job.state not in FINAL and owner in (None, job.owner):
             return job.document(), job
-        query = "SELECT document FROM jobs WHERE id = ? AND created > ?"
+        query = (
+            "SELECT document FROM jobs WHERE id = ? AND created > ? AND (? IS NULL OR owner = ?)"
+        )
         oldest = now() - self.keep_seconds - self.seconds
-        row = self._store.execute(query, (key, oldest)).fetchone()
+        row = self._store.execute(query, (key, oldest, owner, owner)).fetchone()
         if row is None:
             raise Refusal(404, f"no job {key[:50]!r}; results are kept for {self.keep_seconds:g} s")
         try:
@@ -305,12 +326,14 @@ class Jobs:
             text = f"the result of job {key[:50]!r} is damaged; send it again"
             raise Refusal(404, text) from None
 
-    async def events(self, key: str, every: float) -> AsyncIterator[JobDocument | None]:
+    async def events(
+        self, key: str, owner: str | None, every: float
+    ) -> AsyncIterator[JobDocument | None]:
         """A job's document after each change, until its state is final.
 
         Yields None after `every` seconds without a change, for a heartbeat.
         """
-        document, job = self.find(key)
+        document, job = self.find(key, owner)
         if job is None:
             yield document
             return
@@ -322,13 +345,13 @@ class Jobs:
             if now == (job.state, job.progress) and job.state not in FINAL:
                 await job.changed(every)
 
-    def cancel(self, key: str) -> JobDocument:
+    def cancel(self, key: str, owner: str | None = None) -> JobDocument:
         """Cancel a job, or delete its result; the document of the job.
 
         Raises:
             Refusal: 404, there is no such job.
         """
-        document, job = self.find(key)
+        document, job = self.find(key, owner)
         if job is None or job.task is None:
             self._store.execute("DELETE FROM jobs WHERE id = ?", (key,))
             return document
@@ -348,11 +371,11 @@ class Jobs:
             if job.kept:
                 job.error = Refusal(410, "the service was stopped before this job was done")
                 job.state = "lost"
-                self._put(job.id, job.document())
+                self._put(job)
 
-    def _put(self, key: str, document: JobDocument) -> None:
+    def _put(self, job: Job) -> None:
         try:
-            _put(self._store, key, document)
+            _put(self._store, job.id, job.document(), job.owner)
             oldest = now() - self.keep_seconds - self.seconds
             self._store.execute("DELETE FROM jobs WHERE created < ?", (oldest,))
             self._store.execute(
@@ -377,15 +400,18 @@ def _open_store(path: Path) -> sqlite3.Connection:
         store.execute("PRAGMA synchronous=NORMAL")
         store.execute(
             "CREATE TABLE IF NOT EXISTS jobs "
-            "(id TEXT PRIMARY KEY, state TEXT, created REAL, document BLOB)"
+            "(id TEXT PRIMARY KEY, state TEXT, created REAL, document BLOB, owner TEXT)"
         )
+        columns = [row[1] for row in store.execute("PRAGMA table_info(jobs)")]
+        if "owner" not in columns:  # of an earlier release
+            store.execute("ALTER TABLE jobs ADD COLUMN owner TEXT")
         (found,) = store.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise sqlite3.DatabaseError(found)
-        rows = store.execute("SELECT id, document FROM jobs WHERE state = 'running'").fetchall()
-        for key, document in rows:
+        query = "SELECT id, document, owner FROM jobs WHERE state = 'running'"
+        for key, document, owner in store.execute(query).fetchall():
             job = msgspec.json.decode(document, type=JobDocument)
-            _put(store, key, msgspec.structs.replace(job, state="lost", error=LOST))
+            _put(store, key, msgspec.structs.replace(job, state="lost", error=LOST), owner)
     except BaseException:
         store.close()
         raise
@@ -420,9 +446,9 @@ def _open_anew(path: Path, error: Exception) -> sqlite3.Connection:
     return store
 
 
-def _put(store: sqlite3.Connection, key: str, document: JobDocument) -> None:
+def _put(store: sqlite3.Connection, key: str, document: JobDocument, owner: str | None) -> None:
     state = document.state if document.state in FINAL else "running"
     store.execute(
-        "INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?)",
-        (key, state, document.created, msgspec.json.encode(document)),
+        "INSERT OR REPLACE INTO jobs (id, state, created, document, owner) VALUES (?, ?, ?, ?, ?)",
+        (key, state, document.created, msgspec.json.encode(document), owner),
     )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Service:
             settings.keep_seconds,
         )
         self.pool.on_run = self._count_run
+        self.metrics.now = self._metrics_now
 
     def _open_state(self, folder: Path) -> int:
         """Lock the state folder and delete the program copies that a killed service left there.
@@ -95,9 +97,30 @@ class Service:
             raise ConfigError(f"--state {folder}: {error.strerror}") from error
         return lock
 
-    def _count_run(self, run: ClipRun) -> None:
+    def _count_run(self, key: str, run: ClipRun) -> None:
+        name, _, version = key.rpartition("@")
+        self.metrics.model(name, version).count(run)
         self.metrics.clip_seconds.observe(run.seconds)
         self.metrics.wait_seconds.observe(run.waited)
+
+    def _metrics_now(self) -> dict[str, tuple[str, float]]:
+        refused = sum(place.refused for place in (self.queue, self.uploads, self.live))
+        states = Counter(job.state for job in self.jobs.active.values())
+        return {
+            "kgrc_refused_total": ("Requests refused because all places were taken", refused),
+            "kgrc_worker_restarts_total": ("Attempts to replace a worker", self.pool.restarts),
+            "kgrc_at_work": ("Videos and inferences waiting or running", self.queue.inside),
+            "kgrc_queue_limit": ("Limit of kgrc_at_work", self.queue.limit),
+            "kgrc_uploads": ("Bodies that are being received", self.uploads.inside),
+            "kgrc_live_sessions": ("Live sessions", self.live.inside),
+            "kgrc_jobs_queued": ("Videos that wait for their turn", states["queued"]),
+            "kgrc_jobs_running": ("Videos that are being classified", states["running"]),
+            "kgrc_workers_idle": ("Idle workers", self.pool.idle),
+            "kgrc_ready": (
+                "1 if requests can be served, else 0",
+                0 if self.unavailable_reason() else 1,
+            ),
+        }
 
     async def start(self) -> None:
         """Start the processes and load the programs.
@@ -231,7 +254,7 @@ class Service:
             step = how.clip_bytes
             yield inference, [clips[at : at + step] for at in range(0, len(clips), step)]
 
-    def submit(self, client: str, upload: Upload, options: Options) -> Job:
+    def submit(self, client: str, owner: str | None, upload: Upload, options: Options) -> Job:
         """Start a job that classifies an upload of a client; the job closes the upload.
 
         Raises:
@@ -244,14 +267,21 @@ class Service:
             check_options(program, self.settings, options)
 
             def work(report: Report) -> Awaitable[Classification]:
-                return classify(
-                    upload, program, options, self.settings, self.pool, self.decoder, report
-                )
+                return self._classify(upload, program, options, report)
 
-            return self.jobs.submit(client, work, context.close)
+            return self.jobs.submit(client, owner, work, context.close)
         except BaseException:
             context.close()
             raise
+
+    async def _classify(
+        self, upload: Upload, program: ServedProgram, options: Options, report: Report
+    ) -> Classification:
+        counts = self.metrics.model(program.name, program.version)
+        with counts.request():
+            return await classify(
+                upload, program, options, self.settings, self.pool, self.decoder, report
+            )
 
     async def answer(self, request: Request, job: Job, seconds: float) -> Response:
         """A job's result if it is done within `seconds`, else 202 and the address of the job.

@@ -132,7 +132,7 @@ class Pool:
         self.restarts = 0
         self.unavailable_reason = "no worker has started yet"
         """Why no worker is running; empty while one is."""
-        self.on_run: Callable[[ClipRun], None] = lambda run: None
+        self.on_run: Callable[[str, ClipRun], None] = lambda key, run: None
         self._idle: asyncio.Queue[Worker] = asyncio.Queue()
         self._workers: set[Worker] = set()
         self._restarts: set[asyncio.Task[None]] = set()
@@ -190,7 +190,7 @@ class Pool:
             except DeviceError as error:
                 raise Refusal(503, f"the device failed: {error}", 5) from error
             run = ClipRun(body, answer.seconds, waited, answer.layers)
-            self.on_run(run)
+            self.on_run(key, run)
             return run
         raise Refusal(503, "the device failed twice on this clip", 5)
 

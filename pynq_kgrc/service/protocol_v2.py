@@ -22,6 +22,7 @@ from pynq_kgrc.service.inference import (
     EXTENSIONS,
     OutputTensor,
     chosen_outputs,
+    configuration,
     metadata,
     run_inference,
 )
@@ -129,6 +130,14 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
     catalogue = service.catalogue
     body = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
 
+    @router.get("/models/{name}/versions/{version}/stats", tags=[OIP], responses=NOT_FOUND)
+    @router.get("/models/{name}/stats", tags=[OIP], responses=NOT_FOUND)
+    @router.get("/models/stats", tags=[OIP])
+    async def stats(name: str | None = None, version: str | None = None) -> dict[str, Any]:
+        """What a model, or every loaded one, did since the service was started."""
+        chosen = catalogue.served.values() if name is None else [catalogue.find(name, version)]
+        return {"model_stats": [statistics_of(service, program) for program in chosen]}
+
     @router.get("/models/{name}/versions/{version}/ready", tags=[OIP], responses=NOT_FOUND)
     @router.get("/models/{name}/ready", tags=[OIP], responses=NOT_FOUND)
     async def model_ready(name: str, version: str | None = None) -> dict[str, Any]:
@@ -147,6 +156,12 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
         """The inputs and outputs of a model."""
         return metadata(catalogue.find(name, version))
 
+    @router.get("/models/{name}/versions/{version}/config", tags=[OIP], responses=NOT_FOUND)
+    @router.get("/models/{name}/config", tags=[OIP], responses=NOT_FOUND)
+    async def config(name: str, version: str | None = None) -> dict[str, Any]:
+        """The configuration of a model, as Triton gives it."""
+        return configuration(catalogue.find(name, version))
+
     @router.post("/models/{name}/versions/{version}/infer", tags=[OIP], openapi_extra=body)
     @router.post("/models/{name}/infer", tags=[OIP], openapi_extra=body)
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
@@ -156,9 +171,7 @@ def add_model_routes(router: APIRouter, service: Service) -> None:
             receiving = service.receive_inference(request, program)
             inference, clips = await held.enter_async_context(receiving)
             held.enter_context(service.queue.enter(client_of(request.scope)))
-            running = run_inference(
-                service.pool, program, inference, clips, service.settings.job_seconds
-            )
+            running = run_inference(service, program, inference, clips)
             results = await service.while_connected(request, running)
             outputs = chosen_outputs(program, inference, results)
             accepted = ", ".join(request.headers.getlist("accept-encoding"))
@@ -178,6 +191,12 @@ class LoadRequest(msgspec.Struct):
 
 
 Order = TypeVar("Order", bound=msgspec.Struct)
+
+
+def statistics_of(service: Service, program: ServedProgram) -> dict[str, Any]:
+    """What a program did since the service was started, as Triton gives it."""
+    counts = service.metrics.model(program.name, program.version)
+    return {"name": program.name, "version": program.version, **counts.statistics()}
 
 
 async def read_order(request: Request, kind: type[Order]) -> Order:

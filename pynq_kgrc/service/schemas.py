@@ -90,6 +90,20 @@ class JobDocument(msgspec.Struct, frozen=True):
     error: str | None
 
 
+class ListedJob(msgspec.Struct, frozen=True):
+    """A job without its result."""
+
+    id: str
+    state: str
+    created: float
+
+
+class JobList(msgspec.Struct, frozen=True):
+    """Jobs, newest first."""
+
+    jobs: list[ListedJob]
+
+
 class ListedProgram(ProgramDocument, frozen=True, kw_only=True):
     """A loaded program: its description and version."""
 
@@ -112,7 +126,7 @@ class StructResponse(JSONResponse):
 
 
 _, COMPONENTS = msgspec.json.schema_components(
-    [ErrorDocument, Classification, JobDocument, ProgramList],
+    [ErrorDocument, Classification, JobDocument, JobList, ProgramList],
     ref_template="#/components/schemas/{name}",
 )
 

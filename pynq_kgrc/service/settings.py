@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import os
 from dataclasses import dataclass
@@ -11,9 +10,7 @@ from pathlib import Path
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import shipped_programs
 from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS
-
-MIN_KEY = 16
-"""Smallest length of a key, in characters."""
+from pynq_kgrc.service.keys import Key
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,8 @@ class Settings:
     workers: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
-    keys: tuple[bytes, ...] = ()
-    """SHA-256 of each key; empty: no key is needed."""
+    keys: tuple[Key, ...] = ()
+    """Empty: no key is needed."""
     state: Path = Path("state")
     """Folder of the jobs' database, of copies of the programs, and of uploads."""
 
@@ -78,35 +75,6 @@ class Settings:
     free_bytes: int = 100_000_000
     """Bytes that stay free on the disk of `state`: an upload that would take them is refused with
     507. An announced size is reserved until it has arrived."""
-
-
-def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The SHA-256 of each key in a file with one key per line; `#` begins a comment line.
-
-    Raises:
-        ConfigError: the file cannot be read, has no key, or a key is too short.
-    """
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as a file of keys, one per line ({error})"
-        ) from error
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(
-            f"{path}: has no key; write one per line, of {MIN_KEY} characters or more"
-        )
-    for number, key in enumerate(keys, 1):
-        if not key.isprintable():
-            raise ConfigError(
-                f"{path}: key {number} has control characters, which no header of HTTP can carry"
-            )
-        if len(key) < MIN_KEY:
-            raise ConfigError(
-                f"{path}: key {number} has {len(key)} characters; use {MIN_KEY} or more"
-            )
-    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
 
 def is_loopback(host: str) -> bool:
