@@ -146,8 +146,10 @@ def test_the_pip_line_installs_what_is_copied_and_the_command_serves_the_folder(
     words = [word.replace("[serve]", "") for word in pip_line() if word != "--no-cache-dir"]
     offline = ("--no-deps", "--no-build-isolation", "--no-index", "--target", str(target))
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", *offline]
-        + words,
+        [
+            *(sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install"),
+            *(*offline, *words),
+        ],
         cwd=context,
         capture_output=True,
         text=True,

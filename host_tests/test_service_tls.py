@@ -114,7 +114,7 @@ def test_grpc_uses_the_certificate(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "certificate, key, text",
+    ("certificate", "key", "text"),
     [
         ("gone.pem", "own.key", "--tls-cert .*gone.pem: No such file"),
         ("own.pem", ".", "--tls-key .*: Is a directory"),
