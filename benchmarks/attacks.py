@@ -1,8 +1,8 @@
 """What hostile clients cost the service: memory above idle, and how late others are answered.
 
 Starts `pynq-kgrc serve` for each attack, with the program that ships, and attacks it over loopback
-with limits of time. Meanwhile a process of its own asks /v2/health/live every 20 ms. The clients share the
-cores with the service. Writes attacks.md and attacks.json to benchmarks/results.
+with limits of time. Meanwhile a process of its own asks /v2/health/live every 20 ms. The clients
+share the cores with the service. Writes attacks.md and attacks.json to benchmarks/results.
 
 The disk is attacked on a small file system of its own, which only root can mount; else it is left
 out and the report says so.
@@ -295,8 +295,8 @@ def report(doc: dict[str, Any]) -> str:
         "# The service under attack",
         "",
         f"Measured by `{doc['command']}`, {doc['when']}. Memory is the largest above idle, of the",
-        "process that answers and of all processes of the service together. The load is the system's",
-        "average of a minute at the end of the attack: what else ran on the machine is in these times.",
+        "process that answers and of all processes of the service together. The load is the",
+        "system's average of a minute at the end of the attack: what else ran is in these times.",
         "",
         *markdown_table(head, rows),
         "",
