@@ -39,6 +39,7 @@ CLASSIFY = "/v1/videos:classify"
 VIDEO = (ROOT / "examples" / "clips" / "arm_wrestling_k400.mp4").read_bytes()
 HEAD = b'{"inputs":[{"name":"frames","shape":[32,16,64,64,3],"datatype":"UINT8","data":['
 MB = 1_000_000
+KEY = "attacks-of-benchmarks"
 
 
 class Target:
@@ -47,6 +48,11 @@ class Target:
     def __init__(self, state: Path) -> None:
         command = [sys.executable, "-m", "pynq_kgrc.cli", "serve", "--json", "--port", "0"]
         command += ["--state", str(state), "--program", str(shipped_program())]
+        # reachable at an address that is not this machine's loopback, too: clients of this machine
+        # may take all places
+        keys = state.with_suffix(".keys")
+        keys.write_text(f"{KEY}\n", encoding="ascii")
+        command += ["--host", "0.0.0.0", "--api-key-file", str(keys)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT
         )
@@ -59,7 +65,8 @@ class Target:
         """Send a request, read its answer, and count the status."""
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
-            client.request("POST", path, body, headers or {})
+            with suppress(BrokenPipeError, ConnectionResetError):  # refused before it was read
+                client.request("POST", path, body, {"X-API-Key": KEY, **(headers or {})})
             answer = client.getresponse()
             answer.read()
             self.answers[str(answer.status)] += 1
@@ -106,6 +113,16 @@ def family(root: int) -> list[int]:
     for each in found:
         found += [child for child, parent in parents.items() if parent == each]
     return found
+
+
+def own_address() -> str:
+    """An address of this machine that is not loopback, where it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # chooses a route; nothing is sent
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 def at_once(count: int, work: Callable[[], None]) -> None:
@@ -165,11 +182,12 @@ def large_bodies(target: Target, seconds: float) -> None:
 
 
 def slow_uploads(target: Target, seconds: float) -> None:
-    """100 uploads of a byte a second; another client sends videos meanwhile."""
-    head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n".encode()
-    crowd = [socket.create_connection(("127.0.0.1", target.port), 30) for _ in range(100)]
+    """100 uploads of a byte a second from one address; a client of another sends videos."""
+    head = f"POST {CLASSIFY} HTTP/1.1\r\nHost: x\r\nX-API-Key: {KEY}\r\n"
+    head += "Content-Length: 100000\r\n\r\n"
+    crowd = [socket.create_connection((own_address(), target.port), 30) for _ in range(100)]
     for client in crowd:
-        client.sendall(head)
+        client.sendall(head.encode())
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for client in crowd:

@@ -208,7 +208,7 @@ class Emulator:
         # deleted when this process exits normally; stays if it is killed
         self._folder = tempfile.TemporaryDirectory(prefix="kgrc-")
         self.settings = Settings(
-            programs=(Path(program),),
+            programs={Path(program).stem: Path(program)},
             backend=backend,
             state=Path(self._folder.name),
             max_bytes=max_bytes,
