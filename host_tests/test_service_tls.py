@@ -101,6 +101,7 @@ def test_a_client_without_tls_gets_no_answer(service, trusting):
     assert ask(service, trusting, "GET", "/v2/health/ready")[0] == 200
 
 
+@pytest.mark.slow
 def test_grpc_uses_the_certificate(folder, tmp_path):
     grpc = pytest.importorskip("grpc", reason="gRPC needs pynq_kgrc[grpc]")
     options = ["--tls-cert", folder / "own.pem", "--tls-key", folder / "own.key"]
