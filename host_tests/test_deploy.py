@@ -172,6 +172,35 @@ def test_the_unit_has_nothing_to_spare(board, lacking):
     assert re.search(error, done.stderr), done.stderr
 
 
+CONFINED = """
+import os
+from pynq_kgrc.service.confine import confine
+confine()
+status = dict(line.split(":\\t", 1) for line in open(3).read().splitlines())
+print(status["Uid"].split()[1], status["Gid"].split()[1], int(status["CapEff"], 16))
+"""
+
+
+def test_a_decoder_child_of_the_unit_is_not_root():
+    """With the unit's capabilities a root process may become nobody, as a decoder child does."""
+    if os.geteuid() or not shutil.which("setpriv"):
+        pytest.skip("needs root and setpriv: the unit's capabilities are not tested")
+    (bounds,) = settings(UNIT.read_text("utf-8"))["CapabilityBoundingSet"]
+    wanted = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in bounds.split())
+    # confined, it can open no file: its own status is opened before
+    opened = f"exec 3</proc/$$/status; exec {shlex.join([sys.executable, '-c', CONFINED])}"
+    done = subprocess.run(
+        ["setpriv", f"--bounding-set=-all,{wanted}", "--no-new-privs", "bash", "-c", opened],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    user, group, capabilities = map(int, done.stdout.split())
+    assert user and group and not capabilities
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze: not verified")
 def test_systemd_accepts_the_unit(tmp_path):
     text = UNIT.read_text("utf-8").replace("/opt/pynq_kgrc/.venv/bin/pynq-kgrc", "/bin/true")

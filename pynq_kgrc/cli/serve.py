@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pynq_kgrc.cli.arguments import DAY, PROGRAM_HELP, Declare, positive, program_file, whole
+from pynq_kgrc.cli.arguments import (
+    DAY,
+    PROGRAM_HELP,
+    Declare,
+    positive,
+    printable,
+    program_file,
+    whole,
+)
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS
 
@@ -34,11 +42,18 @@ def declare(command: Declare) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help=f"{PROGRAM_HELP}, to load at the start; may be given more than once "
-        "(default: the programs that come with this package, if there are any)",
+        help=f"{PROGRAM_HELP}, to load at the start; may be given more than once, the first is "
+        "the default one; i3d-kinetics400 is fetched if it is not in the cache (default: "
+        "i3d-kinetics400 where it is in the cache, and the program that ships)",
     )
     serve.add_argument(
         "--repository", type=Path, metavar="DIR", help="a folder of programs that clients may load"
+    )
+    serve.add_argument(
+        "--load-all",
+        action="store_true",
+        help="load all programs of --repository at the start; without --program they take the "
+        "place of those that ship",
     )
     serve.add_argument(
         "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
@@ -53,10 +68,22 @@ def declare(command: Declare) -> None:
         "--port", type=whole(0, 65535), default=8000, help="port to listen on; 0: any free one"
     )
     serve.add_argument(
+        "--tls-cert",
+        type=Path,
+        metavar="FILE",
+        help="serve HTTPS (and gRPC) with this certificate and its chain, a PEM file",
+    )
+    serve.add_argument(
+        "--tls-key",
+        type=Path,
+        metavar="FILE",
+        help="the certificate's private key, a PEM file without a passphrase",
+    )
+    serve.add_argument(
         "--grpc-port",
         type=whole(0, 65535),
         metavar="PORT",
-        help="serve the Open Inference Protocol over gRPC as well, on this port, without TLS; "
+        help="serve the Open Inference Protocol over gRPC as well, on this port; "
         "0: any free one (Triton's is 8001; default: no gRPC)",
     )
     serve.add_argument(
@@ -143,6 +170,68 @@ def declare(command: Declare) -> None:
     )
 
 
+def choose_programs(options: argparse.Namespace) -> tuple[dict[str, Path], list[str]]:
+    """Name -> file of the programs to load at the start, and what to say about them.
+
+    Raises:
+        KgrcError: a program of `--program` cannot be made, or two have one name.
+    """
+    from pynq_kgrc.files import shipped_programs
+
+    shipped = {path.stem: path for path in shipped_programs()}
+    if options.program:
+        return _named_programs(options.program, shipped)
+    if options.load_all and any((options.repository or Path()).glob("*.kgrc")):
+        return {}, []
+    from pynq_kgrc.backends.chosen import installed_design
+    from pynq_kgrc.compiler.released import cached_release
+    from pynq_kgrc.models.pretrained import RELEASES
+
+    if options.load_all or options.backend == "csim":  # the C-simulation takes minutes for I3D
+        return shipped, []
+    found = {name: cached_release(name, installed_design()) for name in RELEASES}
+    cached = {name: path for name, path in found.items() if path is not None}
+    notes = [
+        f"{name} is in the cache, so it is served, too, and is the default program"
+        if name in cached
+        else f"for {_classes(name)} everyday actions: pynq-kgrc serve -p {name} "
+        f"(fetches {RELEASES[name].megabytes} MB once)"
+        for name in RELEASES
+    ]
+    return {**cached, **shipped}, notes
+
+
+def _named_programs(
+    given: list[Path], shipped: dict[str, Path]
+) -> tuple[dict[str, Path], list[str]]:
+    """Those of `--program`; the shipped ones if the only one given cannot be fetched."""
+    from pynq_kgrc.errors import ModelError
+    from pynq_kgrc.models.pretrained import RELEASES
+
+    programs: dict[str, Path] = {}
+    for each in given:
+        published = str(each) in RELEASES
+        try:
+            path = program_file(each)
+        except ModelError as error:
+            if not published or len(given) > 1 or not shipped:
+                raise
+            instead = ", ".join(shipped)
+            return shipped, [f"{each} cannot be served, {instead} is served instead: {error}"]
+        name = str(each) if published and path != each else path.stem
+        if name in programs:
+            raise ConfigError(f"--program {each}: another program is named {name}; rename the file")
+        programs[name] = path
+    return programs, []
+
+
+def _classes(name: str) -> int:
+    """The number of classes of a published network."""
+    from pynq_kgrc.models.pretrained import RELEASES, read_labels
+
+    return len(read_labels(RELEASES[name].labels))
+
+
 def run_serve(options: argparse.Namespace) -> int:
     import asyncio
 
@@ -153,11 +242,12 @@ def run_serve(options: argparse.Namespace) -> int:
             error
         )
     from pynq_kgrc.backends.base import backend_class
-    from pynq_kgrc.files import shipped_programs
     from pynq_kgrc.service.keys import read_keys
     from pynq_kgrc.service.settings import Settings, check_settings, state_folder
 
-    programs = tuple(map(program_file, options.program)) or shipped_programs()
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key belong together: give both")
+    programs, notes = choose_programs(options)
     if not programs and options.repository is None:
         raise ConfigError(
             "no program comes with this release: give --program FILE (made by compile)"
@@ -165,10 +255,12 @@ def run_serve(options: argparse.Namespace) -> int:
     settings = Settings(
         programs=programs,
         repository=options.repository,
+        load_all=options.load_all,
         backend=options.backend,
         workers=options.workers,
         host=options.host,
         port=options.port,
+        tls=(options.tls_cert, options.tls_key) if options.tls_cert else None,
         keys=read_keys(options.api_key_file) if options.api_key_file else (),
         max_bytes=options.max_bytes,
         max_pixels=options.max_pixels,
@@ -188,10 +280,12 @@ def run_serve(options: argparse.Namespace) -> int:
 
     def announce(started: dict[str, Any]) -> None:
         if options.json:
-            print(json.dumps(started), flush=True)
+            print(json.dumps({**started, "notes": notes}), flush=True)
         else:
             programs = ", ".join(started["programs"]) or "no program yet"
             print(f"{started['url']}  ({programs} on {started['backend']})")
+            for note in notes:
+                print(printable(note))
             if started["grpc_port"] is not None:
                 print(f"gRPC on port {started['grpc_port']}")
             limits = ", ".join(started["decoders_cannot"]) or "nothing of what this kernel lacks"

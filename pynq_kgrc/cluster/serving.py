@@ -226,7 +226,7 @@ class Emulator(Replica):
         # deleted when this process exits normally; stays if it is killed
         self._folder = tempfile.TemporaryDirectory(prefix="kgrc-")
         self.settings = Settings(
-            programs=(Path(program),),
+            programs={Path(program).stem: Path(program)},
             backend=backend,
             host=ray.util.get_node_ip_address(),
             port=0,

@@ -105,9 +105,9 @@ def released_program(
     """
     if name not in RELEASES:
         raise ModelError(f"no published network {name!r}; there are {', '.join(RELEASES)}")
-    path = cached_program(f"{name}-{config.digest}-{VERSION}")
-    if _is_for(path, config):
-        return path
+    cached = cached_release(name, config)
+    if cached is not None:
+        return cached
     stored = read_ranges(name)
     found = {ranges.bits: ranges for ranges in stored.ranges}
     if config.bits not in found:
@@ -121,8 +121,15 @@ def released_program(
     progress("quantizing with stored ranges")
     quantized = apply_ranges(graph, found[config.bits])
     progress(f"compiling for {config.name}")
+    path = cached_program(f"{name}-{config.digest}-{VERSION}")
     lower(quantized, config).save(path)
     return path
+
+
+def cached_release(name: str, config: AcceleratorConfig) -> Path | None:
+    """The program of `released_program` if it is in the cache and whole, else None."""
+    path = cached_program(f"{name}-{config.digest}-{VERSION}")
+    return path if _is_for(path, config) else None
 
 
 def released_graph(name: str, progress: Callable[[str], None] = lambda message: None) -> Graph:

@@ -403,7 +403,7 @@ async def _serve(
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     announce(
         {
-            "url": f"http://{host}:{port}",
+            "url": f"{'http' if settings.tls is None else 'https'}://{host}:{port}",
             "port": port,
             "backend": settings.backend,
             "programs": list(service.catalogue.served),

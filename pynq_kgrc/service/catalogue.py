@@ -13,7 +13,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,19 +56,19 @@ class ServedProgram:
 
 
 class Catalogue:
-    """Programs by name; a program is named after its file, without the suffix.
+    """Programs by name; one of the folder is named after its file, without the suffix.
 
     Args:
         pool: the workers that load the programs.
         state: the service's folder, for copies of the files.
-        programs: files that may be loaded.
+        programs: name -> file of those that may be loaded.
         folder: a folder of further files that may be loaded.
     """
 
-    def __init__(self, pool: Pool, state: Path, programs: Iterable[Path], folder: Path | None):
+    def __init__(self, pool: Pool, state: Path, programs: Mapping[str, Path], folder: Path | None):
         self.pool, self.folder = pool, folder
         self.copies = state / "programs"
-        self.given = {path.stem: path for path in programs}
+        self.given = dict(programs)
         self.served: dict[str, ServedProgram] = {}
         self.reasons: dict[str, str] = {}
         """Name -> why that program is not loaded."""

@@ -89,7 +89,13 @@ class GrpcServer:
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         self._server.add_generic_rpc_handlers((generic,))
         try:
-            self.port = self._server.add_insecure_port(f"{self.host}:{self.port}")
+            address, tls = f"{self.host}:{self.port}", self.service.settings.tls
+            if tls is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                certificate, key = (path.read_bytes() for path in tls)
+                credentials = grpc.ssl_server_credentials([(key, certificate)])
+                self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError(
                 f"cannot listen on {self.host} port {self.port} for gRPC: is it in use?"

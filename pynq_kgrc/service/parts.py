@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
@@ -15,7 +16,7 @@ import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
-from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.errors import ConfigError, KgrcError
 from pynq_kgrc.service.catalogue import Catalogue, ServedProgram
 from pynq_kgrc.service.guard import client_of
 from pynq_kgrc.service.jobs import Admission, Budget, Job, Jobs, Report
@@ -37,6 +38,8 @@ from pynq_kgrc.service.tensors import (
 from pynq_kgrc.service.uploads import Room, Upload, receive_upload
 from pynq_kgrc.service.videos import Decoder, check_options, classify
 from pynq_kgrc.service.wire import BodyRequest
+
+log = logging.getLogger("pynq_kgrc.service")
 
 SHORT_JSON = 1 << 18
 """Largest JSON body that is read by the process that answers; it takes a few milliseconds."""
@@ -132,12 +135,31 @@ class Service:
             self.decoder.start()
             self.confined = await self.decoder.confined()
             await self.pool.start()
-            for path in self.settings.programs:
-                await self.catalogue.load(path.stem)
+            for name in self.settings.programs:
+                await self.catalogue.load(name)
+            if self.settings.load_all:
+                await self._load_folder()
         except BaseException:
             await self.stop()
             raise
         self._probing = asyncio.get_running_loop().create_task(self._probe())
+
+    async def _load_folder(self) -> None:
+        """Load the programs of the folder; one that is refused is logged and not served.
+
+        Raises:
+            KgrcError: there is none that can be served.
+        """
+        refused: KgrcError | None = None
+        for name in self.catalogue.sources():
+            if name not in self.catalogue.served:
+                try:
+                    await self.catalogue.load(name)
+                except KgrcError as error:
+                    refused = error
+                    log.error("program not loaded", extra={"program": name, "error": str(error)})
+        if refused is not None and not self.catalogue.served:
+            raise refused
 
     async def stop(self) -> None:
         """Finish the accepted jobs within the grace period, then end all processes."""

@@ -78,14 +78,18 @@ class LingeringTransport:
         return self.discarded is not None or self._transport.is_closing()
 
     def close(self) -> None:
-        """Close; if the body has not arrived, send EOF and discard input for a limited time."""
+        """Close; if the body has not arrived, send EOF and discard input for a limited time.
+
+        TLS cannot send EOF and go on reading: there the client sees the end of the answer only.
+        """
         if self.is_closing():
             return
         if self._body_arrived():
             self._transport.close()
             return
         self.discarded = 0
-        self._transport.write_eof()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
         self._transport.resume_reading()
         asyncio.get_running_loop().call_later(LINGER_SECONDS, self._transport.close)
 
@@ -320,8 +324,11 @@ def make_server(app: App, settings: Settings, **options: Any) -> Server:
         "buffer": memoryview(bytearray(READ_BYTES)),
     }
     protocol = type("Timed", (TimedProtocol,), shared)
+    certificate, key = settings.tls or (None, None)
     config = uvicorn.Config(
         app,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
         http=protocol,
         ws="websockets-sansio",
         ws_max_size=MAX_WEBSOCKET_MESSAGE,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pynq_kgrc.errors import ConfigError
@@ -17,14 +19,18 @@ from pynq_kgrc.service.keys import Key
 class Settings:
     """Times are in seconds, sizes in bytes."""
 
-    programs: tuple[Path, ...] = ()
-    """Program files that are loaded at the start; each program is named after its file."""
+    programs: Mapping[str, Path] = field(default_factory=dict)
+    """Name -> file of each program that is loaded at the start; the first one is the default."""
     repository: Path | None = None
     """A folder of further programs, which clients may load while the service runs."""
+    load_all: bool = False
+    """Load the programs of `repository` at the start, too, those that a worker accepts."""
     backend: str = "emulate"
     workers: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
+    tls: tuple[Path, Path] | None = None
+    """PEM files of a certificate (with its chain) and of its key; None: HTTP without TLS."""
     keys: tuple[Key, ...] = ()
     """Empty: no key is needed."""
     state: Path = Path("state")
@@ -102,6 +108,33 @@ def check_settings(settings: Settings, insecure: bool) -> None:
         raise ConfigError(f"--port {settings.port}; accepted are 0 to 65535")
     if settings.repository is not None and not settings.repository.is_dir():
         raise ConfigError(f"--repository {settings.repository}: there is no such folder")
+    if settings.load_all and settings.repository is None:
+        raise ConfigError("--load-all loads what is in a folder: give --repository DIR")
+    if settings.tls is not None:
+        check_certificate(*settings.tls)
+
+
+def check_certificate(certificate: Path, key: Path) -> None:
+    """Refuse files that no TLS server can use.
+
+    Raises:
+        ConfigError: a file cannot be read, is not PEM, needs a passphrase, or the two do not
+            belong together.
+    """
+    for option, path in (("--tls-cert", certificate), ("--tls-key", key)):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{option} {path}: {error.strerror}") from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # without a function here, OpenSSL asks for a passphrase on the terminal
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--tls-cert {certificate} and --tls-key {key} are no certificate and its key: give "
+            f"two PEM files that belong together, the key without a passphrase ({error})"
+        ) from error
 
 
 def state_folder(port: int) -> Path:
