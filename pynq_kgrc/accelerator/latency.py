@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Memory
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import Cost, layer_work, region_runs, task_cost
-from pynq_kgrc.accelerator.header import FIELDS, RUNS_AHEAD, STATUS
+from pynq_kgrc.accelerator.header import FIELDS, STATUS
 from pynq_kgrc.accelerator.tiling import (
     CODE_WORDS_AHEAD,
     INPUT_BEATS_AHEAD,
     ITEMS_AHEAD,
+    MAKE_REGION,
     MIN_FEATURE_ROWS,
     NO_POOL,
     OUTPUT_BEATS_AHEAD,
@@ -30,27 +31,27 @@ from pynq_kgrc.accelerator.tiling import (
     REGION_DISTANCE,
     REGION_WORDS_AHEAD,
     ROWS_AHEAD,
+    RUNS_AHEAD,
     SUM_WORDS_AHEAD,
     TILE_SETUP,
     TILES_AHEAD,
     WEIGHT_BEATS_AHEAD,
     Work,
     beats_of_row,
+    listed_runs,
     map_requests,
     plane_cycles,
     region_beats,
     region_requests,
     region_trips,
     request_cycles,
+    requests_ahead,
     scale_cycles,
     tiles,
     windows_in,
 )
 from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import ceil_div
-
-REGION_SETUP = 60
-"""Cycles that describe the region of a tile, one product after another. Estimated."""
 
 START = 20
 """Cycles to start a task, beside the reading of its descriptor. Assumed."""
@@ -159,18 +160,21 @@ class _Walk:
         load = region_trips(config, shape, extent, first)
         beats = region_beats(config, shape, extent, first)
         requests = region_requests(config, shape, extent, first)
-        key = extent, load, beats, requests
+        runs = listed_runs(config, shape, extent, first)
+        key = extent, load, beats, requests, runs
         if key in self.kinds:
             return self.kinds[key]
         filled = ceil_div(math.prod(extent), config.pf)
         region = ahead = 0.0
         if beats:
             length = beats / requests
-            each = request_cycles(self.memory, length, self.beat)
+            each = request_cycles(self.memory, length, self.beat, requests_ahead(requests, runs))
             # two ports take turns by planes: one is ahead while the other is read
             planes = max(1, min(requests, _planes(work, first, extent)))
             rows = requests / planes
             region = planes * plane_cycles(rows, each, self.beat)
+            # a trip for each beat, and for each run that is empty
+            region = max(region, runs + (beats - requests) / PORTS)
             ahead = min(PORTS * INPUT_BEATS_AHEAD * self.beat, ROWS_AHEAD * each) / PORTS
         drain = extent[0] * extent[1] * beats_of_row(config, extent[2])
         out = windows_in(work.out_size, work.pool)
@@ -193,7 +197,7 @@ class _Walk:
             load=load,
             region=region,
             region_ahead=ahead,
-            region_runs=_listed(config, work, extent),
+            region_runs=runs,
             drain=drain,
             scale=scale_cycles(config, drain),
             shortcut=shortcut,
@@ -286,7 +290,7 @@ class _Walk:
         time = 0.0
         first_regions, first = regions, True
         # the ports begin with a tile when it is described
-        after_plan = REGION_SETUP + self.memory.latency + 3 * PIPELINE
+        after_plan = MAKE_REGION + self.memory.latency + 3 * PIPELINE
         input_free = max(input_free, plan_free + after_plan)
         # a port takes the beats of a run when it has RUNS_AHEAD runs: of the next tile, if need be
         next_plan = plan_free + items + TILE_SETUP
@@ -299,7 +303,7 @@ class _Walk:
                 # a word of the region that is late stops the array
                 input_free = max(input_free, load_start - tile.region_ahead) + tile.region
                 # the process that places words begins anew with each tile
-                gap = PIPELINE + REGION_SETUP - REGION_WORDS_AHEAD if first else 0
+                gap = PIPELINE + MAKE_REGION - REGION_WORDS_AHEAD if first else 0
                 first = False
                 loaded = max(load_start + tile.load, input_free, place_free + gap + tile.load)
                 place_free = loaded
@@ -349,19 +353,6 @@ class _Walk:
             place_free - time,
         )
         return round(time), tuple(map(float, map(round, state))), regions - first_regions
-
-
-def _listed(config: AcceleratorConfig, work: Work, extent: Size) -> int:
-    """Runs of the list of a region: rows, or planes where the rows are whole (`list_input`)."""
-    shape = work.shape
-    planes, rows = (
-        extent[axis] * shape.kernel[axis]
-        if shape.kernel[axis] < shape.stride[axis]
-        else (extent[axis] - 1) * shape.stride[axis] + shape.kernel[axis]
-        for axis in (0, 1)
-    )
-    whole = extent[2] == work.out_size[2] and shape.kernel[1] >= shape.stride[1]
-    return planes if whole else planes * rows
 
 
 def _planes(work: Work, first: Size, extent: Size) -> int:

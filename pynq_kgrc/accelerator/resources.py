@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.header import RUNS_AHEAD
 from pynq_kgrc.accelerator.tiling import (
     CODE_WORDS_AHEAD,
     INPUT_BEATS_AHEAD,
     ITEMS_AHEAD,
     OUTPUT_BEATS_AHEAD,
     REGION_WORDS_AHEAD,
+    RUNS_AHEAD,
     SUM_WORDS_AHEAD,
     TILES_AHEAD,
     WEIGHT_BEATS_AHEAD,
