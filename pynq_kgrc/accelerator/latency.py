@@ -36,6 +36,7 @@ from pynq_kgrc.accelerator.tiling import (
     TILE_SETUP,
     TILES_AHEAD,
     WEIGHT_BEATS_AHEAD,
+    WEIGHT_WORDS_AHEAD,
     Work,
     beats_of_row,
     listed_runs,
@@ -153,6 +154,8 @@ class _Walk:
         weight_bytes = 8 * config.weight_port_words
         self.weight = max(1.0, weight_bytes / self.port_bytes) / PORTS
         self.regions = sum(run.loads for run in self.runs)
+        self.word_setup = work.shape.taps + config.groups_per_tile + 2 * PIPELINE
+        """From the last word of a tile to the first one of the next."""
         self.kinds: dict[object, _Tile] = {}
 
     def tile(self, first: Size, extent: Size) -> _Tile:
@@ -217,7 +220,10 @@ class _Walk:
         input_free = 0.0
         weights_free = -float(begin) + self.memory.latency + 2 * PIPELINE
         scale_free = store_free = shortcut_free = 0.0
-        plan_free = place_free = -float(2 * PIPELINE)
+        # the tile comes before its items, so that the first region is described by then
+        plan_free = -float(PIPELINE + MAKE_REGION)
+        place_free = -float(2 * PIPELINE)
+        words_free = -math.inf
         known: dict[object, tuple[float, tuple[float, ...]]] = {}
         regions = 0
         left = math.prod(ceil_div(o, t) for o, t in zip(work.out_size, work.tile, strict=True))
@@ -226,7 +232,7 @@ class _Walk:
             tile = self.tile(first, extent)
             state: tuple[float, ...] = (
                 *(load_start, sums_free, input_free, weights_free),
-                *(scale_free, store_free, shortcut_free, plan_free, place_free),
+                *(scale_free, store_free, shortcut_free, plan_free, place_free, words_free),
             )
             key = (id(tile), left == 0, state)
             both_used = regions >= 2
@@ -248,8 +254,9 @@ class _Walk:
                 shortcut_free,
                 plan_free,
                 place_free,
+                words_free,
             ) = state
-        end = max(now + sums_free, now + scale_free + PIPELINE, now + store_free + PIPELINE)
+        end = now + max(sums_free, scale_free, store_free)
         end += 3 * PIPELINE + self.memory.latency
         cost = self.cost
         port = {
@@ -283,12 +290,14 @@ class _Walk:
         shortcut_free: float,
         plan_free: float,
         place_free: float,
+        words_free: float,
     ) -> tuple[float, tuple[float, ...], int]:
         """Cycles until the array has computed a tile, and the state that it leaves."""
         items = len(self.work.items)
         chunk_beats = self.work.chunk_beats(self.config)
         time = 0.0
         first_regions, first = regions, True
+        words_end = -math.inf
         # the ports begin with a tile when it is described
         after_plan = MAKE_REGION + self.memory.latency + 3 * PIPELINE
         input_free = max(input_free, plan_free + after_plan)
@@ -312,6 +321,10 @@ class _Walk:
                 sums_free += late if sums_free > load_start else 0
                 load_start = time if regions else loaded
                 regions += 1
+            if run.enabled:
+                # the first word of a tile is made after the places of its taps
+                time = max(time, words_free + self.word_setup)
+                words_free = -math.inf
             trips = run.enabled * self.work.weight_words * tile.sum_rows + run.idle
             chunks = run.groups * self.work.weight_words if self.work.columns else 0
             if chunks:
@@ -323,6 +336,8 @@ class _Walk:
                 time = done
             else:
                 time += trips
+            if run.enabled:
+                words_end = time
             if run.vectors:
                 time = max(time, sums_free)
                 words = run.vectors * tile.drain
@@ -351,8 +366,9 @@ class _Walk:
             *(max(0.0, each - time) for each in (scale_free, store_free, shortcut_free)),
             max(planned - time, -TILES_AHEAD * time),
             place_free - time,
+            words_end - WEIGHT_WORDS_AHEAD * tile.sum_rows - time,
         )
-        return round(time), tuple(map(float, map(round, state))), regions - first_regions
+        return round(time), tuple(round(each, 0) for each in state), regions - first_regions
 
 
 def _planes(work: Work, first: Size, extent: Size) -> int:
