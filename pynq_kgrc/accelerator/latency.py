@@ -32,6 +32,7 @@ from pynq_kgrc.accelerator.tiling import (
     REGION_WORDS_AHEAD,
     ROWS_AHEAD,
     RUNS_AHEAD,
+    RUNS_LISTED,
     SUM_WORDS_AHEAD,
     TILE_SETUP,
     TILES_AHEAD,
@@ -223,7 +224,7 @@ class _Walk:
         # the tile comes before its items, so that the first region is described by then
         plan_free = -float(PIPELINE + MAKE_REGION)
         place_free = -float(2 * PIPELINE)
-        words_free = -math.inf
+        words_free = list_free = -math.inf
         known: dict[object, tuple[float, tuple[float, ...]]] = {}
         regions = 0
         left = math.prod(ceil_div(o, t) for o, t in zip(work.out_size, work.tile, strict=True))
@@ -232,7 +233,7 @@ class _Walk:
             tile = self.tile(first, extent)
             state: tuple[float, ...] = (
                 *(load_start, sums_free, input_free, weights_free),
-                *(scale_free, store_free, shortcut_free, plan_free, place_free, words_free),
+                *(scale_free, store_free, shortcut_free, plan_free, place_free, words_free, list_free),
             )
             key = (id(tile), left == 0, state)
             both_used = regions >= 2
@@ -255,6 +256,7 @@ class _Walk:
                 plan_free,
                 place_free,
                 words_free,
+                list_free,
             ) = state
         end = now + max(sums_free, scale_free, store_free)
         end += 3 * PIPELINE + self.memory.latency
@@ -291,6 +293,7 @@ class _Walk:
         plan_free: float,
         place_free: float,
         words_free: float,
+        list_free: float,
     ) -> tuple[float, tuple[float, ...], int]:
         """Cycles until the array has computed a tile, and the state that it leaves."""
         items = len(self.work.items)
@@ -300,17 +303,26 @@ class _Walk:
         words_end = -math.inf
         # the ports begin with a tile when it is described
         after_plan = MAKE_REGION + self.memory.latency + 3 * PIPELINE
-        input_free = max(input_free, plan_free + after_plan)
+        described = max(plan_free, list_free)
+        input_free = max(input_free, described + after_plan)
         # a port takes the beats of a run when it has RUNS_AHEAD runs: of the next tile, if need be
-        next_plan = plan_free + items + TILE_SETUP
+        next_plan = plan_free + items + TILE_SETUP + after_plan
         runs_left = self.regions * tile.region_runs
+        # the list of a tile ends when its last runs have room in front of the ports
+        list_free = described + MAKE_REGION + runs_left
         for run in self.runs:
             if run.loads:
+                # a word of the region that is late stops the array
+                begin = max(input_free, load_start - tile.region_ahead)
+                input_free = begin + tile.region
+                of_run = tile.region / tile.region_runs
+                if runs_left > RUNS_LISTED >= runs_left - tile.region_runs:
+                    list_free = max(list_free, begin + (runs_left - RUNS_LISTED) * of_run)
                 runs_left -= tile.region_runs
                 if runs_left < RUNS_AHEAD and not last:
-                    input_free = max(input_free, next_plan + after_plan)
-                # a word of the region that is late stops the array
-                input_free = max(input_free, load_start - tile.region_ahead) + tile.region
+                    listed = list_free + MAKE_REGION + 2 * PIPELINE + RUNS_AHEAD
+                    rest = min(tile.region_runs, RUNS_AHEAD - runs_left) * of_run
+                    input_free = max(input_free, max(next_plan, listed) + rest)
                 # the process that places words begins anew with each tile
                 gap = PIPELINE + MAKE_REGION - REGION_WORDS_AHEAD if first else 0
                 first = False
@@ -367,6 +379,7 @@ class _Walk:
             max(planned - time, -TILES_AHEAD * time),
             place_free - time,
             words_end - WEIGHT_WORDS_AHEAD * tile.sum_rows - time,
+            list_free + PIPELINE - time,
         )
         return round(time), tuple(round(each, 0) for each in state), regions - first_regions
 

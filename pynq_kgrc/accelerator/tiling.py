@@ -32,6 +32,9 @@ REGION_DISTANCE = 4
 RUNS_AHEAD = 32
 """Runs that the input ports are ahead of the data at most, empty ones included."""
 
+RUNS_LISTED = 2 * RUNS_AHEAD
+"""Runs that are listed and whose data have not come: as many wait in front of a port."""
+
 PIPELINE = 25
 """Cycles to fill a pipelined loop, each time that it is entered. Assumed."""
 
