@@ -32,7 +32,9 @@ from pynq_kgrc.accelerator.tiling import (
     REGION_WORDS_AHEAD,
     ROWS_AHEAD,
     RUNS_AHEAD,
+    RUNS_DECIDED,
     RUNS_LISTED,
+    SCHEDULE_CYCLES,
     SUM_WORDS_AHEAD,
     TILE_SETUP,
     TILES_AHEAD,
@@ -224,7 +226,7 @@ class _Walk:
         # the tile comes before its items, so that the first region is described by then
         plan_free = -float(PIPELINE + MAKE_REGION)
         place_free = -float(2 * PIPELINE)
-        words_free = list_free = -math.inf
+        words_free = list_free = schedule_free = -math.inf
         known: dict[object, tuple[float, tuple[float, ...]]] = {}
         regions = 0
         left = math.prod(ceil_div(o, t) for o, t in zip(work.out_size, work.tile, strict=True))
@@ -233,7 +235,8 @@ class _Walk:
             tile = self.tile(first, extent)
             state: tuple[float, ...] = (
                 *(load_start, sums_free, input_free, weights_free),
-                *(scale_free, store_free, shortcut_free, plan_free, place_free, words_free, list_free),
+                *(scale_free, store_free, shortcut_free, plan_free, place_free, words_free),
+                *(list_free, schedule_free),
             )
             key = (id(tile), left == 0, state)
             both_used = regions >= 2
@@ -257,6 +260,7 @@ class _Walk:
                 place_free,
                 words_free,
                 list_free,
+                schedule_free,
             ) = state
         end = now + max(sums_free, scale_free, store_free)
         end += 3 * PIPELINE + self.memory.latency
@@ -294,6 +298,7 @@ class _Walk:
         place_free: float,
         words_free: float,
         list_free: float,
+        schedule_free: float,
     ) -> tuple[float, tuple[float, ...], int]:
         """Cycles until the array has computed a tile, and the state that it leaves."""
         items = len(self.work.items)
@@ -348,6 +353,14 @@ class _Walk:
                 time = done
             else:
                 time += trips
+            # a pass for each item, and for each end of a load or a drain that cuts one
+            passes = run.enabled + run.idle + run.loads + 2 * bool(run.vectors)
+            ahead = time - RUNS_DECIDED * trips / passes
+            schedule_free = max(schedule_free, ahead - trips) + SCHEDULE_CYCLES * passes
+            late = schedule_free - time
+            if late > 0:
+                sums_free += late if sums_free > time else 0
+                time = schedule_free
             if run.enabled:
                 words_end = time
             if run.vectors:
@@ -380,6 +393,7 @@ class _Walk:
             place_free - time,
             words_end - WEIGHT_WORDS_AHEAD * tile.sum_rows - time,
             list_free + PIPELINE - time,
+            schedule_free + PIPELINE + MAKE_REGION - time,
         )
         return round(time), tuple(round(each, 0) for each in state), regions - first_regions
 

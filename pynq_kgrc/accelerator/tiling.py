@@ -32,6 +32,12 @@ REGION_DISTANCE = 4
 RUNS_AHEAD = 32
 """Runs that the input ports are ahead of the data at most, empty ones included."""
 
+RUNS_DECIDED = 16
+"""Runs of trips that the schedule decides ahead of the array."""
+
+SCHEDULE_CYCLES = 4
+"""Cycles in which the schedule decides a run of trips: II of `schedule` in hls_src."""
+
 RUNS_LISTED = 2 * RUNS_AHEAD
 """Runs that are listed and whose data have not come: as many wait in front of a port."""
 
