@@ -66,9 +66,7 @@ PORTS = 2
 """Ports of the input, and of the weights."""
 
 
-def request_cycles(
-    memory: Memory, beats: float, beat: float, under_way: float = math.inf
-) -> float:
+def request_cycles(memory: Memory, beats: float, beat: float, under_way: float = math.inf) -> float:
     """Cycles of a port for each of many requests of `beats`, `beat` cycles each.
 
     A port has `outstanding` bursts under way, so that short ones wait for their responses;

@@ -137,6 +137,9 @@ class PrunedCycles:
         return sum(_cycles(self.program, t) for t in self.program.tasks if t.name not in names)
 
 
+_FOLDED = "stays dense, as the host folds its taps into channels"
+
+
 @dataclass(frozen=True)
 class LatencySearch:
     """Rates that were searched for a latency, and what the compiled program gains by them."""
@@ -164,7 +167,7 @@ class LatencySearch:
             f"{self.design} (modelled with memory by accelerator/latency.py)"
         )
         if self.left:
-            told += f"; {self.left}, whose taps the host folds into channels, stays dense"
+            told += f"; {self.left} {_FOLDED}"
         if abs(self.reached / self.asked - 1) <= TOLERANCE:
             return told
         return f"{told}; the rates that eq. (9) allows these layers give nothing nearer"
@@ -196,9 +199,14 @@ def choose_rates_by_latency(
     cost = PrunedCycles(dense)
     rest = cost.rest(graph.convolutions())
     design, names = dense.config, list(names)
-    layers = choose_rates(graph, names, pattern, reduction, design, cost, rest, NEARER)
-    pruned = compile_graph(prune(graph, build_patterns(layers, design), design.group_size))
     left = cost.folded if cost.folded in names else None
+    try:
+        layers = choose_rates(graph, names, pattern, reduction, design, cost, rest, NEARER)
+    except ConfigError as error:
+        if left is None:
+            raise
+        raise ConfigError(f"{error}; {left} {_FOLDED}") from None
+    pruned = compile_graph(prune(graph, build_patterns(layers, design), design.group_size))
     return LatencySearch(
         layers, design.name, reduction, program_cycles(dense), program_cycles(pruned), left
     )
