@@ -784,7 +784,8 @@ def test_prune_and_quantize_take_the_file_that_explore_writes(movies, trained, t
     found = capsys.readouterr()
     report = json.loads(found.out)
     assert report["design"] == "mine" and report["latency_reduction_asked"] == 1.05
-    assert report["latency_reduction"] == pytest.approx(1.05, rel=0.03)
+    # conv1 stays dense, so that 1.07 is the most that these layers give
+    assert report["latency_reduction"] == pytest.approx(1.05, rel=0.01)
     reached = f"reached {report['latency_reduction']:.2f}x on mine (modelled"
     assert f"asked for 1.05x fewer cycles, {reached}" in found.err
     assert "; conv1 stays dense, as the host folds its taps into channels" in found.err
