@@ -641,6 +641,7 @@ def assert_as_emulated_at_all_depths(program, codes):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("network", ["c3d", "r2plus1d_18"])
 def test_whole_networks(network, example_clips):
     from test_networks import seeded_graph
@@ -653,6 +654,7 @@ def test_whole_networks(network, example_clips):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.network
 def test_whole_i3d(i3d, example_clips):
     _, program = i3d
