@@ -162,7 +162,7 @@ def least_ms(config: AcceleratorConfig, networks: Mapping[str, Network]) -> floa
         sum(least_cycles(config, *layer) for layer in network.convolutions)
         for network in networks.values()
     ]
-    return math.prod(cycles) ** (1 / len(cycles)) / (CLOCK_MHZ * 1e3)
+    return math.exp(sum(map(math.log, cycles)) / len(cycles)) / (CLOCK_MHZ * 1e3)
 
 
 def least_cycles(config: AcceleratorConfig, shape: ConvShape, kr: int, kc: int) -> int:
