@@ -278,13 +278,14 @@ tiles:
     // the first row of the step, the first tap of the tap tile, and of the step in it
     UInt<kGroupRowBits> first_row = 0;
     Tap tile_tap = 0, step_tap = 0;
-    bool active = false, odd = false;  // odd: the number of the chunk in the tile; its port
+    // odd: the number of the chunk in the tile; its port
+    bool active = false, odd = false, more = items_left > 0;
     WeightWord out = WeightWord();
 #pragma HLS ARRAY_PARTITION variable = out.code complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = out.offset complete dim = 0
 #pragma HLS ARRAY_PARTITION variable = out.row complete dim = 0
   chunks:
-    while (items_left > 0 || active) {
+    while (more) {
       // II = 1: a chunk a trip; what is carried is which groups are left, and counters
 #pragma HLS PIPELINE II = 1
       KGRC_TRIP();
@@ -297,6 +298,9 @@ tiles:
         left = mask;
         active = mask != 0;
       }
+      const UInt<kGroups> rest = left & (left - 1);
+      const bool ends_word = rest == 0;
+      const bool ends_item = ends_word & (word == last_word);
       if (active) {
         Chunk chunk = Chunk();
         if (convolves) chunk = odd ? chunks_1.read() : chunks_0.read();
@@ -331,8 +335,6 @@ tiles:
                 out.code[group][r][k][n] = code_of(chunk.word64, (k * kRows + r) * kTn + n);
           }
         }
-        const UInt<kGroups> rest = left & (left - 1);
-        const bool ends_word = rest == 0, ends_item = ends_word && word == last_word;
         left = ends_word ? mask : rest;
         if (ends_word) {
           words_0.write(half_of(out, 0));
@@ -351,9 +353,10 @@ tiles:
         if (ends_item) {
           word = 0;
           tile_tap = 0;
-          active = false;
         }
       }
+      active = ends_item ? false : active;
+      more = items_left > 0 ? true : active;
     }
   }
 }

@@ -254,14 +254,15 @@ static void read_runs(MemoryPort<Beat> maps, Stream<Run>& runs, Stream<Beats>& l
   bool begun = false;              // the present run has been taken from `lengths`
   Beats left = 0;                  // its beats
   // what a trip does, decided a trip before: one run more may have been taken since
-  bool may_ask = true, may_take = false;
+  bool may_ask = true, may_take = false, ended = false;
 runs:
-  while (more || ahead > 0) {
+  while (!ended) {
     // II = 1: counters; a beat a trip, and a request. The length of a run is taken with the last
     // beat of the run before, so that what it decides is decided a trip later.
 #pragma HLS PIPELINE II = 1 style = flp
     KGRC_TRIP();
-    const bool ask = may_ask && more, take = may_take;
+    ended = !more && ahead == 0;
+    const bool ask = may_ask && more, take = may_take && !ended;
     may_ask = ahead < kRunsAhead - 1 && waiting < kRequestsAhead - 1;
     may_take = !more || ahead >= kRunsAhead - 2 || waiting >= kRequestsAhead - 2;
     const bool moves = take && begun && left > 0, ends = take && begun && left <= 1;

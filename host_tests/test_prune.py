@@ -248,23 +248,40 @@ def test_a_latency_that_is_asked_for_is_that_of_the_compiled_program(name, desig
     assert reached == pytest.approx(asked, rel=TOLERANCE)
     assert found.reached == pytest.approx(reached, rel=1e-9)
     assert str(found).endswith(
-        f"asked for {asked:.2f}x fewer cycles, the rates give {reached:.2f}x on {design.name} "
+        f"asked for {asked:.2f}x fewer cycles, reached {reached:.2f}x on {design.name} "
         f"(modelled with memory by accelerator/latency.py)"
     )
 
 
 def test_a_latency_that_the_rates_do_not_give_is_said():
-    """KGR halves the first layer or leaves it dense: nothing is near the target."""
+    """KGR halves a layer or leaves it dense: nothing is near the target."""
     graph, design = traced("thin_c3d"), preset("8-sparse")
-    found = choose_rates_by_latency(graph, ["conv1"], "kgr", 1.1, compiler(design))
+    found = choose_rates_by_latency(graph, ["conv2"], "kgr", 1.05, compiler(design))
     assert found.reached == pytest.approx(judged(graph, found.layers, design))
-    assert found.reached > 1.1 * (1 + TOLERANCE)
-    assert "asked for 1.10x fewer cycles, the rates give 1.23x on 8-sparse" in str(found)
+    assert abs(found.reached / 1.05 - 1) > TOLERANCE
+    assert "asked for 1.05x fewer cycles, reached 1.08x on 8-sparse" in str(found)
     assert str(found).endswith("the rates that eq. (9) allows these layers give nothing nearer")
     with pytest.raises(
-        ConfigError, match=r"at most 1\.23x cheaper, not 2x \(59% of its cost is in"
+        ConfigError, match=r"at most 1\.08x cheaper, not 2x \(83% of its cost is in"
     ):
-        choose_rates_by_latency(graph, ["conv1"], "kgr", 2, compiler(design))
+        choose_rates_by_latency(graph, ["conv2"], "kgr", 2, compiler(design))
+
+
+def test_a_first_layer_that_is_folded_stays_dense():
+    """What packing would gain there depends on each weight that training keeps."""
+    graph, design = traced("thin_c3d"), preset("8-sparse")
+    names = ["conv1", "conv2", "conv3b"]
+    found = choose_rates_by_latency(graph, names, "kgrc", 1.2, compiler(design))
+    assert found.layers and "conv1" not in found.layers
+    assert found.left == "conv1" and "; conv1 stays dense, as the host folds its taps" in str(found)
+    with pytest.raises(ConfigError, match=r"at most 1\.00x cheaper, .*; conv1 stays dense"):
+        choose_rates_by_latency(graph, ["conv1"], "kgr", 1.1, compiler(design))
+    # the program of other weights of these layers is as fast
+    rng = np.random.default_rng(1)
+    others = {name: rng.normal(0, 0.1, graph[name].weight.shape) for name in names}
+    other = judged(graph.with_weights(others), found.layers, design)
+    assert other == pytest.approx(found.reached, rel=0.01)
+    assert choose_rates_by_latency(graph, names[1:], "kgrc", 1.2, compiler(design)).left is None
 
 
 def test_the_cost_of_a_pruned_layer_is_that_of_its_task():

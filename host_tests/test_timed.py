@@ -17,7 +17,9 @@ from networks import Net, compiled, random_codes, small_config
 from reference import run_program
 from test_csim import DESIGNS, QUICK, assert_costs_agree, outputs, program_of, with_sources
 
+from pynq_kgrc.accelerator.boards import REFERENCE
 from pynq_kgrc.accelerator.config import preset
+from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.analysis.simulation import report_simulation, simulate_tasks, task_numbers
 from pynq_kgrc.backends import csim
 from pynq_kgrc.backends.base import open_backend
@@ -411,6 +413,73 @@ def test_a_setup_is_counted_for_each_tile(simulation, name):
         assert 0.9 * tiles <= setups <= 1.1 * (tiles + after)
 
 
+# ---- the time model of accelerator/latency.py ---------------------------------------------------
+
+
+def assert_modelled(backend, least=0.01):
+    """Task and sum are modelled within 10 and 5 %, tasks of less than 1 % of the time left out."""
+    program = backend.program
+    numbers = range(len(program.tasks))
+    found = [backend.task_time(number).cycles for number in numbers]
+    modelled = [task_time(program.config, program.work(task)).cycles for task in program.tasks]
+    for task, count, model in zip(program.tasks, found, modelled, strict=True):
+        if count > least * sum(found):
+            assert model == pytest.approx(count, rel=0.1), task.name
+    assert sum(modelled) == pytest.approx(sum(found), rel=0.05)
+
+
+def test_every_kind_of_task_takes_as_long_as_modelled(simulation):
+    cycles(simulation)
+    assert_modelled(simulation, 0)
+
+
+def test_short_rows_and_many_small_tiles_take_as_long_as_modelled():
+    """Rows of one beat: a port has as many requests under way as its list of runs allows."""
+    net = Net(size=(8, 20, 40), channels=48)
+    net.conv(net.conv("clip", 16, (3, 1, 1), 1, (1, 0, 0)), 8, 1, (1, 2, 2), 0)
+    config = small_config(8, True)
+    program, _ = compiled(net, config, fold=False)
+    assert program.work(program.tasks[0]).tile[2] == config.port_positions
+    backend = TimedSimulation(config, flags=QUICK)
+    backend.load(program)
+    cycles(backend)
+    assert_modelled(backend)
+    # a memory so far away that the requests under way set the time
+    far = 400
+    (slow, _) = cycles(backend, latency=far)
+    memory = replace(REFERENCE, latency=float(far))
+    modelled = task_time(config, program.work(program.tasks[0]), memory).cycles
+    assert modelled == pytest.approx(slow, rel=0.1)
+    assert slow > 2 * modelled_time(program, 0)
+
+
+def test_a_fully_connected_layer_of_short_items_takes_as_long_as_modelled():
+    """Items of four trips: the schedule, which takes four cycles for each run, sets the time."""
+    config = small_config(8, False, filter_tiles=5)
+    net = Net(size=(1, 1, 1), channels=200)
+    net.dense("clip", 160)
+    program, _ = compiled(net, config, fold=False)
+    backend = TimedSimulation(config, flags=QUICK)
+    backend.load(program)
+    cycles(backend)
+    assert_modelled(backend)
+    time = backend.task_time(0)
+    assert time.cycles > 1.1 * time.process("multiply").trips
+
+
+def modelled_time(program, number):
+    return task_time(program.config, program.work(program.tasks[number])).cycles
+
+
+def test_the_simulated_times_of_the_documentation_are_as_modelled():
+    path = csim.source_folder().parent / "benchmarks" / "results" / "latency.json"
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    simulated = [row for row in rows if row["simulated"]]
+    assert len(simulated) >= 15
+    for row in simulated:
+        assert row["modelled"]["70"] == pytest.approx(row["simulated"], rel=0.05), row["design"]
+
+
 def test_a_narrow_memory_sets_the_time():
     """A fully connected layer waits for its weights: its bytes by the rate of port or memory."""
     net = Net(size=(2, 4, 4), channels=48)
@@ -563,13 +632,16 @@ def assert_as_emulated_at_all_depths(program, codes):
     wanted = outputs(emulation, program, codes)
     emulation.close()
     backend = TimedSimulation(program.config)
-    for timing in (Timing(depth=10), Timing(depth=100)):
+    for timing in (Timing(depth=10), Timing(), Timing(depth=100)):
         backend.timing = timing
         for name, found in outputs(backend, program, codes).items():
             np.testing.assert_array_equal(found, wanted[name], err_msg=name)
+        if timing == Timing():
+            assert_modelled(backend)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("network", ["c3d", "r2plus1d_18"])
 def test_whole_networks(network, example_clips):
     from test_networks import seeded_graph
@@ -582,6 +654,7 @@ def test_whole_networks(network, example_clips):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.network
 def test_whole_i3d(i3d, example_clips):
     _, program = i3d

@@ -787,13 +787,16 @@ def test_prune_and_quantize_take_the_file_that_explore_writes(movies, trained, t
     short.write_text("[retrain]\nepochs = 1\nbatch = 8\n")
     pruned = [*data, *weights, "-o", str(tmp_path / "pruned"), "--config", str(short)]
     how = ["--algorithm", "one-shot", "--pattern", "kgrc", "--target", "latency"]
-    how += ["--reduction", "1.3", "--layers", "conv1,conv2,conv3"]
+    how += ["--reduction", "1.05", "--layers", "conv1,conv2,conv3"]
     assert main(["prune", *pruned, *how]) == 0
     found = capsys.readouterr()
     report = json.loads(found.out)
-    assert report["design"] == "mine" and report["latency_reduction_asked"] == 1.3
-    assert report["latency_reduction"] == pytest.approx(1.3, rel=0.03)
-    assert "asked for 1.30x fewer cycles, the rates give 1." in found.err
+    assert report["design"] == "mine" and report["latency_reduction_asked"] == 1.05
+    # conv1 stays dense, so that 1.07 is the most that these layers give
+    assert report["latency_reduction"] == pytest.approx(1.05, rel=0.01)
+    reached = f"reached {report['latency_reduction']:.2f}x on mine (modelled"
+    assert f"asked for 1.05x fewer cycles, {reached}" in found.err
+    assert "; conv1 stays dense, as the host folds its taps into channels" in found.err
     assert "retraining: epochs 1 to 1, of the weights that are kept" in found.err
     assert "preparation" not in found.err
     weights[1] = str(tmp_path / "pruned" / "weights.safetensors")

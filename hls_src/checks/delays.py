@@ -114,8 +114,25 @@ class Step:
 def is_flag(loop: Loop, each: Instruction) -> bool:
     """Whether an instruction tests a bool, which clang keeps as a byte: it is one wire."""
     found = re.match(rf"icmp (?:eq|ne) i8 ({VALUE.pattern}), 0$", each.text)
-    made = loop.function.defined.get(found[1]) if found else None
-    return made is not None and re.match(r"and i8 .*, 1$|zext i1 ", made.text) is not None
+    return found is not None and is_bool(loop, found[1], set())
+
+
+def is_bool(loop: Loop, value: str, seen: set[str]) -> bool:
+    """Whether a byte is 0 or 1: made from a bit, or chosen among such bytes."""
+    if value in ("0", "1") or value in seen:
+        return True
+    made = loop.function.defined.get(value)
+    if made is None:
+        return False
+    if re.match(r"and i8 .*, 1$|zext i1 ", made.text):
+        return True
+    if made.opcode == "phi":
+        sources = re.findall(r"\[ ([^,]+), %", made.text)
+    elif made.opcode == "select":
+        sources = re.findall(r", i8 ([^,]+)", made.text)
+    else:
+        return False
+    return all(is_bool(loop, source, seen | {value}) for source in sources)
 
 
 def places(unit: Unit, loop: Loop, each: Instruction) -> list[banks.Access]:

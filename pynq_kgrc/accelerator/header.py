@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
-from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, PORTS, REGION_DISTANCE
+from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, PORTS, REGION_DISTANCE, RUNS_AHEAD
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.files import written_beside
 from pynq_kgrc.quant import ACCUMULATOR_BITS, MAX_SHIFT, MULT_BITS
@@ -82,9 +82,6 @@ ADDRESSES = (*MAP_PORTS, *WEIGHT_PORTS, *TABLE_PORTS, "status")
 
 REQUESTS_AHEAD = 16
 """Requests that a memory port has under way at most; `num_read_outstanding` in hls_src/top.cpp."""
-
-RUNS_AHEAD = 32
-"""Runs that the input ports are ahead of the data at most, empty ones included."""
 
 VLNV = "pynq-kgrc:hls:kgrc_run:1.0"
 """Vendor, library, name and version of the kernel. The driver finds the kernel by it."""

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE, Memory
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import Cost, layer_work, region_runs, task_cost
-from pynq_kgrc.accelerator.header import FIELDS, RUNS_AHEAD, STATUS
+from pynq_kgrc.accelerator.header import FIELDS, STATUS
 from pynq_kgrc.accelerator.tiling import (
     CODE_WORDS_AHEAD,
     INPUT_BEATS_AHEAD,
     ITEMS_AHEAD,
+    MAKE_REGION,
     MIN_FEATURE_ROWS,
     NO_POOL,
     OUTPUT_BEATS_AHEAD,
@@ -30,27 +31,31 @@ from pynq_kgrc.accelerator.tiling import (
     REGION_DISTANCE,
     REGION_WORDS_AHEAD,
     ROWS_AHEAD,
+    RUNS_AHEAD,
+    RUNS_DECIDED,
+    RUNS_LISTED,
+    SCHEDULE_CYCLES,
     SUM_WORDS_AHEAD,
     TILE_SETUP,
     TILES_AHEAD,
     WEIGHT_BEATS_AHEAD,
+    WEIGHT_WORDS_AHEAD,
     Work,
     beats_of_row,
+    listed_runs,
     map_requests,
     plane_cycles,
     region_beats,
     region_requests,
     region_trips,
     request_cycles,
+    requests_ahead,
     scale_cycles,
     tiles,
     windows_in,
 )
 from pynq_kgrc.graph import ConvShape, Size
 from pynq_kgrc.quant import ceil_div
-
-REGION_SETUP = 60
-"""Cycles that describe the region of a tile, one product after another. Estimated."""
 
 START = 20
 """Cycles to start a task, beside the reading of its descriptor. Assumed."""
@@ -152,6 +157,8 @@ class _Walk:
         weight_bytes = 8 * config.weight_port_words
         self.weight = max(1.0, weight_bytes / self.port_bytes) / PORTS
         self.regions = sum(run.loads for run in self.runs)
+        self.word_setup = work.shape.taps + config.groups_per_tile + 2 * PIPELINE
+        """From the last word of a tile to the first one of the next."""
         self.kinds: dict[object, _Tile] = {}
 
     def tile(self, first: Size, extent: Size) -> _Tile:
@@ -159,18 +166,21 @@ class _Walk:
         load = region_trips(config, shape, extent, first)
         beats = region_beats(config, shape, extent, first)
         requests = region_requests(config, shape, extent, first)
-        key = extent, load, beats, requests
+        runs = listed_runs(config, shape, extent, first)
+        key = extent, load, beats, requests, runs
         if key in self.kinds:
             return self.kinds[key]
         filled = ceil_div(math.prod(extent), config.pf)
         region = ahead = 0.0
         if beats:
             length = beats / requests
-            each = request_cycles(self.memory, length, self.beat)
+            each = request_cycles(self.memory, length, self.beat, requests_ahead(requests, runs))
             # two ports take turns by planes: one is ahead while the other is read
             planes = max(1, min(requests, _planes(work, first, extent)))
             rows = requests / planes
             region = planes * plane_cycles(rows, each, self.beat)
+            # a trip for each beat, and for each run that is empty
+            region = max(region, runs + (beats - requests) / PORTS)
             ahead = min(PORTS * INPUT_BEATS_AHEAD * self.beat, ROWS_AHEAD * each) / PORTS
         drain = extent[0] * extent[1] * beats_of_row(config, extent[2])
         out = windows_in(work.out_size, work.pool)
@@ -193,7 +203,7 @@ class _Walk:
             load=load,
             region=region,
             region_ahead=ahead,
-            region_runs=_listed(config, work, extent),
+            region_runs=runs,
             drain=drain,
             scale=scale_cycles(config, drain),
             shortcut=shortcut,
@@ -213,7 +223,10 @@ class _Walk:
         input_free = 0.0
         weights_free = -float(begin) + self.memory.latency + 2 * PIPELINE
         scale_free = store_free = shortcut_free = 0.0
-        plan_free = place_free = -float(2 * PIPELINE)
+        # the tile comes before its items, so that the first region is described by then
+        plan_free = -float(PIPELINE + MAKE_REGION)
+        place_free = -float(2 * PIPELINE)
+        words_free = list_free = schedule_free = -math.inf
         known: dict[object, tuple[float, tuple[float, ...]]] = {}
         regions = 0
         left = math.prod(ceil_div(o, t) for o, t in zip(work.out_size, work.tile, strict=True))
@@ -222,7 +235,8 @@ class _Walk:
             tile = self.tile(first, extent)
             state: tuple[float, ...] = (
                 *(load_start, sums_free, input_free, weights_free),
-                *(scale_free, store_free, shortcut_free, plan_free, place_free),
+                *(scale_free, store_free, shortcut_free, plan_free, place_free, words_free),
+                *(list_free, schedule_free),
             )
             key = (id(tile), left == 0, state)
             both_used = regions >= 2
@@ -244,8 +258,11 @@ class _Walk:
                 shortcut_free,
                 plan_free,
                 place_free,
+                words_free,
+                list_free,
+                schedule_free,
             ) = state
-        end = max(now + sums_free, now + scale_free + PIPELINE, now + store_free + PIPELINE)
+        end = now + max(sums_free, scale_free, store_free)
         end += 3 * PIPELINE + self.memory.latency
         cost = self.cost
         port = {
@@ -279,27 +296,40 @@ class _Walk:
         shortcut_free: float,
         plan_free: float,
         place_free: float,
+        words_free: float,
+        list_free: float,
+        schedule_free: float,
     ) -> tuple[float, tuple[float, ...], int]:
         """Cycles until the array has computed a tile, and the state that it leaves."""
         items = len(self.work.items)
         chunk_beats = self.work.chunk_beats(self.config)
         time = 0.0
         first_regions, first = regions, True
+        words_end = -math.inf
         # the ports begin with a tile when it is described
-        after_plan = REGION_SETUP + self.memory.latency + 3 * PIPELINE
-        input_free = max(input_free, plan_free + after_plan)
+        after_plan = MAKE_REGION + self.memory.latency + 3 * PIPELINE
+        described = max(plan_free, list_free)
+        input_free = max(input_free, described + after_plan)
         # a port takes the beats of a run when it has RUNS_AHEAD runs: of the next tile, if need be
-        next_plan = plan_free + items + TILE_SETUP
+        next_plan = plan_free + items + TILE_SETUP + after_plan
         runs_left = self.regions * tile.region_runs
+        # the list of a tile ends when its last runs have room in front of the ports
+        list_free = described + MAKE_REGION + runs_left
         for run in self.runs:
             if run.loads:
+                # a word of the region that is late stops the array
+                begin = max(input_free, load_start - tile.region_ahead)
+                input_free = begin + tile.region
+                of_run = tile.region / tile.region_runs
+                if runs_left > RUNS_LISTED >= runs_left - tile.region_runs:
+                    list_free = max(list_free, begin + (runs_left - RUNS_LISTED) * of_run)
                 runs_left -= tile.region_runs
                 if runs_left < RUNS_AHEAD and not last:
-                    input_free = max(input_free, next_plan + after_plan)
-                # a word of the region that is late stops the array
-                input_free = max(input_free, load_start - tile.region_ahead) + tile.region
+                    listed = list_free + MAKE_REGION + 2 * PIPELINE + RUNS_AHEAD
+                    rest = min(tile.region_runs, RUNS_AHEAD - runs_left) * of_run
+                    input_free = max(input_free, max(next_plan, listed) + rest)
                 # the process that places words begins anew with each tile
-                gap = PIPELINE + REGION_SETUP - REGION_WORDS_AHEAD if first else 0
+                gap = PIPELINE + MAKE_REGION - REGION_WORDS_AHEAD if first else 0
                 first = False
                 loaded = max(load_start + tile.load, input_free, place_free + gap + tile.load)
                 place_free = loaded
@@ -308,6 +338,10 @@ class _Walk:
                 sums_free += late if sums_free > load_start else 0
                 load_start = time if regions else loaded
                 regions += 1
+            if run.enabled:
+                # the first word of a tile is made after the places of its taps
+                time = max(time, words_free + self.word_setup)
+                words_free = -math.inf
             trips = run.enabled * self.work.weight_words * tile.sum_rows + run.idle
             chunks = run.groups * self.work.weight_words if self.work.columns else 0
             if chunks:
@@ -319,6 +353,16 @@ class _Walk:
                 time = done
             else:
                 time += trips
+            # a pass for each item, and for each end of a load or a drain that cuts one
+            passes = run.enabled + run.idle + run.loads + 2 * bool(run.vectors)
+            ahead = time - RUNS_DECIDED * trips / passes
+            schedule_free = max(schedule_free, ahead - trips) + SCHEDULE_CYCLES * passes
+            late = schedule_free - time
+            if late > 0:
+                sums_free += late if sums_free > time else 0
+                time = schedule_free
+            if run.enabled:
+                words_end = time
             if run.vectors:
                 time = max(time, sums_free)
                 words = run.vectors * tile.drain
@@ -347,21 +391,11 @@ class _Walk:
             *(max(0.0, each - time) for each in (scale_free, store_free, shortcut_free)),
             max(planned - time, -TILES_AHEAD * time),
             place_free - time,
+            words_end - WEIGHT_WORDS_AHEAD * tile.sum_rows - time,
+            list_free + PIPELINE - time,
+            schedule_free + PIPELINE + MAKE_REGION - time,
         )
-        return round(time), tuple(map(float, map(round, state))), regions - first_regions
-
-
-def _listed(config: AcceleratorConfig, work: Work, extent: Size) -> int:
-    """Runs of the list of a region: rows, or planes where the rows are whole (`list_input`)."""
-    shape = work.shape
-    planes, rows = (
-        extent[axis] * shape.kernel[axis]
-        if shape.kernel[axis] < shape.stride[axis]
-        else (extent[axis] - 1) * shape.stride[axis] + shape.kernel[axis]
-        for axis in (0, 1)
-    )
-    whole = extent[2] == work.out_size[2] and shape.kernel[1] >= shape.stride[1]
-    return planes if whole else planes * rows
+        return round(time), tuple(round(each, 0) for each in state), regions - first_regions
 
 
 def _planes(work: Work, first: Size, extent: Size) -> int:

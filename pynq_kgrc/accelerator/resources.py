@@ -15,16 +15,17 @@ from itertools import combinations
 
 from pynq_kgrc.accelerator.boards import Board
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.header import RUNS_AHEAD
 from pynq_kgrc.accelerator.tiling import (
     CODE_WORDS_AHEAD,
     INPUT_BEATS_AHEAD,
     ITEMS_AHEAD,
     OUTPUT_BEATS_AHEAD,
     REGION_WORDS_AHEAD,
+    RUNS_AHEAD,
     SUM_WORDS_AHEAD,
     TILES_AHEAD,
     WEIGHT_BEATS_AHEAD,
+    WEIGHT_WORDS_AHEAD,
 )
 from pynq_kgrc.quant import ACCUMULATOR_BITS, ceil_div
 
@@ -324,7 +325,7 @@ def stream_words(config: AcceleratorConfig) -> Iterator[tuple[str, int, int, int
     yield "sum_steps", 1, config.pf + 15, 32
     position = config.tn * config.bits + place + 1
     yield "region_words", 1, config.port_positions * position + 1, REGION_WORDS_AHEAD
-    yield "weight_words", 1, codes + indices, 4
+    yield "weight_words", 1, codes + indices, WEIGHT_WORDS_AHEAD
     yield "sum_words", 1, lanes * ACCUMULATOR_BITS[config.bits], SUM_WORDS_AHEAD
     yield "code_words", 1, lanes * 16, CODE_WORDS_AHEAD
 

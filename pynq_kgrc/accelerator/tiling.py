@@ -29,16 +29,32 @@ REGION_DISTANCE = 4
 
 # ---- how far the processes of a task are apart ------------------------------------------------
 
+RUNS_AHEAD = 32
+"""Runs that the input ports are ahead of the data at most, empty ones included."""
+
+RUNS_DECIDED = 16
+"""Runs of trips that the schedule decides ahead of the array."""
+
+SCHEDULE_CYCLES = 4
+"""Cycles in which the schedule decides a run of trips: II of `schedule` in hls_src."""
+
+RUNS_LISTED = 2 * RUNS_AHEAD
+"""Runs that are listed and whose data have not come: as many wait in front of a port."""
+
 PIPELINE = 25
 """Cycles to fill a pipelined loop, each time that it is entered. Assumed."""
 
-TILE_SETUP = PIPELINE
+MAKE_TILE = MAKE_REGION = 60
+"""Cycles that describe a tile, and a region, one product after another. Estimated."""
+
+TILE_SETUP = PIPELINE + MAKE_TILE
 """Cycles from one tile of the plan to the next, beside its items."""
 
 # Words that the streams between two processes hold (STREAM pragmas of hls_src/top.cpp).
 INPUT_BEATS_AHEAD = 512
 ROWS_AHEAD = 64
 WEIGHT_BEATS_AHEAD = 512
+WEIGHT_WORDS_AHEAD = 4
 REGION_WORDS_AHEAD = 16
 SUM_WORDS_AHEAD = 64
 CODE_WORDS_AHEAD = 64
@@ -50,14 +66,26 @@ PORTS = 2
 """Ports of the input, and of the weights."""
 
 
-def request_cycles(memory: Memory, beats: float, beat: float) -> float:
+def request_cycles(memory: Memory, beats: float, beat: float, under_way: float = math.inf) -> float:
     """Cycles of a port for each of many requests of `beats`, `beat` cycles each.
 
-    A port has `outstanding` bursts under way, so that short ones wait for their responses.
+    A port has `outstanding` bursts under way, so that short ones wait for their responses;
+    `under_way` is how many requests the process behind it has made at a time, if fewer.
     """
     bursts = math.ceil(beats / memory.burst_beats)
     length = beats / bursts * beat
-    return bursts * max(length, (memory.latency + length) / memory.outstanding, 1.0)
+    at_once = min(memory.outstanding, under_way * bursts)
+    return bursts * max(length, (memory.latency + length) / at_once, 1.0)
+
+
+def requests_ahead(requests: int, runs: int) -> float:
+    """Requests that each input port has under way, of a region of `requests` in `runs` runs.
+
+    A port takes RUNS_AHEAD runs from its list before it waits for beats (`read_runs` in
+    hls_src/memory.cpp decides it two runs earlier). The runs of the other port, and those in the
+    padding, are empty ones in the list.
+    """
+    return (RUNS_AHEAD - 2) * requests / (PORTS * runs)
 
 
 def plane_cycles(rows: float, request: float, beat: float) -> float:
@@ -304,7 +332,8 @@ def _tile_cycles(
     limit = beats_of_row(config, shape.in_size[2])
     length = min(len(_beat_range(config, shape, 0, extent[2])), limit)
     requests = 1 if length == limit and shape.kernel[1] >= shape.stride[1] else rows
-    request = request_cycles(memory, rows * length / requests, beat)
+    ahead = requests_ahead(planes * requests, listed_runs(config, shape, extent, (0, 0, 0)))
+    request = request_cycles(memory, rows * length / requests, beat, ahead)
     ports = planes * plane_cycles(requests, request, beat)
     load = region_trips(config, shape, extent, (0, 0, 0)) + PIPELINE
     loads = regions * max(load, ports)
@@ -401,6 +430,14 @@ def region_requests(
     planes, rows, beats = _inside(config, shape, extent, first)
     if not rows * beats:
         return 0
+    whole = beats == beats_of_row(config, shape.in_size[2])
+    return planes if whole and shape.kernel[1] >= shape.stride[1] else planes * rows
+
+
+def listed_runs(config: AcceleratorConfig, shape: WindowShape, extent: Size, first: Size) -> int:
+    """Runs by which the region of a tile is listed for the input ports, padding included."""
+    planes, rows = (len(_row_offsets(shape, axis, extent[axis])) for axis in (0, 1))
+    beats = _inside(config, shape, extent, first)[2]
     whole = beats == beats_of_row(config, shape.in_size[2])
     return planes if whole and shape.kernel[1] >= shape.stride[1] else planes * rows
 

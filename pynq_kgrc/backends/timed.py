@@ -22,6 +22,7 @@ import msgspec
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.header import ADDRESSES, FIELDS, STATUS
+from pynq_kgrc.accelerator.tiling import MAKE_REGION, MAKE_TILE
 from pynq_kgrc.backends.base import Counters, locked
 from pynq_kgrc.backends.csim import FAST, CSimulation, build_library
 from pynq_kgrc.errors import ConfigError, DeviceError
@@ -59,7 +60,9 @@ class Timing:
     not, only loops whose PIPELINE pragma says so (style = flp or frp) do."""
     start_cycles: int = 20
     """To start a task, besides the reading of its descriptor."""
-    setups: Mapping[str, int] = field(default_factory=lambda: {"make_tile": 60, "make_region": 60})
+    setups: Mapping[str, int] = field(
+        default_factory=lambda: {"make_tile": MAKE_TILE, "make_region": MAKE_REGION}
+    )
     """Cycles of each of `SETUPS`: estimated. "make_tile" stands for all that a tile of the plan
     takes beside its items."""
     depths: Mapping[str, int] = field(default_factory=dict)

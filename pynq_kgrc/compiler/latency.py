@@ -18,7 +18,6 @@ from pynq_kgrc.accelerator.cost import layer_work
 from pynq_kgrc.accelerator.cutting import cut_convolution
 from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.tiling import NO_POOL, Work, pool_work
-from pynq_kgrc.compiler.fold import choose_folding, foldings
 from pynq_kgrc.compiler.lower import cut_drafts, fold_clip, fuse, lower, place_tensors
 from pynq_kgrc.compiler.pack import pack
 from pynq_kgrc.compress.patterns import Rates, prune
@@ -103,6 +102,15 @@ class PrunedCycles:
     program: Program
     """The network before pruning, compiled for the design."""
 
+    @property
+    def folded(self) -> str | None:
+        """The first layer, if the host folds it. It costs the same whatever is kept of it: folding
+        mixes the columns of a group, so that what packing gains depends on each single weight.
+        """
+        if self.program.fold is None:
+            return None
+        return next(task.name for task in self.program.tasks if task.source == self.program.source)
+
     def __call__(self, layer: Layer, kept: Array) -> float:
         """Cycles of `layer` if the weights `kept` (bool, as its weight) are all it has.
 
@@ -111,15 +119,9 @@ class PrunedCycles:
         """
         for task in self.program.tasks:
             if isinstance(task, ConvTask) and task.name == layer.name:
+                if task.name == self.folded:
+                    return _cycles(self.program, task)
                 masked = dataclasses.replace(layer, weight=kept.astype(np.int8))
-                if self.program.fold is not None and task.source == self.program.source:
-                    place = choose_folding(
-                        self.program.config,
-                        masked,
-                        NO_POOL if task.pool is None else task.pool.kernel,
-                        wide=task.out.bits > self.program.config.bits,
-                    )
-                    masked = list(foldings(masked))[place].layer
                 # as the compiler cuts a layer with too many taps
                 cut = cut_convolution(masked)[-1]
                 assert cut.weight is not None
@@ -135,6 +137,9 @@ class PrunedCycles:
         return sum(_cycles(self.program, t) for t in self.program.tasks if t.name not in names)
 
 
+_FOLDED = "stays dense, as the host folds its taps into channels"
+
+
 @dataclass(frozen=True)
 class LatencySearch:
     """Rates that were searched for a latency, and what the compiled program gains by them."""
@@ -145,20 +150,24 @@ class LatencySearch:
     """Wanted reduction of the modelled cycles."""
     dense_cycles: int
     cycles: int
+    left: str | None = None
+    """A first layer that might have been pruned, but is folded and stays dense."""
 
     @property
     def reached(self) -> float:
-        """The reduction at these rates, for random weights. A program of trained ones may differ
-        where its first layer is pruned and folded: packing depends on which weights are kept.
+        """The reduction at these rates. With patterns of rows and columns it does not depend on
+        which weights training keeps.
         """
         return self.dense_cycles / self.cycles
 
     def __str__(self) -> str:
         """What was asked and reached, in one sentence."""
         told = (
-            f"asked for {self.asked:.2f}x fewer cycles, the rates give {self.reached:.2f}x on "
+            f"asked for {self.asked:.2f}x fewer cycles, reached {self.reached:.2f}x on "
             f"{self.design} (modelled with memory by accelerator/latency.py)"
         )
+        if self.left:
+            told += f"; {self.left} {_FOLDED}"
         if abs(self.reached / self.asked - 1) <= TOLERANCE:
             return told
         return f"{told}; the rates that eq. (9) allows these layers give nothing nearer"
@@ -189,11 +198,17 @@ def choose_rates_by_latency(
     dense = compile_graph(graph)
     cost = PrunedCycles(dense)
     rest = cost.rest(graph.convolutions())
-    design = dense.config
-    layers = choose_rates(graph, names, pattern, reduction, design, cost, rest, NEARER)
+    design, names = dense.config, list(names)
+    left = cost.folded if cost.folded in names else None
+    try:
+        layers = choose_rates(graph, names, pattern, reduction, design, cost, rest, NEARER)
+    except ConfigError as error:
+        if left is None:
+            raise
+        raise ConfigError(f"{error}; {left} {_FOLDED}") from None
     pruned = compile_graph(prune(graph, build_patterns(layers, design), design.group_size))
     return LatencySearch(
-        layers, design.name, reduction, program_cycles(dense), program_cycles(pruned)
+        layers, design.name, reduction, program_cycles(dense), program_cycles(pruned), left
     )
 
 
