@@ -47,6 +47,7 @@ from pynq_kgrc.backends.csim import CSimulation, source_folder  # noqa: E402
 from pynq_kgrc.errors import DeviceError, KgrcError, ProgramError  # noqa: E402
 from pynq_kgrc.program import VERSION  # noqa: E402
 from pynq_kgrc.runtime import Session  # noqa: E402
+from pynq_kgrc.service import worker  # noqa: E402
 from pynq_kgrc.service.worker import DeviceSessions  # noqa: E402
 
 QUICK = dict(floor_seconds=0.03, margin=1.0)
@@ -1255,8 +1256,14 @@ def test_an_overlay_that_was_built_again_is_programmed(device, overlay, program)
     assert device.downloads == 2
 
 
-def test_a_service_with_two_programs_of_a_design_programs_the_device_once(program, tmp_path):
+def test_a_service_with_two_programs_of_a_design_programs_the_device_once(
+    program, tmp_path, monkeypatch
+):
     device = simulated.shared_device()
+    opened = []
+    monkeypatch.setattr(
+        worker, "open_backend", lambda *asked: opened.append(asked) or open_backend(*asked)
+    )
     before, sessions = device.downloads, DeviceSessions("board")
     clip = program.clip
     frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8).tobytes()
@@ -1266,7 +1273,12 @@ def test_a_service_with_two_programs_of_a_design_programs_the_device_once(progra
     for _ in range(2):
         for key in ("one", "two"):
             sessions.run(key, frames)
+    assert len(opened) == 1, "the board stays open"
+    sessions.drop("one")
+    sessions.run("two", frames)
     sessions.close()
+    assert not device.memory.buffers
+    BoardBackend(program.config, device=device).close()  # the lock is free
     assert device.downloads <= before + 1  # 0 if a test before left it programmed
 
 

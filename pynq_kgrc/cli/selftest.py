@@ -70,6 +70,7 @@ def run_selftest(options: argparse.Namespace) -> int:
                 )
     if not is_board():
         return _complain(
+            options,
             "there is no board to test here: no PYNQ image and no FPGA manager. `pynq-kgrc doctor` "
             f"says what is missing; {SIMULATE}=1 tests the simulated board",
             NO_BOARD,
@@ -78,7 +79,7 @@ def run_selftest(options: argparse.Namespace) -> int:
     try:
         from pynq_kgrc.analysis.selftest import FAILED, OK, SelfTest, StepResult, as_data
     except ImportError as error:
-        return _complain(f"pynq: {pynq.found} ({error}); {pynq.cure}", 1)
+        return _complain(options, f"pynq: {pynq.found} ({error}); {pynq.cure}", 1)
 
     test = SelfTest(
         config,
@@ -119,7 +120,10 @@ def run_selftest(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _complain(text: str, status: int) -> int:
+def _complain(options: argparse.Namespace, text: str, status: int) -> int:
+    """Say why no step was run; with --json as a document too."""
+    if options.json:
+        print(json.dumps({"works": False, "error": text, "steps": []}, indent=2))
     print(f"pynq-kgrc: {text}", file=sys.stderr)
     return status
 

@@ -17,9 +17,11 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.paper import PUBLISHED_CLOCK_MHZ
 from pynq_kgrc.analysis.description import describe
+from pynq_kgrc.backends.base import Backend, backend_class, open_backend
 from pynq_kgrc.errors import KgrcError, ProgramError
 from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
@@ -31,14 +33,16 @@ from pynq_kgrc.service.wire import Answer, Command, LayerRun, ProgramDocument, T
 class DeviceSessions:
     """The loaded programs, and their open sessions on the one device.
 
-    A backend that is not exclusive keeps a session open for each program. An exclusive one holds
-    one program at a time: a session is closed before another program's is opened.
+    A backend that is not exclusive is opened for each program. An exclusive one is opened once for
+    all programs of a design, which take turns on it; another design's is opened in its place.
     """
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.programs: dict[str, Program] = {}
         self.sessions: dict[str, Session] = {}
+        self.shared: Backend | None = None
+        """The exclusive backend while it is open."""
 
     def execute(self, command: Command, payload: bytes) -> tuple[Answer, bytes]:
         """Execute one command; its answer and payload.
@@ -77,11 +81,26 @@ class DeviceSessions:
         if key not in self.sessions:
             if key not in self.programs:
                 raise ProgramError(f"no program {key!r} is loaded")
-            for other, session in list(self.sessions.items()):
-                if session.backend.exclusive:
-                    self.sessions.pop(other).close()
-            self.sessions[key] = Session(self.programs[key], self.backend)
+            program = self.programs[key]
+            exclusive = backend_class(self.backend).exclusive
+            self.sessions[key] = Session(
+                program, self._share(program.config) if exclusive else self.backend
+            )
         return self.sessions[key]
+
+    def _share(self, config: AcceleratorConfig) -> Backend:
+        """The exclusive backend, opened for a design; it is closed first if it is another's."""
+        if self.shared is not None and self.shared.config.digest != config.digest:
+            self._close_shared()
+        if self.shared is None:
+            self.shared = open_backend(self.backend, config)
+        return self.shared
+
+    def _close_shared(self) -> None:
+        if self.shared is not None:
+            self.sessions.clear()  # all of them are on it
+            shared, self.shared = self.shared, None
+            shared.close()
 
     def run(self, key: str, payload: bytes) -> tuple[Answer, bytes]:
         """Run a clip, uint8 [D, H, W, 3]; logits and probabilities as float32 [2, classes]."""
@@ -110,6 +129,8 @@ class DeviceSessions:
         if key in self.sessions:
             self.sessions.pop(key).close()
         self.programs.pop(key, None)
+        if not self.programs:
+            self._close_shared()
 
     def close(self) -> None:
         """Drop all programs and release the device."""
