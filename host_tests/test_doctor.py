@@ -104,7 +104,9 @@ def test_a_board_as_far_as_files_go(laptop, capsys, monkeypatch, tmp_path):
         assert found[name]["works"] is False
 
 
-@pytest.mark.parametrize(("version", "works"), [("3.0.1", True), ("3.1.2", False), ("4.0.0", False)])
+@pytest.mark.parametrize(
+    ("version", "works"), [("3.0.1", True), ("3.1.2", False), ("4.0.0", False)]
+)
 def test_a_kria_has_no_node_of_the_image(laptop, capsys, monkeypatch, tmp_path, version, works):
     """Its pynq 3.0.1 looks for none; later ones then allocate nothing."""
     monkeypatch.setattr(machine, "IMAGE", tmp_path / "pynq_board")
@@ -350,7 +352,9 @@ def test_a_process_that_may_not_write_to_the_first_folder(tmp_path, monkeypatch,
     monkeypatch.setattr(lock, "lock_path", lambda _: paths[first])
     held = lock.DeviceLock("card")
     monkeypatch.setattr(lock, "lock_path", lambda _: paths[1 - first])
-    with pytest.raises(DeviceError, match=f"card is in use by process {os.getpid()}.*{paths[first]}"):
+    with pytest.raises(
+        DeviceError, match=f"card is in use by process {os.getpid()}.*{paths[first]}"
+    ):
         lock.DeviceLock("card")
     assert f"{paths[1]}: {folders[0]} cannot be written to" in caplog.text
     assert [path.exists() for path in paths] == [not first, bool(first)]

@@ -17,11 +17,9 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
-from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.paper import PUBLISHED_CLOCK_MHZ
 from pynq_kgrc.analysis.description import describe
-from pynq_kgrc.backends.base import Backend, backend_class, open_backend
 from pynq_kgrc.errors import KgrcError, ProgramError
 from pynq_kgrc.program import Program, load
 from pynq_kgrc.quant import Array
@@ -41,8 +39,8 @@ class DeviceSessions:
         self.backend = backend
         self.programs: dict[str, Program] = {}
         self.sessions: dict[str, Session] = {}
-        self.shared: Backend | None = None
-        """The exclusive backend while it is open."""
+        self.opener: Session | None = None
+        """The session that opened the exclusive backend, which the others use too."""
 
     def execute(self, command: Command, payload: bytes) -> tuple[Answer, bytes]:
         """Execute one command; its answer and payload.
@@ -82,25 +80,19 @@ class DeviceSessions:
             if key not in self.programs:
                 raise ProgramError(f"no program {key!r} is loaded")
             program = self.programs[key]
-            exclusive = backend_class(self.backend).exclusive
-            self.sessions[key] = Session(
-                program, self._share(program.config) if exclusive else self.backend
-            )
+            if self.opener and self.opener.program.config.digest != program.config.digest:
+                self._close_exclusive()
+            session = Session(program, self.opener.backend if self.opener else self.backend)
+            if self.opener is None and session.backend.exclusive:
+                self.opener = session
+            self.sessions[key] = session
         return self.sessions[key]
 
-    def _share(self, config: AcceleratorConfig) -> Backend:
-        """The exclusive backend, opened for a design; it is closed first if it is another's."""
-        if self.shared is not None and self.shared.config.digest != config.digest:
-            self._close_shared()
-        if self.shared is None:
-            self.shared = open_backend(self.backend, config)
-        return self.shared
-
-    def _close_shared(self) -> None:
-        if self.shared is not None:
-            self.sessions.clear()  # all of them are on it
-            shared, self.shared = self.shared, None
-            shared.close()
+    def _close_exclusive(self) -> None:
+        if self.opener is not None:
+            self.sessions.clear()  # all of them use its backend
+            opener, self.opener = self.opener, None
+            opener.close()
 
     def run(self, key: str, payload: bytes) -> tuple[Answer, bytes]:
         """Run a clip, uint8 [D, H, W, 3]; logits and probabilities as float32 [2, classes]."""
@@ -126,11 +118,12 @@ class DeviceSessions:
 
     def drop(self, key: str) -> None:
         """Forget a program; a key that is not loaded is no error."""
-        if key in self.sessions:
-            self.sessions.pop(key).close()
+        session = self.sessions.pop(key, None)
+        if session is not None and session is not self.opener:
+            session.close()
         self.programs.pop(key, None)
         if not self.programs:
-            self._close_shared()
+            self._close_exclusive()
 
     def close(self) -> None:
         """Drop all programs and release the device."""

@@ -120,7 +120,7 @@ def check_pynq(_: Asked) -> str:
 
 
 def check_image(_: Asked) -> str:
-    """From pynq 3.1 on the image must name its board; Kria-PYNQ has pynq 3.0, which asks nothing."""
+    """The name that the image has for the board; without it pynq from 3.1 on allocates nothing."""
     _not_if_simulated()
     if IMAGE.exists():
         return _device_tree(IMAGE)
