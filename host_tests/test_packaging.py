@@ -539,7 +539,8 @@ def test_pynq_works_after_installing(wheel, tmp_path, image):
     own_python = tmp_path / "own" / "bin" / "python"
     (seen,) = (tmp_path / "image" / "lib").glob("python*/site-packages")
     (place,) = (tmp_path / "own" / "lib").glob("python*/site-packages")
-    (place / "image.pth").write_text(f"{seen}\n")
+    # not the folder alone: Python 3.12 has no distutils, which pynq imports, but by setuptools' .pth
+    (place / "image.pth").write_text(f"import site; site.addsitedir({str(seen)!r})\n")
     run(own_python, *PIP, "install", f"{wheel}[serve]")
     assert before.items() <= packages(image_python).items()
     imported = "import numpy, pynq, pynq_kgrc.service\n" + ALLOCATE + "print(numpy.__version__)"
