@@ -539,7 +539,7 @@ def test_pynq_works_after_installing(wheel, tmp_path, image):
     own_python = tmp_path / "own" / "bin" / "python"
     (seen,) = (tmp_path / "image" / "lib").glob("python*/site-packages")
     (place,) = (tmp_path / "own" / "lib").glob("python*/site-packages")
-    # not the folder alone: Python 3.12 has no distutils, which pynq imports, but by setuptools' .pth
+    # the folder's .pth files count too: by one of them setuptools gives Python 3.12 a distutils
     (place / "image.pth").write_text(f"import site; site.addsitedir({str(seen)!r})\n")
     run(own_python, *PIP, "install", f"{wheel}[serve]")
     assert before.items() <= packages(image_python).items()
