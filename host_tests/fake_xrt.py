@@ -199,7 +199,10 @@ class Interrupt:
 
 
 def install():
-    """Put the board under pynq, which must not have been imported; returns the board."""
+    """Put the board under pynq, which must not have been imported; returns the board.
+
+    None where pynq would find no device whatever the board has.
+    """
     assert "pynq" not in sys.modules, "pynq was imported before the board was there"
     make_files()
     libc = ctypes.CDLL("libc.so.6", use_errno=True)
@@ -227,6 +230,9 @@ def install():
         import pynq
         import pynq.interrupt
         import pynq.uio
+
+        if not hasattr(pynq.pl_server, "EmbeddedDevice"):
+            return None  # XILINX_XRT is not set: pynq itself finds no device
         from pynq.pl_server import embedded_device, global_state
     BOARDS.append(make_board(libc))
     from pynq_kgrc.backends.board import lock
@@ -285,7 +291,7 @@ def make_board(libc):
         """Registers whose values outlive a process, as a board's do."""
 
         def __init__(self, values):
-            self.file = folder() / "clocks.json"
+            self.file = place(FPGA_MANAGER) / "clocks.json"
             super().__init__(values)
             if self.file.is_file():
                 self.values = {int(k): v for k, v in json.loads(self.file.read_text()).items()}

@@ -26,6 +26,7 @@ pynq = pytest.importorskip("pynq", reason="pynq is not installed: the board back
 
 from pynq.pl_server import global_state  # noqa: E402
 
+from pynq_kgrc import runtime  # noqa: E402
 from pynq_kgrc.accelerator.header import (  # noqa: E402
     ADDRESSES,
     IMAGE_VERSION,
@@ -1255,8 +1256,18 @@ def test_an_overlay_that_was_built_again_is_programmed(device, overlay, program)
     assert device.downloads == 2
 
 
-def test_a_service_with_two_programs_of_a_design_programs_the_device_once(program, tmp_path):
+def failing_image(*_):
+    raise OSError("planted")
+
+
+def test_a_service_with_two_programs_of_a_design_programs_the_device_once(
+    program, tmp_path, monkeypatch
+):
     device = simulated.shared_device()
+    opened = []
+    monkeypatch.setattr(
+        runtime, "open_backend", lambda *asked: opened.append(asked) or open_backend(*asked)
+    )
     before, sessions = device.downloads, DeviceSessions("board")
     clip = program.clip
     frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8).tobytes()
@@ -1266,8 +1277,19 @@ def test_a_service_with_two_programs_of_a_design_programs_the_device_once(progra
     for _ in range(2):
         for key in ("one", "two"):
             sessions.run(key, frames)
-    sessions.close()
+    assert len(opened) == 1, "the board stays open"
+    answer = sessions.run("one", frames)[1]
     assert device.downloads <= before + 1  # 0 if a test before left it programmed
+    with monkeypatch.context() as patch:
+        patch.setattr(BoardBackend, "_write_image", failing_image)
+        with pytest.raises(DeviceError):
+            sessions.run("two", frames)
+    assert sessions.run("one", frames)[1] == answer, "the failed load of another costs no program"
+    sessions.drop("one")
+    sessions.run("two", frames)
+    sessions.close()
+    assert not device.memory.buffers
+    BoardBackend(program.config, device=device).close()  # the lock is free
 
 
 # ---- what is asked before a register is touched -----------------------------------------------

@@ -22,8 +22,6 @@ pytest.importorskip("pynq", reason="pynq is not installed: the unit's board is n
 import fake_xrt
 from networks import Net, compiled
 
-from pynq_kgrc.backends.board.lock import lock_path
-
 UNIT = ROOT / "deploy" / "pynq-kgrc.service"
 
 VENV = "/usr/local/share/pynq-venv"
@@ -37,18 +35,18 @@ import fake_xrt
 board = fake_xrt.install()
 from pathlib import Path
 from networks import Net, compiled
-from test_board_xrt import check_answer
+from test_board_xrt import check_answers
 from pynq_kgrc.backends.board.backend import BoardBackend
-from pynq_kgrc.backends.board.lock import lock_path
+from pynq_kgrc.backends.board import lock
 from pynq_kgrc.errors import KgrcError
+lock.FOLDERS = (f"{fake_xrt.folder()}/run/lock", f"{fake_xrt.folder()}/tmp")
 net = Net(size=(3, 6, 7))
 net.dense(net.pool(net.conv(net.conv("clip", 6), 9)), 5)
 program = compiled(net)[0]
 try:
     with BoardBackend(program.config, Path(os.environ["KGRC_OVERLAY"])) as board:
-        board.load(program)
-        check_answer(board, program)
-        print("right", lock_path("embedded_xrt0"))
+        check_answers(board, program)
+        print("right", lock.lock_path("embedded_xrt0"))
 except KgrcError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -71,6 +69,7 @@ def counterparts(board):
         f"{VENV}/lib/python3.10/site-packages/pynq/pl_server": board / "state",
         f"{VENV}/bin": board / "bin",
         STATE: board / "service",
+        "/run/lock": board / "run" / "lock",
     }
 
 
@@ -88,7 +87,6 @@ def run_as_unit(unit, board):
     variables |= {
         "KGRC_OVERLAY": str(board / "overlay"),
         fake_xrt.FOLDER: str(board),
-        fake_xrt.UIO: "1",
         "PYTHONPATH": os.pathsep.join((str(ROOT / "host_tests"), str(ROOT))),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
@@ -122,13 +120,16 @@ def may_mount():
 
 
 @pytest.fixture
-def board(tmp_path):
+def board(tmp_path, monkeypatch):
     """The folder of a board with an overlay. Its logic is empty."""
     if not may_mount():
         pytest.skip("no right to mount: the unit's paths are not tested")
     folder = tmp_path / "board"
-    fake_xrt.make_files(folder)
-    (folder / "service").mkdir()
+    with monkeypatch.context() as environment:
+        environment.setenv(fake_xrt.FOLDER, str(folder))
+        fake_xrt.make_files()
+    for place in counterparts(folder).values():
+        place.mkdir(parents=True, exist_ok=True)
     net = Net(size=(3, 6, 7))
     net.dense(net.pool(net.conv(net.conv("clip", 6), 9)), 5)
     fake_xrt.write_overlay(folder / "overlay", compiled(net)[0].config)
@@ -139,7 +140,8 @@ def test_the_unit_opens_a_board(board):
     done = run_as_unit(UNIT.read_text("utf-8"), board)
     assert done.returncode == 0, done.stdout + done.stderr
     # the lock of a notebook on the same board, which runs outside the unit
-    assert done.stdout.split() == ["right", str(lock_path("embedded_xrt0"))]
+    lock = counterparts(board)["/run/lock"] / "pynq_kgrc-embedded_xrt0.lock"
+    assert done.stdout.split() == ["right", str(lock)]
 
 
 NEEDED = {
@@ -159,9 +161,7 @@ NEEDED = {
 @pytest.mark.parametrize("lacking", NEEDED)
 def test_the_unit_has_nothing_to_spare(board, lacking):
     version = metadata.version("pynq")
-    if (lacking == "XRT" and version >= "4") or (
-        lacking == "working directory" and version < "3.1"
-    ):
+    if lacking == "working directory" and version < "3.1":
         pytest.skip(f"pynq {version} does not need it")
     line, error = NEEDED[lacking]
     unit = UNIT.read_text("utf-8")

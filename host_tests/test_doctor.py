@@ -104,6 +104,34 @@ def test_a_board_as_far_as_files_go(laptop, capsys, monkeypatch, tmp_path):
         assert found[name]["works"] is False
 
 
+@pytest.mark.parametrize(
+    ("version", "works"), [("3.0.1", True), ("3.1.2", False), ("4.0.0", False)]
+)
+def test_a_kria_has_no_node_of_the_image(laptop, capsys, monkeypatch, tmp_path, version, works):
+    """Its pynq 3.0.1 looks for none; later ones then allocate nothing."""
+    monkeypatch.setattr(machine, "IMAGE", tmp_path / "pynq_board")
+    (tmp_path / "model").write_bytes(b"ZynqMP SMK-K26 Rev1/B/A\0")
+    monkeypatch.setattr(machine, "MODEL", tmp_path / "model")
+    monkeypatch.setattr(machine, "MANAGER", tmp_path)
+    monkeypatch.setattr(machine.metadata, "version", lambda name: version)
+    finding = examine(capsys)[2]["image"]
+    assert finding["works"] is works
+    if works:
+        assert finding["found"].startswith("ZynqMP SMK-K26 Rev1/B/A, no ")
+
+
+def test_every_pynq_needs_the_variable_of_xrt(laptop, capsys, monkeypatch):
+    """pynq takes an empty one for none."""
+    pytest.importorskip("pynq", reason="pynq is not installed: what it needs is not asked")
+    code = "import pynq; print(sorted(c.__name__ for c in type(pynq.Device)._subclasses.values()))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "[]\n", "this pynq finds a device without XILINX_XRT"
+    monkeypatch.setenv("XILINX_XRT", "")
+    assert examine(capsys)[2]["XRT"]["found"] == "XILINX_XRT is not set"
+
+
 def test_numpy_2_breaks_pynq(capsys, monkeypatch):
     pytest.importorskip("pynq", reason="pynq is not installed: its numpy is not tested")
     monkeypatch.setattr(machine.np, "__version__", "2.1.0")
@@ -173,7 +201,7 @@ def test_without_pynq(laptop, capsys, monkeypatch):
     monkeypatch.setattr(machine.metadata, "version", version)
     status, _, found = examine(capsys)
     assert status == 0
-    assert "pip install -c constraints.txt '.[board]'" in found["pynq"]["cure"]
+    assert "pip install '.[board]'" in found["pynq"]["cure"]
 
 
 def test_a_broken_emulation_is_told_by_the_exit_status(capsys, monkeypatch):
@@ -311,6 +339,28 @@ def test_a_lock_file_is_for_all_users(lock_folder):
     assert path.read_text() == f"{os.getpid()}\n"
     held.release()
     assert not list(lock_folder.iterdir()), "a lock file is left"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_process_that_may_not_write_to_the_first_folder(tmp_path, monkeypatch, caplog, first):
+    """A systemd unit may see /run/lock read-only: it and a notebook must not both drive a board."""
+    folders = [tmp_path / "run", tmp_path / "tmp"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(lock, "FOLDERS", tuple(map(str, folders)))
+    paths = [folder / "pynq_kgrc-card.lock" for folder in folders]
+    monkeypatch.setattr(lock, "lock_path", lambda _: paths[first])
+    held = lock.DeviceLock("card")
+    monkeypatch.setattr(lock, "lock_path", lambda _: paths[1 - first])
+    with pytest.raises(
+        DeviceError, match=f"card is in use by process {os.getpid()}.*{paths[first]}"
+    ):
+        lock.DeviceLock("card")
+    assert f"{paths[1]}: {folders[0]} cannot be written to" in caplog.text
+    assert [path.exists() for path in paths] == [not first, bool(first)]
+    held.release()
+    lock.DeviceLock("card").release()
+    assert not any(path.exists() for path in paths)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -530,7 +530,7 @@ def test_pynq_works_after_installing(wheel, tmp_path, image):
     run(image_python, *PIP, "install", "--no-build-isolation", f"pynq=={about['pynq']}", *asked)
     before = packages(image_python)
     run(image_python, *PIP, "install", wheel)
-    assert {name: packages(image_python).get(name) for name in before} == before
+    assert before.items() <= packages(image_python).items()
     simulated = {"PYNQ_KGRC_SIMULATE": "1"}
     quiet = ("-W", "ignore", "-c")
     assert run(image_python, *quiet, ALLOCATE, **simulated).endswith("PynqBuffer True 28\n")
@@ -539,9 +539,10 @@ def test_pynq_works_after_installing(wheel, tmp_path, image):
     own_python = tmp_path / "own" / "bin" / "python"
     (seen,) = (tmp_path / "image" / "lib").glob("python*/site-packages")
     (place,) = (tmp_path / "own" / "lib").glob("python*/site-packages")
-    (place / "image.pth").write_text(f"{seen}\n")
+    # the folder's .pth files count too: by one of them setuptools gives Python 3.12 a distutils
+    (place / "image.pth").write_text(f"import site; site.addsitedir({str(seen)!r})\n")
     run(own_python, *PIP, "install", f"{wheel}[serve]")
-    assert {name: packages(image_python).get(name) for name in before} == before
+    assert before.items() <= packages(image_python).items()
     imported = "import numpy, pynq, pynq_kgrc.service\n" + ALLOCATE + "print(numpy.__version__)"
     printed = run(own_python, *quiet, imported, **simulated).splitlines()
     assert printed[-2:] == ["PynqBuffer True 28", about["numpy"]]

@@ -14,7 +14,7 @@ from pynq_kgrc.analysis import plots, profile
 from pynq_kgrc.analysis.profile import PARTS, measure_profile
 from pynq_kgrc.analysis.timing import time_layers
 from pynq_kgrc.backends.base import count_task
-from pynq_kgrc.backends.board import power
+from pynq_kgrc.backends.board import machine, power
 from pynq_kgrc.cli import main
 from pynq_kgrc.errors import ConfigError, ProgramError
 from pynq_kgrc.program import Program
@@ -212,6 +212,17 @@ def test_the_command_on_the_simulated_board_with_power(files, capsys, tmp_path, 
     assert len(rails) == 18
     assert rails[0].startswith("VCCINT (simulated)  ")
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_commands_of_a_board_take_the_name_of_a_program(capsys, monkeypatch, tmp_path):
+    """docs/board.md gives the program that ships by its name."""
+    assert main(["profile", str(tmp_path / "none.mp4"), "-p", "utd_mhad27"]) == 2
+    assert "none.mp4" in capsys.readouterr().err
+    monkeypatch.setenv("PYNQ_KGRC_SIMULATE", "0")
+    for name in ("IMAGE", "MANAGER"):
+        monkeypatch.setattr(machine, name, tmp_path / name)
+    assert main(["selftest", "-p", "utd_mhad27"]) == 3
+    assert "no board to test here" in capsys.readouterr().err
 
 
 def test_the_command_as_json(files, capsys):

@@ -178,6 +178,10 @@ def test_no_board_is_told_apart(monkeypatch, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert not out
     assert "there is no board to test here: no PYNQ image" in err
+    assert main(["selftest", "--json"]) == 3
+    document = json.loads(capsys.readouterr().out)
+    assert document["works"] is False and not document["steps"]
+    assert document["error"].startswith("there is no board to test here")
 
 
 def test_a_board_without_pynq(monkeypatch, capsys):

@@ -113,7 +113,7 @@ class Session:
 
     def __init__(self, program: Program, backend: str | Backend = "emulate") -> None:
         self.program = program
-        self._owned = isinstance(backend, str)
+        self._owned, self._closed = isinstance(backend, str), False
         self.backend: Backend = (
             open_backend(backend, program.config) if isinstance(backend, str) else backend
         )
@@ -242,7 +242,7 @@ class Session:
             try:
                 loaded = self.backend.program is self.program
             except ProgramError:
-                if self._owned:  # it is closed
+                if self._closed:
                     raise
                 loaded = False  # the load of another session was stopped
             if not loaded:
@@ -261,6 +261,7 @@ class Session:
 
     def close(self) -> None:
         """Close the backend, if the session opened it."""
+        self._closed = self._owned
         if self._owned:
             self.backend.close()
 

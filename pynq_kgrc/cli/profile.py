@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pynq_kgrc.cli.arguments import (
+    PROGRAM_HELP,
     Declare,
     add_sampling,
     check_plot,
     draw_bar,
     file_to_write,
+    program_file,
     whole,
 )
 
@@ -52,7 +54,7 @@ def declare(command: Declare) -> None:
         "  pynq-kgrc profile video.mp4 -p i3d.kgrc --clips 2 --json",
     )
     profile.add_argument("video", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
-    profile.add_argument("-p", "--program", type=Path, required=True, help="a compiled .kgrc")
+    profile.add_argument("-p", "--program", type=Path, required=True, help=PROGRAM_HELP)
     profile.add_argument(
         "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
     )
@@ -92,7 +94,7 @@ def run_profile(options: argparse.Namespace) -> int:
     rails = find_rails() if options.power else None
     if rails == {}:
         raise DeviceError("--power: no sensors of power rails were found on this computer")
-    program = load(options.program)
+    program = load(program_file(options.program))
     with Session(program, options.backend) as session:
 
         def clips() -> Iterator[Array]:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from pynq_kgrc.backends.board import SIMULATE, simulation_requested
-from pynq_kgrc.cli.arguments import DAY, Declare, positive, progress, say, whole
+from pynq_kgrc.cli.arguments import (
+    DAY,
+    PROGRAM_HELP,
+    Declare,
+    positive,
+    program_file,
+    progress,
+    say,
+    whole,
+)
 from pynq_kgrc.cli.doctor import add_board, board_design
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.version import VERSION
@@ -38,7 +47,7 @@ def declare(command: Declare) -> None:
         "-p",
         "--program",
         type=Path,
-        help="a compiled .kgrc that is run as well; its design is tested",
+        help=f"{PROGRAM_HELP}; it is run as well, its design is tested",
     )
     selftest.add_argument(
         "--repeats", type=positive, default=100, help="runs of step 8 (default: 100)"
@@ -56,7 +65,7 @@ def run_selftest(options: argparse.Namespace) -> int:
     from pynq_kgrc.backends.board.machine import CHECKS, Asked, is_board, run_checks
     from pynq_kgrc.program import load
 
-    program = None if options.program is None else load(options.program)
+    program = None if options.program is None else load(program_file(options.program))
     if program is None:
         config = board_design(options.design, options.overlay)
     else:
@@ -70,6 +79,7 @@ def run_selftest(options: argparse.Namespace) -> int:
                 )
     if not is_board():
         return _complain(
+            options,
             "there is no board to test here: no PYNQ image and no FPGA manager. `pynq-kgrc doctor` "
             f"says what is missing; {SIMULATE}=1 tests the simulated board",
             NO_BOARD,
@@ -78,7 +88,7 @@ def run_selftest(options: argparse.Namespace) -> int:
     try:
         from pynq_kgrc.analysis.selftest import FAILED, OK, SelfTest, StepResult, as_data
     except ImportError as error:
-        return _complain(f"pynq: {pynq.found} ({error}); {pynq.cure}", 1)
+        return _complain(options, f"pynq: {pynq.found} ({error}); {pynq.cure}", 1)
 
     test = SelfTest(
         config,
@@ -119,7 +129,10 @@ def run_selftest(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _complain(text: str, status: int) -> int:
+def _complain(options: argparse.Namespace, text: str, status: int) -> int:
+    """Say why no step was run; with --json as a document too."""
+    if options.json:
+        print(json.dumps({"works": False, "error": text, "steps": []}, indent=2))
     print(f"pynq-kgrc: {text}", file=sys.stderr)
     return status
 

@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pynq_kgrc.cli.arguments import Declare, Run, add_design, positive, progress
+from pynq_kgrc.cli.arguments import (
+    PROGRAM_HELP,
+    Declare,
+    Run,
+    add_design,
+    positive,
+    program_file,
+    progress,
+)
 from pynq_kgrc.compress.recipes import ALGORITHMS, NAMES
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import TRAINING_SAMPLING
@@ -140,7 +148,7 @@ def declare(command: Declare) -> None:
         f"interval is Wilson's, the expected calibration error has 15 bins.\n\n{LAYOUT}",
     )
     evaluate.add_argument("--data", type=Path, required=True, help="folder of labelled videos")
-    evaluate.add_argument("-p", "--program", type=Path, help="a compiled .kgrc")
+    evaluate.add_argument("-p", "--program", type=Path, help=PROGRAM_HELP)
     evaluate.add_argument(
         "--backend", default="emulate", help="what runs the program (default: emulate)"
     )
@@ -402,7 +410,7 @@ def _evaluate_program(
     from pynq_kgrc.compress.dataset import video_windows
     from pynq_kgrc.program import load
 
-    program = load(options.program)
+    program = load(program_file(options.program))
     videos = videos.named_by(_names(program), str(options.program))
     clips: Iterable[LabelledClip]
     if program.clip.sampling == "windows":  # not cached: there may be many of a video

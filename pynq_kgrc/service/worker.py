@@ -31,14 +31,16 @@ from pynq_kgrc.service.wire import Answer, Command, LayerRun, ProgramDocument, T
 class DeviceSessions:
     """The loaded programs, and their open sessions on the one device.
 
-    A backend that is not exclusive keeps a session open for each program. An exclusive one holds
-    one program at a time: a session is closed before another program's is opened.
+    A backend that is not exclusive is opened for each program. An exclusive one is opened once for
+    all programs of a design, which take turns on it; another design's is opened in its place.
     """
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.programs: dict[str, Program] = {}
         self.sessions: dict[str, Session] = {}
+        self.opener: Session | None = None
+        """The session that opened the exclusive backend, which the others use too."""
 
     def execute(self, command: Command, payload: bytes) -> tuple[Answer, bytes]:
         """Execute one command; its answer and payload.
@@ -77,11 +79,20 @@ class DeviceSessions:
         if key not in self.sessions:
             if key not in self.programs:
                 raise ProgramError(f"no program {key!r} is loaded")
-            for other, session in list(self.sessions.items()):
-                if session.backend.exclusive:
-                    self.sessions.pop(other).close()
-            self.sessions[key] = Session(self.programs[key], self.backend)
+            program = self.programs[key]
+            if self.opener and self.opener.program.config.digest != program.config.digest:
+                self._close_exclusive()
+            session = Session(program, self.opener.backend if self.opener else self.backend)
+            if self.opener is None and session.backend.exclusive:
+                self.opener = session
+            self.sessions[key] = session
         return self.sessions[key]
+
+    def _close_exclusive(self) -> None:
+        if self.opener is not None:
+            self.sessions.clear()  # all of them use its backend
+            opener, self.opener = self.opener, None
+            opener.close()
 
     def run(self, key: str, payload: bytes) -> tuple[Answer, bytes]:
         """Run a clip, uint8 [D, H, W, 3]; logits and probabilities as float32 [2, classes]."""
@@ -107,9 +118,12 @@ class DeviceSessions:
 
     def drop(self, key: str) -> None:
         """Forget a program; a key that is not loaded is no error."""
-        if key in self.sessions:
-            self.sessions.pop(key).close()
+        session = self.sessions.pop(key, None)
+        if session is not None and session is not self.opener:
+            session.close()
         self.programs.pop(key, None)
+        if not self.programs:
+            self._close_exclusive()
 
     def close(self) -> None:
         """Drop all programs and release the device."""

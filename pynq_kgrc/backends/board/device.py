@@ -43,7 +43,7 @@ def find_device() -> Any:
         return import_module("pynq_kgrc.backends.board.simulated").shared_device()
     devices = _probe()
     if not devices:
-        if "XILINX_XRT" not in os.environ:
+        if not os.environ.get("XILINX_XRT"):
             raise DeviceError(
                 "no PYNQ device: XILINX_XRT is not set, so pynq does not look for one. On a "
                 "board: source /etc/profile.d/xrt_setup.sh, and keep it with sudo -E. Without "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import pwd
 import re
@@ -14,17 +15,23 @@ from pynq_kgrc.errors import DeviceError
 
 FOLDERS = ("/run/lock", "/tmp")
 """Where lock files lie: the first of them that can be written to. They do not depend on TMPDIR, so
-that all processes of a machine take the same file."""
+that all processes of a machine take the same file. A process that may not write to the first of
+them takes another file; therefore each looks for a lock in all of them."""
 
 TRIES = 100
 """How often a lock file may be replaced by its next owner's while it is opened and locked."""
 
+log = logging.getLogger(__name__)
+
 
 def lock_path(device: str) -> Path:
     """The lock file of a device. It exists while the lock is held, or its holder was killed."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", device)
     usable = (folder for folder in FOLDERS if os.access(folder, os.W_OK | os.X_OK))
-    return Path(next(usable, None) or tempfile.gettempdir()) / f"pynq_kgrc-{name}.lock"
+    return Path(next(usable, None) or tempfile.gettempdir()) / _file_name(device)
+
+
+def _file_name(device: str) -> str:
+    return f"pynq_kgrc-{re.sub(r'[^A-Za-z0-9_.-]', '_', device)}.lock"
 
 
 class DeviceLock:
@@ -43,13 +50,9 @@ class DeviceLock:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                holder = _holder(self._file)
+                text = _in_use(device, path, self._file)
                 self._close()
-                ours = " (this one: close its other session first)" * (holder == str(os.getpid()))
-                raise DeviceError(
-                    f"{device} is in use by process {holder}{ours}; one process at a time can "
-                    f"drive it. Close its session or notebook, or end it ({path})"
-                ) from error
+                raise DeviceError(text) from error
             except OSError as error:
                 self._close()
                 raise DeviceError(
@@ -64,6 +67,33 @@ class DeviceLock:
         with contextlib.suppress(OSError):  # on a full disk: the lock holds without the process id
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+        # each process locks its own file before it looks for others: of two that open the device
+        # at once, one at least sees the other
+        try:
+            for folder in FOLDERS:
+                if folder != str(path.parent):
+                    self._check_elsewhere(device, folder)
+        except BaseException:
+            self.release()
+            raise
+
+    def _check_elsewhere(self, device: str, folder: str) -> None:
+        """Raise if a process that may write to another folder than this one has its lock there."""
+        if FOLDERS.index(folder) == 0 and os.path.isdir(folder):
+            log.warning("the lock of %s is %s: %s cannot be written to", device, self._path, folder)
+        path = Path(folder) / _file_name(device)
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # most often there is none
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DeviceError(_in_use(device, path, file)) from error
+        except OSError as error:
+            raise DeviceError(f"{device} cannot be locked: {path}: {error.strerror}") from error
+        finally:
+            os.close(file)
 
     def release(self) -> None:
         """Release the lock and delete its file; a second call does nothing."""
@@ -111,6 +141,16 @@ def _is_at(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _in_use(device: str, path: Path, file: int) -> str:
+    """Who drives the device, by its open lock file."""
+    holder = _holder(file)
+    ours = " (this one: close its other session first)" * (holder == str(os.getpid()))
+    return (
+        f"{device} is in use by process {holder}{ours}; one process at a time can drive it. Close "
+        f"its session or notebook, or end it ({path})"
+    )
 
 
 def _owner(path: Path) -> str:

@@ -7,6 +7,7 @@ needs it: doctor runs on machines without it. Nothing is programmed, and no memo
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pynq_kgrc.backends.board.overlays import find_overlay
 from pynq_kgrc.errors import KgrcError
 
 IMAGE = Path("/proc/device-tree/chosen/pynq_board")
+
+MODEL = Path("/proc/device-tree/model")
 
 MEMORY = Path("/proc/meminfo")
 
@@ -105,7 +108,7 @@ def check_pynq(_: Asked) -> str:
         raise MissingError(
             "not installed",
             "on a PYNQ image use the image's Python; elsewhere "
-            "pip install -c constraints.txt '.[board]' in a checkout",
+            "pip install '.[board]' in a checkout",
         ) from None
     if int(np.__version__.split(".")[0]) > 1:
         raise MissingError(
@@ -117,18 +120,38 @@ def check_pynq(_: Asked) -> str:
 
 
 def check_image(_: Asked) -> str:
+    """The name that the image has for the board; without it pynq from 3.1 on allocates nothing."""
     _not_if_simulated()
-    if not IMAGE.exists():
-        raise MissingError(
-            f"no {IMAGE}",
-            f"run on a PYNQ image; without a board {SIMULATE}=1 simulates one",
-        )
-    return IMAGE.read_bytes().rstrip(b"\0").decode("ascii", "replace")
+    if IMAGE.exists():
+        return _device_tree(IMAGE)
+    version = _pynq_version()
+    if MANAGER.exists() and version is not None and version < (3, 1):
+        model = _device_tree(MODEL) if MODEL.exists() else "a board"
+        return f"{model}, no {IMAGE}, which pynq before 3.1 does not need"
+    raise MissingError(
+        f"no {IMAGE}",
+        f"run on a PYNQ image, or add that node to the device tree; without a board {SIMULATE}=1 "
+        f"simulates one",
+    )
+
+
+def _device_tree(path: Path) -> str:
+    return path.read_bytes().rstrip(b"\0").decode("ascii", "replace")
+
+
+def _pynq_version() -> tuple[int, int] | None:
+    """Major and minor version of pynq; None if it is not installed or of no plain version."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", metadata.version("pynq"))
+    except metadata.PackageNotFoundError:
+        return None
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def check_xrt(_: Asked) -> str:
+    """No pynq, 3.0.1 to 4.0.0, looks for a device unless XILINX_XRT is set (`pynq.pl_server`)."""
     _not_if_simulated()
-    if "XILINX_XRT" not in os.environ:
+    if not os.environ.get("XILINX_XRT"):
         raise MissingError(
             "XILINX_XRT is not set",
             "source /etc/profile.d/xrt_setup.sh, and keep it with sudo -E",
