@@ -298,7 +298,12 @@ class ReadAhead(Generic[Item]):
         """Start to take the next item."""
         self._taken.clear()
         self._thread = threading.Thread(target=self._next, name="next clip")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            if self._thread.ident is None:  # it never ran: `end` has nothing to wait for
+                self._thread = None
+            raise
 
     def take(self) -> Item | None:
         """The item that `begin` started to take; None after the last one.
