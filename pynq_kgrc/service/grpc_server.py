@@ -22,7 +22,14 @@ from pynq_kgrc.service.keys import find_key
 from pynq_kgrc.service.messages import CLASSES, METHODS, SERVICE
 from pynq_kgrc.service.parts import Service
 from pynq_kgrc.service.refusal import Refusal, refusal_of
-from pynq_kgrc.service.tensors import INPUT, InferRequest, RequestedOutput, Tensor, read_clips
+from pynq_kgrc.service.tensors import (
+    INPUT,
+    InferRequest,
+    RequestedOutput,
+    Tensor,
+    read_clips,
+    split_clips,
+)
 from pynq_kgrc.service.wire import BodyRequest
 
 log = logging.getLogger("pynq_kgrc.service")
@@ -183,9 +190,7 @@ class GrpcServer:
             program = held.enter_context(leased)
             how = BodyRequest(program.name, program.clip_shape, MAX_MESSAGE)
             asked, values = read_message(request)
-            data = read_clips(how, asked, memoryview(values))
-            step = how.clip_bytes
-            clips = [data[at : at + step] for at in range(0, len(data), step)]
+            clips = split_clips(how, read_clips(how, asked, memoryview(values)))
             results = await run_inference(service, program, asked, clips)
             outputs = chosen_outputs(program, asked, results)
         return CLASSES["ModelInferResponse"](

@@ -34,6 +34,7 @@ from pynq_kgrc.service.tensors import (
     MAX_JSON,
     InferRequest,
     read_body,
+    split_clips,
 )
 from pynq_kgrc.service.uploads import Room, Upload, receive_upload
 from pynq_kgrc.service.videos import Decoder, check_options, classify
@@ -217,8 +218,8 @@ class Service:
         """
         client = client_of(request.scope)
         self.queue.check(client)
-        encoding = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
-        if encoding not in ("", "identity"):
+        encoding = encoding_of(request)
+        if encoding:
             raise Refusal(
                 415,
                 f"Content-Encoding {encoding[:30]!r} of a video; accepted is identity: send the "
@@ -244,7 +245,7 @@ class Service:
         """
         client, settings = client_of(request.scope), self.settings
         head_length = request.headers.get(HEADER_LENGTH)
-        encoding = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
+        encoding = encoding_of(request)
         how = BodyRequest(program.name, program.clip_shape, 0, encoding, head_length)
         whole = MAX_HEAD + MAX_BATCH * how.clip_bytes if head_length is not None else MAX_JSON
         most = min(settings.infer_bytes, settings.max_bytes, whole)
@@ -255,7 +256,7 @@ class Service:
             raise Refusal(
                 413, f"a body of {size} bytes; {program.name} takes up to {most}", close=True
             )
-        apart = encoding not in ("", "identity") or (head_length is None and size > SHORT_JSON)
+        apart = encoding != "" or (head_length is None and size > SHORT_JSON)
         async with contextlib.AsyncExitStack() as held:
             await held.enter_async_context(
                 self.bodies.take(most if apart else size, settings.wait_seconds)
@@ -273,8 +274,7 @@ class Service:
                     async for chunk in stream:
                         body += chunk
                     inference, clips = read_body(body, how)
-            step = how.clip_bytes
-            yield inference, [clips[at : at + step] for at in range(0, len(clips), step)]
+            yield inference, split_clips(how, clips)
 
     def submit(self, client: str, owner: str | None, upload: Upload, options: Options) -> Job:
         """Start a job that classifies an upload of a client; the job closes the upload.
@@ -332,6 +332,12 @@ class Service:
             raise
         finally:
             leaving.cancel()
+
+
+def encoding_of(request: Request) -> str:
+    """The Content-Encoding of a request's body in small letters; empty if it is none."""
+    encoding = ", ".join(request.headers.getlist("content-encoding")).strip().lower()
+    return "" if encoding == "identity" else encoding
 
 
 async def limited(chunks: AsyncIterator[bytes], most: int) -> AsyncIterator[bytes]:

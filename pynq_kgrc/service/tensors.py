@@ -150,6 +150,12 @@ def read_clips(how: BodyRequest, request: InferRequest, binary: memoryview) -> m
     return binary
 
 
+def split_clips(how: BodyRequest, values: memoryview) -> list[memoryview]:
+    """Each of the clips that `read_clips` gave, without a copy."""
+    step = how.clip_bytes
+    return [values[at : at + step] for at in range(0, len(values), step)]
+
+
 def read_values(text: msgspec.Raw, shape: tuple[int, ...]) -> bytes:
     """The values 0 to 255 of a JSON tensor, flat or nested as its shape, in row-major order.
 
