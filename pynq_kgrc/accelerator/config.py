@@ -212,6 +212,11 @@ PRESETS = {
 }
 
 
+DEFAULT_DESIGN = "8-sparse"
+"""The preset where nothing is said and no overlay is installed. The emulation gives the same codes
+for all designs of one width."""
+
+
 def preset(name: str) -> AcceleratorConfig:
     """The design of that name, such as "8-sparse" (KGRC paper, table V).
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pynq_kgrc.accelerator.config import AcceleratorConfig, read_design
+from pynq_kgrc.accelerator.config import DEFAULT_DESIGN, AcceleratorConfig, read_design
 from pynq_kgrc.accelerator.plan import ITEM_BITS, BitField
 from pynq_kgrc.accelerator.tiling import MIN_FEATURE_ROWS, PORTS, REGION_DISTANCE, RUNS_AHEAD
 from pynq_kgrc.errors import ConfigError
@@ -273,7 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m pynq_kgrc.accelerator.header", description="Make config.h of a design."
     )
-    parser.add_argument("--design", default="8-sparse", help="a name, or the JSON file of a design")
+    parser.add_argument(
+        "--design", default=DEFAULT_DESIGN, help="a name, or the JSON file of a design"
+    )
     parser.add_argument("-o", "--output", type=Path, help="file to write instead of printing")
     chosen = parser.parse_args(arguments)
     text = config_header(read_design(chosen.design))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from pynq_kgrc.accelerator.config import AcceleratorConfig, preset
+from pynq_kgrc.accelerator.config import DEFAULT_DESIGN, AcceleratorConfig, preset
 from pynq_kgrc.backends.board import SIMULATE, simulation_requested
 from pynq_kgrc.backends.board.overlays import OVERLAY, FoundOverlay, list_overlays
 from pynq_kgrc.errors import DeviceError
@@ -19,10 +19,6 @@ from pynq_kgrc.files import find_folder
 
 BACKEND = "PYNQ_KGRC_BACKEND"
 """Environment variable that names the backend to use, whatever there is."""
-
-DESIGN = "8-sparse"
-"""The preset to compile for where no overlay is installed. The emulation gives the same codes for
-all designs of one width."""
 
 RECOMMENDED = "8-zcu102"
 """The preset that is used of several installed overlays: the fastest (docs/hardware.md)."""
@@ -64,13 +60,13 @@ def installed_overlays() -> list[FoundOverlay]:
 
 
 def installed_design() -> AcceleratorConfig:
-    """The design of the installed overlay; `DESIGN` where there is none.
+    """The design of the installed overlay; `DEFAULT_DESIGN` where there is none.
 
     Raises:
         DeviceError: a manifest is invalid.
     """
     found = installed_overlays()
-    return found[0].manifest.config if found else preset(DESIGN)
+    return found[0].manifest.config if found else preset(DEFAULT_DESIGN)
 
 
 def choose_backend(fallback: str = "emulate") -> Chosen:

@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TextIO, TypeVar
 
+from pynq_kgrc.accelerator.config import DEFAULT_DESIGN
 from pynq_kgrc.graph import SAMPLINGS
-
-DEFAULT_DESIGN = "8-sparse"
-"""The preset that commands take without `--design`."""
 
 PROGRAM_HELP = "a compiled .kgrc, or a name that pull takes with --design"
 """Help of `--program`, whose value `program_file` reads."""

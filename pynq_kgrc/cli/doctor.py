@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from pynq_kgrc.accelerator.config import AcceleratorConfig, preset, read_design
+from pynq_kgrc.accelerator.config import DEFAULT_DESIGN, AcceleratorConfig, preset, read_design
 from pynq_kgrc.backends.board import simulation_requested
 from pynq_kgrc.backends.board.machine import (
     CHECKS,
@@ -22,7 +22,7 @@ from pynq_kgrc.backends.board.machine import (
     run_checks,
 )
 from pynq_kgrc.backends.board.overlays import OVERLAY, list_overlays
-from pynq_kgrc.cli.arguments import DEFAULT_DESIGN, Declare, add_design
+from pynq_kgrc.cli.arguments import Declare, add_design
 from pynq_kgrc.errors import ConfigError, DeviceError
 from pynq_kgrc.files import find_folder
 
