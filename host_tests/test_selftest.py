@@ -364,20 +364,25 @@ def test_a_port_that_reads_the_memory_of_another(device, plant):
     assert "shortcut: shortcut or output: element [" in wrong_parts(results["memory"])
 
 
-def test_a_kernel_that_computes_nothing(device, plant):
-    """It ends, and its counters are right."""
+def idle_kernel(most):
+    """A kernel that leaves its output as it was where it is to run more than `most` tasks."""
 
     def make(real):
         def run_(self, first, count):
             maps = {b.address: b.logic.copy() for b in self.device.memory.buffers.values()}
             real(self, first, count)
-            if count:
+            if count > most:
                 buffer, _ = self.device.memory.at(self._address("output"))
                 buffer.logic[:] = maps[buffer.address]
 
         return run_
 
-    plant("_run", make)
+    return make
+
+
+def test_a_kernel_that_computes_nothing(device, plant):
+    """It ends, and its counters are right."""
+    plant("_run", idle_kernel(most=0))
     results = run(3, 4, 5)
     assert failed(results) == ["memory", "known answers"]
     assert results["counters"].state == SKIPPED
@@ -386,18 +391,7 @@ def test_a_kernel_that_computes_nothing(device, plant):
 
 def test_a_kernel_that_runs_one_task_only(device, plant):
     """What the tasks left one by one must not pass for the answer in one start."""
-
-    def make(real):
-        def run_(self, first, count):
-            maps = {b.address: b.logic.copy() for b in self.device.memory.buffers.values()}
-            real(self, first, count)
-            if count > 1:
-                buffer, _ = self.device.memory.at(self._address("output"))
-                buffer.logic[:] = maps[buffer.address]
-
-        return run_
-
-    plant("_run", make)
+    plant("_run", idle_kernel(most=1))
     results = run(3, 4, 8)
     assert failed(results) == ["known answers", "repeats"]
     text = wrong_parts(results["known answers"])

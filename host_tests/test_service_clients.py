@@ -486,8 +486,11 @@ def test_the_readme_s_request_names_the_action_with_i3d(folder, example_clips):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_the_shipped_program_recognizes_unseen_subjects(folder, shared_data):
+def test_the_shipped_program_recognizes_unseen_subjects(folder, shared_data, monkeypatch):
     """The service without --program, on real depth videos of the test subjects."""
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(folder / "cache")
+    )  # without I3D, which would come first
     videos = read_index(shared_data / "utd_mhad_depth").only("test")
     right, chosen = 0, videos.samples[::12]
     with Serving(state=folder / "shipped") as serving:

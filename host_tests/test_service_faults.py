@@ -417,16 +417,27 @@ def zombie(pid):
 # ---- the disk -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
-    state = Path(tempfile.mkdtemp())  # pytest's own folders must not hold a disk
+@contextlib.contextmanager
+def small_disk(megabytes):
+    """A folder that is a disk of that size."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders must not hold a disk
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=100m", "none", str(state)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)],
+        capture_output=True,
     )
     if mounted.returncode:
-        state.rmdir()
-        pytest.skip("no small disk can be mounted here: 507 not tested on a full one")
+        folder.rmdir()
+        pytest.skip("no small disk can be mounted here: its limits are not tested on a full one")
     try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        folder.rmdir()
+
+
+@pytest.mark.slow
+def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
+    with small_disk(100) as state:
         with Serving(state=state, program=folder / "tiny.kgrc", log=tmp_path / "log") as serving:
             free = os.statvfs(state)
             before = free.f_bfree
@@ -452,9 +463,6 @@ def test_a_full_disk_gives_507_and_leaves_nothing(folder, tmp_path):
             upload.write(bytes(2_000_000))
         assert full.value.status == 507
         upload.close()
-    finally:
-        subprocess.run(["umount", "--lazy", str(state)], check=True)
-        state.rmdir()
 
 
 @pytest.fixture
@@ -501,42 +509,34 @@ def test_what_was_announced_and_did_not_come_is_free_again(room):
 
 @pytest.mark.slow
 def test_uploads_at_a_time_leave_the_disk_its_free_bytes(folder, tmp_path):
-    state = Path(tempfile.mkdtemp())
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200m", "none", str(state)], capture_output=True
-    )
-    if mounted.returncode:
-        state.rmdir()
-        pytest.skip("no small disk can be mounted here: free bytes not tested on a full one")
-    try:
-        with Serving(state=state, program=folder / "tiny.kgrc", log=tmp_path / "log") as serving:
-            least, over = [1 << 60], threading.Event()
+    with (
+        small_disk(200) as state,
+        Serving(state=state, program=folder / "tiny.kgrc", log=tmp_path / "log") as serving,
+    ):
+        least, over = [1 << 60], threading.Event()
 
-            def watch():
-                while not over.wait(0.005):
-                    least.append(os.statvfs(state).f_bfree * os.statvfs(state).f_bsize)
+        def watch():
+            while not over.wait(0.005):
+                least.append(os.statvfs(state).f_bfree * os.statvfs(state).f_bsize)
 
-            def send(chunked):
-                def upload():
-                    body = (bytes(100_000) for _ in range(700)) if chunked else bytes(70_000_000)
-                    try:
-                        return serving.ask("POST", "/v1/videos:classify", body, VIDEO).status
-                    except (BrokenPipeError, ConnectionResetError):
-                        return 507  # answered and closed while the body was still on its way
+        def send(chunked):
+            def upload():
+                body = (bytes(100_000) for _ in range(700)) if chunked else bytes(70_000_000)
+                try:
+                    return serving.ask("POST", "/v1/videos:classify", body, VIDEO).status
+                except (BrokenPipeError, ConnectionResetError):
+                    return 507  # answered and closed while the body was still on its way
 
-                return upload
+            return upload
 
-            watching = threading.Thread(target=watch)
-            watching.start()
-            found = together(send(True), send(False), send(True), send(False))
-            over.set()
-            watching.join()
-            assert set(found) <= {422, 507}
-            assert 507 in found
-            assert min(least) > 99_000_000
-    finally:
-        subprocess.run(["umount", "--lazy", str(state)], check=True)
-        state.rmdir()
+        watching = threading.Thread(target=watch)
+        watching.start()
+        found = together(send(True), send(False), send(True), send(False))
+        over.set()
+        watching.join()
+        assert set(found) <= {422, 507}
+        assert 507 in found
+        assert min(least) > 99_000_000
 
 
 # ---- bad videos, many of them ---------------------------------------------------------------
