@@ -213,6 +213,41 @@ def test_an_array_that_values_index_has_ports_too(tmp_path):
     assert faults_of(tmp_path / "registers", registers, use) == []
 
 
+SUMS = """const Sum old = sums[i][lane].read(row);
+        sums[i][lane].write(row, half == i ? Sum(old + value) : Sum(0));"""
+
+
+@compiled
+def test_accesses_of_which_a_trip_makes_one_share_a_port(tmp_path):
+    """Two reads or two writes of a bank; both in one trip are refused."""
+    both = """Sum old = 0;
+        if (half) old = sums[i][lane].read(row) + sums[i][lane].read(row ^ 1);
+        %sif (value > 3) {
+          sums[i][lane].write(total & 63, Sum(value));
+          if (value > 9) sums[i][lane].write(value & 63, Sum(0));
+        }"""
+    assert faults_of(tmp_path / "one", (SUMS, both % "else ")) == []
+    (fault,) = faults_of(tmp_path / "both", (SUMS, both % ""))
+    assert "4 addresses in a bank of sums" in fault
+
+
+@compiled
+def test_members_of_a_word_take_a_port_together(tmp_path):
+    """A bank of pairs: the members at one address are read at once, those of two are not."""
+    pairs = (
+        "static Ram<Sum, 64, 4> sums[2][4];",
+        "struct Pair { Sum code[2]; };\nstatic Ram<Pair, 64, 4> sums[2][4];",
+    )
+    uses = """Pair pair = sums[i][lane].read(row);
+        const Sum old = pair.code[0] + %s.code[1];
+        pair.code[0] = half == i ? Sum(old + value) : Sum(0);
+        sums[i][lane].write(row, pair);"""
+    assert faults_of(tmp_path / "word", pairs, (SUMS, uses % "pair")) == []
+    other = "sums[i][lane].read(row ^ 1)"
+    (fault,) = faults_of(tmp_path / "words", pairs, (SUMS, uses % other))
+    assert "3 addresses in a bank of sums" in fault
+
+
 @compiled
 def test_a_larger_interval_has_a_larger_budget(tmp_path):
     """Three reads of a bank, and a chain of 5 to 9 ns, fit into two cycles."""

@@ -1,17 +1,19 @@
 """Memories of pipelined loops: banks that are named by constants, two addresses a bank and trip.
 
 Vitis HLS gives each access of a loop a port when it compiles. An access whose bank is a value may
-meet any bank, so that it takes a port of every one; II = 1 is then not to be had.
+meet any bank, so that it takes a port of every one; II = 1 is then not to be had. Accesses of which
+a trip makes one or the other, on two branches, share a port: UG1399 gives an array that a trip
+either reads or writes as the way to II = 1 ("Limitations of Pipelining with Static Variables").
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ir import Function, Loop, Unit, name_of
+from ir import Function, Loop, Unit, name_of, reverse_postorder
 
 BANK = re.compile(r'%"(?:class|struct)\.kgrc::Ram(?:\.\d+)?"')
 """The type of a bank; arrays around it are arrays of banks."""
@@ -30,6 +32,11 @@ class Access:
     fields: tuple[str, ...]
     address: tuple[str, ...]
     """Other indices of arrays; empty for a register."""
+
+    @property
+    def word(self) -> tuple[str, ...]:
+        """The address of a word of a bank: members of one word are read and written together."""
+        return self.address[:1] if self.banks else self.address
 
     @property
     def moving(self) -> list[str]:
@@ -159,14 +166,37 @@ def resolve(unit: Unit, chain: Chain, kind: str) -> Access:
     return Access(base, kind, tuple(bank_indices), tuple(fields), tuple(address))
 
 
-def accesses(unit: Unit, loop: Loop) -> Iterator[Access]:
-    """The loads and stores of a loop."""
-    for _, each in loop.instructions():
+Bank = tuple[str, tuple[str, ...]]
+"""(memory, indices of arrays of banks; of a memory without banks, of its members)"""
+
+
+def accesses(unit: Unit, loop: Loop) -> Iterator[tuple[str, Access]]:
+    """The loads and stores of a loop: (block, access)."""
+    for block, each in loop.instructions():
         if each.opcode not in ("load", "store"):
             continue
         pointer = split(each.text)[1]
         for chain in chains(unit, loop.function, pointer_of(pointer)):
-            yield resolve(unit, chain, each.opcode)
+            yield block, resolve(unit, chain, each.opcode)
+
+
+def most_in_a_trip(loop: Loop, blocks: Iterable[set[str]]) -> int:
+    """How many addresses a trip takes at most, of which each is in the blocks given for it."""
+    held = Counter[str]()
+    several = 0
+    for each in blocks:
+        if len(each) == 1:
+            held.update(each)
+        else:
+            several += 1
+    following = {
+        block: [to for to in loop.function.following[block] if to in loop.body - {loop.header}]
+        for block in loop.body
+    }
+    most: dict[str, int] = {}
+    for block in reversed(reverse_postorder(loop.header, following)):
+        most[block] = held[block] + max((most[to] for to in following[block]), default=0)
+    return several + most[loop.header]
 
 
 def variable_of(symbol: str) -> str:
@@ -192,16 +222,17 @@ def check_banks(unit: Unit) -> list[str]:
     faults = []
     cut = partitions(unit)
     for loop in unit.loops:
-        addresses: dict[tuple[object, ...], set[tuple[str, tuple[str, ...]]]] = defaultdict(set)
-        moving: dict[str, int] = defaultdict(int)
-        for access in set(accesses(unit, loop)):
+        # by bank, and by kind and word: the blocks with such an access
+        found: dict[Bank, dict[tuple[str, tuple[str, ...]], set[str]]] = {}
+        moving: dict[str, set[Access]] = defaultdict(set)
+        for block, access in accesses(unit, loop):
             name = variable_of(access.memory)
             if not access.address and not access.banks:
                 continue
             if not access.memory.startswith("@") and access.memory not in loop.function.defined:
                 continue  # a pointer argument: ports.py
             if access.moving:
-                moving[name] += 1
+                moving[name].add(access)
                 continue
             if access.banks:
                 dimensions = range(1, len(access.banks) + 1)
@@ -211,18 +242,20 @@ def check_banks(unit: Unit) -> list[str]:
                         faults.append(fault)
             elif cut[name]:
                 continue  # registers
-            key = (access.memory, access.banks, access.fields)
-            addresses[key].add((access.kind, access.address))
-        for name, count in sorted(moving.items()):
-            faults.append(f"{loop.where}: {count} accesses of {name} name a bank by a value")
+            bank = (access.memory, access.banks or access.fields)
+            words = found.setdefault(bank, defaultdict(set))
+            words[access.kind, access.word].add(block)
+        for name, named in sorted(moving.items()):
+            faults.append(f"{loop.where}: {len(named)} accesses of {name} name a bank by a value")
         worst: dict[str, int] = defaultdict(int)
-        for (memory, *_), found in addresses.items():
-            name = variable_of(str(memory))
+        for (memory, _), words in found.items():
+            name = variable_of(memory)
             # elements of a local variable that constants name are variables of their own
-            local = not str(memory).startswith("@")
-            if local and all(map(is_constant, (i for _, at in found for i in at))):
+            local = not memory.startswith("@")
+            if local and all(map(is_constant, (i for _, word in words for i in word))):
                 continue
-            worst[name] = max(worst[name], len(found))
+            if len(words) > PORTS * loop.interval:
+                worst[name] = max(worst[name], most_in_a_trip(loop, words.values()))
         for name, count in sorted(worst.items()):
             if count > PORTS * loop.interval:
                 faults.append(
