@@ -300,18 +300,21 @@ def _latency(
     pruned: Graph,
     compile_graph: Callable[[Graph], Program],
 ) -> dict[str, Any]:
-    """Modelled cycles of the compiled programs before and after pruning."""
-    from pynq_kgrc.compiler.latency import program_cycles
+    """MACs and modelled cycles of the compiled programs before and after pruning."""
+    from pynq_kgrc.compiler.latency import program_cycles, program_macs
     from pynq_kgrc.errors import CompileError
 
     try:
-        before = program_cycles(compile_graph(dense)) if search is None else search.dense_cycles
-        after = program_cycles(compile_graph(pruned))
+        programs = compile_graph(dense), compile_graph(pruned)
     except CompileError as error:
         _say(f"the latency is not modelled: {error}")
         return {}
+    before, after = map(program_cycles, programs)
+    array_dense, array_macs = map(program_macs, programs)
     return {
         "design": design.name,
+        "array_macs_dense": array_dense,
+        "array_macs": array_macs,
         "modelled_cycles_dense": before,
         "modelled_cycles": after,
         **({} if search is None else {"latency_reduction_asked": search.asked}),

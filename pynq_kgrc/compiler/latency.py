@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import layer_work
+from pynq_kgrc.accelerator.cost import layer_work, task_cost
 from pynq_kgrc.accelerator.cutting import cut_convolution
 from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.tiling import NO_POOL, Work, pool_work
@@ -37,6 +37,16 @@ from pynq_kgrc.quant import Array, QuantParams
 def program_cycles(program: Program) -> int:
     """Modelled cycles of one clip: all tasks, pools and copies included, one after the other."""
     return sum(_cycles(program, task) for task in program.tasks)
+
+
+def program_macs(program: Program) -> int:
+    """Multiply-accumulates that the array runs for one clip, those by zero included.
+
+    Modelled, and equal to what the C-simulation counts. A pattern whose zeros are not skipped has
+    as many as the dense network.
+    """
+    works = (program.work(task) for task in program.tasks)
+    return sum(task_cost(program.config, work).macs for work in works)
 
 
 def compile_shapes(graph: Graph, config: AcceleratorConfig) -> Program:
