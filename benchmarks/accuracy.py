@@ -17,7 +17,7 @@ from pynq_kgrc.analysis.timing import modelled_ms
 from pynq_kgrc.program import load
 
 SETTINGS = Path(__file__).with_name("accuracy")
-ONE_COLUMN = str(SETTINGS / "one-column.json")
+ONE_COLUMN = str(Path(__file__).with_name("designs") / "8-sparse-one-column.json")
 """A design with P_K = 1: any number of columns may be kept."""
 
 LAYERS = {

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
-from pynq_kgrc.accelerator.cost import layer_work, task_cost
+from pynq_kgrc.accelerator.cost import layer_work
 from pynq_kgrc.accelerator.cutting import cut_convolution
 from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.tiling import NO_POOL, Work, pool_work
@@ -37,16 +37,6 @@ from pynq_kgrc.quant import Array, QuantParams
 def program_cycles(program: Program) -> int:
     """Modelled cycles of one clip: all tasks, pools and copies included, one after the other."""
     return sum(_cycles(program, task) for task in program.tasks)
-
-
-def program_macs(program: Program) -> int:
-    """Multiply-accumulates that the array runs for one clip, those by zero included.
-
-    Modelled, and equal to what the C-simulation counts. A pattern whose zeros are not skipped has
-    as many as the dense network.
-    """
-    works = (program.work(task) for task in program.tasks)
-    return sum(task_cost(program.config, work).macs for work in works)
 
 
 def compile_shapes(graph: Graph, config: AcceleratorConfig) -> Program:
@@ -127,10 +117,18 @@ class PrunedCycles:
         Raises:
             ConfigError: the program has no convolution of that name.
         """
+        return task_time(self.program.config, self.work(layer, kept)).cycles
+
+    def work(self, layer: Layer, kept: Array) -> Work:
+        """What the array does for `layer` if the weights `kept` are all it has.
+
+        Raises:
+            ConfigError: the program has no convolution of that name.
+        """
         for task in self.program.tasks:
             if isinstance(task, ConvTask) and task.name == layer.name:
                 if task.name == self.folded:
-                    return _cycles(self.program, task)
+                    return self.program.work(task)
                 masked = dataclasses.replace(layer, weight=kept.astype(np.int8))
                 # as the compiler cuts a layer with too many taps
                 cut = cut_convolution(masked)[-1]
@@ -138,7 +136,7 @@ class PrunedCycles:
                 codes = cut.weight.reshape(*cut.weight.shape[:2], -1)
                 weights = pack(codes, self.program.config)
                 changed = msgspec.structs.replace(task, shape=cut.shape, weights=weights)
-                return _cycles(self.program, changed)
+                return self.program.work(changed)
         raise ConfigError(f"{self.program.name} has no convolution {layer.name!r}")
 
     def rest(self, layers: list[Layer]) -> float:
