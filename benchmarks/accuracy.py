@@ -55,6 +55,22 @@ LATENCY = (
 nothing; KGR ends at 1.33x, filters at 1.33x, whole groups at 1.38x, KGC at 1.50x, blocks at 1.61x
 and KGRC at 1.64x, since the host folds the first layer, which then stays dense."""
 
+METHODS = {
+    "4 bits, ADMM then codes": (4, None, ("--admm", 3)),
+    "8 bits, ADMM then codes": (8, None, ("--admm", 3)),
+    "powers of two, 3 bits": (4, None, ("--powers",)),
+    "powers of two, 4 bits": (8, None, ("--powers",)),
+    "8 bits, thresholds of 1 point": (8, 0, ("--thresholds", 0.01)),
+}
+"""Row: bits of the design, epochs of training with codes (None: of the settings), options."""
+
+RETRAINED = {
+    "own rates": "one-shot.toml",
+    "tracked rates": "tracked.toml",
+    "layer by layer": "incremental.toml",
+}
+"""Retraining of the KRP paper: row and settings."""
+
 PAPER = ("kgr", "kgc", "kgrc")
 """Recipes: the paper's rates, for the layers with the same names as in C3D."""
 
@@ -110,15 +126,15 @@ class Study:
             folder, "prune", self.network, *self.data, "-o", folder, *weights, *settings, *how
         )
 
-    def quantize(self, source, bits, epochs=None):
-        folder = source / (f"{bits}-bit" + ("-after" if epochs == 0 else ""))
+    def quantize(self, source, bits, epochs=None, name=None, more=()):
+        folder = source / (name or f"{bits}-bit" + ("-after" if epochs == 0 else ""))
         settings = ["--config", SETTINGS / "quantize.toml", "--seed", self.seed]
         settings += [] if epochs is None else ["--epochs", epochs]
         weights = ["--weights", source / "weights.safetensors"]
         return run(
             folder,
             *("quantize", self.network, *self.data, "-o", folder, *weights, *settings),
-            *("--design", f"{bits}-sparse"),
+            *("--design", f"{bits}-sparse", *more),
         )
 
 
@@ -235,9 +251,27 @@ def latency_table(options):
     return compare_on_array(options, "latency", runs)
 
 
+def methods_table(options):
+    """What has no row elsewhere: ADMM and powers of two, thresholds, tracked rates, one by one."""
+    rows = {}
+    for seed in options.seeds:
+        study = Study(options, seed)
+        dense, found = study.train()
+        add(rows, "dense", 1.0, found["test_top1"], {})
+        for name, (bits, epochs, more) in METHODS.items():
+            result = study.quantize(dense, bits, epochs, name.replace(" ", "-"), more)
+            add(rows, f"{name} (emulated)", 1.0, result["emulated_top1"], {})
+        how = searched(options, "krp", EQUAL_REDUCTION)
+        for name, settings in RETRAINED.items():
+            _, pruned = study.prune(dense, f"methods-{name}", settings, *how)
+            add(rows, f"KRP, {name}", pruned["reduction"], pruned["test_top1"], {})
+    return rows
+
+
 TABLES = {
     "latency": latency_table,
     "claim": claim_table,
+    "methods": methods_table,
     "long": long_table,
     "rates": rates_table,
     "equal": equal_table,

@@ -4,7 +4,8 @@ Every pattern prunes the same layers of a network (all convolutions but the firs
 equal operations and at equal modelled latency. The weights are seeded and random: the rates of rows
 and columns and what they save do not depend on them; which blocks or filters are left does. All
 figures are modelled with memory (`accelerator/latency.py`) or counted from the plan of the array;
-nothing is measured, and nothing depends on this computer.
+nothing is measured, and nothing depends on this computer. What is in the results is not made again,
+so that an interrupted run goes on.
 
     python benchmarks/patterns.py --networks thin_c3d c3d r2plus1d_18 --design 8-sparse
 """
@@ -127,22 +128,29 @@ class Pruned:
 
 
 def rows_of(network, design, patterns):
+    """The rows of each pattern of a network, pattern by pattern; first that of the dense one."""
+    if not patterns:
+        return
     pruned = Pruned(network, design)
     dense = pruned.total({})
     ms = 1e3 * CLOCK_MHZ
-    yield Row(network, "dense", "operations", 1, 1, 1, 1, 1, dense[2] / ms)
+    yield [Row(network, "dense", "operations", 1, 1, 1, 1, 1, dense[2] / ms)]
     for pattern in patterns:
         pruned.tabulate(pattern)
+        rows = []
         for target, factors in (("operations", OPERATIONS), ("latency", LATENCY)):
             most = pruned.most(target)
             for asked in factors:
                 try:
                     found = pruned.choose(pattern, target, asked)
                 except ConfigError:
-                    yield Row(network, pattern, target, asked, most)
+                    rows.append(Row(network, pattern, target, asked, most))
                     continue
                 factors_found = (before / after for before, after in zip(dense, found, strict=True))
-                yield Row(network, pattern, target, asked, most, *factors_found, found[2] / ms)
+                rows.append(
+                    Row(network, pattern, target, asked, most, *factors_found, found[2] / ms)
+                )
+        yield rows
 
 
 def tables(rows):
@@ -177,20 +185,32 @@ def main():
     parser.add_argument("--design", default="8-sparse")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    known = json.loads(chosen.out.read_text("utf-8"))["rows"] if chosen.out.is_file() else []
-    rows = [Row(**row) for row in known if row["network"] not in chosen.networks]
+    rows = []
+    if chosen.out.is_file():
+        known = json.loads(chosen.out.read_text("utf-8"))
+        if known["design"] != chosen.design or known["setting"] != REFERENCE.describe():
+            raise SystemExit(f"{chosen.out} is of another design or memory; give another --out")
+        rows = [Row(**row) for row in known["rows"]]
     for network in chosen.networks:
-        for row in rows_of(network, chosen.design, chosen.patterns):
-            rows.append(row)
-            print(row, flush=True)
-        document = {
-            "design": chosen.design,
-            "setting": REFERENCE.describe(),
-            "rows": [asdict(each) for each in rows],
-        }
-        write(chosen.out.parent, chosen.out.name, json.dumps(document, indent=1) + "\n")
-        lines = "\n".join(tables(rows)).strip() + "\n"
-        write(chosen.out.parent, chosen.out.with_suffix(".md").name, lines)
+        done = {row.pattern for row in rows if row.network == network}
+        left = [pattern for pattern in chosen.patterns if pattern not in done]
+        for found in rows_of(network, chosen.design, left):
+            rows += [row for row in found if row.pattern not in done]
+            print(network, found[0].pattern, flush=True)
+            write_results(chosen, rows)
+
+
+def write_results(chosen, rows):
+    order = {name: place for place, name in enumerate(("dense", *NAMES))}
+    rows.sort(key=lambda row: (list(NETWORKS).index(row.network), order[row.pattern]))
+    document = {
+        "design": chosen.design,
+        "setting": REFERENCE.describe(),
+        "rows": [asdict(each) for each in rows],
+    }
+    write(chosen.out.parent, chosen.out.name, json.dumps(document, indent=1) + "\n")
+    lines = "\n".join(tables(rows)).strip() + "\n"
+    write(chosen.out.parent, chosen.out.with_suffix(".md").name, lines)
 
 
 if __name__ == "__main__":
