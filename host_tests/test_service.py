@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import http.client
 import json
@@ -521,6 +522,25 @@ def test_live_frames(service):
         connect(f"ws://127.0.0.1:{service.port}/v1/live", origin="http://elsewhere.example"),
     ):
         pass
+
+
+def test_a_proxy_on_this_machine_says_who_the_client_is(service):
+    """Else all clients behind it would count as this machine, which may take all places."""
+    connect = pytest.importorskip("websockets.sync.client").connect
+    place = f"ws://127.0.0.1:{service.port}/v1/live"
+
+    def session(client):
+        made = entered.enter_context(
+            connect(place, additional_headers={"X-Forwarded-For": f"10.9.9.9, {client}"})
+        )
+        return json.loads(made.recv(10))
+
+    with contextlib.ExitStack() as entered:
+        assert [session("10.1.1.1")["type"] for _ in range(3)] == ["ready"] * 3
+        refused = session("10.1.1.1")
+        assert (refused["status"], "of your address" in refused["error"]) == (429, True)
+        assert session("10.1.1.2")["type"] == "ready"
+    service.until(lambda: '"client": "10.1.1.2"' in service.log)
 
 
 # ---- programs -------------------------------------------------------------------------------

@@ -187,6 +187,10 @@ def test_a_visitor_clicks_an_example(service, page):
     assert "Which action is this?" in page.title()
     assert "bit-exact emulation" in page.inner_text("header")
     assert page.inner_text("#about") == "Knows four things."
+    assert page.locator("#always-sure").is_visible()  # the program has no threshold
+    page.select_option("#program", "strict")
+    assert page.locator("#always-sure").is_hidden()
+    page.select_option("#program", "tiny")
     page.click("#knows-title")
     page.fill("#search", "WRES")
     assert page.locator("#actions li").all_inner_texts() == ["arm wrestling"]

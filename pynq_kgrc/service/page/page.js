@@ -161,6 +161,7 @@ function showProgram() {
   $("knows").hidden = !program;
   if (!program) return;
   $("about").textContent = program.about;
+  $("always-sure").hidden = program.clip.threshold > 0;
   $("knows-title").textContent = `The ${program.classes} actions that ${program.name} knows`;
   searchActions();
   showExamples();
