@@ -464,7 +464,7 @@ def test_axe_finds_nothing(service, chromium, scheme, width):
     """The rules of axe-core, contrast among them; and nothing is wider than the screen."""
     module = pytest.importorskip(
         "axe_playwright_python.sync_playwright",
-        reason="pip install axe-playwright-python: contrast and names were not checked",
+        reason="pip install .[clients]: contrast and names were not checked",
     )
     context = chromium.new_context(
         viewport={"width": width, "height": 844}, color_scheme=scheme, device_scale_factor=1
