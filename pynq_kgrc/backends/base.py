@@ -364,6 +364,7 @@ class Backend(Protocol):
 
 BACKENDS = {
     "emulate": "pynq_kgrc.backends.emulation.backend:Emulation",
+    "native": "pynq_kgrc.backends.native.backend:Native",
     "csim": "pynq_kgrc.backends.csim:CSimulation",
     "timed": "pynq_kgrc.backends.timed:TimedSimulation",
     "board": "pynq_kgrc.backends.board.backend:BoardBackend",
