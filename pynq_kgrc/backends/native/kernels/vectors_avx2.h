@@ -32,13 +32,13 @@ static inline vec vec_multiply(vec a, vec b) { return _mm256_mullo_epi32(a, b); 
 static inline vec vec_left(vec a, int by) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(by)); }
 static inline vec vec_right(vec a, int by) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(by)); }
 
-/* The low 32 bits of (a * mult + half) >> shift, shift 1 to 32: the rest of the product is above. */
-static inline vec vec_scale(vec a, vec mult, int64_t half, int shift) {
-  __m256i halves = _mm256_set1_epi64x(half);
-  __m128i by = _mm_cvtsi32_si128(shift);
+/* The low 32 bits of (a * mult + added) >> shift, shift 0 to 32. The products of odd lanes are
+   shifted to the left, so that these bits end where their lane is. */
+static inline vec vec_scale(vec a, vec mult, int64_t added, int shift) {
+  __m256i all = _mm256_set1_epi64x(added);
   __m256i even = _mm256_mul_epi32(a, mult);
   __m256i odd = _mm256_mul_epi32(_mm256_srli_epi64(a, 32), mult);
-  even = _mm256_srl_epi64(_mm256_add_epi64(even, halves), by);
-  odd = _mm256_srl_epi64(_mm256_add_epi64(odd, halves), by);
-  return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  even = _mm256_srl_epi64(_mm256_add_epi64(even, all), _mm_cvtsi32_si128(shift));
+  odd = _mm256_sll_epi64(_mm256_add_epi64(odd, all), _mm_cvtsi32_si128(32 - shift));
+  return _mm256_blend_epi32(even, odd, 0xAA);
 }

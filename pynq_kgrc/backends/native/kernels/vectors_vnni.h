@@ -36,13 +36,13 @@ static inline vec vec_multiply(vec a, vec b) { return _mm512_mullo_epi32(a, b); 
 static inline vec vec_left(vec a, int by) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(by)); }
 static inline vec vec_right(vec a, int by) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(by)); }
 
-/* The low 32 bits of (a * mult + half) >> shift, shift 1 to 32. */
-static inline vec vec_scale(vec a, vec mult, int64_t half, int shift) {
-  __m512i halves = _mm512_set1_epi64(half);
-  __m128i by = _mm_cvtsi32_si128(shift);
+/* The low 32 bits of (a * mult + added) >> shift, shift 0 to 32. The products of odd lanes are
+   shifted to the left, so that these bits end where their lane is. */
+static inline vec vec_scale(vec a, vec mult, int64_t added, int shift) {
+  __m512i all = _mm512_set1_epi64(added);
   __m512i even = _mm512_mul_epi32(a, mult);
   __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(a, 32), mult);
-  even = _mm512_srl_epi64(_mm512_add_epi64(even, halves), by);
-  odd = _mm512_srl_epi64(_mm512_add_epi64(odd, halves), by);
-  return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  even = _mm512_srl_epi64(_mm512_add_epi64(even, all), _mm_cvtsi32_si128(shift));
+  odd = _mm512_sll_epi64(_mm512_add_epi64(odd, all), _mm_cvtsi32_si128(32 - shift));
+  return _mm512_mask_blend_epi32(0xAAAA, even, odd);
 }
