@@ -362,6 +362,9 @@ class Backend(Protocol):
         """Release the device, its memory and all processes; closing twice is no error."""
 
 
+AUTO = "auto"
+"""In place of a backend's name: the best that there is (backends/chosen.py)."""
+
 BACKENDS = {
     "emulate": "pynq_kgrc.backends.emulation.backend:Emulation",
     "native": "pynq_kgrc.backends.native.backend:Native",

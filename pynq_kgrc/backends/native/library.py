@@ -79,11 +79,9 @@ def find_library() -> Path:
     return built_library() or _build()
 
 
-def missing_library() -> str:
-    """Why `find_library` would raise; "" if it would not, or would build the library first."""
-    if built_library() is not None or _compiler() is not None:
-        return ""
-    return "the kernels in C are not built, and there is no C compiler (gcc)"
+def has_compiler() -> bool:
+    """Whether there is a C compiler."""
+    return _compiler() is not None
 
 
 def _cached() -> Path:
@@ -103,7 +101,10 @@ def _digest_of(path: Path) -> str:
 def _build(flags: tuple[str, ...] = FLAGS, path: Path | None = None) -> Path:
     library, compiler = path or _cached(), _compiler()
     if compiler is None:
-        raise DeviceError(f"{missing_library()}: install one, or use the backend emulate")
+        raise DeviceError(
+            "the kernels in C are not built, and there is no C compiler (gcc): install one, or use "
+            "the backend emulate"
+        )
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         beside = Path(scratch) / library.name
