@@ -7,7 +7,9 @@ runs one task, so that Ctrl-C is seen between two.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 import time
 import weakref
@@ -48,6 +50,7 @@ ONE_CORE_MACS = 1 << 23
 """A program with fewer MACs runs on one core: a second one would only wait."""
 
 CACHE_LINE = 64
+HUGE_PAGE = 1 << 21
 
 
 class Native(Loaded):
@@ -227,10 +230,16 @@ def _default_cores(program: Program) -> int:
 
 
 def _lines(count: int) -> Array:
-    """At least `count` zero bytes that begin at a cache line."""
-    memory = np.zeros(count + 2 * CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return memory[start : start + count + CACHE_LINE]
+    """At least `count` zero bytes that begin at a cache line; many of them in huge pages.
+
+    The planes of a padded input are far apart: in small pages each would need its own entry of the
+    processor's translation buffer.
+    """
+    memory = mmap.mmap(-1, count + CACHE_LINE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if count >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # the kernel has none
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _allocate_maps(program: Program) -> list[Array]:

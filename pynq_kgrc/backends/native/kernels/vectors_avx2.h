@@ -32,13 +32,15 @@ static inline vec vec_multiply(vec a, vec b) { return _mm256_mullo_epi32(a, b); 
 static inline vec vec_left(vec a, int by) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(by)); }
 static inline vec vec_right(vec a, int by) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(by)); }
 
-/* The low 32 bits of (a * mult + added) >> shift, shift 0 to 32. The products of odd lanes are
-   shifted to the left, so that these bits end where their lane is. */
+/* (a * mult + added) >> shift, which fits 32 bits; shift 0 to 62. Up to 32 the products of odd
+   lanes are shifted to the left, so that these bits end where their lane is. Above, they are all
+   in the upper half. */
 static inline vec vec_scale(vec a, vec mult, int64_t added, int shift) {
   __m256i all = _mm256_set1_epi64x(added);
-  __m256i even = _mm256_mul_epi32(a, mult);
-  __m256i odd = _mm256_mul_epi32(_mm256_srli_epi64(a, 32), mult);
-  even = _mm256_srl_epi64(_mm256_add_epi64(even, all), _mm_cvtsi32_si128(shift));
-  odd = _mm256_sll_epi64(_mm256_add_epi64(odd, all), _mm_cvtsi32_si128(32 - shift));
+  __m256i even = _mm256_add_epi64(_mm256_mul_epi32(a, mult), all);
+  __m256i odd = _mm256_add_epi64(_mm256_mul_epi32(_mm256_srli_epi64(a, 32), mult), all);
+  if (shift > 32) return vec_right(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA), shift - 32);
+  even = _mm256_srl_epi64(even, _mm_cvtsi32_si128(shift));
+  odd = _mm256_sll_epi64(odd, _mm_cvtsi32_si128(32 - shift));
   return _mm256_blend_epi32(even, odd, 0xAA);
 }

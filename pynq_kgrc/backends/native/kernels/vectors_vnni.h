@@ -36,13 +36,15 @@ static inline vec vec_multiply(vec a, vec b) { return _mm512_mullo_epi32(a, b); 
 static inline vec vec_left(vec a, int by) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(by)); }
 static inline vec vec_right(vec a, int by) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(by)); }
 
-/* The low 32 bits of (a * mult + added) >> shift, shift 0 to 32. The products of odd lanes are
-   shifted to the left, so that these bits end where their lane is. */
+/* (a * mult + added) >> shift, which fits 32 bits; shift 0 to 62. Up to 32 the products of odd
+   lanes are shifted to the left, so that these bits end where their lane is. Above, they are all
+   in the upper half. */
 static inline vec vec_scale(vec a, vec mult, int64_t added, int shift) {
   __m512i all = _mm512_set1_epi64(added);
-  __m512i even = _mm512_mul_epi32(a, mult);
-  __m512i odd = _mm512_mul_epi32(_mm512_srli_epi64(a, 32), mult);
-  even = _mm512_srl_epi64(_mm512_add_epi64(even, all), _mm_cvtsi32_si128(shift));
-  odd = _mm512_sll_epi64(_mm512_add_epi64(odd, all), _mm_cvtsi32_si128(32 - shift));
+  __m512i even = _mm512_add_epi64(_mm512_mul_epi32(a, mult), all);
+  __m512i odd = _mm512_add_epi64(_mm512_mul_epi32(_mm512_srli_epi64(a, 32), mult), all);
+  if (shift > 32) return vec_right(_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd), shift - 32);
+  even = _mm512_srl_epi64(even, _mm_cvtsi32_si128(shift));
+  odd = _mm512_sll_epi64(odd, _mm_cvtsi32_si128(32 - shift));
   return _mm512_mask_blend_epi32(0xAAAA, even, odd);
 }
