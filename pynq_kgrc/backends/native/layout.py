@@ -33,6 +33,12 @@ INPUT_BYTES = 192 << 10
 JOBS_PER_THREAD = 4
 """Jobs of a convolution for each thread, if it can be cut so: the last ones end about together."""
 
+SET_ROWS = 4
+"""Rows of a set that the kernels have code for (FOUR_OF_EIGHT in native.h)."""
+
+SET_STEPS = 1000
+"""With fewer steps to a call than this, sets of rows are added."""
+
 Three = ctypes.c_int32 * 3
 
 
@@ -64,8 +70,8 @@ class Convolution(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("filters", "blocks", "blocks_per_job")),
         *((name, Three) for name in ("out", "pool", "whole")),
         *((name, ctypes.c_int32) for name in ("region_rows", "tile", "long_sums")),
-        *((f"{name}", ctypes.c_void_p) for name in ("block_calls", "call_steps", "call_weights")),
-        *((f"{name}", ctypes.c_void_p) for name in ("call_rows", "offsets", "weights")),
+        *((name, ctypes.c_void_p) for name in ("block_calls", "call_steps", "call_weights")),
+        *((name, ctypes.c_void_p) for name in ("call_rows", "call_sets", "offsets", "weights")),
     )
 
 
@@ -185,6 +191,7 @@ class _Steps:
     call_steps: list[int]
     call_weights: list[int]
     call_rows: list[list[int]]
+    call_sets: list[int]
     offsets: list[Array]
     weights: list[Array]
 
@@ -207,7 +214,7 @@ def _cut_steps(weight: Array, kept: Array, offsets: Array, vectors: list[int]) -
         vectors: for each number of rows, how many vectors of sums fit the registers.
     """
     most = max(rows for rows, count in enumerate(vectors) if count)
-    steps = _Steps([0], [0], [], [], [], [])
+    steps = _Steps([0], [0], [], [], [], [], [])
     flat, words = offsets.reshape(-1), 0
     for block, mask in zip(weight, kept, strict=True):
         # bit r of a step: row r is kept there
@@ -219,6 +226,7 @@ def _cut_steps(weight: Array, kept: Array, offsets: Array, vectors: list[int]) -
             at = np.flatnonzero(bits == value)
             for part in np.array_split(rows, ceil_div(len(rows), most)):
                 steps.call_rows.append([len(part), *part.tolist(), *[0] * (BLOCK - len(part))])
+                steps.call_sets.append(sum(1 << r for r in part.tolist()))
                 steps.call_weights.append(words)
                 steps.call_steps.append(steps.call_steps[-1] + len(at))
                 steps.offsets.append(flat[at])
@@ -262,6 +270,9 @@ def _lay_out_convolution(
     rows = max((call[0] for call in steps.call_rows), default=1)
     made.filters, made.blocks, made.long_sums = shape.filters, blocks, int(long)
     made.tile = vectors[rows] * instructions.lanes
+    if instructions.set_vectors and not long and _adds_sets(steps):
+        made.tile = instructions.set_vectors * instructions.lanes
+        _point(laid, made, "call_sets", np.asarray(steps.call_sets, np.uint8))
     _set_outputs(laid, made, task, axes)
     _set_jobs(made, instructions, planes, threads)
     for name, values, dtype in (
@@ -279,6 +290,12 @@ def _lay_out_convolution(
     sums = BLOCK * VECTORS_MAX * instructions.lanes * 8
     laid.scratch_bytes = sums + 2 * codes + 2 * (made.out[2] * QUAD * 2 + 128)
     return laid
+
+
+def _adds_sets(steps: _Steps) -> bool:
+    """Whether sums of all 8 rows in registers are faster: calls of 4 rows, with few steps each."""
+    fours = all(call[0] == SET_ROWS for call in steps.call_rows)
+    return fours and steps.call_steps[-1] < SET_STEPS * len(steps.call_rows)
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -50,6 +50,7 @@ class Instructions(ctypes.Structure):
         ("bytes", ctypes.c_int32),
         ("vectors", ctypes.c_int32 * ROWS),
         ("long_vectors", ctypes.c_int32 * ROWS),
+        ("set_vectors", ctypes.c_int32),
     )
 
 

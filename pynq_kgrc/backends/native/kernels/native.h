@@ -54,6 +54,7 @@ struct convolution {
   const int64_t *call_steps;  /* [calls + 1]: the first step of each call */
   const int64_t *call_weights; /* [calls]: where its weights start */
   const uint8_t *call_rows;   /* [calls][1 + BLOCK]: their number, and which */
+  const uint8_t *call_sets;   /* [calls]: bit r: row r is one of them; NULL: not all have 4 rows */
   const int32_t *offsets;     /* [steps] */
   const int32_t *weights;     /* for each step of each call: one of 4 bytes for each row */
 };
@@ -90,7 +91,18 @@ struct instructions {
   int32_t bytes; /* 1: elements of 8 and 4 bits are four unsigned bytes; 0: pairs of 16 bits */
   int32_t vectors[BLOCK + 1];      /* vectors of sums in registers, by rows; 0: too many rows */
   int32_t long_vectors[BLOCK + 1]; /* the same for sums of 64 bits */
+  int32_t set_vectors;             /* vectors of the sums of all 8 rows, if it adds sets; else 0 */
 };
+
+/* The sets of 4 of 8 rows, as bits. */
+#define FOUR_OF_EIGHT(X) \
+  X(15) X(23) X(27) X(29) X(30) X(39) X(43) X(45) X(46) X(51) \
+  X(53) X(54) X(57) X(58) X(60) X(71) X(75) X(77) X(78) X(83) \
+  X(85) X(86) X(89) X(90) X(92) X(99) X(101) X(102) X(105) X(106) \
+  X(108) X(113) X(114) X(116) X(120) X(135) X(139) X(141) X(142) X(147) \
+  X(149) X(150) X(153) X(154) X(156) X(163) X(165) X(166) X(169) X(170) \
+  X(172) X(177) X(178) X(180) X(184) X(195) X(197) X(198) X(201) X(202) \
+  X(204) X(209) X(210) X(212) X(216) X(225) X(226) X(228) X(232) X(240)
 
 /* The numbers of vectors 1 to N for a number of rows: see SHAPES of vectors_*.h. */
 #define UP_TO_1(X, rows) X(rows, 1)

@@ -22,6 +22,7 @@ static inline vec vec_add_pairs(vec sums, vec x, vec w) { return vec_add(sums, v
 #define LONG_SHAPES(X) UP_TO_4(X, 1) UP_TO_3(X, 2) UP_TO_2(X, 3) UP_TO_1(X, 4)
 
 #define HAS_BYTES 0
+#define SET_VECTORS 0
 #define HAS_SCALE 1
 
 static inline vec vec_min(vec a, vec b) { return _mm256_min_epi32(a, b); }

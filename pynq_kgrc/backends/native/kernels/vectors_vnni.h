@@ -26,6 +26,7 @@ static inline vec vec_add_bytes(vec sums, vec x, vec w) { return _mm512_dpbusd_e
   UP_TO_2(X, 5) UP_TO_2(X, 6) UP_TO_1(X, 7) UP_TO_1(X, 8)
 
 #define HAS_BYTES 1
+#define SET_VECTORS 3
 #define HAS_SCALE 1
 
 static inline vec vec_min(vec a, vec b) { return _mm512_min_epi32(a, b); }
