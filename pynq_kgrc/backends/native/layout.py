@@ -30,6 +30,9 @@ DOT_BYTES = 256
 INPUT_BYTES = 192 << 10
 """Bytes of padded input that a job reads again for each block of filters; they fit a L2 cache."""
 
+GATHERED_ROWS, GATHERED_BYTES = 1200, 400 << 10
+"""Most rows of elements that are gathered for a region, and about the bytes of all."""
+
 JOBS_PER_THREAD = 4
 """Jobs of a convolution for each thread, if it can be cut so: the last ones end about together."""
 
@@ -69,7 +72,9 @@ class Convolution(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("target", "shortcut")),
         *((name, ctypes.c_int32) for name in ("filters", "blocks", "blocks_per_job")),
         *((name, Three) for name in ("out", "pool", "whole")),
-        *((name, ctypes.c_int32) for name in ("region_rows", "tile", "long_sums")),
+        *((name, ctypes.c_int32) for name in ("region_rows", "tile", "long_sums", "height")),
+        *((name, ctypes.c_int32) for name in ("gathered", "gather_pitch")),
+        ("gather", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("block_calls", "call_steps", "call_weights")),
         *((name, ctypes.c_void_p) for name in ("call_rows", "call_sets", "offsets", "weights")),
     )
@@ -264,6 +269,7 @@ def _lay_out_convolution(
     offsets = np.arange(planes)[:, None] * plane + taps
     steps = _cut_steps(operands.reshape(cut), mask.reshape(cut), offsets, vectors)
     made = Convolution()
+    gathers = _gathers(task, planes)
     laid = LaidOut(made, {"source": task.source, "target": task.target})
     _set_padded(made.input, task, axes, bits, pairs, quads)
     _set_scaling(laid, made.scaling, task, _bias(task, weight, unsigned=not pairs))
@@ -273,14 +279,21 @@ def _lay_out_convolution(
     if instructions.set_vectors and not long and _adds_sets(steps):
         made.tile = instructions.set_vectors * instructions.lanes
         _point(laid, made, "call_sets", np.asarray(steps.call_sets, np.uint8))
-    _set_outputs(laid, made, task, axes)
-    _set_jobs(made, instructions, planes, threads)
+    _set_outputs(made, task, axes, gathers)
+    _set_jobs(made, instructions, planes, shape.kernel, threads, gathers)
+    joined = _joined(steps.offsets)
+    if gathers:
+        rows_of, joined = np.unique(joined, return_inverse=True)
+        made.gathered, made.height = len(rows_of), shape.out_size[1]
+        made.gather_pitch = _vectors(made.region_rows * made.out[2], instructions.lanes)
+        _point(laid, made, "gather", rows_of.astype(np.int32))
+        joined = joined * made.gather_pitch
     for name, values, dtype in (
         ("block_calls", steps.block_calls, np.int32),
         ("call_steps", steps.call_steps, np.int64),
         ("call_weights", steps.call_weights, np.int64),
         ("call_rows", steps.call_rows, np.uint8),
-        ("offsets", _joined(steps.offsets), np.int32),
+        ("offsets", joined, np.int32),
         ("weights", _joined(steps.weights), np.int32),
     ):
         _point(laid, made, name, np.asarray(values, dtype))
@@ -289,7 +302,18 @@ def _lay_out_convolution(
     codes = 2 * (BLOCK * made.pool[0] * positions + 128)
     sums = BLOCK * VECTORS_MAX * instructions.lanes * 8
     laid.scratch_bytes = sums + 2 * codes + 2 * (made.out[2] * QUAD * 2 + 128)
+    laid.scratch_bytes += 4 * (made.gathered * made.gather_pitch + 64)
     return laid
+
+
+def _vectors(count: int, lanes: int) -> int:
+    """A count rounded up to whole vectors."""
+    return ceil_div(count, lanes) * lanes
+
+
+def _gathers(task: ConvTask, planes: int) -> bool:
+    """Whether the elements of a region are gathered: not for a pool, nor if they fit no cache."""
+    return task.pool is None and planes * task.shape.taps <= GATHERED_ROWS
 
 
 def _adds_sets(steps: _Steps) -> bool:
@@ -343,27 +367,48 @@ def _set_scaling(laid: LaidOut, made: _Scaling, task: ConvTask, bias: Array) -> 
         laid.maps["shortcut"] = task.shortcut.source
 
 
-def _set_outputs(laid: LaidOut, made: Convolution, task: ConvTask, axes: list[Axis]) -> None:
+def _region_rows(rows: int, columns: int, most: int, lanes: int) -> int:
+    """Rows of a region, at most `most` and at least half of that: with the fewest vectors in all."""
+
+    def vectors(region: int) -> int:
+        whole, rest = divmod(rows, region)
+        return whole * ceil_div(region * columns, lanes) + ceil_div(rest * columns, lanes)
+
+    return min(range(most, (most - 1) // 2, -1), key=vectors)
+
+
+def _set_outputs(made: Convolution, task: ConvTask, axes: list[Axis], gathers: bool) -> None:
     """The outputs, in whole windows of the pool.
 
     Without padding along the height, and without a pool, all rows of all depths lie one behind the
-    other: they count as rows of one depth.
+    other: they count as rows of one depth. So they do where the input is gathered.
     """
     whole = task.shape.out_size
     pool = NO_POOL if task.pool is None else task.pool.kernel
-    if pool == NO_POOL and axes[1].length == axes[1].out:
+    if gathers or (pool == NO_POOL and axes[1].length == axes[1].out):
         whole = (1, whole[0] * whole[1], whole[2])
     made.whole, made.pool = Three(*whole), Three(*pool)
     made.out = Three(*(o // p * p for o, p in zip(whole, pool, strict=True)))
 
 
-def _set_jobs(made: Convolution, instructions: Instructions, planes: int, threads: int) -> None:
+def _set_jobs(
+    made: Convolution,
+    instructions: Instructions,
+    planes: int,
+    kernel: Size,
+    threads: int,
+    gathers: bool,
+) -> None:
     """Cut the outputs into regions whose input fits a cache, and the filters into parts."""
-    row_bytes = 4 * planes * made.input.length[2] * made.pool[0]
-    rows = max(1, min(made.out[1], INPUT_BYTES // row_bytes))
-    bands = ceil_div(made.out[1], rows)
-    rows = ceil_div(ceil_div(made.out[1], bands), made.pool[1]) * made.pool[1]
-    made.region_rows = max(rows, made.pool[1])
+    if gathers:
+        row_bytes = 4 * planes * math.prod(kernel) * made.out[2]
+        most = max(1, min(made.out[1], GATHERED_BYTES // row_bytes))
+        made.region_rows = _region_rows(made.out[1], made.out[2], most, instructions.lanes)
+    else:
+        row_bytes = 4 * planes * made.input.length[2] * (kernel[0] + made.pool[0] - 1)
+        rows = max(1, min(made.out[1], INPUT_BYTES // row_bytes))
+        rows = ceil_div(made.out[1], ceil_div(made.out[1], rows))
+        made.region_rows = ceil_div(rows, made.pool[1]) * made.pool[1]
     regions = made.out[0] // made.pool[0] * ceil_div(made.out[1], made.region_rows)
     parts = 1 if threads == 1 else ceil_div(JOBS_PER_THREAD * threads, max(1, regions))
     made.blocks_per_job = ceil_div(made.blocks, min(parts, made.blocks))

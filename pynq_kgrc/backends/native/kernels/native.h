@@ -36,7 +36,9 @@ struct padded {
 };
 
 /* A convolution whose vectors hold neighbouring outputs. The outputs of a region have positions in
-   the padded input; those between the end of a row and the next row are computed, then dropped. */
+   the padded input; those between the end of a row and the next row are computed, then dropped.
+   Or the elements of a region are gathered first, a row for each plane and tap: then only outputs
+   are computed, and the loads are aligned. */
 struct convolution {
   struct padded in;
   struct scaling scaling;
@@ -48,6 +50,10 @@ struct convolution {
   int32_t region_rows;     /* rows of outputs of a job, a multiple of pool[1] */
   int32_t tile;            /* positions whose sums are held at a time: whole vectors */
   int32_t long_sums;       /* 1: sums of 64 bits */
+  int32_t height;          /* outputs of one depth along the height: `out` counts all depths' rows */
+  int32_t gathered;        /* rows of elements that are gathered for a region; 0: none */
+  int32_t gather_pitch;    /* elements of such a row, whole vectors */
+  const int32_t *gather;   /* [gathered]: what is gathered, in elements from the output's position */
   /* A block has calls; a call has rows (filters of the block) and steps. A step adds the products
      of one element, `offset` elements from the output's position, with a weight for each row. */
   const int32_t *block_calls; /* [blocks + 1]: the first call of each block */
