@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pynq_kgrc.analysis.accuracy import Accuracy, LabelledClip
     from pynq_kgrc.compiler.latency import LatencySearch
     from pynq_kgrc.compress.dataset import Clips, VideoSet
-    from pynq_kgrc.compress.recipes import LayerRecipe
+    from pynq_kgrc.compress.recipes import LayerRecipe, Recipe
     from pynq_kgrc.compress.training import EpochRecord, TrainConfig, TrainingSetup
     from pynq_kgrc.graph import ClipSpec, Graph
     from pynq_kgrc.program import Program
@@ -89,8 +89,8 @@ def declare(command: Declare) -> None:
         _resumable(run_prune),
         "prune a trained network and train what is left",
         f"{DATA}\n\n"
-        "--recipe says what is pruned: kgr, kgc or kgrc for the paper's rates of the network, or\n"
-        "a TOML file with lines such as\n\n"
+        "--recipe says what is pruned: kgr, kgc, kgrc or blockwise for the published rates of the\n"
+        "network, or a TOML file with lines such as\n\n"
         '  [layers]\n  conv2 = { pattern = "kgrc", rows = "1/2", cols = "2/3" }\n\n'
         "--pattern and --reduction search the rates instead: of those that satisfy eq. (9) of the\n"
         "paper, the ones that keep most of the weights while the cost falls by that factor. The\n"
@@ -100,11 +100,16 @@ def declare(command: Declare) -> None:
     _learning(prune, "folder of the run; gets weights.safetensors and recipe.toml")
     add_weights(prune, "weights of the dense network", required=True)
     how = prune.add_mutually_exclusive_group(required=True)
-    how.add_argument("--recipe", help="kgr, kgc, kgrc, or a TOML file")
+    how.add_argument("--recipe", help="kgr, kgc, kgrc, blockwise, or a TOML file")
     how.add_argument("--pattern", help=", ".join(NAMES))
     prune.add_argument(
         "--reduction", type=float, default=3.0, help="factor by which the cost falls (default: 3)"
     )
+    prune.add_argument(
+        "--threshold", type=float, metavar="T",
+        help="with --pattern, instead of --reduction: prune the units that are weaker than T times "
+        "their layer's mean after the preparation; the rates are known afterwards",
+    )  # fmt: skip
     prune.add_argument(
         "--target", choices=("operations", "latency"), default="operations",
         help="the cost that --reduction divides (default: operations)",
@@ -144,6 +149,12 @@ def declare(command: Declare) -> None:
         "--powers", action="store_true",
         help="weights of 0 and powers of two only, frozen group after group: 3 bits on a 4-bit "
         "design, 4 bits on an 8-bit design",
+    )  # fmt: skip
+    quantize.add_argument(
+        "--thresholds", type=float, metavar="DROP",
+        help="at the end set small weights to zero, layer by layer, while the fraction of training "
+        "clips that are right falls by at most DROP in all; the array multiplies these zeros, so "
+        "that the program is not faster",
     )  # fmt: skip
     _schedule(quantize)
     _keep_zeros(quantize)
@@ -288,9 +299,13 @@ def run_prune(options: argparse.Namespace) -> int:
     dense = trace(network, spec, name=options.network)
     layers, search = _recipe(options, dense, design, compile_graph)
     recipe = build_patterns(layers, design)
-    write_recipe(layers, options.out / RECIPE)
+    find = None
+    if options.threshold is None:
+        write_recipe(layers, options.out / RECIPE)
+    else:
+        find = _by_threshold(options, list(layers), dense, design)
     teacher = copy.deepcopy(network)
-    pruned = prune_network(network, recipe, config, setup, options.out, teacher, pruned)
+    pruned = prune_network(network, recipe, config, setup, options.out, teacher, pruned, find)
     _keep(network, options.out / WEIGHTS, setup, pruned, videos)
     graph = trace(network.cpu(), spec, name=options.network)
     macs_dense, macs_kept = kept_operations(graph)
@@ -305,6 +320,26 @@ def run_prune(options: argparse.Namespace) -> int:
     return _report(options, found, WEIGHTS)
 
 
+def _by_threshold(
+    options: argparse.Namespace, names: list[str], graph: Graph, design: AcceleratorConfig
+) -> Callable[[nn.Module], Recipe]:
+    """Gives the rates below the threshold of a network, and writes them to recipe.toml."""
+    from pynq_kgrc.compress.masks import chosen_weights
+    from pynq_kgrc.compress.recipes import build_patterns, rates_by_threshold, write_recipe
+
+    known: dict[str, LayerRecipe] = {}
+
+    def find(module: nn.Module) -> Recipe:
+        own = chosen_weights(module, names)
+        weights = {name: weight.detach().cpu().numpy() for name, weight in own.items()}
+        found = rates_by_threshold(graph, weights, options.pattern, options.threshold, design)
+        known.update(found)
+        write_recipe(known, options.out / RECIPE)
+        return build_patterns(found, design)
+
+    return find
+
+
 def _latency(
     design: AcceleratorConfig,
     search: LatencySearch | None,
@@ -312,18 +347,22 @@ def _latency(
     pruned: Graph,
     compile_graph: Callable[[Graph], Program],
 ) -> dict[str, Any]:
-    """Modelled cycles of the compiled programs before and after pruning."""
+    """MACs and modelled cycles of the compiled programs before and after pruning."""
+    from pynq_kgrc.analysis.description import describe
     from pynq_kgrc.compiler.latency import program_cycles
     from pynq_kgrc.errors import CompileError
 
     try:
-        before = program_cycles(compile_graph(dense)) if search is None else search.dense_cycles
-        after = program_cycles(compile_graph(pruned))
+        programs = compile_graph(dense), compile_graph(pruned)
     except CompileError as error:
         _say(f"the latency is not modelled: {error}")
         return {}
+    before, after = map(program_cycles, programs)
+    array_dense, array_macs = (describe(each).macs_array for each in programs)
     return {
         "design": design.name,
+        "array_macs_dense": array_dense,
+        "array_macs": array_macs,
         "modelled_cycles_dense": before,
         "modelled_cycles": after,
         **({} if search is None else {"latency_reduction_asked": search.asked}),
@@ -343,6 +382,7 @@ def run_quantize(options: argparse.Namespace) -> int:
     from pynq_kgrc.compress.augment import calibration_clips
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.masks import traced_zeros
+    from pynq_kgrc.compress.patterns import kept_operations
     from pynq_kgrc.compress.train_quantized import QUANTIZE, approach_codes, train_quantized
     from pynq_kgrc.models.trace import trace
 
@@ -372,6 +412,9 @@ def run_quantize(options: argparse.Namespace) -> int:
         graph = train_quantized(
             graph, config, setup, options.out, teacher, options.device, options.powers, zeros
         )
+    thresholds: dict[str, float] = {}
+    if options.thresholds is not None:
+        graph, thresholds = _tune_thresholds(options, graph, videos)
     program = lower(graph, design)
     path = options.out / "program.kgrc"
     program.save(path)
@@ -384,7 +427,30 @@ def run_quantize(options: argparse.Namespace) -> int:
         "clips": accuracy.clips,
         "bytes": path.stat().st_size,
     }
+    if options.thresholds is not None:
+        dense, kept = kept_operations(graph)
+        found |= {"thresholds": thresholds, "operations_by_zero": 1 - kept / dense}
     return _report(options, found, path.name)
+
+
+def _tune_thresholds(
+    options: argparse.Namespace, graph: Graph, videos: VideoSet
+) -> tuple[Graph, dict[str, float]]:
+    """The graph with small weights set to zero; accuracy is that of codes on training clips."""
+    from pynq_kgrc.compress.fake_quant import FakeQuantNetwork
+    from pynq_kgrc.compress.importance import tune_thresholds
+    from pynq_kgrc.compress.training import measure_top1
+
+    clips = _clips(options, videos.only("train"), graph.clip)
+    names = [layer.name for layer in graph.convolutions()]
+
+    def measure(attempt: Graph) -> float:
+        return measure_top1(FakeQuantNetwork(attempt), clips, attempt.clip)
+
+    graph, found = tune_thresholds(graph, measure, options.thresholds, names)
+    for name, threshold in found.items():
+        _say(f"{name}: weights below {threshold:.3g} are zero")
+    return graph, found
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -634,14 +700,23 @@ def _recipe(
     """The recipe of the command line: published, from a file, or searched."""
     from pynq_kgrc.compiler.latency import choose_rates_by_latency
     from pynq_kgrc.compress.patterns import PATTERNS
-    from pynq_kgrc.compress.recipes import choose_rates, published_recipe, read_recipe
+    from pynq_kgrc.compress.recipes import (
+        choose_rates,
+        published_recipe,
+        read_recipe,
+        sparsest_recipe,
+    )
 
-    if options.recipe in PATTERNS:
+    if options.threshold is not None and (options.recipe or options.target == "latency"):
+        raise ConfigError("--threshold finds the rates itself; it goes with --pattern alone")
+    if options.recipe in (*PATTERNS, "blockwise"):
         return published_recipe(options.network, options.recipe), None
     if options.recipe:
         return read_recipe(options.recipe), None
     names = [layer.name for layer in graph.convolutions()]
     names = options.layers.split(",") if options.layers else names[1:-1]
+    if options.threshold is not None:
+        return sparsest_recipe(graph, names, options.pattern, design), None
     if options.target == "operations":
         return choose_rates(graph, names, options.pattern, options.reduction, design), None
     search = choose_rates_by_latency(
