@@ -47,13 +47,14 @@ from pynq_kgrc.quant import (
     weight_limit,
 )
 
-VERSION = 3
+VERSION = 4
 """Version of the container that this module writes. The hardware does not depend on it: what that
 reads has a version of its own, `accelerator.header.IMAGE_VERSION`."""
 
-READABLE = (1, 2, VERSION)
+READABLE = (1, 2, 3, VERSION)
 """Versions that `load` reads. Version 1 does not say how a video is sampled and how confidences are
-calibrated: such a program has the defaults of `ClipSpec`. Neither 1 nor 2 folds its clip."""
+calibrated: such a program has the defaults of `ClipSpec`. Neither 1 nor 2 folds its clip. Before
+version 4, the file has the values of groups that are off as well."""
 
 COLOURS = 3
 """Channels of a clip: red, green, blue."""
@@ -64,6 +65,10 @@ ALIGNMENT = 64
 
 MAX_LENGTH, MAX_STRIDE = (1 << 16) - 1, (1 << 10) - 1
 """Largest coordinate within a region and largest divisor of one: `quotient` of hls_src/design.h."""
+
+MAX_WEIGHT_BYTES = 1 << 32
+"""Most bytes that the weights of a program take in the host's memory, groups that are off
+included: a small file with few groups may not fill it."""
 
 MAX_INT32 = (1 << 31) - 1
 """Largest number in a field of a descriptor, and largest count of a loop in hls_src."""
@@ -218,6 +223,9 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
     fold: WindowShape | None = None
     """The window over the clip whose taps are written as channels, for a first convolution that is
     folded (`compiler.fold`); None if the clip is written as it is."""
+    softmax: bool = False
+    """Whether the network ended with a soft-max, which was left out: the result holds its logits,
+    and the runtime applies soft-max to them once, as it does for every program."""
     format: str = DOCUMENT_KEY
     version: int = VERSION
     """Version of the file that it was read from."""
@@ -330,7 +338,7 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         names = {id(array): name for name, array in tensors.items()}
         written = msgspec.structs.replace(self, version=VERSION)
         document = msgspec.json.encode(written, enc_hook=lambda array: names[id(array)])
-        stored = {name: self._store(array) for name, array in tensors.items()}
+        stored = {name: self._store(array) for name, array in self._on(tensors).items()}
         metadata = {
             DOCUMENT_KEY: document.decode(),
             DIGEST_KEY: _digest(document, stored),
@@ -348,6 +356,16 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
                 for part in ("bias", "mult", "shift"):
                     tensors[f"{task.name}/{part}"] = getattr(task, part)
         return tensors
+
+    def _on(self, tensors: dict[str, Array]) -> dict[str, Array]:
+        """The arrays without the values, rows and columns of groups that are off."""
+        kept = dict(tensors)
+        for task in self.tasks:
+            if isinstance(task, ConvTask):
+                for part in ("values", "rows", "cols"):
+                    name = f"{task.name}/{part}"
+                    kept[name] = tensors[name][task.weights.enabled]
+        return kept
 
     def _store(self, array: Array) -> Array:
         """An array as it is stored: 4-bit codes packed two to a byte."""
@@ -450,27 +468,76 @@ def _decode(document: bytes, stored: dict[str, Array]) -> Program:
         return stored[name]
 
     program = msgspec.json.decode(document, type=Program, dec_hook=tensor)
-    if program.config.bits != 4:
-        return program
-    tasks = tuple(
-        _unpacked(program, task) if isinstance(task, ConvTask) else task for task in program.tasks
-    )
-    return msgspec.structs.replace(program, tasks=tasks)
+    tasks: list[Task] = []
+    nbytes = 0
+    for task in program.tasks:
+        if isinstance(task, ConvTask):
+            _check_window(task.shape, task.name)
+            _within(task.shape.taps, 1, MAX_TAPS, f"{task.name}: taps of its window")
+            if program.config.bits == 4:
+                task = _unpacked(program, task)
+            if program.version >= 4:
+                task, more = _with_groups_that_are_off(program, task, MAX_WEIGHT_BYTES - nbytes)
+                nbytes += more
+        tasks.append(task)
+    return msgspec.structs.replace(program, tasks=tuple(tasks))
+
+
+def _groups(program: Program, task: ConvTask) -> tuple[int, int, int]:
+    """P, Q, T of a task."""
+    shape = task.shape
+    return program.config.group_size.counts(shape.filters, shape.channels, shape.taps)
 
 
 def _unpacked(program: Program, task: ConvTask) -> ConvTask:
     """The task with its 4-bit values unpacked to one per byte."""
     weights = task.weights
-    p, q, t = program.config.group_size.counts(
-        task.shape.filters, task.shape.channels, task.shape.taps
-    )
+    p, q, t = _groups(program, task)
     kr, kc = weights.rows.shape[-1], weights.cols.shape[-1]
-    wanted = (p, q, t, kr, program.config.tn, kc)
+    groups = (int(np.count_nonzero(weights.enabled)),) if program.version >= 4 else (p, q)
+    wanted = (*groups, t, kr, program.config.tn, kc)
     count = math.prod(wanted)
     if weights.values.dtype != np.uint8 or weights.values.shape != (packed_bytes(count, 4),):
         raise ProgramError(f"{task.name}: values are not {count} packed 4-bit codes")
     values = unpack_int4(weights.values, count).reshape(wanted)
     return msgspec.structs.replace(task, weights=msgspec.structs.replace(weights, values=values))
+
+
+def _with_groups_that_are_off(program: Program, task: ConvTask, limit: int) -> tuple[ConvTask, int]:
+    """The task with zeros for the groups that the file leaves out, and the bytes of its values.
+
+    Raises:
+        ProgramError: the arrays do not fit together, or take more than `limit` bytes.
+    """
+    weights, name = task.weights, task.name
+    (p, q, t), tn = _groups(program, task), program.config.tn
+    _expect(weights.enabled.shape, (p, q), f"{name}: shape of enabled")
+    _expect(weights.enabled.dtype, np.dtype(np.bool_), f"{name}: type of enabled")
+    on = int(np.count_nonzero(weights.enabled))
+    kr, kc = (int(part.shape[-1]) if part.ndim else 0 for part in (weights.rows, weights.cols))
+    wanted = {"values": (on, t, kr, tn, kc), "rows": (on, kr), "cols": (on, t, kc)}
+    for part, shape in wanted.items():
+        _expect(getattr(weights, part).shape, shape, f"{name}: shape of {part}")
+    _within(kr, 1, program.config.gm, f"{name}: kept rows")
+    _within(kc, 1, program.group_columns(task), f"{name}: kept columns")
+    nbytes = p * q * t * kr * tn * kc * weights.values.itemsize
+    _within(nbytes, 0, limit, f"{name}: bytes of its weights with all groups")
+    if on == p * q:
+        whole = {part: getattr(weights, part).reshape(p, q, *s[1:]) for part, s in wanted.items()}
+        return msgspec.structs.replace(
+            task, weights=KgrcWeights(**whole, enabled=weights.enabled)
+        ), nbytes
+    values = np.zeros((p, q, t, kr, tn, kc), weights.values.dtype)
+    rows = np.broadcast_to(np.arange(kr, dtype=weights.rows.dtype), (p, q, kr)).copy()
+    cols = np.broadcast_to(np.arange(kc, dtype=weights.cols.dtype), (p, q, t, kc)).copy()
+    for whole_array, array in (
+        (values, weights.values),
+        (rows, weights.rows),
+        (cols, weights.cols),
+    ):
+        whole_array[weights.enabled] = array
+    expanded = KgrcWeights(values=values, rows=rows, cols=cols, enabled=weights.enabled)
+    return msgspec.structs.replace(task, weights=expanded), nbytes
 
 
 T = TypeVar("T")

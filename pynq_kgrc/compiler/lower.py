@@ -128,6 +128,7 @@ def lower(graph: Graph, config: AcceleratorConfig, *, fold: bool = True) -> Prog
         arena_bytes=arena_bytes,
         tasks=tasks,
         fold=window,
+        softmax=graph.softmax,
     )
     try:
         check(program)
