@@ -39,9 +39,9 @@ def check_refusal(error: Exception, names: list[str]) -> None:
     assert any(name in str(error) for name in names), error
 
 
-def assert_right(seed: int) -> str:
+def assert_right(seed: int, moving: bool = False) -> str:
     """Compile the network of a seed at each width and compare; "refused" or "right"."""
-    network = RandomNetwork(seed)
+    network = RandomNetwork(seed, moving)
     clip = network.clip
     shape = (clip.frames, clip.height, clip.width, 3)
     frames = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -75,8 +75,8 @@ def assert_right(seed: int) -> str:
     return outcome
 
 
-def assert_most_compile(seeds) -> None:
-    outcomes = Counter(assert_right(seed) for seed in seeds)
+def assert_most_compile(seeds, moving: bool = False) -> None:
+    outcomes = Counter(assert_right(seed, moving) for seed in seeds)
     assert outcomes["right"] > 0.9 * len(seeds), outcomes
 
 
@@ -85,6 +85,12 @@ def assert_most_compile(seeds) -> None:
 def test_a_dozen_random_networks(start):
     """Tracing takes a second or more for each; `make test-all` takes 2,000."""
     assert_most_compile(range(start, start + 6))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_four_random_networks_that_move_elements():
+    """Slices, shuffles, shifts, padding and frames as a batch, between the other steps."""
+    assert_most_compile(range(4), moving=True)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -97,6 +103,14 @@ def test_a_region_that_is_loaded_before_the_first_is_used_is_kept():
 def test_a_concat_of_the_clip_and_larger_values_covers_both():
     """The parts of a concat share a format: the range of pixels alone cut the other part off."""
     assert assert_right(1240) == "right"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("start", range(0, 1000, 500))
+def test_a_thousand_random_networks_that_move_elements(start):
+    assert_most_compile(range(start, start + 500), moving=True)
 
 
 @pytest.mark.slow
