@@ -9,12 +9,15 @@ import pytest
 import torch
 from networks import small_config
 from random_networks import RandomNetwork
+from torch import nn
 
 from pynq_kgrc.backends.csim import CSimulation
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compiler.network import compile_network
 from pynq_kgrc.compress.calibrate import choose_quant
-from pynq_kgrc.errors import CompileError, ConfigError
+from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
+from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.models.trace import trace
 
 QUICK = ("-O1", "-DKGRC_PLAIN")
@@ -88,9 +91,40 @@ def test_a_dozen_random_networks(start):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_four_random_networks_that_move_elements():
+def test_three_random_networks_that_move_elements():
     """Slices, shuffles, shifts, padding and frames as a batch, between the other steps."""
-    assert_most_compile(range(4), moving=True)
+    assert_most_compile(range(3), moving=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("channels", [1, 2, 4, 16])
+def test_clips_of_other_channels(channels):
+    """Grey, optical flow, RGB and depth, heat maps: as torch, and as in the C-simulation."""
+    clip = ClipSpec(4, 8, 9, 8, mean=(0.4,) * channels, std=(0.3,) * channels)
+    torch.manual_seed(channels)
+    network = nn.Sequential(
+        nn.Conv3d(channels, 8, 3, (1, 2, 2), 1), nn.ReLU(), nn.Conv3d(8, 5, 3), nn.Flatten()
+    ).eval()
+    rng = np.random.default_rng(channels)
+    frames = rng.integers(0, 256, (4, 8, 9, channels), dtype=np.uint8)
+    reals = clip.normalise(frames)
+    with torch.no_grad():
+        wanted = network(torch.from_numpy(reals)[None]).numpy().ravel()
+    config = small_config(16)
+    program = compile_network(network, clip, [frames], config)
+    codes = outputs(Emulation(config, cores=1), program, frames)
+    for name, simulated in outputs(CSimulation(config, QUICK), program, frames).items():
+        np.testing.assert_array_equal(codes[name], simulated)
+    logits = program.output.dequantize(codes[program.tasks[-1].name]).ravel()
+    assert np.abs(logits - wanted).max() <= SHARE * np.abs(wanted).max()
+    with pytest.raises(ProgramError, match=rf"takes uint8 frames of shape \(4, 8, 9, {channels}\)"):
+        program.encode_clip(np.zeros((4, 8, 9, 3), np.uint8))
+
+
+def test_a_clip_has_one_to_sixteen_channels():
+    for mean, std in (((), ()), ((0.5,) * 17, (0.5,) * 17), ((0.5,) * 3, (0.5,) * 4)):
+        with pytest.raises(ConfigError, match="one for each of its 1 to 16 channels"):
+            ClipSpec(4, 8, 8, 8, mean=mean, std=std)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

@@ -56,9 +56,6 @@ READABLE = (1, 2, 3, VERSION)
 calibrated: such a program has the defaults of `ClipSpec`. Neither 1 nor 2 folds its clip. Before
 version 4, the file has the values of groups that are off as well."""
 
-COLOURS = 3
-"""Channels of a clip: red, green, blue."""
-
 DOCUMENT_KEY = "pynq_kgrc"
 DIGEST_KEY = "sha256"
 ALIGNMENT = 64
@@ -232,51 +229,51 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
 
     @cached_property
     def input_codes(self) -> Array:
-        """[3, 256]: the input code of each level of R, G, B. Encoding needs no float clip."""
+        """[C, 256]: the input code of each level of each channel. Encoding needs no float clip."""
         return self.input.quantize(self.clip.pixel_values())
 
     @property
     def clip_window(self) -> WindowShape:
         """The window over the clip whose taps are written to `source`; one tap if not folded."""
         size = (self.clip.frames, self.clip.height, self.clip.width)
-        return self.fold or WindowShape(COLOURS, size, (1, 1, 1))
+        return self.fold or WindowShape(self.clip.channels, size, (1, 1, 1))
 
     def encode_clip(self, frames: Array) -> Array:
-        """Encode uint8 RGB frames [D, H, W, 3] as the input codes [C, D', H', W'] of `source`.
+        """Encode uint8 frames [D, H, W, N] as the input codes [C, D', H', W'] of `source`.
 
-        C is 3 and the size is that of the clip. If the clip is folded, C is 3 * taps of the
-        window, [tap, colour], and the size is that of the window's output; padding has the code of
-        the zero point.
+        N are the clip's channels, such as the three of RGB. C is N and the size is that of the
+        clip. If the clip is folded, C is N * taps of the window, [tap, channel], and the size is
+        that of the window's output; padding has the code of the zero point.
 
         Raises:
             ProgramError: frames of another shape or type than the program's clip.
         """
-        wanted = (self.clip.frames, self.clip.height, self.clip.width, COLOURS)
+        wanted = (self.clip.frames, self.clip.height, self.clip.width, self.clip.channels)
         if frames.shape != wanted or frames.dtype != np.uint8:
             raise ProgramError(
                 f"{self.name} takes uint8 frames of shape {wanted}, "
                 f"not {frames.dtype} of {frames.shape}"
             )
         if self.fold is None:
-            codes = np.empty((COLOURS, *wanted[:3]), self.input.dtype)
+            codes = np.empty((wanted[3], *wanted[:3]), self.input.dtype)
             self._look_up(frames, codes)
             return codes
         before, after = self.fold.pad_before, self.fold.pad_after
         size = [sum(lengths) for lengths in zip(before, wanted, after, strict=False)]
-        padded = np.full((*size, COLOURS), self.input.zero_point, self.input.dtype)
+        padded = np.full((*size, wanted[3]), self.input.zero_point, self.input.dtype)
         d, h, w = (slice(b, b + n) for b, n in zip(before, wanted, strict=False))
         self._look_up(frames, padded[d, h, w].transpose(3, 0, 1, 2))
         return taps_as_channels(padded, self.fold)
 
     def _look_up(self, frames: Array, codes: Array) -> None:
-        """Write the codes of frames [D, H, W, 3] to `codes` [3, D, H, W].
+        """Write the codes of frames [D, H, W, N] to `codes` [N, D, H, W].
 
         A plane at a time, whose indices fit the cache. With a mode, `take` checks no index; a level
         of 8 bits is always one of the 256.
         """
         for number, frame in enumerate(frames):
-            for colour, table in enumerate(self.input_codes):
-                codes[colour, number] = table.take(frame[..., colour], mode="clip")
+            for channel, table in enumerate(self.input_codes):
+                codes[channel, number] = table.take(frame[..., channel], mode="clip")
 
     def group_columns(self, task: ConvTask) -> int:
         """G_K: taps in one kernel group of a task."""
@@ -614,7 +611,7 @@ def _check_source(program: Program) -> Buffer:
     """Check that the clip, folded or not, is what its buffer and its first task take."""
     window, clip = program.clip_window, program.clip
     if program.fold is not None:
-        _expect(window.channels, COLOURS, "fold: channels of the clip")
+        _expect(window.channels, clip.channels, "fold: channels of the clip")
         _expect(window.in_size, (clip.frames, clip.height, clip.width), "fold: size of the clip")
         _check_window(window, "fold")
         _within(window.taps, 1, MAX_TAPS, f"fold: taps of its window {window.kernel}")
