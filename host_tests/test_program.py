@@ -357,7 +357,7 @@ def test_weights_of_powers_of_two_take_few_bits(bits, top, tmp_path):
     changed = msgspec.structs.replace(program, tasks=tasks)
     changed.save(few)
     read = load(few)
-    assert read.version == 4
+    assert read.version == 5
     for ours, theirs in zip(read.tasks, tasks, strict=True):
         if isinstance(ours, ConvTask):
             np.testing.assert_array_equal(ours.weights.values, theirs.weights.values)
