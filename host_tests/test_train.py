@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -45,7 +46,9 @@ from pynq_kgrc.compress.training import (
 from pynq_kgrc.compress.weights import load_notes
 from pynq_kgrc.errors import ConfigError, ModelError
 from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.models import pretrained
 from pynq_kgrc.models.checkpoint import load_state
+from pynq_kgrc.models.pretrained import RELEASES
 from pynq_kgrc.program import load
 
 HALF, THIRD = Fraction(1, 2), Fraction(1, 3)
@@ -576,7 +579,7 @@ def test_zeros_without_a_mask_learn_unless_they_are_kept(movies, trained, tmp_pa
     (task,) = [t for t in program.tasks if t.name == "conv2"]
     assert not task.weights.expand(task.shape, program.config.gm, 9)[:, :, 9:18].any()
     assert main(["train", *learn[:-3], "-o", str(tmp_path / "c"), "--keep-zeros"]) == 2
-    assert "--keep-zeros is about the zeros of --weights" in capsys.readouterr().err
+    assert "--keep-zeros says how --weights is read, which is not given" in capsys.readouterr().err
 
 
 def permuted(movies, folder):
@@ -878,6 +881,81 @@ def test_prune_and_quantize_take_the_file_that_explore_writes(movies, trained, t
     assert program_cycles(program) == report["modelled_cycles"]
 
 
+@pytest.fixture
+def published(trained, tmp_path, monkeypatch):
+    """The trained weights under the name "moves", as if `pull` had fetched them."""
+    labels = tmp_path / "moves.txt"
+    labels.write_text("\n".join(MOVES))
+    monkeypatch.setitem(RELEASES, "moves", replace(RELEASES["i3d-kinetics400"], labels=labels))
+    path = trained / "weights.safetensors"
+    plain = tmp_path / "moves.safetensors"
+    save_file(load_file(path), plain)  # without notes, as a release
+    monkeypatch.setattr(pretrained, "pull", lambda name: plain)
+    return plain
+
+
+def test_published_weights_have_their_name_in_every_command(movies, published, tmp_path, capsys):
+    data = ["--data", str(movies), "--cache", str(movies / "cache"), "--json"]
+    start = ["test_train:small", *data, "--weights", "moves"]
+    assert main(["evaluate", "--network", *start]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] > 0.7
+    for command, more in {
+        "quantize": ["--epochs", "0"],
+        "prune": ["--pattern", "kgr", "--reduction", "1.1", "--algorithm", "one-shot"],
+    }.items():
+        if command == "prune":
+            settings = tmp_path / "prune.toml"
+            settings.write_text("[retrain]\nepochs = 1\nbatch = 8\n")
+            more += ["--config", str(settings)]
+        assert main([command, *start, "-o", str(tmp_path / command), *more]) == 0
+        if command == "prune":
+            assert "moves: 20 tensors, classifier 'fc' of 4 classes kept" in capsys.readouterr().err
+
+
+def two_moves(movies, folder):
+    """A data set of the videos of two of the moves, under other names."""
+    names = {"left": "west", "right": "east"}
+    rows = (movies / "index.csv").read_text().splitlines()
+    folder.mkdir()
+    kept = [rows[0]]
+    for row in rows[1:]:
+        file, label, name, subject, split = row.split(",")
+        if name in names:
+            shutil.copy(movies / file, folder)
+            kept.append(f"{file},{1 - int(label)},{names[name]},{subject},{split}")
+    (folder / "index.csv").write_text("\n".join(kept))
+    return folder
+
+
+def test_other_classes_are_learned_from_published_weights(movies, published, tmp_path, capsys):
+    folder = two_moves(movies, tmp_path / "two")
+    out = tmp_path / "run"
+    data = ["--data", str(folder), "--cache", str(tmp_path / "cache"), "-o", str(out)]
+    start = ["train", "test_train:small", *data, "--weights", "moves", "--epochs", "1"]
+    assert main([*start, "--classes", "3"]) == 2
+    assert "--classes 3: " in capsys.readouterr().err
+    assert main(start) == 2
+    refused = capsys.readouterr().err
+    assert "the class 'west'" in refused or "the class 'east'" in refused
+    assert refused.endswith("; --partial trains a new classifier\n")
+    settings = tmp_path / "slow.toml"
+    settings.write_text("epochs = 1\nbatch = 4\nlr = 1e-9\n")
+    for option in (["--classes", "2"], ["--partial"]):
+        shutil.rmtree(out, ignore_errors=True)
+        assert main([*start, "--config", str(settings), *option]) == 0
+        told = capsys.readouterr().err
+        assert "moves: 18 tensors, classifier 'fc' of 4 classes left out" in told
+        before, after = load_file(published), load_file(out / "weights.safetensors")
+        torch.testing.assert_close(before["conv2.weight"], after["conv2.weight"])
+        assert after["fc.weight"].shape == (2, before["fc.weight"].shape[1])
+        assert load_notes(out / "weights.safetensors").classes == ("east", "west")
+    # the same command takes its own result, classifier included
+    own = str(out / "weights.safetensors")
+    again = ["--weights", own, "--classes", "2", "--config", str(settings)]
+    assert main(["train", "test_train:small", *data[:-1], str(tmp_path / "on"), *again]) == 0
+    assert "classifier 'fc' of 2 classes kept" in capsys.readouterr().err
+
+
 def test_rates_are_found_below_a_threshold(movies, trained, tmp_path, capsys):
     """RT3D: the penalty comes first, the rates afterwards; a second start finds the same ones."""
     settings = tmp_path / "prune.toml"
@@ -984,6 +1062,42 @@ def test_it_learns_real_actions_of_people_it_has_not_seen(shared_data, tmp_path)
     assert len(test) == 107
     assert rows[-1].test_top1 == measure_top1(module, test, CLIP)
     assert rows[-1].test_top1 > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_i3d_is_fine_tuned_on_real_clips_in_one_command(shared_data, tmp_path, capsys):
+    """Few steps from Kinetics-400 to two classes: the features stay near, the classifier is new."""
+    try:
+        weights = pretrained.pull("i3d-kinetics400")
+    except ModelError as error:
+        pytest.skip(f"I3D's weights cannot be fetched: {error}")
+    source = shared_data / "surveillance_fight"
+    rows = list(csv.DictReader((source / "index.csv").open()))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with (folder / "index.csv").open("w", newline="") as file:
+        index = csv.writer(file)
+        index.writerow(("file", "label", "split"))
+        for label in ("0", "1"):
+            for split in ("train", "test"):
+                for row in [r for r in rows if (r["label"], r["split"]) == (label, split)][:1]:
+                    name = Path(row["file"]).name
+                    shutil.copy(source / row["file"], folder / name)
+                    index.writerow((name, label, split))
+    settings = tmp_path / "few.toml"
+    settings.write_text("epochs = 1\nbatch = 1\nlr = 1e-4\n")
+    arguments = ["--data", str(folder), "--cache", str(tmp_path / "cache"), "--json"]
+    arguments += ["--classes", "2", "--config", str(settings), "-o", str(tmp_path / "run")]
+    assert main(["train", "i3d", "--weights", "i3d-kinetics400", *arguments]) == 0
+    found = capsys.readouterr()
+    assert "classifier 'Logits' of 400 classes left out" in found.err
+    before = load_file(weights)
+    after = load_file(json.loads(found.out)["path"])
+    assert after["Logits.weight"].shape == (2, 1024, 1, 1, 1)
+    name = "Mixed_5c.Branch_0.Conv3d_0a_1x1.conv.weight"
+    change = (after[name] - before[name]).norm() / before[name].norm()
+    assert 0 < change < 0.05
 
 
 @pytest.mark.slow

@@ -16,9 +16,13 @@ from pynq_kgrc.cli.arguments import (
     Declare,
     Run,
     add_design,
+    add_weights,
+    load_weights,
     positive,
     program_file,
     progress,
+    weights_file,
+    whole,
 )
 from pynq_kgrc.compress.recipes import ALGORITHMS, NAMES
 from pynq_kgrc.errors import ConfigError
@@ -65,11 +69,17 @@ def declare(command: Declare) -> None:
         _resumable(run_train),
         "train a network on a folder of labelled videos",
         f"{DATA}\n\n"
+        "From published weights to your own classes, with a new classifier:\n\n"
+        "  pynq-kgrc train i3d --weights i3d-kinetics400 --classes 27 --data DATA -o run\n\n"
         "Several processes or GPUs: torchrun --nproc-per-node N -m pynq_kgrc.cli train ...",
     )
     _learning(train, "folder of the run; gets weights.safetensors")
+    add_weights(train, "weights to start from (default: seeded random weights)", partial=True)
     train.add_argument(
-        "--weights", help="state dict to start from (default: seeded random weights)"
+        "--classes",
+        type=whole(1, 100_000),
+        help="number of classes, which DATA has to have too; if WEIGHTS are for another number, "
+        "their classifier is left out",
     )
     _schedule(train)
     _keep_zeros(train)
@@ -88,7 +98,7 @@ def declare(command: Declare) -> None:
         "--design (modelled with memory by accelerator/latency.py).",
     )
     _learning(prune, "folder of the run; gets weights.safetensors and recipe.toml")
-    prune.add_argument("--weights", required=True, help="state dict of the dense network")
+    add_weights(prune, "weights of the dense network", required=True)
     how = prune.add_mutually_exclusive_group(required=True)
     how.add_argument("--recipe", help="kgr, kgc, kgrc, blockwise, or a TOML file")
     how.add_argument("--pattern", help=", ".join(NAMES))
@@ -128,7 +138,7 @@ def declare(command: Declare) -> None:
         "(post-training quantization).",
     )
     _learning(quantize, "folder of the run; gets program.kgrc")
-    quantize.add_argument("--weights", required=True, help="state dict, pruned or dense")
+    add_weights(quantize, "weights, pruned or dense", required=True)
     add_design(quantize, "the accelerator to compile for", "--accelerator")
     quantize.add_argument("--method", default=None, help="ranges: minmax, percentile or mse")
     quantize.add_argument(
@@ -164,7 +174,7 @@ def declare(command: Declare) -> None:
         "--backend", default="emulate", help="what runs the program (default: emulate)"
     )
     evaluate.add_argument("--network", help="a float network, instead of a program")
-    evaluate.add_argument("--weights", help="its state dict")
+    add_weights(evaluate, "its weights")
     evaluate.add_argument(
         "--split", default="test", help="which clips; all: every clip (default: test)"
     )
@@ -243,8 +253,10 @@ def run_train(options: argparse.Namespace) -> int:
     from pynq_kgrc.compress.training import TRAINED, TrainConfig, measure_top1
     from pynq_kgrc.models.checkpoint import load_state
 
-    if options.keep_zeros and not options.weights:
-        raise ConfigError("--keep-zeros is about the zeros of --weights, which is not given")
+    for name in ("keep_zeros", "partial", "entry"):
+        if getattr(options, name) and not options.weights:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} says how --weights is read, which is not given")
     config = _changed(_settings(options, TrainConfig()), options)
     setup, videos = _setup(options)
     torch.manual_seed(config.seed)
@@ -591,12 +603,33 @@ def _setup(options: argparse.Namespace) -> tuple[TrainingSetup, VideoSet]:
 
 
 def _matched(options: argparse.Namespace, videos: VideoSet) -> VideoSet:
-    """The videos with the labels of --weights, where its file names its classes."""
-    from pynq_kgrc.compress.weights import load_notes
+    """The videos with the labels of --weights, where it names its classes and they are kept.
 
-    if not options.weights:
-        return videos
-    return videos.named_by(load_notes(options.weights).classes, str(options.weights))
+    Raises:
+        ConfigError: --classes is not the number of classes that the videos have.
+        DataError: a class of the videos is not one of --weights.
+    """
+    from pynq_kgrc.compress.weights import load_notes
+    from pynq_kgrc.errors import DataError
+    from pynq_kgrc.models.pretrained import RELEASES, read_labels
+
+    release = RELEASES.get(options.weights or "")
+    names: tuple[str, ...] = ()
+    if release:
+        names = read_labels(release.labels)
+    elif options.weights:
+        names = load_notes(options.weights).classes
+    classes = getattr(options, "classes", None)
+    if getattr(options, "partial", False) or classes not in (None, len(names)):
+        names = ()
+    try:
+        named = videos.named_by(names, str(options.weights)) if options.weights else videos
+    except DataError as error:
+        cure = "; --partial trains a new classifier" if hasattr(options, "partial") else ""
+        raise DataError(f"{error}{cure}") from error
+    if classes not in (None, len(named.classes)):
+        raise ConfigError(f"--classes {classes}: {options.data} has {len(named.classes)} classes")
+    return named
 
 
 def _clips(
@@ -622,16 +655,17 @@ def _network(
     from pynq_kgrc.compress.training import to_device
     from pynq_kgrc.compress.weights import check_pruned, load_notes
     from pynq_kgrc.models import find_network
-    from pynq_kgrc.models.checkpoint import load_state
 
     build, spec = find_network(options.network)
     network = build(len(videos.classes))
     pruned: dict[str, Tensor] = {}
     if options.weights:
-        told = load_state(network, Path(options.weights))
+        another = getattr(options, "classes", None) is not None
+        partial = getattr(options, "partial", False)
+        told = load_weights(options, network, False if partial else None if another else True)
         if not quiet:
-            _say(f"{options.weights}: {told}")
-        notes = load_notes(options.weights)
+            _say(told)
+        notes = load_notes(weights_file(options.weights))
         pruned = merged(notes.pruned or {})
         check_pruned(options.weights, pruned, network)
         zeros = zero_places(network)
