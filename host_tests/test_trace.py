@@ -19,11 +19,14 @@ from pynq_kgrc.analysis.description import describe
 from pynq_kgrc.cli import build
 from pynq_kgrc.cli.info import summary
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ClipSpec, Graph, run_float
 from pynq_kgrc.models import c3d, i3d, r2plus1d
 from pynq_kgrc.models.trace import trace
+from pynq_kgrc.program import load
+from pynq_kgrc.runtime import Session
 
 CLIP = ClipSpec(frames=4, height=7, width=6, short_side=8)
 FLAT = replace(CLIP, frames=1)
@@ -693,7 +696,7 @@ def test_what_moves_elements_or_holds_constants_computes_what_torch_does(name):
 
 
 @pytest.mark.parametrize("kind", [nn.Softmax, nn.LogSoftmax])
-def test_a_softmax_at_the_end_is_left_out_and_the_graph_says_so(kind):
+def test_a_softmax_at_the_end_is_left_out_and_the_graph_says_so(kind, tmp_path):
     head = chain(conv(), nn.AdaptiveAvgPool3d(1), kind(1), nn.AdaptiveAvgPool3d(1), nn.Flatten())
     graph = trace(head, CLIP)
     assert graph.softmax
@@ -702,6 +705,19 @@ def test_a_softmax_at_the_end_is_left_out_and_the_graph_says_so(kind):
     assert not logits.softmax
     values = np.random.default_rng(0).normal(size=(3, 4, 7, 6)).astype(np.float32)
     assert np.array_equal(run_float(graph, values), run_float(logits, values))
+    frames = np.random.default_rng(0).integers(0, 256, (4, 7, 6, 3), dtype=np.uint8)
+    for traced in (graph, logits):
+        program = compile_graph(traced, [frames], small_config(16))
+        program.save(tmp_path / "net.kgrc")
+        assert load(tmp_path / "net.kgrc").softmax == traced.softmax
+        assert (
+            "; the runtime applies its soft-max" in summary(describe(program))
+        ) == traced.softmax
+        with Session(program) as session, torch.no_grad():
+            found = session.run(frames).probabilities
+            network = head if kind is nn.Softmax else chain(*head[:2], nn.Softmax(1), nn.Flatten())
+            wanted = network(torch.from_numpy(CLIP.normalise(frames))[None]).numpy().ravel()
+        np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 REFUSALS = {

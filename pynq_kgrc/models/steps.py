@@ -836,7 +836,9 @@ def _clamp(reader: Reader, step: Step) -> Value:
     activation = {known: name for name, known in ACTIVATIONS.items()}.get((low, high), "none")
     if activation == "none":
         raise reader.refusal(step, f"a clamp to {low}..{high}", "ReLU or ReLU6")
-    value = reader.whole(step) if value.fill else value
+    zero_moves = (low is not None and low > 0) or (high is not None and high < 0)
+    if value.fill or (zero_moves and (value.padded or value.index is not None)):
+        value = reader.gathered(step, value)
     positive = low is not None and low >= 0
     return _scale(reader, step, value, activation=activation, positive=positive)
 
