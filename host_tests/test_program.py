@@ -209,7 +209,8 @@ def first_element(value):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (set_in("version", value=5), r"version 5; this release reads 'pynq_kgrc' of .* 1, 2, 3, 4"),
+        (set_in("version", value=6), r"version 6; this release reads 'pynq_kgrc' of .* 3, 4, 5"),
+        (set_in("version", value=5), r"conv1: values are not \d+ packed 4-bit powers of two"),
         (set_in("version", value=0), r"version 0; this release reads 'pynq_kgrc' of .* 1, 2"),
         (set_in("clip", "sampling", value="some"), r"sampling='some' .* accepted are centre"),
         (set_in("clip", "temperature", value=0), r"temperature=0.0; accepted is above 0"),
@@ -333,6 +334,46 @@ def test_a_file_of_version_1_is_read_and_written_as_version_4(tmp_path):
     new = load(path)
     assert new.version == 4 and new.clip == old.clip
     np.testing.assert_array_equal(outputs(new), outputs(program))
+
+
+@pytest.mark.parametrize(("bits", "top"), [(8, 64), (4, 4)])
+def test_weights_of_powers_of_two_take_few_bits(bits, top, tmp_path):
+    """3 bits at a width of 4, 4 bits at 8; one other code, and all are stored as codes."""
+    program, _ = compiled(small_net(), small_config(bits=bits))
+    rng = np.random.default_rng(0)
+    choices = [0, *(sign * (1 << i) for i in range(top.bit_length()) for sign in (1, -1))]
+
+    def with_values(task, values):
+        if not isinstance(task, ConvTask):
+            return task
+        weights = msgspec.structs.replace(task.weights, values=values(task.weights.values))
+        return msgspec.structs.replace(task, weights=weights)
+
+    def powers(values):
+        return rng.choice(np.array(choices, np.int8), values.shape)
+
+    tasks = tuple(with_values(task, powers) for task in program.tasks)
+    few, plain = tmp_path / "few.kgrc", tmp_path / "plain.kgrc"
+    changed = msgspec.structs.replace(program, tasks=tasks)
+    changed.save(few)
+    read = load(few)
+    assert read.version == 4
+    for ours, theirs in zip(read.tasks, tasks, strict=True):
+        if isinstance(ours, ConvTask):
+            np.testing.assert_array_equal(ours.weights.values, theirs.weights.values)
+            assert ours.weights.values.dtype == np.int8
+    np.testing.assert_array_equal(outputs(read), outputs(changed))
+    last = tasks[-1].weights.values.copy()
+    last.reshape(-1)[0] = 3
+    other = with_values(tasks[-1], lambda _: last)
+    msgspec.structs.replace(program, tasks=(*tasks[:-1], other)).save(plain)
+    assert load(plain).version == 3
+    count = sum(task.weights.values.size for task in tasks if isinstance(task, ConvTask))
+    saved = {8: 4, 4: 1}[bits] * count / 8
+    assert plain.stat().st_size - few.stat().st_size == pytest.approx(saved, abs=100)
+    with_document(few, set_in("config", "bits", value=16))
+    with pytest.raises(ProgramError, match="version 4 is for designs of 8 or 4 bits"):
+        load(few)
 
 
 def test_files_that_are_no_program(tmp_path):

@@ -37,13 +37,16 @@ from pynq_kgrc.quant import (
     BITS,
     MAX_SHIFT,
     MULT_BITS,
+    POWER_BITS,
     Array,
     QuantParams,
+    are_powers,
     ceil_div,
     code_dtype,
     pack_int4,
-    packed_bytes,
+    pack_powers,
     unpack_int4,
+    unpack_powers,
     weight_limit,
 )
 
@@ -51,7 +54,11 @@ VERSION = 4
 """Version of the container that this module writes. The hardware does not depend on it: what that
 reads has a version of its own, `accelerator.header.IMAGE_VERSION`."""
 
-READABLE = (1, 2, 3, VERSION)
+OF_POWERS = 5
+"""Version of a container whose weights are all 0 or powers of two: they take 3 bits each at a width
+of 4, and 4 bits at 8. Otherwise it is as version 4."""
+
+READABLE = (1, 2, 3, VERSION, OF_POWERS)
 """Versions that `load` reads. Version 1 does not say how a video is sampled and how confidences are
 calibrated: such a program has the defaults of `ClipSpec`. Neither 1 nor 2 folds its clip. Before
 version 4, the file has the values of groups that are off as well."""
@@ -329,13 +336,21 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         """Write the container atomically: to a temporary file that is renamed to `path`.
 
         The same program gives the same bytes, in every process. Of whatever version the file was
-        that it was read from, version `VERSION` is written.
+        that it was read from, version `VERSION` is written, or `OF_POWERS` if all weights are 0 or
+        powers of two.
         """
         tensors = self._tensors()
         names = {id(array): name for name, array in tensors.items()}
-        written = msgspec.structs.replace(self, version=VERSION)
+        powers = all(
+            are_powers(task.weights.values, self.config.bits)
+            for task in self.tasks
+            if isinstance(task, ConvTask)
+        )
+        version = OF_POWERS if powers else VERSION
+        written = msgspec.structs.replace(self, version=version)
         document = msgspec.json.encode(written, enc_hook=lambda array: names[id(array)])
-        stored = {name: self._store(array) for name, array in self._on(tensors).items()}
+        kept = self._on(tensors)
+        stored = {name: self._store(array, powers) for name, array in kept.items()}
         metadata = {
             DOCUMENT_KEY: document.decode(),
             DIGEST_KEY: _digest(document, stored),
@@ -364,8 +379,10 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
                     kept[name] = tensors[name][task.weights.enabled]
         return kept
 
-    def _store(self, array: Array) -> Array:
-        """An array as it is stored: 4-bit codes packed two to a byte."""
+    def _store(self, array: Array, powers: bool) -> Array:
+        """An array as it is stored: powers of two and 4-bit codes are packed."""
+        if powers and array.dtype == np.int8:
+            return pack_powers(array, self.config.bits)
         if self.config.bits == 4 and array.dtype == np.int8:
             return pack_int4(array)
         return np.ascontiguousarray(array)
@@ -471,7 +488,7 @@ def _decode(document: bytes, stored: dict[str, Array]) -> Program:
         if isinstance(task, ConvTask):
             _check_window(task.shape, task.name)
             _within(task.shape.taps, 1, MAX_TAPS, f"{task.name}: taps of its window")
-            if program.config.bits == 4:
+            if program.config.bits == 4 or program.version == OF_POWERS:
                 task = _unpacked(program, task)
             if program.version >= 4:
                 task, more = _with_groups_that_are_off(program, task, MAX_WEIGHT_BYTES - nbytes)
@@ -487,17 +504,25 @@ def _groups(program: Program, task: ConvTask) -> tuple[int, int, int]:
 
 
 def _unpacked(program: Program, task: ConvTask) -> ConvTask:
-    """The task with its 4-bit values unpacked to one per byte."""
+    """The task with its packed values unpacked to one per byte."""
     weights = task.weights
     p, q, t = _groups(program, task)
     kr, kc = weights.rows.shape[-1], weights.cols.shape[-1]
     groups = (int(np.count_nonzero(weights.enabled)),) if program.version >= 4 else (p, q)
     wanted = (*groups, t, kr, program.config.tn, kc)
     count = math.prod(wanted)
-    if weights.values.dtype != np.uint8 or weights.values.shape != (packed_bytes(count, 4),):
-        raise ProgramError(f"{task.name}: values are not {count} packed 4-bit codes")
-    values = unpack_int4(weights.values, count).reshape(wanted)
-    return msgspec.structs.replace(task, weights=msgspec.structs.replace(weights, values=values))
+    bits, powers = program.config.bits, program.version == OF_POWERS
+    if powers and bits not in POWER_BITS:
+        raise ProgramError(f"bits={bits}; version {OF_POWERS} is for designs of 8 or 4 bits")
+    each = POWER_BITS[bits] if powers else 4
+    if weights.values.dtype != np.uint8 or weights.values.shape != (ceil_div(count * each, 8),):
+        kind = "powers of two" if powers else "codes"
+        raise ProgramError(f"{task.name}: values are not {count} packed {each}-bit {kind}")
+    values = (
+        unpack_powers(weights.values, count, bits) if powers else unpack_int4(weights.values, count)
+    )
+    unpacked = msgspec.structs.replace(weights, values=values.reshape(wanted))
+    return msgspec.structs.replace(task, weights=unpacked)
 
 
 def _with_groups_that_are_off(program: Program, task: ConvTask, limit: int) -> tuple[ConvTask, int]:
