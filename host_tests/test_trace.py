@@ -695,6 +695,29 @@ def test_what_moves_elements_or_holds_constants_computes_what_torch_does(name):
     assert wanted is None or found == wanted
 
 
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_moved_as_they_are(bits, method):
+    """A shift, and half of the channels: the same codes at other places, zeros apart."""
+    torch.manual_seed(1)
+    shift = Shift()
+    network = Net(lambda s, x: s.b(shift(s.a(x))[:, :4]), a=conv(3, 8, padding=1), b=conv(4, 4))
+    with torch.no_grad():
+        network.a.weight[4:] *= 3
+    frames = np.random.default_rng(0).integers(0, 256, (4, 7, 6, 3), dtype=np.uint8)
+    program = compile_graph(
+        trace(network.eval(), CLIP), [frames], small_config(bits), method=method
+    )
+    with Session(program) as session:
+        codes = {name: found for name, found, _ in session.trace(frames)}
+    zero = program.tasks[1].in_zero
+    shifted = np.full_like(codes["a"][:4], zero)
+    shifted[:2, :-1] = codes["a"][:2, 1:]
+    shifted[2:4, 1:] = codes["a"][2:4, :-1]
+    assert int(shifted.max()) - int(shifted.min()) >= 3
+    np.testing.assert_array_equal(codes["a.moved"], shifted)
+
+
 @pytest.mark.parametrize("kind", [nn.Softmax, nn.LogSoftmax])
 def test_a_softmax_at_the_end_is_left_out_and_the_graph_says_so(kind, tmp_path):
     head = chain(conv(), nn.AdaptiveAvgPool3d(1), kind(1), nn.AdaptiveAvgPool3d(1), nn.Flatten())
