@@ -438,6 +438,11 @@ class Gate(nn.Module):
         return x * torch.sigmoid(x)
 
 
+class TwoInputs(nn.Module):
+    def forward(self, slow, fast):
+        return slow + fast
+
+
 def data_dependent(self, x):
     return self.a(x) if x.sum() > 0 else x
 
@@ -770,6 +775,18 @@ REFUSALS = {
         chain(nn.AdaptiveAvgPool3d(1), nn.Softmax(1), conv(kernel=1)),
         "a soft-max inside the network at 1 .*the last step of the network",
     ),
+    "softmax twice": (
+        chain(nn.AdaptiveAvgPool3d(1), nn.Softmax(1), nn.Softmax(1)),
+        "a soft-max inside the network at 1",
+    ),
+    "softmax, then padding": (
+        Net(lambda s, x: F.pad(s.a(x).mean((2, 3, 4)).softmax(1), (0, 2)), a=conv()),
+        "a soft-max inside the network at top level",
+    ),
+    "softmax, then some of its classes": (
+        Net(lambda s, x: s.a(x).mean((2, 3, 4)).softmax(1)[:, :2], a=conv()),
+        "a soft-max inside the network at top level",
+    ),
     "softmax of each pixel": (chain(conv(), nn.Softmax(1)), "a soft-max inside the network at 1"),
     "layer norm": (chain(nn.LayerNorm(6)), "no layer_norm at 0 .*use BatchNorm"),
     "group norm": (chain(nn.GroupNorm(1, 3)), "no group_norm at 0 .*use BatchNorm"),
@@ -890,6 +907,10 @@ REFUSALS = {
         "conv3d has weights that depend on the clip at top level",
     ),
     "two outputs": (Net(lambda s, x: (s.a(x), x), a=conv()), "the output has to be one tensor"),
+    "two inputs": (
+        TwoInputs(),
+        r"TwoInputs: its forward takes 2 inputs \(slow, fast\); wrap it in a module that takes one",
+    ),
     "a dict": (Net(lambda s, x: {"logits": s.a(x)}, a=conv()), "the output has to be one tensor"),
     "a constant": (
         Net(lambda s, x: s.a.weight * 2, a=conv()),

@@ -184,7 +184,8 @@ class Reader:
         named = [read for read in step.inputs if isinstance(read, str)]
         soft = [read for read in named if self.values[read].softmax]
         if soft:  # only views of a soft-max are its soft-max
-            if value.draft is not self.values[soft[0]].draft or value.index is not None:
+            same = value.draft is self.values[soft[0]].draft and step.op != "softmax"
+            if not same or value.index is not None or value.padded:
                 raise self.refusal(self.steps[soft[0]], SOFTMAX_INSIDE, INSTEAD["softmax"])
             value = replace(value, softmax=True)
         self.values[step.name] = value
