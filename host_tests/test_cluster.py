@@ -273,7 +273,7 @@ def test_without_ray_the_error_names_the_extra_to_install(arguments, monkeypatch
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    assert "pip install pynq_kgrc[cluster,serve]" in capsys.readouterr().err
+    assert "pip install '.[cluster,serve]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
