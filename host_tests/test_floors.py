@@ -95,7 +95,7 @@ def test_imports_go_down(path):
             assert FLOORS[there] < FLOORS[here], f"{path}: floor {here} imports {there}"
 
 
-BACKEND_FOLDERS = ("backends.emulation", "backends.board")
+BACKEND_FOLDERS = ("backends.emulation", "backends.native", "backends.board")
 """A folder a backend: neither knows the other. What both need lies in `backends/` itself."""
 
 
@@ -139,7 +139,13 @@ ASLEEP = ("torch", "pynq", "cv2", "av", "fastapi", "matplotlib", "ray")
 
 @pytest.mark.parametrize(
     "module",
-    ["pynq_kgrc", "pynq_kgrc.runtime", "pynq_kgrc.backends.emulation.backend", "pynq_kgrc.cli"],
+    [
+        "pynq_kgrc",
+        "pynq_kgrc.runtime",
+        "pynq_kgrc.backends.emulation.backend",
+        "pynq_kgrc.cli",
+        "pynq_kgrc.models.steps",
+    ],
 )
 def test_the_runtime_wakes_nothing_heavy(module):
     """In a fresh process where none of those can be imported at all."""

@@ -73,7 +73,7 @@ def declare(command: Declare) -> None:
         help=f"{PROGRAM_HELP} (default: the one that comes with this package)",
     )
     batch.add_argument(
-        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+        "--backend", default="emulate", help="emulate, native, csim or board (default: emulate)"
     )
     batch.add_argument(
         "--workers",
@@ -171,7 +171,7 @@ def run_batch(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise needs_ray(error) from error
     from pynq_kgrc.backends.base import backend_class
-    from pynq_kgrc.backends.emulation.crew import available_cores
+    from pynq_kgrc.backends.cores import available_cores
     from pynq_kgrc.service.settings import shipped_program
 
     exclusive = backend_class(options.backend).exclusive

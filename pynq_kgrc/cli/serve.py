@@ -56,7 +56,10 @@ def declare(command: Declare) -> None:
         "place of those that ship",
     )
     serve.add_argument(
-        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+        "--backend",
+        default="auto",
+        help="emulate, native, csim, board, or auto: the first of board, native and emulate that "
+        "there is (default: auto)",
     )
     serve.add_argument(
         "--workers", type=whole(1, 1024), default=1, help="processes that run clips (default: 1)"
@@ -250,6 +253,7 @@ def run_serve(options: argparse.Namespace) -> int:
             f"the service needs more ({error}): pip install '.[serve]' in the folder of the source"
         ) from error
     from pynq_kgrc.backends.base import backend_class
+    from pynq_kgrc.backends.chosen import resolve_backend
     from pynq_kgrc.service.keys import read_keys
     from pynq_kgrc.service.settings import Settings, check_settings, state_folder
 
@@ -260,11 +264,12 @@ def run_serve(options: argparse.Namespace) -> int:
         raise ConfigError(
             "no program comes with this release: give --program FILE (made by compile)"
         )
+    backend = resolve_backend(options.backend)
     settings = Settings(
         programs=programs,
         repository=options.repository,
         load_all=options.load_all,
-        backend=options.backend,
+        backend=backend,
         workers=options.workers,
         host=options.host,
         port=options.port,
@@ -283,8 +288,8 @@ def run_serve(options: argparse.Namespace) -> int:
         state=options.state or state_folder(options.port),
     )
     check_settings(settings, options.insecure)
-    if options.workers > 1 and backend_class(options.backend).exclusive:
-        raise ConfigError(f"--workers {options.workers}: the backend {options.backend} takes one")
+    if options.workers > 1 and backend_class(backend).exclusive:
+        raise ConfigError(f"--workers {options.workers}: the backend {backend} takes one")
 
     def announce(started: dict[str, Any]) -> None:
         if options.json:

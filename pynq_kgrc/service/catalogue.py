@@ -54,7 +54,7 @@ class ServedProgram:
     def clip_shape(self) -> tuple[int, int, int, int]:
         """Shape of a clip of uint8 frames: [D, H, W, 3]."""
         clip = self.description.clip
-        return clip.frames, clip.height, clip.width, 3
+        return clip.frames, clip.height, clip.width, clip.channels
 
 
 class Catalogue:
