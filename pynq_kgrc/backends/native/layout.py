@@ -367,14 +367,16 @@ def _set_scaling(laid: LaidOut, made: _Scaling, task: ConvTask, bias: Array) -> 
         laid.maps["shortcut"] = task.shortcut.source
 
 
-def _region_rows(rows: int, columns: int, most: int, lanes: int) -> int:
-    """Rows of a region, at most `most` and at least half of that: with the fewest vectors in all."""
+def _region_rows(rows: int, columns: int, most: int, unit: int) -> int:
+    """Rows of a region, at most `most` and at least half of that: so that the fewest positions are
+    computed, which come in a `unit`.
+    """
 
-    def vectors(region: int) -> int:
+    def units(region: int) -> int:
         whole, rest = divmod(rows, region)
-        return whole * ceil_div(region * columns, lanes) + ceil_div(rest * columns, lanes)
+        return whole * ceil_div(region * columns, unit) + ceil_div(rest * columns, unit)
 
-    return min(range(most, (most - 1) // 2, -1), key=vectors)
+    return min(range(most, (most - 1) // 2, -1), key=units)
 
 
 def _set_outputs(made: Convolution, task: ConvTask, axes: list[Axis], gathers: bool) -> None:
@@ -403,7 +405,8 @@ def _set_jobs(
     if gathers:
         row_bytes = 4 * planes * math.prod(kernel) * made.out[2]
         most = max(1, min(made.out[1], GATHERED_BYTES // row_bytes))
-        made.region_rows = _region_rows(made.out[1], made.out[2], most, instructions.lanes)
+        unit = made.tile if made.call_sets else instructions.lanes
+        made.region_rows = _region_rows(made.out[1], made.out[2], most, unit)
     else:
         row_bytes = 4 * planes * made.input.length[2] * (kernel[0] + made.pool[0] - 1)
         rows = max(1, min(made.out[1], INPUT_BYTES // row_bytes))
@@ -459,7 +462,9 @@ def _lay_out_pool(program: Program, task: PoolTask) -> LaidOut:
     same = (task.mult, task.shift) == (1 << 14, 14) and task.in_zero == task.out.zero_point
     made.rescales = int(task.average or not same)
     laid = LaidOut(made, {"source": task.source, "target": task.target})
-    laid.scratch_bytes = shape.in_size[2] * QUAD * made.code_bytes
+    plane = shape.in_size[1] * shape.in_size[2]
+    span = shape.in_size[2] + sum(pad[2] for pad in (shape.pad_before, shape.pad_after))
+    laid.scratch_bytes = (plane + span + 2 * shape.out_size[2]) * QUAD * made.code_bytes
     return laid
 
 
