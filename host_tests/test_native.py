@@ -23,7 +23,6 @@ from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.backends.native import library
 from pynq_kgrc.backends.native.backend import Native
 from pynq_kgrc.errors import DeviceError, ProgramError
-from pynq_kgrc.graph import ConvShape
 from pynq_kgrc.program import KgrcWeights, Shortcut, load
 from pynq_kgrc.runtime import Session
 

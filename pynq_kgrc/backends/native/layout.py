@@ -30,6 +30,7 @@ DOT_BYTES = 256
 INPUT_BYTES = 192 << 10
 """Bytes of padded input that a job reads again for each block of filters; they fit a L2 cache."""
 
+GATHERED_TAPS, GATHERED_WIDTH = 9, 16
 GATHERED_ROWS, GATHERED_BYTES = 1200, 400 << 10
 """Most rows of elements that are gathered for a region, and about the bytes of all."""
 
@@ -163,7 +164,11 @@ class Axis:
 
     def __init__(self, shape: ConvShape, axis: int) -> None:
         size, kernel = shape.in_size[axis], shape.kernel[axis]
-        self.out, self.stride, before = shape.out_size[axis], shape.stride[axis], shape.pad_before[axis]
+        self.out, self.stride, before = (
+            shape.out_size[axis],
+            shape.stride[axis],
+            shape.pad_before[axis],
+        )
         if self.stride == 1:
             behind = max(0, self.out + kernel - 1 - before - size)
             self.lead = max(before, behind)
@@ -262,7 +267,9 @@ def _lay_out_convolution(
     weight = task.weights.expand(shape, program.config.gm, program.group_columns(task))
     kept = _kept_rows(program, task)
     cut = (blocks, BLOCK, planes, channels, shape.taps)
-    operands = np.zeros((blocks * BLOCK, planes * channels, shape.taps), np.int16 if pairs else np.int8)
+    operands = np.zeros(
+        (blocks * BLOCK, planes * channels, shape.taps), np.int16 if pairs else np.int8
+    )
     operands[: shape.filters, : shape.channels] = weight
     mask = np.zeros(operands.shape, bool)
     mask[: shape.filters, : shape.channels] = kept
@@ -312,8 +319,15 @@ def _vectors(count: int, lanes: int) -> int:
 
 
 def _gathers(task: ConvTask, planes: int) -> bool:
-    """Whether the elements of a region are gathered: not for a pool, nor if they fit no cache."""
-    return task.pool is None and planes * task.shape.taps <= GATHERED_ROWS
+    """Whether the elements of a region are gathered: where that was measured to be faster.
+
+    Not for a pool, not if they fit no cache, not for one tap, whose elements are read in order
+    anyway, and not for many taps along long rows, where one load from a cache serves several taps.
+    """
+    taps, width = task.shape.taps, task.shape.out_size[2]
+    if task.pool is not None or planes * taps > GATHERED_ROWS:
+        return False
+    return 1 < taps <= GATHERED_TAPS or width <= GATHERED_WIDTH
 
 
 def _adds_sets(steps: _Steps) -> bool:
