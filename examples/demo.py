@@ -1,4 +1,4 @@
-"""`make demo`: classifies real clips with trained networks at 8 bits, bit for bit as the accelerator.
+"""`make demo`: classifies real clips with trained networks at 8 bits, as the accelerator does.
 
 Fetches I3D's weights once (47 MB), makes a program of them, without torch, and classifies three
 clips. Then the program that ships, which knows 27 actions seen by a depth camera, classifies a

@@ -184,7 +184,7 @@ class Axis:
 
 
 def _tap_offsets(axes: list[Axis]) -> tuple[Array, int]:
-    """int64 [taps]: elements from an output's position to a tap in plane 0; and those of a plane."""
+    """int64 [taps]: elements from an output's position to a tap of plane 0; those of a plane."""
     d, h, w = axes
     volume = d.length * h.length * w.length
     phase = (d.phases[:, None, None] * h.stride + h.phases[:, None]) * w.stride + w.phases
