@@ -139,7 +139,10 @@ setup(
         # pyarrow 26 needs numpy 2, pynq needs numpy 1
         "cluster": ["ray[data,serve]>=2.60", "pyarrow>=17,<26", "aiohttp>=3.12"],
         # clients that the tests of the service use
-        "clients": ["tritonclient[http]", "schemathesis", "playwright"],
+        "clients": [
+            *("tritonclient[http]", "schemathesis", "playwright"),
+            "axe-playwright-python",  # the rules for accessible pages
+        ],
         "plots": ["matplotlib>=3.6"],
         # to open the notebooks on a computer; a PYNQ image already has Jupyter
         "notebooks": ["notebook", "matplotlib>=3.6"],

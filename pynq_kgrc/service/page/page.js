@@ -6,6 +6,8 @@ const HUES = [221, 12, 142, 280, 38, 190, 330, 90, 250, 60];
 const FINAL = ["done", "failed", "cancelled", "lost"];
 const KEPT = "kgrc.results"; // in localStorage: results only
 const MOST_KEPT = 20;
+const THUMBS = 8; // pictures on a timeline
+const PATIENCE = 60000; // ms for one of them, and for an answer about a job
 const BACKENDS = { emulate: "its bit-exact emulation", csim: "its C simulation", board: "the board" };
 
 let programs = [];
@@ -16,6 +18,7 @@ let shown = null; // the video that is displayed
 let whole = true; // labels of the whole video, or of the moment
 let moment = 0; // ms
 let working = false;
+let fetching = false; // an example
 let camera = null;
 let colours = new Map();
 
@@ -60,7 +63,10 @@ const seconds = (ms) => `${(ms / 1000).toFixed(1)} s`;
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 const millis = (ms) => (ms < 10 ? `${ms.toFixed(2)} ms` : ms < 10000 ? `${ms.toFixed(0)} ms` : seconds(ms));
 const clips = (count) => `${count} ${count === 1 ? "clip" : "clips"}`;
-const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+const pause = (ms, stop) => new Promise((done) => {
+  setTimeout(done, ms);
+  if (stop) stop.addEventListener("abort", done, { once: true });
+});
 
 function showError(text) {
   $("error").textContent = text;
@@ -91,9 +97,12 @@ async function request(path, options = {}) {
     answer = await fetch(path, { ...options, headers: withKey(options.headers) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw Object.assign(new Error("The service cannot be reached."), { offline: true });
+    throw Object.assign(new Error("The service cannot be reached."), { passing: true });
   }
-  if (!answer.ok) throw new Error(complaint(answer.status, await answer.json().catch(() => null)));
+  if (!answer.ok) {
+    const text = complaint(answer.status, await answer.json().catch(() => null));
+    throw Object.assign(new Error(text), { passing: [429, 502, 503, 504].includes(answer.status) });
+  }
   return answer;
 }
 
@@ -152,6 +161,7 @@ function showProgram() {
   $("knows").hidden = !program;
   if (!program) return;
   $("about").textContent = program.about;
+  $("always-sure").hidden = program.clip.threshold > 0;
   $("knows-title").textContent = `The ${program.classes} actions that ${program.name} knows`;
   searchActions();
   showExamples();
@@ -191,14 +201,20 @@ function knower(example) {
 }
 
 async function tryExample(example) {
+  if (fetching) return;
+  fetching = true;
+  $("status").textContent = "Fetching the example…";
   try {
     const fit = knower(example);
     if (fit && !$("compare").value) $("program").value = fit.name;
     showProgram();
     const blob = await (await request(`/page/examples/${example.name}`)).blob();
-    add([new File([blob], example.name.split("/").pop(), { type: example.kind })], example);
+    await add([new File([blob], example.name.split("/").pop(), { type: example.kind })], example);
   } catch (error) {
+    $("status").textContent = "";
     showError(error.message);
+  } finally {
+    fetching = false;
   }
 }
 
@@ -211,7 +227,10 @@ function runsNow() {
   return [...new Set(names)].map((program) => ({ program, options: optionsNow(), state: "waiting", windows: [] }));
 }
 
-function add(files, example) {
+async function add(files, example) {
+  await ready;
+  if (!programs.length) await listPrograms();
+  if (!programs.length) return; // the error says why
   stopCamera();
   for (const file of files) {
     const kind = file.type || "application/octet-stream";
@@ -256,7 +275,7 @@ async function classify(video, run) {
       if (answer.status === 429 && left && answer.retry) {
         run.full = answer.retry;
         changed(video);
-        await pause(1000 * answer.retry);
+        await pause(1000 * answer.retry, run.stop.signal);
         run.full = 0;
         run.stop.signal.throwIfAborted();
         continue;
@@ -275,21 +294,31 @@ async function classify(video, run) {
 /** Ask for a job until it is final; a connection that is gone may come back. */
 async function follow(video, run) {
   run.stop = run.stop || new AbortController();
+  const { signal } = run.stop;
   let lost = 0;
   address();
   for (;;) {
+    signal.throwIfAborted();
     let job;
+    const once = new AbortController(); // this question, which may be given up without the job
+    const give = () => once.abort();
+    const late = setTimeout(give, PATIENCE);
+    signal.addEventListener("abort", give);
     try {
       const place = `/v1/jobs/${run.job}?since=${run.windows.length}`;
-      job = await (await request(place, { signal: run.stop.signal })).json();
+      job = await (await request(place, { signal: once.signal })).json();
       lost = 0;
     } catch (error) {
-      if (!error.offline || lost > 60) throw error;
+      signal.throwIfAborted();
+      if (!(error.passing || once.signal.aborted) || lost > 60) throw error;
       lost += 1;
       run.offline = true;
       changed(video);
-      await pause(2000);
+      await pause(2000, signal);
       continue;
+    } finally {
+      clearTimeout(late);
+      signal.removeEventListener("abort", give);
     }
     run.offline = false;
     run.state = job.state;
@@ -305,7 +334,7 @@ async function follow(video, run) {
       return;
     }
     changed(video);
-    await pause(job.state === "queued" ? 1000 : 300);
+    await pause(job.state === "queued" ? 1000 : 300, signal);
   }
 }
 
@@ -332,7 +361,7 @@ function cancel() {
 async function lookAgain() {
   const from = shown;
   if (from.file) {
-    add([from.file], from.example && { name: from.example, label: from.shows });
+    await add([from.file], from.example && { name: from.example, label: from.shows });
     if (working) show(videos[videos.length - 1]);
   } else {
     const example = examples.find((each) => each.name === from.example);
@@ -461,7 +490,7 @@ function show(video) {
     const place = picture ? $("picture") : $("player");
     place.src = URL.createObjectURL(video.file);
     place.hidden = false;
-    if (!video.thumbs) makeThumbs(video);
+    makeThumbs(video);
   }
   address();
   listVideos();
@@ -558,7 +587,7 @@ function drawTimelines(video) {
     const track = element("div", null, $("timelines"), "track");
     track.duration = it.duration;
     const thumbs = element("div", null, track, "thumbs");
-    if (run === video.runs[0]) drawThumbs(video, thumbs);
+    if (thumbs === document.querySelector(".thumbs")) drawThumbs(video, thumbs);
     drawCurve(it, thresholdOf(run), track);
     drawSegments(it, run, track);
     element("div", null, track, "head");
@@ -639,62 +668,84 @@ function drawCurve(it, threshold, track) {
   }
 }
 
+/** Draw the pictures of a video that are there, each at its place in time. */
 function drawThumbs(video, place) {
-  for (const image of video.thumbs || []) {
+  place.replaceChildren();
+  (video.thumbs || []).forEach((image, i) => {
     const canvas = element("canvas", null, place);
+    canvas.style.gridColumn = i + 1;
     canvas.width = image.width;
     canvas.height = image.height;
     canvas.getContext("2d").drawImage(image, 0, 0);
+  });
+}
+
+/** Make the pictures of a video that are not there yet, as far as this browser can decode it. */
+async function makeThumbs(video) {
+  if (video.thumbing) return;
+  video.thumbing = true;
+  video.thumbs = video.thumbs || [];
+  try {
+    await (video.kind.startsWith("image/") ? picturesOfImage(video) : picturesOfVideo(video));
+  } catch { /* the timeline has the pictures that were made */ }
+  video.thumbing = false;
+}
+
+async function keepThumb(video, i, source, width, height) {
+  const resizeWidth = Math.max(1, Math.round((64 * width) / height));
+  video.thumbs[i] = await createImageBitmap(source, { resizeHeight: 64, resizeWidth });
+  const place = document.querySelector(".thumbs");
+  if (video === shown && place) drawThumbs(video, place);
+}
+
+async function picturesOfImage(video) {
+  if (!("ImageDecoder" in window)) return;
+  const decoder = new ImageDecoder({ data: await video.file.arrayBuffer(), type: video.kind });
+  try {
+    await Promise.all([decoder.tracks.ready, decoder.completed]);
+    const frames = decoder.tracks.selectedTrack.frameCount;
+    for (let i = 0; i < THUMBS; i += 1) {
+      if (video.thumbs[i]) continue;
+      const { image } = await decoder.decode({ frameIndex: Math.floor(((i + 0.5) * frames) / THUMBS) });
+      await keepThumb(video, i, image, image.displayWidth, image.displayHeight);
+      image.close();
+    }
+  } finally {
+    decoder.close();
   }
 }
 
-/** Eight pictures of a video, as far as this browser can decode it. */
-async function makeThumbs(video) {
-  const count = 8;
-  const small = (source, width, height) =>
-    createImageBitmap(source, { resizeHeight: 64, resizeWidth: Math.max(1, Math.round((64 * width) / height)) });
-  const made = [];
-  video.thumbs = made;
+/** A picture that is not decoded within PATIENCE is left out; the next look at the video tries it again. */
+async function picturesOfVideo(video) {
+  const player = element("video");
+  player.muted = true;
+  player.preload = "auto";
+  player.src = URL.createObjectURL(video.file);
+  const happens = (name) => new Promise((done, fail) => {
+    const late = setTimeout(() => done(false), PATIENCE);
+    player.addEventListener(name, () => (clearTimeout(late), done(true)), { once: true });
+    player.addEventListener("error", () => (clearTimeout(late), fail(new Error("not playable"))), { once: true });
+  });
   try {
-    if (video.kind.startsWith("image/")) {
-      if (!("ImageDecoder" in window)) return;
-      const decoder = new ImageDecoder({ data: await video.file.arrayBuffer(), type: video.kind });
-      await Promise.all([decoder.tracks.ready, decoder.completed]);
-      const frames = decoder.tracks.selectedTrack.frameCount;
-      for (let i = 0; i < count; i += 1) {
-        const { image } = await decoder.decode({ frameIndex: Math.floor(((i + 0.5) * frames) / count) });
-        made.push(await small(image, image.displayWidth, image.displayHeight));
-        image.close();
-      }
-    } else {
-      const player = element("video");
-      player.muted = true;
-      player.preload = "auto";
-      player.src = URL.createObjectURL(video.file);
-      const happens = (name) => new Promise((done, fail) => {
-        player.addEventListener(name, done, { once: true });
-        player.addEventListener("error", () => fail(new Error("not playable")), { once: true });
-        setTimeout(() => fail(new Error("too slow")), 5000);
-      });
-      try {
-        await happens("loadeddata");
-        for (let i = 0; i < count && Number.isFinite(player.duration); i += 1) {
-          player.currentTime = ((i + 0.5) * player.duration) / count;
-          await happens("seeked");
-          made.push(await small(player, player.videoWidth, player.videoHeight));
-        }
-      } finally {
-        URL.revokeObjectURL(player.src);
-      }
+    if (!(await happens("loadeddata")) || !Number.isFinite(player.duration)) return;
+    for (let i = 0; i < THUMBS && videos.includes(video); i += 1) {
+      if (video.thumbs[i]) continue;
+      player.currentTime = ((i + 0.5) * player.duration) / THUMBS;
+      let came = await happens("seeked");
+      while (came && player.seeking) came = await happens("seeked"); // that was the seek before this one
+      if (came) await keepThumb(video, i, player, player.videoWidth, player.videoHeight);
     }
-  } catch { /* the timeline goes without pictures */ }
-  if (made.length) changed(video);
+  } finally {
+    URL.revokeObjectURL(player.src);
+    player.removeAttribute("src");
+    player.load();
+  }
 }
 
 function seek(ms) {
   whole = false;
   moment = Math.max(0, ms);
-  if (!$("player").hidden && $("player").duration) $("player").currentTime = moment / 1000;
+  if ($("player").getAttribute("src")) $("player").currentTime = moment / 1000; // also before it is loaded
   atMoment();
 }
 
@@ -809,7 +860,7 @@ function download(name, kind, text) {
   link.href = URL.createObjectURL(new Blob([text], { type: kind }));
   link.download = name;
   link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  setTimeout(() => URL.revokeObjectURL(link.href), PATIENCE);
 }
 
 function csvOf(result) {
@@ -946,22 +997,30 @@ async function startCamera() {
     return;
   }
   start();
+  const mine = { stream: null, socket: null, timer: null };
+  camera = mine;
+  $("webcam").textContent = "Stop the webcam";
   let stream;
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { width: 320, height: 240 } });
   } catch (error) {
+    if (camera !== mine) return;
+    start();
     showError(`The webcam cannot be used: ${error.message}`);
     return;
   }
-  camera = { stream, socket: null, timer: null };
+  if (camera !== mine) { // stopped while the browser asked for permission
+    for (const track of stream.getTracks()) track.stop();
+    return;
+  }
+  camera.stream = stream;
   const player = $("player");
   player.srcObject = stream;
   player.controls = false;
   player.hidden = false;
   $("drop").hidden = $("examples-box").hidden = true;
-  $("webcam").textContent = "Stop the webcam";
-  await player.play();
-  if (camera) goLive();
+  await player.play().catch(() => {}); // it was stopped before its first frame
+  if (camera === mine) goLive();
 }
 
 /** Send the frames of the webcam to the chosen program. */
@@ -976,11 +1035,17 @@ function goLive() {
   const canvas = element("canvas");
   canvas.width = player.videoWidth || 320;
   canvas.height = player.videoHeight || 240;
+  let coding = false;
   socket.onopen = () => {
+    if (!camera || camera.socket !== socket) return;
     camera.timer = setInterval(() => {
-      if (socket.bufferedAmount > 200000) return; // back-pressure: skip a frame
+      if (coding || socket.bufferedAmount > 200000) return; // back-pressure: skip a frame
+      coding = true;
       canvas.getContext("2d").drawImage(player, 0, 0, canvas.width, canvas.height);
-      canvas.toBlob((image) => image && socket.readyState === 1 && socket.send(image), "image/jpeg", 0.85);
+      canvas.toBlob((image) => {
+        coding = false;
+        if (image && socket.readyState === 1) socket.send(image);
+      }, "image/jpeg", 0.85);
     }, 66);
   };
   socket.onmessage = (event) => {
@@ -1023,7 +1088,7 @@ function closeLive() {
 function stopCamera() {
   if (!camera) return;
   closeLive();
-  for (const track of camera.stream.getTracks()) track.stop();
+  for (const track of camera.stream ? camera.stream.getTracks() : []) track.stop();
   camera = null;
   $("player").srcObject = null;
   $("player").controls = true;
@@ -1108,4 +1173,5 @@ if (!navigator.mediaDevices) {
   $("tunnel").textContent = `ssh -L 8000:127.0.0.1:${port} ${location.hostname}`;
   $("tunnelled").textContent = "http://127.0.0.1:8000";
 }
-listPrograms().then(recall);
+const ready = listPrograms().then(recall);
+
