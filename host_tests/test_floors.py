@@ -139,7 +139,13 @@ ASLEEP = ("torch", "pynq", "cv2", "av", "fastapi", "matplotlib", "ray")
 
 @pytest.mark.parametrize(
     "module",
-    ["pynq_kgrc", "pynq_kgrc.runtime", "pynq_kgrc.backends.emulation.backend", "pynq_kgrc.cli"],
+    [
+        "pynq_kgrc",
+        "pynq_kgrc.runtime",
+        "pynq_kgrc.backends.emulation.backend",
+        "pynq_kgrc.cli",
+        "pynq_kgrc.models.steps",
+    ],
 )
 def test_the_runtime_wakes_nothing_heavy(module):
     """In a fresh process where none of those can be imported at all."""
