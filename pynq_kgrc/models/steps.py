@@ -63,6 +63,8 @@ class Step:
     default `name`."""
     place: str = "top level"
     """Where it stands in the network, for messages: "layer1.0 (Net > Block)"."""
+    shape: tuple[int, ...] | None = None
+    """Of the value, where the door knows it; another one is refused."""
     spoken: str = ""
     """The operator's name where it was written, for messages; by default `op`."""
 
@@ -157,10 +159,13 @@ class Reader:
         """Read one operator."""
         if step.op not in OPERATORS:
             word = step.spoken or step.op
-            instead = INSTEAD.get(_plain(word))
-            raise self.refusal(step, f"the accelerator has no {word}", instead)
+            raise self.refusal(step, f"the accelerator has no {word}", instead_of(word))
         self.steps[step.name] = step
-        self.values[step.name] = OPERATORS[step.op](self, step)
+        value = OPERATORS[step.op](self, step)
+        if step.shape is not None and value.shape != step.shape:
+            what = f"{_word(step)} gives {list(value.shape)} where {list(step.shape)} is expected"
+            raise self.refusal(step, what)
+        self.values[step.name] = value
 
     def result(self, output: str) -> LayerDraft:
         """The layer that makes the result."""
@@ -252,6 +257,11 @@ class Reader:
 
 def _word(step: Step) -> str:
     return step.spoken or step.op
+
+
+def instead_of(word: str) -> str | None:
+    """What to use instead of an operator, by any of its names; None if nothing is known."""
+    return INSTEAD.get(_plain(word))
 
 
 def _plain(word: str) -> str:

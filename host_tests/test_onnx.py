@@ -1,0 +1,299 @@
+"""ONNX files: what is accepted equals ONNX Runtime, everything else is refused by name."""
+
+import contextlib
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from random_onnx import RandomGraph
+
+from pynq_kgrc.errors import CompileError, ModelError
+from pynq_kgrc.graph import ClipSpec, run_float
+from pynq_kgrc.models.onnx_trace import trace_onnx
+
+FILES = Path(__file__).resolve().parent / "onnx_files"
+FLOAT = sorted((*FILES.glob("residual-*.onnx"), *FILES.glob("images-*.onnx")))
+
+SHARE = 1e-4
+"""Largest error of float results, as a share of the largest."""
+
+
+def session(path):
+    """ONNX Runtime without graph optimizations."""
+    ort.set_default_logger_severity(4)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+
+
+def clip_of(shape):
+    """The ClipSpec of an input [1, 3, D, H, W] or [1, 3, H, W]."""
+    frames, height, width = shape[2:] if len(shape) == 5 else (1, *shape[2:])
+    return ClipSpec(frames, height, width, height)
+
+
+def assert_equal(path, shape, seed=0):
+    """Trace a file and compare it with ONNX Runtime; the graph."""
+    clip = clip_of(shape)
+    graph = trace_onnx(path, clip)
+    reals = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    runtime = session(path)
+    (wanted, *_) = runtime.run(None, {runtime.get_inputs()[0].name: reals})
+    found = run_float(graph, reals.reshape(3, clip.frames, clip.height, clip.width))
+    assert found.size == wanted.size
+    most = SHARE * np.abs(wanted).max() + 1e-6
+    assert np.abs(found.ravel() - wanted.ravel()).max() <= most
+    return graph
+
+
+@pytest.mark.parametrize("path", FLOAT, ids=[path.stem for path in FLOAT])
+def test_files_of_exporters(path):
+    shape = session(path).get_inputs()[0].shape
+    assert_equal(path, shape)
+
+
+def test_there_are_files_of_both_exporters_and_three_opsets():
+    ways = {path.stem.split("-")[1] for path in FLOAT}
+    assert ways == {"legacy11", "legacy17", "dynamo18", "dynamo23"}
+    assert len(FLOAT) == 8
+
+
+@pytest.mark.parametrize("way", ["legacy11", "dynamo18"])
+def test_layers_have_the_paths_of_modules(way):
+    """Those that `trace` gives, so that rates of pruning by layer fit both."""
+    graph = trace_onnx(FILES / f"residual-{way}.onnx", ClipSpec(4, 12, 12, 12))
+    found = [layer.name for layer in graph.convolutions()]
+    assert found == [
+        *("stem.0", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2"),
+        *("layer1.1.downsample.0", "fc"),
+    ]
+    assert "layer1.0.add" in [layer.name for layer in graph.layers]
+
+
+def test_torch_stays_asleep():
+    code = (
+        f"import sys; sys.modules['torch'] = None\n"
+        f"from pynq_kgrc.models.onnx_trace import trace_onnx\n"
+        f"from pynq_kgrc.graph import ClipSpec\n"
+        f"trace_onnx({str(FLOAT[-1])!r}, ClipSpec(4, 12, 12, 12))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def saved(tmp_path, nodes, shape=(1, 3, 8, 8), opset=17, constants=(), out=None, **more):
+    """A file of some nodes that read "clip" and write "y"."""
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info("clip", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, out or ["n", "c", "h", "w"])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in dict(constants).items()],
+    )
+    opsets = [helper.make_opsetid("", opset), *more.get("opsets", ())]
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def conv(source="clip", name="y", **given):
+    return helper.make_node("Conv", [source, "w"], [name], name=f"conv_{name}", **given)
+
+
+WEIGHT = {"w": np.ones((4, 3, 3, 3), np.float32)}
+FRAME = ClipSpec(1, 8, 8, 8)
+
+
+def refusal(path, clip=FRAME, kind=CompileError):
+    with pytest.raises(kind) as caught:
+        trace_onnx(path, clip)
+    return str(caught.value)
+
+
+def test_all_operators_that_are_lacking_are_named_at_once(tmp_path):
+    nodes = [
+        conv(name="a"),
+        helper.make_node("Sigmoid", ["a"], ["b"], name="gate_1"),
+        helper.make_node("Sigmoid", ["b"], ["c"], name="gate_2"),
+        helper.make_node("LRN", ["c"], ["d"], name="norm", size=3),
+        helper.make_node("Relu", ["d"], ["y"]),
+    ]
+    message = refusal(saved(tmp_path, nodes, constants=WEIGHT))
+    for word in ("Sigmoid", "gate_1", "gate_2", "LRN", "norm", "net.onnx", "use"):
+        assert word in message, message
+
+
+def test_a_node_of_another_domain_is_refused_by_its_name(tmp_path):
+    nodes = [conv(name="a"), helper.make_node("Gelu", ["a"], ["y"], name="g", domain="my.ops")]
+    path = saved(tmp_path, nodes, constants=WEIGHT, opsets=[helper.make_opsetid("my.ops", 1)])
+    assert "my.ops.Gelu (at node g" in refusal(path)
+
+
+DYNAMIC = {"axes": ["n", 3, "h", "w"], "batch": ["n", 3, 8, 8]}
+
+
+def test_open_axes_are_those_of_the_clip(tmp_path):
+    for shape in DYNAMIC.values():
+        path = saved(tmp_path, [conv()], shape, constants=WEIGHT)
+        assert trace_onnx(path, FRAME).layers[-1].size == (1, 6, 6)
+
+
+def test_a_shape_that_depends_on_values_is_refused(tmp_path):
+    nodes = [
+        helper.make_node("NonZero", ["clip"], ["a"], name="where"),
+        helper.make_node("Cast", ["a"], ["y"], to=1),
+    ]
+    assert "NonZero (at node where" in refusal(saved(tmp_path, nodes))
+
+
+def test_another_clip_batch_or_rank_is_refused(tmp_path):
+    path = saved(tmp_path, [conv()], constants=WEIGHT)
+    assert "[1, 3, 8, 8]" in refusal(path, ClipSpec(1, 9, 9, 9), ModelError)
+    path = saved(tmp_path, [conv()], (2, 3, 8, 8), constants=WEIGHT)
+    assert "batch of 2" in refusal(path, kind=ModelError)
+    path = saved(tmp_path, [conv()], (1, 3, 8), constants=WEIGHT)
+    assert "[1, C, D, H, W]" in refusal(path, kind=ModelError)
+
+
+@pytest.mark.parametrize("opset", [9, 99])
+def test_opsets_that_are_too_old_or_new_are_refused(tmp_path, opset):
+    path = saved(tmp_path, [conv()], constants=WEIGHT)
+    model = onnx.load(path)
+    model.opset_import[0].version = opset
+    onnx.save(model, path)
+    message = refusal(path, kind=ModelError)
+    assert f"opset {opset}" in message or "opset" in message.lower(), message
+
+
+@pytest.mark.parametrize("held", [b"", b"not a model", bytes(100), None])
+def test_files_that_are_no_whole_onnx_file(tmp_path, held):
+    """None: the first half of one."""
+    path = tmp_path / "broken.onnx"
+    whole = FLOAT[0].read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if held is None else held)
+    assert "broken.onnx: not a whole ONNX file" in refusal(path, kind=ModelError)
+
+
+def test_a_missing_file_and_missing_external_data(tmp_path):
+    assert "none.onnx" in refusal(tmp_path / "none.onnx", kind=ModelError)
+    path = saved(tmp_path, [conv()], constants=WEIGHT)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    assert trace_onnx(path, FRAME).layers[-1].channels == 4
+    (tmp_path / "w.bin").unlink()
+    message = refusal(path, kind=ModelError)
+    assert "w.bin" in message and "external_data=False" in message
+
+
+def test_truncated_files_give_no_traceback(tmp_path):
+    """Cut anywhere, a file is refused or is a file of its own, and never anything else."""
+    whole = FLOAT[0].read_bytes()
+    path = tmp_path / "cut.onnx"
+    for end in range(0, len(whole), 97):
+        path.write_bytes(whole[:end])
+        with pytest.raises((ModelError, CompileError)):
+            trace_onnx(path, ClipSpec(1, 16, 16, 16))
+
+
+def test_flipped_bytes_give_no_traceback(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(FLOAT[0].read_bytes(), np.uint8)
+    path = tmp_path / "flipped.onnx"
+    outcomes = Counter()
+    for _ in range(60):
+        held = whole.copy()
+        held[rng.integers(0, len(held), 3)] = rng.integers(0, 256, 3)
+        path.write_bytes(held.tobytes())
+        try:
+            trace_onnx(path, ClipSpec(1, 16, 16, 16))
+            outcomes["read"] += 1
+        except (ModelError, CompileError):
+            outcomes["refused"] += 1
+    assert min(outcomes["read"], outcomes["refused"]) > 5, outcomes
+
+
+WRONG = {
+    "a weight for other channels": (
+        {"w": np.ones((4, 2, 3, 3), np.float32)},
+        {},
+        "a weight [4, 2, 3, 3] in 1 groups for 3 channels",
+    ),
+    "negative padding": (WEIGHT, {"pads": [-1, 0, 0, 0]}, "pads"),
+    "another kernel": (WEIGHT, {"kernel_shape": [2, 2]}, ""),
+    "a bias for each pixel": (WEIGHT, {"strides": [0, 1]}, ""),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_convolutions_that_do_not_fit(tmp_path, case):
+    constants, given, word = WRONG[case]
+    path = saved(tmp_path, [conv(**given)], constants=constants)
+    assert word in refusal(path, kind=(CompileError, ModelError))
+
+
+def test_training_is_refused(tmp_path):
+    held = {"t": np.array(True), "r": np.array(0.5, np.float32)}
+    nodes = [helper.make_node("Dropout", ["clip", "r", "t"], ["y"], name="drop")]
+    assert "Dropout in training at node drop" in refusal(saved(tmp_path, nodes, constants=held))
+
+
+def test_a_second_output_of_a_node_is_not_taken_for_the_first(tmp_path):
+    nodes = [
+        helper.make_node("MaxPool", ["clip"], ["a", "i"], name="pool", kernel_shape=[2, 2]),
+        helper.make_node("Cast", ["i"], ["j"], to=1),
+        helper.make_node("Add", ["a", "j"], ["y"]),
+    ]
+    assert "MaxPool whose output i is read at node pool" in refusal(saved(tmp_path, nodes))
+
+
+def test_a_large_constant_is_not_computed(tmp_path):
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["big"], name="bomb"),
+        helper.make_node("ReduceSum", ["big"], ["sum"], keepdims=0),
+        helper.make_node("Add", ["clip", "sum"], ["y"]),
+    ]
+    path = saved(tmp_path, nodes, constants={"s": np.array([1 << 20, 1 << 20], np.int64)})
+    assert "node bomb" in refusal(path, kind=ModelError)
+
+
+def outcome(seed, path):
+    """Compare the random graph of a seed: "right", "refused" or, of no graph, "invalid"."""
+    random = RandomGraph(seed)
+    onnx.save(random.model, path)
+    reals = np.random.default_rng(seed).normal(size=random.shape).astype(np.float32)
+    try:
+        session(path).run(None, {"clip": reals})
+    except Exception:  # a graph that ONNX Runtime refuses; ours may be stricter or read less
+        with contextlib.suppress(CompileError, ModelError):
+            trace_onnx(path, clip_of(random.shape))
+        return "invalid"
+    try:
+        assert_equal(path, random.shape, seed)
+    except CompileError as error:
+        check_refusal(error)
+        return "refused"
+    return "right"
+
+
+def check_refusal(error):
+    """The message of a refusal has the place in the file."""
+    assert "at node " in str(error) or "the output" in str(error), error
+
+
+def test_a_dozen_random_graphs(tmp_path):
+    """`make test-all` takes 500."""
+    outcomes = Counter(outcome(seed, tmp_path / "random.onnx") for seed in range(24))
+    assert outcomes["right"] >= 5 and outcomes["refused"] >= 5, outcomes
+
+
+@pytest.mark.slow
+def test_five_hundred_random_graphs(tmp_path):
+    outcomes = Counter(outcome(seed, tmp_path / "random.onnx") for seed in range(1000, 1500))
+    print(outcomes)
+    assert outcomes["right"] > 100 and outcomes["invalid"] < 50, outcomes

@@ -1,0 +1,357 @@
+"""Reads each node of an ONNX file as a step (`steps.py`).
+
+To add an operator, add a function to the table `OPERATORS`. The meaning of a node is that of its
+opset from 11 on: https://onnx.ai/onnx/operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pynq_kgrc.errors import CompileError
+from pynq_kgrc.models.onnx_file import Network, Node, Shape
+from pynq_kgrc.models.steps import CLIP, LOWEST, Step, instead_of
+from pynq_kgrc.quant import Array
+
+Parts = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""A step's operator, what it reads (names of tensors, arrays, None), and its attributes."""
+
+
+def read_nodes(network: Network) -> tuple[list[Step], str]:
+    """The steps in running order, and the name of the value that is the result.
+
+    Raises:
+        CompileError: nodes that the accelerator has no counterpart of, all of them with their
+            names; more than one result.
+    """
+    reader = Reader(network)
+    lacking: dict[str, list[str]] = {}
+    wrong: list[str] = []
+    for node in network.nodes:
+        if node.op not in OPERATORS:
+            lacking.setdefault(node.op, []).append(node.place)
+            continue
+        try:
+            reader.read(node)
+        except CompileError as error:
+            wrong.append(str(error).removeprefix(f"{network.name}: "))
+    if lacking:
+        wrong.insert(0, f"the accelerator has no {_listed(lacking)}")
+    if wrong:
+        raise CompileError(f"{network.name}: {'; '.join(wrong)}")
+    if len(network.outputs) != 1 or network.outputs[0] not in reader.names:
+        what = ", ".join(network.outputs)
+        raise CompileError(
+            f"{network.name}: the outputs are {what}; accepted is one that depends on the clip"
+        )
+    return reader.steps, reader.names[network.outputs[0]]
+
+
+def _listed(lacking: dict[str, list[str]]) -> str:
+    """Operators with some of their places and what to use instead."""
+    parts = []
+    for op, places in lacking.items():
+        more = f" and {len(places) - 2} more" if len(places) > 2 else ""
+        instead = INSTEAD.get(op) or instead_of(op)
+        hint = f"; use {instead}" if instead else ""
+        parts.append(f"{op} (at {', '.join(places[:2])}{more}{hint})")
+    return ", no ".join(parts)
+
+
+class Reader:
+    """Reads nodes in order: the steps so far, and the names of their values."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.steps: list[Step] = []
+        self.names = {network.input: CLIP}
+
+    def read(self, node: Node) -> None:
+        """Read one node."""
+        name = node.outputs[0]
+        self.names[name] = f"{CLIP} of {node.op}" if name == CLIP else name
+        op, inputs, given = OPERATORS[node.op](self, node)
+        unread = [other for other in node.outputs[1:] if other and self._is_read(other)]
+        if unread:
+            raise self.refusal(node, f"{node.op} whose output {unread[0]} is read", "the first")
+        shape = self.shape(name, node)
+        step = Step(
+            name=self.names[name],
+            op=op,
+            inputs=tuple(map(self._input, inputs)),
+            attributes=given,
+            layer=node.layer,
+            place=node.place,
+            spoken=node.op,
+            shape=shape,
+        )
+        self.steps.append(step)
+
+    def _is_read(self, name: str) -> bool:
+        readers = any(name in node.inputs for node in self.network.nodes)
+        return readers or name in self.network.outputs
+
+    def _input(self, read: str | Array | None) -> str | Array | None:
+        if isinstance(read, np.ndarray):
+            return read
+        if not read:
+            return None
+        if read in self.names:
+            return self.names[read]
+        return self.network.constants.get(read, read)  # what a refused node makes is never read
+
+    def shape(self, name: str, node: Node) -> Shape:
+        """The shape of a tensor."""
+        if name in self.network.constants:
+            return self.network.constants[name].shape
+        found = self.network.shapes.get(name)
+        if found is None:
+            raise self.refusal(node, f"a shape of {name} that depends on the clip's values")
+        return found
+
+    def constant(self, node: Node, number: int) -> Array | None:
+        """Input `number` of a node as a constant; None if it is left out."""
+        name = node.inputs[number] if number < len(node.inputs) else ""
+        if not name:
+            return None
+        if name not in self.network.constants:
+            raise self.refusal(node, f"{node.op} whose input {name} depends on the clip")
+        return self.network.constants[name]
+
+    def weight(self, node: Node, number: int, rank: int | None = None) -> Array:
+        """Input `number` as a constant that cannot be left out, of `rank` axes."""
+        found = self.constant(node, number)
+        if found is None or found.dtype.kind != "f" or rank not in (None, found.ndim):
+            what = "none" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise self.refusal(node, f"{node.op} with a constant {number} of {what}")
+        return found
+
+    def refusal(self, node: Node, what: str, instead: str | None = None) -> CompileError:
+        """A CompileError that names the place of `node` in the file."""
+        hint = f"; use {instead}" if instead else ""
+        return CompileError(f"{self.network.name}: {what} at {node.place}{hint}")
+
+
+def _window(reader: Reader, node: Node, kernel: list[int]) -> dict[str, Any]:
+    """Stride, dilation and padding of a window over the last axes."""
+    given, axes = node.attributes, len(kernel)
+    sides = reader.shape(node.inputs[0], node)[2:]
+    if len(sides) != axes:
+        raise reader.refusal(node, f"a window over {axes} axes of {len(sides)}")
+    stride = [int(n) for n in given.get("strides", [1] * axes)]
+    dilation = [int(n) for n in given.get("dilations", [1] * axes)]
+    pads = [int(n) for n in given.get("pads", [0] * 2 * axes)]
+    auto = given.get("auto_pad", b"NOTSET").decode()
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        pads = _same(sides, kernel, stride, dilation, auto)
+    elif auto == "VALID":
+        pads = [0] * 2 * axes
+    if len(stride) != axes or len(dilation) != axes or len(pads) != 2 * axes:
+        raise reader.refusal(node, f"strides {stride}, dilations {dilation}, pads {pads}")
+    if min(pads) < 0 or min(*stride, *dilation, *kernel) < 1:
+        raise reader.refusal(
+            node, f"kernel {kernel}, strides {stride}, pads {pads}", "padding of 0 or more"
+        )
+    return {
+        "stride": stride,
+        "dilation": dilation,
+        "before": pads[:axes],
+        "after": pads[axes:],
+    }
+
+
+def _same(
+    sides: Shape, kernel: list[int], stride: list[int], dilation: list[int], auto: str
+) -> list[int]:
+    """Padding for as many outputs as inputs divided by the stride; an odd one at the named end."""
+    before, after = [], []
+    for side, k, step, reach in zip(sides, kernel, stride, dilation, strict=True):
+        whole = max(0, (-(-side // step) - 1) * step + (k - 1) * reach + 1 - side)
+        first = whole // 2 if auto == "SAME_UPPER" else whole - whole // 2
+        before.append(first)
+        after.append(whole - first)
+    return before + after
+
+
+def _convolve(reader: Reader, node: Node) -> Parts:
+    weight = reader.weight(node, 1)
+    groups = int(node.attributes.get("group", 1))
+    channels = reader.shape(node.inputs[0], node)[1]
+    kernel = list(weight.shape[2:])
+    declared = list(node.attributes.get("kernel_shape", kernel))
+    bias = reader.constant(node, 2)
+    fits = groups > 0 and weight.ndim > 2 and channels == weight.shape[1] * groups
+    fits = fits and weight.shape[0] % groups == 0 and declared == kernel
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        what = f"a weight {list(weight.shape)} in {groups} groups for {channels} channels"
+        raise reader.refusal(node, what)
+    inputs = (node.inputs[0], weight, bias)
+    return "conv", inputs, {**_window(reader, node, kernel), "groups": groups}
+
+
+def _gemm(reader: Reader, node: Node) -> Parts:
+    given = node.attributes
+    weight = reader.weight(node, 1, rank=2)
+    if given.get("transA", 0):
+        raise reader.refusal(node, "Gemm with transA=1", "transA=0")
+    weight = (weight if given.get("transB", 0) else weight.T) * np.float32(given.get("alpha", 1.0))
+    bias = reader.constant(node, 2)
+    return _product(reader, node, weight, bias, given.get("beta", 1.0))
+
+
+def _matmul(reader: Reader, node: Node) -> Parts:
+    return _product(reader, node, reader.weight(node, 1, rank=2).T, None, 1.0)
+
+
+def _product(reader: Reader, node: Node, weight: Array, bias: Array | None, beta: float) -> Parts:
+    """A linear of weight [M, N] and what broadcasts to a bias [M]."""
+    if bias is not None:
+        if max((*bias.shape[:-1], 1)) > 1 or bias.shape[-1:] not in ((), (1,), weight.shape[:1]):
+            raise reader.refusal(node, f"a bias of shape {list(bias.shape)}", "one for each output")
+        bias = np.broadcast_to(bias.reshape(-1), weight.shape[:1]) * np.float32(beta)
+    if reader.shape(node.inputs[0], node)[-1] != weight.shape[1]:
+        raise reader.refusal(node, f"a weight {list(weight.shape[::-1])} that does not fit")
+    return "linear", (node.inputs[0], weight, bias), {}
+
+
+def _pool(reader: Reader, node: Node, op: str) -> Parts:
+    given = node.attributes
+    kernel = [int(n) for n in given["kernel_shape"]]
+    attributes = _window(reader, node, kernel)
+    attributes |= {"kernel": kernel, "ceil_mode": bool(given.get("ceil_mode", 0))}
+    if op == "average_pool":
+        attributes["count_include_pad"] = bool(given.get("count_include_pad", 0))
+    return op, node.inputs[:1], attributes
+
+
+def _global_pool(reader: Reader, node: Node, op: str) -> Parts:
+    return op, node.inputs[:1], {"size": [1] * (len(reader.shape(node.inputs[0], node)) - 2)}
+
+
+def _mean(reader: Reader, node: Node) -> Parts:
+    """The axes are an attribute up to opset 17, then an input."""
+    found = node.attributes.get("axes", reader.constant(node, 1))
+    axes = [] if found is None else [int(axis) for axis in np.ravel(found)]
+    if not axes and node.attributes.get("noop_with_empty_axes", 0):
+        return "identity", node.inputs[:1], {}
+    keep = bool(node.attributes.get("keepdims", 1))
+    return "mean", node.inputs[:1], {"axes": axes or None, "keepdim": keep}
+
+
+def _clip(reader: Reader, node: Node) -> Parts:
+    low, high = (reader.constant(node, number) for number in (1, 2))
+    if any(end is not None and end.size != 1 for end in (low, high)):
+        raise reader.refusal(node, "Clip with bounds that are no numbers")
+    ends = [None if end is None else float(end.reshape(())) for end in (low, high)]
+    if ends[0] is not None and ends[0] <= LOWEST:
+        ends[0] = None
+    if ends[1] is not None and ends[1] >= -LOWEST:
+        ends[1] = None
+    if ends == [None, None]:
+        return "identity", node.inputs[:1], {}
+    return "clamp", node.inputs[:1], {"low": ends[0], "high": ends[1]}
+
+
+def _relu(reader: Reader, node: Node) -> Parts:
+    return "clamp", node.inputs[:1], {"low": 0.0, "high": None}
+
+
+def _batch_norm(reader: Reader, node: Node) -> Parts:
+    if node.attributes.get("training_mode", 0):
+        raise reader.refusal(node, "BatchNormalization in training", "a network in eval()")
+    scale, bias, mean, variance = (reader.weight(node, n, rank=1) for n in range(1, 5))
+    channels = reader.shape(node.inputs[0], node)[1:2]
+    if any(part.shape != channels for part in (scale, bias, mean, variance)):
+        raise reader.refusal(node, f"BatchNormalization of {list(scale.shape)} for {channels[0]}")
+    inputs = (node.inputs[0], mean, variance, scale, bias)
+    return "batch_norm", inputs, {"eps": float(node.attributes.get("epsilon", 1e-5))}
+
+
+def _pad(reader: Reader, node: Node) -> Parts:
+    rank = len(reader.shape(node.inputs[0], node))
+    pads, axes, fill = (reader.constant(node, number) for number in (1, 3, 2))
+    over = list(range(rank)) if axes is None else [int(axis) % rank for axis in np.ravel(axes)]
+    ends = [] if pads is None else [int(n) for n in np.ravel(pads)]
+    if len(ends) != 2 * len(over):
+        raise reader.refusal(node, f"Pad with pads {ends} of {len(over)} axes")
+    widths = [(0, 0)] * rank
+    for place, axis in enumerate(over):
+        widths[axis] = ends[place], ends[place + len(over)]
+    mode = node.attributes.get("mode", b"constant").decode()
+    value = 0.0 if fill is None else float(np.ravel(fill)[0])
+    return "pad", node.inputs[:1], {"widths": widths, "fill": value, "mode": mode}
+
+
+def _reshape(reader: Reader, node: Node) -> Parts:
+    """Another shape over the same elements in the same order."""
+    return "reshape", node.inputs[:1], {"shape": reader.shape(node.outputs[0], node)}
+
+
+def _identity(reader: Reader, node: Node) -> Parts:
+    return "identity", node.inputs[:1], {}
+
+
+def _dropout(reader: Reader, node: Node) -> Parts:
+    training = reader.constant(node, 2)
+    if training is not None and training.any():
+        raise reader.refusal(node, "Dropout in training", "a network in eval()")
+    return "identity", node.inputs[:1], {}
+
+
+def _add(reader: Reader, node: Node, op: str = "add") -> Parts:
+    return op, node.inputs, {}
+
+
+def _concat(reader: Reader, node: Node) -> Parts:
+    return "concat", node.inputs, {"axis": int(node.attributes["axis"])}
+
+
+def _permute(reader: Reader, node: Node) -> Parts:
+    rank = len(reader.shape(node.inputs[0], node))
+    order = node.attributes.get("perm", list(range(rank))[::-1])
+    return "permute", node.inputs[:1], {"order": [int(axis) for axis in order]}
+
+
+OPERATORS: dict[str, Callable[[Reader, Node], Parts]] = {
+    "Conv": _convolve,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "MaxPool": partial(_pool, op="max_pool"),
+    "AveragePool": partial(_pool, op="average_pool"),
+    "GlobalMaxPool": partial(_global_pool, op="adaptive_max_pool"),
+    "GlobalAveragePool": partial(_global_pool, op="adaptive_average_pool"),
+    "ReduceMean": _mean,
+    "Relu": _relu,
+    "Clip": _clip,
+    "BatchNormalization": _batch_norm,
+    "Pad": _pad,
+    "Add": _add,
+    "Concat": _concat,
+    "Transpose": _permute,
+    **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), _reshape),
+    "Identity": _identity,
+    "Dropout": _dropout,
+}
+"""The function that reads each operator, by its name in ONNX."""
+
+INSTEAD = {
+    op: instead
+    for instead, ops in {
+        "quant_format=QuantFormat.QDQ when ONNX Runtime quantizes": "QLinearConv QLinearMatMul "
+        "ConvInteger MatMulInteger com.microsoft.QLinearAdd com.microsoft.QLinearConcat "
+        "com.microsoft.QLinearGlobalAveragePool com.microsoft.QLinearAveragePool "
+        "com.microsoft.QGemm",
+        "quantize_static; ranges that are found in the run have no counterpart": (
+            "DynamicQuantizeLinear"
+        ),
+        "more than one bit": "BipolarQuant",
+        "an average pool with Quant after it": "Trunc",
+        "a shape and conditions that are fixed at export": "If Loop Scan NonZero Where",
+    }.items()
+    for op in ops.split()
+}
+"""What to use instead of operators that only ONNX has; others are in `steps.INSTEAD`."""
