@@ -13,9 +13,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from random_onnx import RandomGraph
 
+from pynq_kgrc import Session
+from pynq_kgrc.cli import main
 from pynq_kgrc.errors import CompileError, ModelError
 from pynq_kgrc.graph import ClipSpec, run_float
 from pynq_kgrc.models.onnx_trace import trace_onnx
+from pynq_kgrc.program import load
+from pynq_kgrc.video import load_clip
 
 FILES = Path(__file__).resolve().parent / "onnx_files"
 FLOAT = sorted((*FILES.glob("residual-*.onnx"), *FILES.glob("images-*.onnx")))
@@ -75,6 +79,71 @@ def test_layers_have_the_paths_of_modules(way):
         *("layer1.1.downsample.0", "fc"),
     ]
     assert "layer1.0.add" in [layer.name for layer in graph.layers]
+
+
+NORMALISED = ("--mean", "0.45", "0.4", "0.5", "--std", "0.225", "0.2", "0.25")
+
+
+@pytest.fixture(scope="module")
+def video(example_clips):
+    return str(sorted((example_clips / "calibration").glob("*.avi"))[0])
+
+
+def test_compile_on_the_command_line_without_torch(video, tmp_path):
+    """In a process where torch cannot be imported; the program does what the file says."""
+    out = tmp_path / "net.kgrc"
+    arguments = ["compile", str(FILES / "residual-dynamo18.onnx"), *NORMALISED, "--step", "2"]
+    arguments += ["--design", "16-sparse", "--clips", video, "-o", str(out)]
+    code = "import sys; sys.modules['torch'] = None\nfrom pynq_kgrc.cli import main\n"
+    code += f"sys.exit(main({arguments!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "random" not in done.stdout
+    program = load(out)
+    assert program.clip.step == 2 and program.clip.mean == (0.45, 0.4, 0.5)
+    frames = load_clip(video, program.clip).frames
+    with Session(program) as one:
+        found = one.run(frames).logits
+    runtime = session(FILES / "residual-dynamo18.onnx")
+    reals = program.clip.normalise(frames)[None]
+    (wanted,) = runtime.run(None, {runtime.get_inputs()[0].name: reals})
+    assert np.abs(found - wanted.ravel()).max() <= 0.01 * np.abs(wanted).max()
+
+
+OPTIONS = {
+    "without mean": (NORMALISED[4:], "--mean R G B"),
+    "without both": ((), "--mean R G B and --std R G B"),
+    "std of zero": ((*NORMALISED[:5], "0", "1", "1"), "--std 0.0 1.0 1.0"),
+    "classes": ((*NORMALISED, "--classes", "3"), "--classes beside"),
+    "weights": ((*NORMALISED, "--weights", "x.pt"), "--weights beside"),
+    "recipe": ((*NORMALISED, "--recipe", "kgr"), "no recipe 'kgr'"),
+    "another size": ((*NORMALISED, "--size", "4", "13", "12"), "[1, 3, 4, 13, 12]"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_that_do_not_fit_a_file(case, video, tmp_path, capsys):
+    given, word = OPTIONS[case]
+    out = tmp_path / "net.kgrc"
+    arguments = ["compile", str(FILES / "residual-dynamo18.onnx"), *given]
+    assert main([*arguments, "--clips", video, "-o", str(out)]) == 2
+    assert word in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_network_of_torch_takes_no_mean(video, tmp_path, capsys):
+    assert main(["compile", "c3d", *NORMALISED, "--clips", video, "-o", str(tmp_path / "x")]) == 2
+    assert "--mean beside c3d" in capsys.readouterr().err
+
+
+def test_the_size_of_an_open_input_is_asked_for(video, tmp_path, capsys):
+    path = saved(tmp_path, [conv()], ["n", 3, "h", "w"], constants=WEIGHT)
+    out = tmp_path / "net.kgrc"
+    arguments = ["compile", str(path), *NORMALISED, "--clips", video, "-o", str(out)]
+    assert main(arguments) == 2
+    assert "--size" in capsys.readouterr().err
+    assert main([*arguments, "--size", "1", "8", "8"]) == 0
+    assert load(out).clip.height == 8
 
 
 def test_torch_stays_asleep():
@@ -182,7 +251,7 @@ def test_files_that_are_no_whole_onnx_file(tmp_path, held):
 
 
 def test_a_missing_file_and_missing_external_data(tmp_path):
-    assert "none.onnx" in refusal(tmp_path / "none.onnx", kind=ModelError)
+    assert "none.onnx: cannot be read" in refusal(tmp_path / "none.onnx", kind=ModelError)
     path = saved(tmp_path, [conv()], constants=WEIGHT)
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
     assert trace_onnx(path, FRAME).layers[-1].channels == 4

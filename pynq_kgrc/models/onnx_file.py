@@ -147,6 +147,8 @@ def clip_shape(path: Path) -> tuple[int | None, ...]:
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError):
+        return ModelError(f"{path}: cannot be read ({error.strerror or first})")
     return ModelError(f"{path}: not a whole ONNX file ({first}); export it again")
 
 
