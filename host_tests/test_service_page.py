@@ -239,6 +239,55 @@ def test_a_visitor_clicks_an_example(service, page):
     shoot(page, "result")
 
 
+LATE_EVENTS = """
+const listen = HTMLVideoElement.prototype.addEventListener;
+const held = [];
+const holds = (name) => name === document.body.dataset.hold;
+const tell = () => {
+  for (const act of held.splice(0)) act();
+  document.body.dataset.held = "";
+};
+HTMLVideoElement.prototype.addEventListener = function (name, act, options) {
+  const later = (event) => {
+    if (this.id || !holds(name)) return act.call(this, event);
+    held.push(() => act.call(this, event));
+    document.body.dataset.held = name;
+  };
+  listen.call(this, name, later, options);
+};
+addEventListener("tell", tell);
+new MutationObserver(() => {  // the third picture is late
+  if (document.querySelectorAll(".thumbs canvas").length === 2) document.body.dataset.hold = "seeked";
+}).observe(document, { childList: true, subtree: true });
+"""  # events of the video of the pictures, which has no id, come when the test says so
+
+
+def test_a_slow_browser_gets_the_pictures_of_the_timeline_later(service, page):
+    page.add_init_script(LATE_EVENTS)
+    page.clock.install()
+    visit(page, service)
+    page.evaluate("document.body.dataset.hold = 'loadeddata'")
+    page.locator(".example").nth(1).click()
+    classified(page)
+    page.locator("body[data-held=loadeddata]").wait_for()
+    page.clock.fast_forward(40_000)
+    page.get_by_role("button", name="Copy as curl").click()
+    page.evaluate("document.body.dataset.hold = ''; dispatchEvent(new Event('tell'))")
+    page.locator("body[data-held=seeked]").wait_for()
+    assert page.locator(".thumbs canvas").count() == 2
+    page.evaluate("document.body.dataset.hold = 'no more'")
+    page.clock.fast_forward(100_000)  # the third is given up
+    page.locator(".thumbs canvas").nth(6).wait_for()
+    columns = "[...document.querySelectorAll('.thumbs canvas')].map((c) => +c.style.gridColumnStart)"
+    assert page.evaluate(columns) == [1, 2, 4, 5, 6, 7, 8]
+    assert page.locator("#columns textarea").count() == 1  # only pictures were drawn
+    page.locator("#videos button").click()  # a second look
+    page.locator(".thumbs canvas").nth(7).wait_for()
+    assert page.evaluate(columns) == [*range(1, 9)]
+    page.evaluate("show(videos[0]); seek(5000)")  # before the video is loaded
+    assert page.evaluate("player.currentTime") == pytest.approx(5, abs=0.2)
+
+
 def test_other_settings_make_a_result_old_and_results_survive_a_reload(service, page, folder):
     write_video(folder / "short.mp4", frames=40)
     visit(page, service)

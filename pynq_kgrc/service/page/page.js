@@ -6,6 +6,8 @@ const HUES = [221, 12, 142, 280, 38, 190, 330, 90, 250, 60];
 const FINAL = ["done", "failed", "cancelled", "lost"];
 const KEPT = "kgrc.results"; // in localStorage: results only
 const MOST_KEPT = 20;
+const THUMBS = 8; // pictures on a timeline
+const PATIENCE = 60000; // ms for one of them, and for an answer about a job
 const BACKENDS = { emulate: "its bit-exact emulation", csim: "its C simulation", board: "the board" };
 
 let programs = [];
@@ -461,7 +463,7 @@ function show(video) {
     const place = picture ? $("picture") : $("player");
     place.src = URL.createObjectURL(video.file);
     place.hidden = false;
-    if (!video.thumbs) makeThumbs(video);
+    makeThumbs(video);
   }
   address();
   listVideos();
@@ -558,7 +560,7 @@ function drawTimelines(video) {
     const track = element("div", null, $("timelines"), "track");
     track.duration = it.duration;
     const thumbs = element("div", null, track, "thumbs");
-    if (run === video.runs[0]) drawThumbs(video, thumbs);
+    if (thumbs === document.querySelector(".thumbs")) drawThumbs(video, thumbs);
     drawCurve(it, thresholdOf(run), track);
     drawSegments(it, run, track);
     element("div", null, track, "head");
@@ -639,62 +641,84 @@ function drawCurve(it, threshold, track) {
   }
 }
 
+/** Draw the pictures of a video that are there, each at its place in time. */
 function drawThumbs(video, place) {
-  for (const image of video.thumbs || []) {
+  place.replaceChildren();
+  (video.thumbs || []).forEach((image, i) => {
     const canvas = element("canvas", null, place);
+    canvas.style.gridColumn = i + 1;
     canvas.width = image.width;
     canvas.height = image.height;
     canvas.getContext("2d").drawImage(image, 0, 0);
+  });
+}
+
+/** Make the pictures of a video that are not there yet, as far as this browser can decode it. */
+async function makeThumbs(video) {
+  if (video.thumbing) return;
+  video.thumbing = true;
+  video.thumbs = video.thumbs || [];
+  try {
+    await (video.kind.startsWith("image/") ? picturesOfImage(video) : picturesOfVideo(video));
+  } catch { /* the timeline has the pictures that were made */ }
+  video.thumbing = false;
+}
+
+async function keepThumb(video, i, source, width, height) {
+  const resizeWidth = Math.max(1, Math.round((64 * width) / height));
+  video.thumbs[i] = await createImageBitmap(source, { resizeHeight: 64, resizeWidth });
+  const place = document.querySelector(".thumbs");
+  if (video === shown && place) drawThumbs(video, place);
+}
+
+async function picturesOfImage(video) {
+  if (!("ImageDecoder" in window)) return;
+  const decoder = new ImageDecoder({ data: await video.file.arrayBuffer(), type: video.kind });
+  try {
+    await Promise.all([decoder.tracks.ready, decoder.completed]);
+    const frames = decoder.tracks.selectedTrack.frameCount;
+    for (let i = 0; i < THUMBS; i += 1) {
+      if (video.thumbs[i]) continue;
+      const { image } = await decoder.decode({ frameIndex: Math.floor(((i + 0.5) * frames) / THUMBS) });
+      await keepThumb(video, i, image, image.displayWidth, image.displayHeight);
+      image.close();
+    }
+  } finally {
+    decoder.close();
   }
 }
 
-/** Eight pictures of a video, as far as this browser can decode it. */
-async function makeThumbs(video) {
-  const count = 8;
-  const small = (source, width, height) =>
-    createImageBitmap(source, { resizeHeight: 64, resizeWidth: Math.max(1, Math.round((64 * width) / height)) });
-  const made = [];
-  video.thumbs = made;
+/** A picture that is not decoded within PATIENCE is left out; the next look at the video tries it again. */
+async function picturesOfVideo(video) {
+  const player = element("video");
+  player.muted = true;
+  player.preload = "auto";
+  player.src = URL.createObjectURL(video.file);
+  const happens = (name) => new Promise((done, fail) => {
+    const late = setTimeout(() => done(false), PATIENCE);
+    player.addEventListener(name, () => (clearTimeout(late), done(true)), { once: true });
+    player.addEventListener("error", () => (clearTimeout(late), fail(new Error("not playable"))), { once: true });
+  });
   try {
-    if (video.kind.startsWith("image/")) {
-      if (!("ImageDecoder" in window)) return;
-      const decoder = new ImageDecoder({ data: await video.file.arrayBuffer(), type: video.kind });
-      await Promise.all([decoder.tracks.ready, decoder.completed]);
-      const frames = decoder.tracks.selectedTrack.frameCount;
-      for (let i = 0; i < count; i += 1) {
-        const { image } = await decoder.decode({ frameIndex: Math.floor(((i + 0.5) * frames) / count) });
-        made.push(await small(image, image.displayWidth, image.displayHeight));
-        image.close();
-      }
-    } else {
-      const player = element("video");
-      player.muted = true;
-      player.preload = "auto";
-      player.src = URL.createObjectURL(video.file);
-      const happens = (name) => new Promise((done, fail) => {
-        player.addEventListener(name, done, { once: true });
-        player.addEventListener("error", () => fail(new Error("not playable")), { once: true });
-        setTimeout(() => fail(new Error("too slow")), 5000);
-      });
-      try {
-        await happens("loadeddata");
-        for (let i = 0; i < count && Number.isFinite(player.duration); i += 1) {
-          player.currentTime = ((i + 0.5) * player.duration) / count;
-          await happens("seeked");
-          made.push(await small(player, player.videoWidth, player.videoHeight));
-        }
-      } finally {
-        URL.revokeObjectURL(player.src);
-      }
+    if (!(await happens("loadeddata")) || !Number.isFinite(player.duration)) return;
+    for (let i = 0; i < THUMBS && videos.includes(video); i += 1) {
+      if (video.thumbs[i]) continue;
+      player.currentTime = ((i + 0.5) * player.duration) / THUMBS;
+      let came = await happens("seeked");
+      while (came && player.seeking) came = await happens("seeked"); // that was the seek before this one
+      if (came) await keepThumb(video, i, player, player.videoWidth, player.videoHeight);
     }
-  } catch { /* the timeline goes without pictures */ }
-  if (made.length) changed(video);
+  } finally {
+    URL.revokeObjectURL(player.src);
+    player.removeAttribute("src");
+    player.load();
+  }
 }
 
 function seek(ms) {
   whole = false;
   moment = Math.max(0, ms);
-  if (!$("player").hidden && $("player").duration) $("player").currentTime = moment / 1000;
+  if ($("player").getAttribute("src")) $("player").currentTime = moment / 1000; // also before it is loaded
   atMoment();
 }
 
