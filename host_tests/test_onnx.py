@@ -195,14 +195,14 @@ def test_all_operators_that_are_lacking_are_named_at_once(tmp_path):
         helper.make_node("Relu", ["d"], ["y"]),
     ]
     message = refusal(saved(tmp_path, nodes, constants=WEIGHT))
-    for word in ("Sigmoid", "gate_1", "gate_2", "LRN", "norm", "net.onnx", "use"):
+    for word in ("Sigmoid, 2 times, first at node gate_1; use", "LRN at node norm", "net: "):
         assert word in message, message
 
 
 def test_a_node_of_another_domain_is_refused_by_its_name(tmp_path):
     nodes = [conv(name="a"), helper.make_node("Gelu", ["a"], ["y"], name="g", domain="my.ops")]
     path = saved(tmp_path, nodes, constants=WEIGHT, opsets=[helper.make_opsetid("my.ops", 1)])
-    assert "my.ops.Gelu (at node g" in refusal(path)
+    assert "my.ops.Gelu at node g" in refusal(path)
 
 
 DYNAMIC = {"axes": ["n", 3, "h", "w"], "batch": ["n", 3, 8, 8]}
@@ -219,7 +219,7 @@ def test_a_shape_that_depends_on_values_is_refused(tmp_path):
         helper.make_node("NonZero", ["clip"], ["a"], name="where"),
         helper.make_node("Cast", ["a"], ["y"], to=1),
     ]
-    assert "NonZero (at node where" in refusal(saved(tmp_path, nodes))
+    assert "y that depends on the clip's values at node y" in refusal(saved(tmp_path, nodes))
 
 
 def test_another_clip_batch_or_rank_is_refused(tmp_path):

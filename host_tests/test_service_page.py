@@ -278,7 +278,9 @@ def test_a_slow_browser_gets_the_pictures_of_the_timeline_later(service, page):
     page.evaluate("document.body.dataset.hold = 'no more'")
     page.clock.fast_forward(100_000)  # the third is given up
     page.locator(".thumbs canvas").nth(6).wait_for()
-    columns = "[...document.querySelectorAll('.thumbs canvas')].map((c) => +c.style.gridColumnStart)"
+    columns = (
+        "[...document.querySelectorAll('.thumbs canvas')].map((c) => +c.style.gridColumnStart)"
+    )
     assert page.evaluate(columns) == [1, 2, 4, 5, 6, 7, 8]
     assert page.locator("#columns textarea").count() == 1  # only pictures were drawn
     page.locator("#videos button").click()  # a second look

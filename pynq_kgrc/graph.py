@@ -235,6 +235,8 @@ class Graph:
     output: str
     clip: ClipSpec
     labels: tuple[str, ...] = field(default=())
+    softmax: bool = False
+    """Whether the network ends with a soft-max, which is left out: the result holds its logits."""
 
     def __getitem__(self, name: str) -> Layer:
         for layer in self.layers:

@@ -11,14 +11,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.models.onnx_file import Network, Node, Shape
-from pynq_kgrc.models.steps import CLIP, LOWEST, Step, instead_of
+from pynq_kgrc.models.steps import CLIP, LOWEST, Step
 from pynq_kgrc.quant import Array
 
 Parts = tuple[str, tuple[Any, ...], dict[str, Any]]
 """A step's operator, what it reads (names of tensors, arrays, None), and its attributes."""
+
+Read = Callable[["Reader", Node], "Parts | None"]
+"""Reads a node as the parts of a step; None if it appended steps itself or needs none."""
 
 
 def read_nodes(network: Network) -> tuple[list[Step], str]:
@@ -29,18 +33,12 @@ def read_nodes(network: Network) -> tuple[list[Step], str]:
             names; more than one result.
     """
     reader = Reader(network)
-    lacking: dict[str, list[str]] = {}
     wrong: list[str] = []
     for node in network.nodes:
-        if node.op not in OPERATORS:
-            lacking.setdefault(node.op, []).append(node.place)
-            continue
         try:
             reader.read(node)
         except CompileError as error:
             wrong.append(str(error).removeprefix(f"{network.name}: "))
-    if lacking:
-        wrong.insert(0, f"the accelerator has no {_listed(lacking)}")
     if wrong:
         raise CompileError(f"{network.name}: {'; '.join(wrong)}")
     if len(network.outputs) != 1 or network.outputs[0] not in reader.names:
@@ -49,17 +47,6 @@ def read_nodes(network: Network) -> tuple[list[Step], str]:
             f"{network.name}: the outputs are {what}; accepted is one that depends on the clip"
         )
     return reader.steps, reader.names[network.outputs[0]]
-
-
-def _listed(lacking: dict[str, list[str]]) -> str:
-    """Operators with some of their places and what to use instead."""
-    parts = []
-    for op, places in lacking.items():
-        more = f" and {len(places) - 2} more" if len(places) > 2 else ""
-        instead = INSTEAD.get(op) or instead_of(op)
-        hint = f"; use {instead}" if instead else ""
-        parts.append(f"{op} (at {', '.join(places[:2])}{more}{hint})")
-    return ", no ".join(parts)
 
 
 class Reader:
@@ -71,38 +58,65 @@ class Reader:
         self.names = {network.input: CLIP}
 
     def read(self, node: Node) -> None:
-        """Read one node."""
-        name = node.outputs[0]
-        self.names[name] = f"{CLIP} of {node.op}" if name == CLIP else name
-        op, inputs, given = OPERATORS[node.op](self, node)
-        unread = [other for other in node.outputs[1:] if other and self._is_read(other)]
-        if unread:
-            raise self.refusal(node, f"{node.op} whose output {unread[0]} is read", "the first")
-        shape = self.shape(name, node)
-        step = Step(
-            name=self.names[name],
-            op=op,
-            inputs=tuple(map(self._input, inputs)),
-            attributes=given,
-            layer=node.layer,
-            place=node.place,
-            spoken=node.op,
-            shape=shape,
+        """Read one node. One that is none of `OPERATORS` becomes a step that is refused by name."""
+        for name in node.outputs:
+            self.names[name] = f"{CLIP} of {node.op}" if name == CLIP else name
+        if node.op not in OPERATORS:
+            self.append(node, node.op, node.inputs, {}, known=False)
+            for name in node.outputs[1:]:
+                self.names[name] = self.names[node.outputs[0]]
+            return
+        parts = OPERATORS[node.op](self, node)
+        if parts is not None:
+            unread = [name for name in node.outputs[1:] if name and self._is_read(name)]
+            if unread:
+                raise self.refusal(node, f"{node.op} whose output {unread[0]} is read", "the first")
+            self.append(node, *parts)
+
+    def append(
+        self,
+        node: Node,
+        op: str,
+        inputs: tuple[Any, ...],
+        given: dict[str, Any],
+        name: str = "",
+        known: bool = True,
+    ) -> None:
+        """Append a step that makes `name`, or the first output of a node.
+
+        Its shape has to be that of the file if that is `known`.
+        """
+        output = name or node.outputs[0]
+        found = self.network.shapes.get(output)
+        if known and not name and found is None:
+            raise self.refusal(node, f"a shape of {output} that depends on the clip's values")
+        self.steps.append(
+            Step(
+                name=self.names.setdefault(output, output),
+                op=op,
+                inputs=tuple(self._input(read, node) for read in inputs),
+                attributes=given,
+                layer=node.layer,
+                place=node.place,
+                spoken=node.op,
+                shape=found if known else None,
+            )
         )
-        self.steps.append(step)
 
     def _is_read(self, name: str) -> bool:
         readers = any(name in node.inputs for node in self.network.nodes)
         return readers or name in self.network.outputs
 
-    def _input(self, read: str | Array | None) -> str | Array | None:
+    def _input(self, read: str | Array | None, node: Node) -> str | Array | None:
         if isinstance(read, np.ndarray):
             return read
         if not read:
             return None
         if read in self.names:
             return self.names[read]
-        return self.network.constants.get(read, read)  # what a refused node makes is never read
+        if read not in self.network.constants:
+            raise self.refusal(node, f"{node.op} reads {read}, which no node before it makes")
+        return self.network.constants[read]
 
     def shape(self, name: str, node: Node) -> Shape:
         """The shape of a tensor."""
@@ -302,8 +316,76 @@ def _dropout(reader: Reader, node: Node) -> Parts:
     return "identity", node.inputs[:1], {}
 
 
-def _add(reader: Reader, node: Node, op: str = "add") -> Parts:
+def _pair(reader: Reader, node: Node, op: str) -> Parts:
+    """Two inputs, each a map or a constant."""
+    if len(node.inputs) != 2:
+        raise reader.refusal(node, f"{node.op} of {len(node.inputs)} inputs", "two")
     return op, node.inputs, {}
+
+
+def _negate(reader: Reader, node: Node) -> Parts:
+    return "mul", (node.inputs[0], np.array(-1.0, np.float32)), {}
+
+
+def _sum(reader: Reader, node: Node) -> Parts:
+    """The axes are an attribute up to opset 12, then an input; the rest as of a mean."""
+    op, inputs, given = _mean(reader, node)
+    return ("sum" if op == "mean" else op), inputs, given
+
+
+def _softmax(reader: Reader, node: Node) -> Parts:
+    """Up to opset 12 over all axes from `axis` on: equal, where the others have length 1."""
+    return "softmax", node.inputs[:1], {"axis": int(node.attributes.get("axis", -1))}
+
+
+def _cast(reader: Reader, node: Node) -> Parts:
+    kind = helper.tensor_dtype_to_np_dtype(int(node.attributes["to"]))
+    return "convert", node.inputs[:1], {"to": str(kind), "real": kind.kind == "f"}
+
+
+def _expand(reader: Reader, node: Node) -> Parts:
+    return "expand", node.inputs[:1], {"shape": reader.shape(node.outputs[0], node)}
+
+
+def _slice(reader: Reader, node: Node) -> None:
+    """One step for each axis."""
+    sides = reader.shape(node.inputs[0], node)
+    starts, ends, axes, strides = (reader.constant(node, number) for number in (1, 2, 3, 4))
+    if starts is None or ends is None:
+        raise reader.refusal(node, "Slice without starts or ends")
+    over = range(len(starts)) if axes is None else [int(axis) % len(sides) for axis in axes]
+    by = [1] * len(starts) if strides is None else strides.tolist()
+    cuts = [
+        (axis, np.arange(sides[axis])[slice(int(start), int(end), int(step))])
+        for axis, start, end, step in zip(over, starts, ends, by, strict=True)
+    ]
+    read = node.inputs[0]
+    for number, (axis, indices) in enumerate(cuts):
+        last = number == len(cuts) - 1
+        name = "" if last else f"{node.outputs[0]} of axis {axis}"
+        given = {"axis": axis, "indices": indices}
+        reader.append(node, "take", (read,), given, name)
+        read = name
+
+
+def _split(reader: Reader, node: Node) -> None:
+    """One step for each output; its part is as long as the shape of the output says."""
+    axis = int(node.attributes.get("axis", 0)) % len(reader.shape(node.inputs[0], node))
+    first = 0
+    for name in node.outputs:
+        length = reader.shape(name, node)[axis]
+        given = {"axis": axis, "indices": np.arange(first, first + length)}
+        reader.append(node, "take", node.inputs[:1], given, name)
+        first += length
+
+
+def _gather(reader: Reader, node: Node) -> Parts:
+    axis = int(node.attributes.get("axis", 0)) % len(reader.shape(node.inputs[0], node))
+    indices = reader.constant(node, 1)
+    if indices is None or indices.ndim > 1:
+        raise reader.refusal(node, "Gather with indices of several axes", "a list of indices")
+    given = {"axis": axis, "indices": indices.reshape(-1), "drop": indices.ndim == 0}
+    return "take", node.inputs[:1], given
 
 
 def _concat(reader: Reader, node: Node) -> Parts:
@@ -316,7 +398,7 @@ def _permute(reader: Reader, node: Node) -> Parts:
     return "permute", node.inputs[:1], {"order": [int(axis) for axis in order]}
 
 
-OPERATORS: dict[str, Callable[[Reader, Node], Parts]] = {
+OPERATORS: dict[str, Read] = {
     "Conv": _convolve,
     "Gemm": _gemm,
     "MatMul": _matmul,
@@ -329,29 +411,20 @@ OPERATORS: dict[str, Callable[[Reader, Node], Parts]] = {
     "Clip": _clip,
     "BatchNormalization": _batch_norm,
     "Pad": _pad,
-    "Add": _add,
+    **{op: partial(_pair, op=op.lower()) for op in ("Add", "Sub", "Mul", "Div")},
+    "Sum": partial(_pair, op="add"),
+    "Neg": _negate,
+    "ReduceSum": _sum,
     "Concat": _concat,
     "Transpose": _permute,
+    "Slice": _slice,
+    "Split": _split,
+    "Gather": _gather,
+    "Expand": _expand,
+    "Cast": _cast,
+    "Softmax": _softmax,
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), _reshape),
     "Identity": _identity,
     "Dropout": _dropout,
 }
 """The function that reads each operator, by its name in ONNX."""
-
-INSTEAD = {
-    op: instead
-    for instead, ops in {
-        "quant_format=QuantFormat.QDQ when ONNX Runtime quantizes": "QLinearConv QLinearMatMul "
-        "ConvInteger MatMulInteger com.microsoft.QLinearAdd com.microsoft.QLinearConcat "
-        "com.microsoft.QLinearGlobalAveragePool com.microsoft.QLinearAveragePool "
-        "com.microsoft.QGemm",
-        "quantize_static; ranges that are found in the run have no counterpart": (
-            "DynamicQuantizeLinear"
-        ),
-        "more than one bit": "BipolarQuant",
-        "an average pool with Quant after it": "Trunc",
-        "a shape and conditions that are fixed at export": "If Loop Scan NonZero Where",
-    }.items()
-    for op in ops.split()
-}
-"""What to use instead of operators that only ONNX has; others are in `steps.INSTEAD`."""

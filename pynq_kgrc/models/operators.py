@@ -75,14 +75,20 @@ class Reader:
         self.steps: list[Step] = []
         self.names: dict[Any, str] = {}
         self.constants: dict[Any, torch.Tensor] = {}
+        self.pieces: dict[Any, list[Parts]] = {}
+        """The step that makes each part of what an operator splits."""
 
     def call(self, node: Node) -> None:
         """Read one operator."""
         target: Any = node.target
         reads = node.all_input_nodes
-        if target is operator.getitem and reads[0] in self.names and node.args[1] == 0:
+        if target is operator.getitem and reads[0] in self.pieces:
+            self._append(node, *self.pieces[reads[0]][int(str(node.args[1]))])
+        elif target is operator.getitem and reads[0] in self.names and node.args[1] == 0:
             self.names[node] = self.names[reads[0]]  # the other outputs are indices or statistics
-        elif reads and all(read in self.constants for read in reads):
+        elif _op(node) in ("zeros_like", "new_zeros"):
+            self.constants[node] = torch.zeros(_shape(node))
+        elif all(read in self.constants for read in reads):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self.constants.get)
             with torch.no_grad():
                 self.constants[node] = target(*args, **kwargs)
@@ -92,8 +98,12 @@ class Reader:
                 named.update((a.name, a.default_value) for a in target._schema.arguments)
             named.update(zip(named, node.args, strict=False))
             named.update(node.kwargs)
+            if _op(node) in PIECES:
+                self.pieces[node] = PIECES[_op(node)](node, named)
+                return
             read = OPERATORS.get(_op(node))
-            self._append(node, *(read(node, named) if read else (_op(node), (), {})))
+            parts = read(node, named) if read else (_op(node), tuple(reads), {})
+            self._append(node, *parts)
 
     def _append(self, node: Node, op: str, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
         path, kinds = _place(node)
@@ -203,12 +213,19 @@ def _clamp(node: Node, args: Args) -> Parts:
     return "clamp", (args["self"],), {"low": low, "high": high}
 
 
-def _add(node: Node, args: Args) -> Parts:
-    return "add", (args["self"], args["other"]), {"alpha": args["alpha"]}
+def _two(node: Node, args: Args, op: str) -> Parts:
+    if args.get("rounding_mode") is not None:
+        return _op(node), (args["self"],), {}
+    return op, (args["self"], args["other"]), {"alpha": args.get("alpha", 1)}
+
+
+def _reversed_sub(node: Node, args: Args) -> Parts:
+    alpha = args["alpha"]
+    return ("sub", (args["other"], args["self"]), {}) if alpha == 1 else ("rsub", (), {})
 
 
 def _concat(node: Node, args: Args) -> Parts:
-    return "concat", tuple(args["tensors"]), {"axis": args["dim"]}
+    return "concat", tuple(args["tensors"]), {"axis": args["dim"], "stack": _op(node) == "stack"}
 
 
 def _view(node: Node, args: Args) -> Parts:
@@ -223,6 +240,131 @@ def _convert(node: Node, args: Args) -> Parts:
 
 def _permute(node: Node, args: Args) -> Parts:
     return "permute", (args["self"],), {"order": args["dims"]}
+
+
+def _transpose(node: Node, args: Args) -> Parts:
+    axes = list(range(len(_shape(args["self"]))))
+    first, second = (args.get("dim0", -2), args.get("dim1", -1)) if len(axes) > 1 else (0, 0)
+    axes[first], axes[second] = axes[second], axes[first]
+    return "permute", (args["self"],), {"order": axes}
+
+
+def _move_axes(node: Node, args: Args) -> Parts:
+    places = np.arange(len(_shape(args["self"])))
+    spread = np.empty([1 + n for n in places], np.int8)  # numpy moves axes as torch does
+    moved = np.moveaxis(spread, args["source"], args["destination"])
+    return "permute", (args["self"],), {"order": [n - 1 for n in moved.shape]}
+
+
+def _taken(node: Any, axis: int, indices: Any, *, drop: bool = False) -> Parts:
+    return "take", (node,), {"axis": axis % len(_shape(node)), "indices": indices, "drop": drop}
+
+
+def _slice(node: Node, args: Args) -> Parts:
+    source, axis = args["self"], args["dim"]
+    places = range(_shape(source)[axis])[args["start"] : args["end"] : args["step"]]
+    return _taken(source, axis, places)
+
+
+def _narrow(node: Node, args: Args) -> Parts:
+    start = args["start"]
+    return _taken(args["self"], args["dim"], range(start, start + args["length"]))
+
+
+def _select(node: Node, args: Args) -> Parts:
+    length = _shape(args["self"])[args["dim"]]
+    return _taken(args["self"], args["dim"], [args["index"] % length], drop=True)
+
+
+def _index(node: Node, args: Args) -> Parts:
+    """x[:, [2, 0]], with indices along one axis."""
+    given = args["indices"]
+    axes = [axis for axis, indices in enumerate(given) if indices is not None]
+    if len(axes) != 1 or len(_shape(given[axes[0]])) != 1:
+        return "index", (args["self"],), {}
+    return "take", (args["self"], given[axes[0]]), {"axis": axes[0]}
+
+
+def _index_select(node: Node, args: Args) -> Parts:
+    return "take", (args["self"], args["index"]), {"axis": args["dim"] % len(_shape(args["self"]))}
+
+
+def _flip(node: Node, args: Args) -> Parts:
+    if len(args["dims"]) != 1:
+        return "flip", (args["self"],), {}
+    axis = args["dims"][0]
+    return _taken(args["self"], axis, range(_shape(args["self"])[axis])[::-1])
+
+
+def _roll(node: Node, args: Args) -> Parts:
+    if len(args["dims"]) != 1:
+        return "roll", (args["self"],), {}
+    axis = args["dims"][0]
+    places = np.roll(np.arange(_shape(args["self"])[axis]), args["shifts"][0])
+    return _taken(args["self"], axis, places)
+
+
+def _put(node: Node, args: Args) -> Parts:
+    axis = args["dim"]
+    length = _shape(args["self"])[axis]
+    if "index" in args:
+        return _put_one(args, axis, args["index"] % length)
+    places = range(length)[args["start"] : args["end"] : args["step"]]
+    return "put", (args["self"], args["src"]), {"axis": axis, "indices": places}
+
+
+def _put_one(args: Args, axis: int, index: int) -> Parts:
+    return "put", (args["self"], args["src"]), {"axis": axis, "indices": index}
+
+
+def _copy(node: Node, args: Args) -> Parts:
+    """The source in the shape of the target."""
+    return "expand", (args["src"],), {"shape": _shape(node)}
+
+
+def _expand(node: Node, args: Args) -> Parts:
+    return "expand", (args["self"],), {"shape": _shape(node)}
+
+
+def _view_of(node: Node, args: Args) -> Parts:
+    return "identity", (args["self"],), {}
+
+
+def _softmax(node: Node, args: Args) -> Parts:
+    return "softmax", (args["self"],), {"axis": args["dim"]}
+
+
+def _negate(node: Node, args: Args) -> Parts:
+    return "mul", (args["self"], -1.0), {}
+
+
+def _sum(node: Node, args: Args) -> Parts:
+    _, inputs, given = _mean(node, args)
+    return "sum", inputs, given
+
+
+def _split(node: Node, args: Args) -> list[Parts]:
+    """The pieces of a split or a chunk along an axis."""
+    axis = args["dim"]
+    pieces, start = [], 0
+    for value in node.meta["val"]:
+        length = value.shape[axis]
+        pieces.append(_taken(args["self"], axis, range(start, start + length)))
+        start += length
+    return pieces
+
+
+def _unbind(node: Node, args: Args) -> list[Parts]:
+    axis = args["dim"]
+    places = range(_shape(args["self"])[axis])
+    return [_taken(args["self"], axis, [place], drop=True) for place in places]
+
+
+PIECES: dict[str, Callable[[Node, Args], list[Parts]]] = {
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _split),
+    "unbind": _unbind,
+}
+"""The function that reads each operator that makes several values, by ATen name."""
 
 
 OPERATORS: dict[str, Callable[[Node, Args], Parts]] = {
@@ -244,12 +386,37 @@ OPERATORS: dict[str, Callable[[Node, Args], Parts]] = {
     "constant_pad_nd": _pad,
     "_native_batch_norm_legit_no_training": _batch_norm,
     **dict.fromkeys(("relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min"), _clamp),
-    "add": _add,
-    "cat": _concat,
+    "conv1d": _convolve,
+    "add": partial(_two, op="add"),
+    "sub": partial(_two, op="sub"),
+    "mul": partial(_two, op="mul"),
+    "div": partial(_two, op="div"),
+    "rsub": _reversed_sub,
+    "neg": _negate,
+    "sum": _sum,
+    **dict.fromkeys(("cat", "stack"), _concat),
     **dict.fromkeys(("to", "_to_copy", "type_as"), _convert),
     "permute": _permute,
+    **dict.fromkeys(("transpose", "t", "swapaxes"), _transpose),
+    "movedim": _move_axes,
+    "slice": _slice,
+    "narrow": _narrow,
+    "select": _select,
+    "index": _index,
+    "index_select": _index_select,
+    "flip": _flip,
+    "roll": _roll,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), _put),
+    "copy": _copy,
+    "expand": _expand,
+    "detach": _view_of,
+    **dict.fromkeys(("softmax", "log_softmax"), _softmax),
     **dict.fromkeys(
-        ("view", "reshape", "flatten", "squeeze", "unsqueeze", "clone", "alias", "dropout"), _view
+        (
+            *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "clone"),
+            *("contiguous", "alias", "dropout", "_unsafe_view"),
+        ),
+        _view,
     ),
 }
 """The function that reads each operator, by ATen name."""
