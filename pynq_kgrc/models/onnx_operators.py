@@ -7,6 +7,7 @@ opset from 11 on: https://onnx.ai/onnx/operators.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 from onnx import helper
 
 from pynq_kgrc.errors import CompileError
-from pynq_kgrc.models.onnx_file import Network, Node, Shape
+from pynq_kgrc.models.onnx_file import Network, Node, Shape, quant_bounds
 from pynq_kgrc.models.steps import CLIP, LOWEST, Step
-from pynq_kgrc.quant import Array
+from pynq_kgrc.models.values import Code
+from pynq_kgrc.quant import BITS, Array, QuantParams
 
 Parts = tuple[str, tuple[Any, ...], dict[str, Any]]
 """A step's operator, what it reads (names of tensors, arrays, None), and its attributes."""
@@ -49,6 +51,17 @@ def read_nodes(network: Network) -> tuple[list[Step], str]:
     return reader.steps, reader.names[network.outputs[0]]
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Integers of a file: what was quantized to them, and how."""
+
+    source: str
+    scale: float
+    zero: int
+    low: int
+    high: int
+
+
 class Reader:
     """Reads nodes in order: the steps so far, and the names of their values."""
 
@@ -56,9 +69,14 @@ class Reader:
         self.network = network
         self.steps: list[Step] = []
         self.names = {network.input: CLIP}
+        self.codes: dict[str, Codes] = {}
 
     def read(self, node: Node) -> None:
         """Read one node. One that is none of `OPERATORS` becomes a step that is refused by name."""
+        coded = [name for name in node.inputs if name in self.codes]
+        if coded and node.op not in ("Clip", "DequantizeLinear"):
+            what = f"{node.op} of the integers {coded[0]}"
+            raise self.refusal(node, what, "QuantizeLinear and DequantizeLinear around reals")
         for name in node.outputs:
             self.names[name] = f"{CLIP} of {node.op}" if name == CLIP else name
         if node.op not in OPERATORS:
@@ -204,7 +222,31 @@ def _convolve(reader: Reader, node: Node) -> Parts:
         what = f"a weight {list(weight.shape)} in {groups} groups for {channels} channels"
         raise reader.refusal(node, what)
     inputs = (node.inputs[0], weight, bias)
-    return "conv", inputs, {**_window(reader, node, kernel), "groups": groups}
+    step = _weight_step(reader, node, weight.shape)
+    return "conv", inputs, {**_window(reader, node, kernel), "groups": groups, "weight_step": step}
+
+
+def _weight_step(
+    reader: Reader, node: Node, shape: Shape, turned: bool = False, alpha: float = 1.0
+) -> Array | None:
+    """[M] float64: the real of one code of each filter of a weight [M, ...]; None if it has none.
+
+    `turned`: the file has the weight [N, M].
+    """
+    name = node.inputs[1]
+    if name not in reader.network.steps:
+        return None
+    step = reader.network.steps[name]
+    if step is None:
+        what = f"{node.op} whose weight {name} is changed after it was dequantized"
+        raise reader.refusal(node, what, "DequantizeLinear right before it")
+    step = (step.T if turned else step) * alpha
+    if step.size > 1 and step.shape != (shape[0], *[1] * (step.ndim - 1)):
+        what = f"{node.op} with scales {list(step.shape)} of its weight"
+        raise reader.refusal(node, what, "one for each filter, or one")
+    if not (np.isfinite(step) & (step > 0)).all():
+        raise reader.refusal(node, f"{node.op} with a scale of {step.min():g} of its weight")
+    return np.broadcast_to(step.reshape(-1), shape[:1]).copy()
 
 
 def _gemm(reader: Reader, node: Node) -> Parts:
@@ -212,16 +254,27 @@ def _gemm(reader: Reader, node: Node) -> Parts:
     weight = reader.weight(node, 1, rank=2)
     if given.get("transA", 0):
         raise reader.refusal(node, "Gemm with transA=1", "transA=0")
-    weight = (weight if given.get("transB", 0) else weight.T) * np.float32(given.get("alpha", 1.0))
+    turned, alpha = not given.get("transB", 0), float(given.get("alpha", 1.0))
+    weight = (weight.T if turned else weight) * np.float32(alpha)
+    step = _weight_step(reader, node, weight.shape, turned, abs(alpha))
     bias = reader.constant(node, 2)
-    return _product(reader, node, weight, bias, given.get("beta", 1.0))
+    return _product(reader, node, weight, bias, given.get("beta", 1.0), step)
 
 
 def _matmul(reader: Reader, node: Node) -> Parts:
-    return _product(reader, node, reader.weight(node, 1, rank=2).T, None, 1.0)
+    weight = reader.weight(node, 1, rank=2).T
+    step = _weight_step(reader, node, weight.shape, turned=True)
+    return _product(reader, node, weight, None, 1.0, step)
 
 
-def _product(reader: Reader, node: Node, weight: Array, bias: Array | None, beta: float) -> Parts:
+def _product(
+    reader: Reader,
+    node: Node,
+    weight: Array,
+    bias: Array | None,
+    beta: float,
+    step: Array | None,
+) -> Parts:
     """A linear of weight [M, N] and what broadcasts to a bias [M]."""
     if bias is not None:
         if max((*bias.shape[:-1], 1)) > 1 or bias.shape[-1:] not in ((), (1,), weight.shape[:1]):
@@ -229,7 +282,7 @@ def _product(reader: Reader, node: Node, weight: Array, bias: Array | None, beta
         bias = np.broadcast_to(bias.reshape(-1), weight.shape[:1]) * np.float32(beta)
     if reader.shape(node.inputs[0], node)[-1] != weight.shape[1]:
         raise reader.refusal(node, f"a weight {list(weight.shape[::-1])} that does not fit")
-    return "linear", (node.inputs[0], weight, bias), {}
+    return "linear", (node.inputs[0], weight, bias), {"weight_step": step}
 
 
 def _pool(reader: Reader, node: Node, op: str) -> Parts:
@@ -256,11 +309,21 @@ def _mean(reader: Reader, node: Node) -> Parts:
     return "mean", node.inputs[:1], {"axes": axes or None, "keepdim": keep}
 
 
-def _clip(reader: Reader, node: Node) -> Parts:
+def _clip(reader: Reader, node: Node) -> Parts | None:
+    """A clamp; of integers between a quantizer and its inverse, a narrower range of codes."""
+    if node.inputs[0] in reader.codes:
+        codes = reader.codes[node.inputs[0]]
+        least, most = reader.constant(node, 1), reader.constant(node, 2)
+        low = codes.low if least is None else max(codes.low, int(np.ravel(least)[0]))
+        high = codes.high if most is None else min(codes.high, int(np.ravel(most)[0]))
+        reader.codes[node.outputs[0]] = replace(codes, low=low, high=high)
+        return None
     low, high = (reader.constant(node, number) for number in (1, 2))
     if any(end is not None and end.size != 1 for end in (low, high)):
         raise reader.refusal(node, "Clip with bounds that are no numbers")
-    ends = [None if end is None else float(end.reshape(())) for end in (low, high)]
+    ends: list[float | None] = [
+        None if end is None else float(end.reshape(())) for end in (low, high)
+    ]
     if ends[0] is not None and ends[0] <= LOWEST:
         ends[0] = None
     if ends[1] is not None and ends[1] >= -LOWEST:
@@ -268,6 +331,83 @@ def _clip(reader: Reader, node: Node) -> Parts:
     if ends == [None, None]:
         return "identity", node.inputs[:1], {}
     return "clamp", node.inputs[:1], {"low": ends[0], "high": ends[1]}
+
+
+def _quantize(reader: Reader, node: Node) -> None:
+    """QuantizeLinear: kept until its inverse reads the integers."""
+    scale, zero = reader.constant(node, 1), reader.constant(node, 2)
+    if scale is None or scale.size != 1:
+        what = f"QuantizeLinear with scales {[] if scale is None else list(scale.shape)} of a map"
+        raise reader.refusal(node, what, "one scale for each tensor")
+    kind = np.dtype(np.uint8) if zero is None else zero.dtype
+    if zero is None and node.attributes.get("output_dtype", 0):
+        kind = helper.tensor_dtype_to_np_dtype(int(node.attributes["output_dtype"]))
+    if str(kind) not in INTEGERS:
+        raise reader.refusal(node, f"QuantizeLinear to {kind}", f"{', '.join(INTEGERS)}")
+    low, high = INTEGERS[str(kind)]
+    point = 0 if zero is None else int(np.ravel(zero)[0])
+    source = node.inputs[0]
+    reader.codes[node.outputs[0]] = Codes(source, float(scale.reshape(())), point, low, high)
+
+
+INTEGERS = {
+    **{f"int{bits}": (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) for bits in (4, 8, 16)},
+    **{f"uint{bits}": (0, (1 << bits) - 1) for bits in (4, 8, 16)},
+}
+"""The lowest and the highest code of each type that QuantizeLinear writes."""
+
+
+def _dequantize(reader: Reader, node: Node) -> Parts:
+    """DequantizeLinear: the reals of codes, with the scale that they were made with."""
+    codes = reader.codes.get(node.inputs[0])
+    if codes is None:
+        what = f"DequantizeLinear of {node.inputs[0]}, which no QuantizeLinear makes"
+        raise reader.refusal(node, what, "a clip of reals: its pixels are quantized here")
+    scale, zero = reader.constant(node, 1), reader.constant(node, 2)
+    point = 0 if zero is None else int(np.ravel(zero)[0])
+    if (
+        scale is None
+        or scale.size != 1
+        or (float(scale.reshape(())), point)
+        != (
+            codes.scale,
+            codes.zero,
+        )
+    ):
+        what = "DequantizeLinear with another scale or zero point than QuantizeLinear before it"
+        raise reader.refusal(node, what, "the same")
+    return _coded(reader, node, codes)
+
+
+def _quant(reader: Reader, node: Node) -> Parts:
+    """Quant of QONNX: a quantizer and its inverse."""
+    found = [value for n in (1, 2, 3) if (value := reader.constant(node, n)) is not None]
+    if [value.size for value in found] != [1, 1, 1]:
+        what = f"Quant with scales {[list(value.shape) for value in found]} of a map"
+        raise reader.refusal(node, what, "one scale for each tensor")
+    scale, zero, bits = (float(np.ravel(value)[0]) for value in found)
+    if zero % 1:
+        raise reader.refusal(node, f"Quant with a zero point of {zero:g}", "a whole number")
+    low, high = quant_bounds(
+        np.array(bits), node.attributes, f"{reader.network.name}: {node.place}"
+    )
+    return _coded(reader, node, Codes(node.inputs[0], scale, int(zero), low, high))
+
+
+def _coded(reader: Reader, node: Node, codes: Codes) -> Parts:
+    """A step that limits a value to codes, which are shifted to be signed."""
+    if not (np.isfinite(codes.scale) and codes.scale > 0) or codes.low >= codes.high:
+        what = f"a scale of {codes.scale:g} and codes {codes.low} to {codes.high}"
+        raise reader.refusal(node, what, "a scale above 0")
+    if not codes.low <= codes.zero <= codes.high:
+        what = f"a zero point of {codes.zero} outside of the codes {codes.low} to {codes.high}"
+        raise reader.refusal(node, what, "one within, so that padding with zeros has a code")
+    bits = next(bits for bits in sorted(BITS) if codes.high - codes.low < 1 << bits)
+    half = 1 << (bits - 1)
+    shift = 0 if codes.low >= -half and codes.high < half else codes.low + half
+    quant = QuantParams(bits, codes.scale, codes.zero - shift)
+    limits = codes.low - shift, codes.high - shift
+    return "code", (codes.source,), {"code": Code(quant, limits)}
 
 
 def _relu(reader: Reader, node: Node) -> Parts:
@@ -407,6 +547,9 @@ OPERATORS: dict[str, Read] = {
     "GlobalMaxPool": partial(_global_pool, op="adaptive_max_pool"),
     "GlobalAveragePool": partial(_global_pool, op="adaptive_average_pool"),
     "ReduceMean": _mean,
+    "QuantizeLinear": _quantize,
+    "DequantizeLinear": _dequantize,
+    "Quant": _quant,
     "Relu": _relu,
     "Clip": _clip,
     "BatchNormalization": _batch_norm,

@@ -52,7 +52,7 @@ from pynq_kgrc.models.values import (
     window_axes,
     without_axes,
 )
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, WeightQuant
 
 CLIP = "clip"
 """The name of the value that holds the clip, [1, 3, D, H, W]."""
@@ -311,6 +311,7 @@ class Reader:
                 weight=found.weight,
                 positive=value.draft.positive,
                 picks=found.picks,
+                code=value.draft.code,
             )
             base = (shape[1], shape[0], *shape[2:]) if batch else shape
             order = (1, 0, *range(2, len(shape))) if batch else range(len(shape))
@@ -402,7 +403,7 @@ def _convolve(reader: Reader, step: Step) -> Value:
     """Reads a map, its weight [M, N / groups, ...], its bias.
 
     Attributes: stride, before and after (padding), dilation, each a number or one for each axis;
-    groups.
+    groups; weight_step, [M] or None, the real of one code of a quantized weight.
     """
     weight = reader.weight(step, 1)
     axes = weight.ndim - 2
@@ -428,7 +429,8 @@ def _convolve(reader: Reader, step: Step) -> Value:
         own_weights=0 if own_weights == weight.size else own_weights,
     )
     bias = reader.constant(step, 2)
-    return reader.add_window(step, CONV, value, places, shape, weight=weight, bias=bias)
+    parts = {"weight": weight, "bias": bias, "weight_step": step.attributes.get("weight_step")}
+    return reader.add_window(step, CONV, value, places, shape, **parts)
 
 
 def _ungrouped(weight: Array, groups: int) -> Array:
@@ -454,7 +456,7 @@ def _dilated(weight: Array, dilation: Size) -> Array:
 
 
 def _linear(reader: Reader, step: Step) -> Value:
-    """Reads a map, a weight [M, N], a bias.
+    """Reads a map, a weight [M, N], a bias. Attribute: weight_step, as of a convolution.
 
     It is a convolution over the whole map, or one over its channels where they are the last axis.
     """
@@ -487,6 +489,7 @@ def _linear(reader: Reader, step: Step) -> Value:
         shape=shape,
         weight=weight.reshape(filters, draft.channels, *kernel),
         bias=bias,
+        weight_step=step.attributes.get("weight_step"),
     )
     return viewed(made, (filters, *rows), (*range(1, len(value.shape)), 0))
 
@@ -849,6 +852,26 @@ def _clamp(reader: Reader, step: Step) -> Value:
     return _scale(reader, step, value, activation=activation, positive=positive)
 
 
+def _code(reader: Reader, step: Step) -> Value:
+    """The value after a quantizer and its inverse. Attribute: code, a `Code`.
+
+    No layer, where the layer that makes the value can write these codes. A lowest code of zero or
+    more is a ReLU, which exporters leave to the quantizer. A second format of one value is a copy.
+    """
+    value, code = reader.value(step), step.attributes["code"]
+    _zeros_only(reader, step, value)
+    draft = value.draft
+    cuts = code.limits[0] >= code.quant.zero_point and not draft.positive
+    if draft.code == code:
+        return value
+    if draft.code is not None or (cuts and draft.op != INPUT):
+        activation = "relu" if cuts else "none"
+        parts: dict[str, Any] = {"activation": activation, "positive": cuts or draft.positive}
+        value = _scale(reader, step, value, **parts)
+    value.draft.code = code
+    return value
+
+
 def _add(reader: Reader, step: Step) -> Value:
     """Reads two maps of the same shape, or one and a constant.
 
@@ -1008,6 +1031,7 @@ OPERATORS: dict[str, Callable[[Reader, Step], Value]] = {
     "batch_norm": _batch_norm,
     "scale": _gain_and_offset,
     "clamp": _clamp,
+    "code": _code,
     "add": _add,
     "sub": _subtract,
     "mul": _multiply,
@@ -1086,7 +1110,7 @@ def _fold(drafts: list[LayerDraft], output: LayerDraft) -> tuple[list[LayerDraft
 def _choose_channels(draft: LayerDraft) -> None:
     """Let a convolution read the map of which one before it only chooses channels, if cheaper."""
     (before,), shape = draft.inputs, draft.shape
-    if before.picks is None or before.activation != "none":
+    if before.picks is None or before.activation != "none" or before.code is not None:
         return
     assert isinstance(shape, ConvShape) and draft.weight is not None
     source = before.inputs[0]
@@ -1105,6 +1129,16 @@ def _choose_channels(draft: LayerDraft) -> None:
 
 def _absorbs(before: LayerDraft, scale: LayerDraft, alone: bool) -> bool:
     """Merge `scale` into `before` if possible; `alone`: no other layer reads `before`."""
+    plain = scale.gain is None
+    if before.code is not None and not (plain and scale.code in (None, before.code)):
+        return False  # what is rounded to codes is not rounded again in the same layer
+    if _absorbs_reals(before, scale, alone):
+        before.code = scale.code or before.code
+        return True
+    return False
+
+
+def _absorbs_reals(before: LayerDraft, scale: LayerDraft, alone: bool) -> bool:
     plain = scale.gain is None
     if plain and scale.activation == "relu" and before.positive:
         return True
@@ -1131,6 +1165,8 @@ def _rescale(before: LayerDraft, scale: LayerDraft) -> None:
     before.picks = None
     if before.weight is not None:
         before.weight = (before.weight * gain[:, None, None, None, None]).astype(np.float32)
+        if before.weight_step is not None:
+            before.weight_step = before.weight_step * np.where(gain == 0, 1, np.abs(gain))
     else:
         before.gain = gain * (1.0 if before.gain is None else before.gain)
     before.bias = scale.bias + gain * (0.0 if before.bias is None else before.bias)
@@ -1159,6 +1195,9 @@ def _layer(draft: LayerDraft) -> Layer:
         weight=draft.weight,
         bias=bias,
         activation=draft.activation,
+        weight_quant=None if draft.weight_step is None else WeightQuant(8, draft.weight_step),
+        out_quant=None if draft.code is None else draft.code.quant,
+        code_range=None if draft.code is None else draft.code.limits,
     )
 
 
@@ -1176,7 +1215,8 @@ def average_first(graph: Graph) -> Graph:
         at, conv = next((j, x) for j, x in enumerate(layers) if x.name == pool.inputs[0])
         alone = sum(conv.name in layer.inputs for layer in layers) == 1
         padded = any(pool.shape.pad_before + pool.shape.pad_after)
-        if not alone or padded or conv.activation != "none" or not _is_pointwise(conv):
+        coded = conv.out_quant is not None or pool.out_quant is not None
+        if not alone or padded or coded or conv.activation != "none" or not _is_pointwise(conv):
             continue
         assert isinstance(conv.shape, ConvShape)
         source = replace(pool.shape, channels=conv.shape.channels)
