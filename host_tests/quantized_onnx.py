@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from pynq_kgrc.backends.base import open_backend
+from pynq_kgrc.graph import tap_views
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Compared:
 
 
 def integers(path, clip):
-    """(scale, zero point, lowest code of the type, codes [C, ...]) of every QuantizeLinear."""
+    """(scale, zero point, codes [1, C, ...]) of every QuantizeLinear of a map."""
     model = onnx.load(path)
     held = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     for node in model.graph.node:
@@ -47,30 +49,44 @@ def integers(path, clip):
     runtime = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
     feed = {runtime.get_inputs()[0].name: clip}
     found = runtime.run([name for name, *_ in wanted], feed)
-    return [
-        (scale, zero, int(np.iinfo(kind).min), codes)
-        for (_, scale, zero, kind), codes in zip(wanted, found, strict=True)
-    ]
+    return [(scale, zero, codes) for (_, scale, zero, _), codes in zip(wanted, found, strict=True)]
 
 
 def compare(path, program, frames, rank=5) -> Iterator[Compared]:
-    """Run each task on the file's own integers and compare what it writes."""
+    """Run each task whose inputs the file has as integers on those, and compare what it writes."""
     reals = program.clip.normalise(frames)
     known = {}
-    for scale, zero, _, codes in integers(path, reals[None] if rank == 5 else reals[None][:, :, 0]):
+    for scale, zero, codes in integers(path, reals[None] if rank == 5 else reals[None][:, :, 0]):
         known.setdefault((scale, codes.size), []).append((zero, codes.astype(np.int64).ravel()))
     backend = open_backend("emulate", program.config)
     try:
         backend.load(program)
-        backend.write(program.source, program.encode_clip(frames))
+        clip = program.encode_clip(frames)
+        backend.write(program.source, clip)
+        given = {program.source} if (program.input.scale, reals.size) in known else set()
+        """The slots that hold the file's integers."""
         for number, task in enumerate(program.tasks):
             backend.run(number, number + 1)
             ours = backend.read(task.target, task.shape.out_channels, task.out_size)
-            theirs = known.get((task.out.scale, ours.size), [])
-            if not theirs or ".copy" in task.name:  # a part of a concat
+            whole = (task.shape.out_channels, *task.shape.out_size)  # before a pool in the task
+            theirs = known.get((task.out.scale, math.prod(whole)), [])
+            reads = {task.source}
+            if getattr(task, "shortcut", None) is not None:
+                reads.add(task.shortcut.source)
+            given.discard(task.target)
+            if not reads <= given:
                 continue
-            moved = [codes - zero + task.out.zero_point for zero, codes in theirs]
-            differences = [np.abs(ours.ravel() - codes) for codes in moved]
+            if task.name.endswith(".unfold") or ".copy" in task.name:  # copies codes
+                given.add(task.target)
+                continue
+            if not theirs:
+                continue
+            moved = [(codes - zero + task.out.zero_point).reshape(whole) for zero, codes in theirs]
+            if getattr(task, "pool", None) is not None:
+                moved = [np.maximum.reduce(list(tap_views(codes, task.pool))) for codes in moved]
+            # a ReLU behind the quantizer is computed in the same task
+            moved += [np.maximum(codes, task.out.zero_point) for codes in moved]
+            differences = [np.abs(ours - codes) for codes in moved]
             best = min(range(len(moved)), key=lambda i: differences[i].max())
             yield Compared(
                 task.name,
@@ -78,6 +94,7 @@ def compare(path, program, frames, rank=5) -> Iterator[Compared]:
                 int(np.count_nonzero(differences[best])),
                 int(differences[best].max()),
             )
-            backend.write(task.target, moved[best].reshape(ours.shape).astype(ours.dtype))
+            backend.write(task.target, moved[best].astype(ours.dtype))
+            given.add(task.target)
     finally:
         backend.close()

@@ -9,9 +9,10 @@ OPSETS = (11, 13, 17, 18, 21, 23)
 class RandomGraph:
     """Up to nine random nodes over one clip, then a head; `model` is the file."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, quantized: bool = False) -> None:
         self.rng = np.random.default_rng(seed)
-        self.opset = int(self.rng.choice(OPSETS))
+        self.opset = int(self.rng.choice(OPSETS[1:] if quantized else OPSETS))
+        self.quantized = quantized
         self.axes = int(self.rng.choice([2, 3, 3]))
         sides = [int(n) for n in self.rng.integers(4, 11, self.axes)]
         self.shape = (1, 3, *sides)
@@ -20,12 +21,12 @@ class RandomGraph:
         self.count = 0
         clip = helper.make_tensor_value_info("clip", TensorProto.FLOAT, self.shape)
         self.inputs = [clip]
-        values = ["clip"]
+        values = [self.coded("clip", 1.0)]
         for _ in range(int(self.rng.integers(1, 10))):
             source = values[-1] if self.rng.random() < 0.7 else str(self.rng.choice(values))
             made = self.step(source, values)
             if self.known(made):
-                values.append(made)
+                values.append(self.coded(made))
             else:
                 self.nodes.pop()
         kept = list(self.nodes)
@@ -81,6 +82,8 @@ class RandomGraph:
             kinds = ["conv"] * 5 + ["pool"] * 4 + ["norm", "mean", "pad", "pad", "concat"]
             kinds += ["relu", "relu", "clip", "identity", "add", "add", "mul", "global"]
             kinds += self.some([], [], ["sigmoid", "transpose", "reshape"])
+        if self.quantized:  # `quantized_onnx.compare` reads maps in the file's order
+            kinds = [kind for kind in kinds if kind != "transpose"]
         kind = self.some(*kinds)
         return (
             self.globally(source)
@@ -110,8 +113,8 @@ class RandomGraph:
             given["dilations"] = [int(n) for n in rng.choice([1, 2], self.axes)]
         if rng.random() < 0.5:
             given["kernel_shape"] = kernel
-        held = self.constant(weight)
-        if rng.random() < 0.1:
+        held = self.coded_weight(weight) if self.quantized else self.constant(weight)
+        if rng.random() < 0.1 and not self.quantized:
             held = self.before_all(held)
         inputs = [source, held]
         if rng.random() < 0.6:
@@ -126,6 +129,36 @@ class RandomGraph:
         at = sum(node.op_type == "Constant" for node in self.nodes)
         self.nodes.insert(at, helper.make_node("Mul", [held, factor], [name]))
         return name
+
+    def coded(self, value: str, share: float = 0.85) -> str:
+        """Most values of a quantized graph after a quantizer and its inverse, of some format."""
+        rng = self.rng
+        if not self.quantized or rng.random() > share:
+            return value
+        kind = self.some(np.int8, np.uint8, np.uint8)
+        low, high = np.iinfo(kind).min, np.iinfo(kind).max
+        zero = int(self.some(low, 0, rng.integers(low, high), low + 128))
+        scale = self.constant(rng.uniform(0.01, 0.06))
+        point = self.constant(zero, kind)
+        codes = self.node("QuantizeLinear", value, scale, point)
+        if rng.random() < 0.2 and value != "clip":
+            ends = (
+                self.constant(max(zero - 40, low), kind),
+                self.constant(min(zero + 90, high), kind),
+            )
+            codes = self.node("Clip", codes, *ends)
+        return self.node("DequantizeLinear", codes, scale, point)
+
+    def coded_weight(self, weight) -> str:
+        """A weight [M, ...] as int8 codes with one scale or one for each filter."""
+        filters = len(weight)
+        each = self.rng.random() < 0.7
+        scale = np.abs(weight.reshape(filters, -1)).max(axis=1) / 127
+        scale = (scale if each else scale.max()).astype(np.float32)
+        spread = scale.reshape(-1, *[1] * (weight.ndim - 1))
+        held = self.constant(np.rint(weight / spread), np.int8)
+        zeros = self.constant(np.zeros_like(scale), np.int8)
+        return self.node("DequantizeLinear", held, self.constant(scale), zeros, axis=0)
 
     def pool(self, source, shape, values):
         kernel = [min(int(self.rng.choice([1, 2, 3])), side) for side in shape[2:]]
@@ -253,6 +286,9 @@ class RandomGraph:
         if rng.random() < 0.4:
             return self.node("Add", self.node("MatMul", source, self.constant(weight)), bias)
         turned = self.some(0, 1)
+        if self.quantized:
+            held = self.coded_weight(np.ascontiguousarray(weight.T))
+            return self.node("Gemm", source, held, bias, transB=1)
         held = self.constant(weight.T if turned else weight)
         given = {"alpha": 0.5, "beta": 2.0} if rng.random() < 0.3 else {}
         return self.node("Gemm", source, held, bias, transB=turned, **given)

@@ -1,18 +1,31 @@
 """Makes the ONNX files beside it with the exporters that people use; seeded weights.
 
-    pip install -c constraints.txt torch onnx onnxscript onnxruntime brevitas qonnx
+    pip install -c constraints.txt torch onnx onnxscript onnxruntime
+    pip install --no-deps brevitas dependencies==2.0.1 unfoldNd onnxoptimizer
     python host_tests/onnx_files/make.py
 
 The files are in the repository, so that tests need neither these packages nor their versions.
-Made with torch 2.13.0, onnx 1.22.0, onnxscript 0.7.2. What an exporter writes about the machine
-(stack traces) is removed.
+Made with torch 2.13.0, onnx 1.22.0, onnxscript 0.7.2, onnxruntime 1.31.1 and brevitas 0.13.4.
+What an exporter writes about the machine (stack traces) is removed.
 """
 
+import tempfile
 import warnings
 from pathlib import Path
 
+import brevitas.nn as qnn
+import numpy as np
 import onnx
 import torch
+from brevitas.export import export_onnx_qcdq, export_qonnx
+from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -121,11 +134,82 @@ def export(build, opset: int, dynamo: bool) -> Path:
     return path
 
 
+class Clips(CalibrationDataReader):
+    """Four clips of noise."""
+
+    def __init__(self, shape) -> None:
+        rng = np.random.default_rng(1)
+        clips = [rng.normal(0, 1, shape).astype(np.float32) for _ in range(4)]
+        self.clips = iter([{"clip": clip} for clip in clips])
+
+    def get_next(self):
+        return next(self.clips, None)
+
+
+def quantize(build, name: str, kind: QuantType, symmetric: bool) -> None:
+    """ONNX Runtime's static quantization of the export at opset 17, scales for each filter."""
+    source = HERE / f"{build.__name__.lower()}-legacy17.onnx"
+    out = HERE / f"qdq-{build.__name__.lower()}-{name}.onnx"
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Path(folder) / "ready.onnx"
+        quant_pre_process(source, ready, skip_symbolic_shape=True)
+        quantize_static(
+            ready,
+            out,
+            Clips(build.shape),
+            quant_format=QuantFormat.QDQ,
+            activation_type=kind,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            extra_options={"ActivationSymmetric": symmetric},
+        )
+    clean(out)
+
+
+class Trained(nn.Module):
+    """Frames of 14 x 14, quantized in training by Brevitas: input 8 bits, the rest `bits`."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        given = {"weight_bit_width": bits, "weight_quant": Int8WeightPerChannelFloat}
+        self.inp = qnn.QuantIdentity(bit_width=8)
+        self.conv1 = qnn.QuantConv2d(3, 4, 3, padding=1, bias=True, **given)
+        self.relu1 = qnn.QuantReLU(bit_width=bits)
+        self.conv2 = qnn.QuantConv2d(4, 4, 3, stride=2, bias=False, **given)
+        self.relu2 = qnn.QuantReLU(bit_width=bits)
+        self.pool = nn.MaxPool2d(2)
+        given["weight_quant"] = Int8WeightPerTensorFloat
+        self.fc = qnn.QuantLinear(36, 5, bias=True, **given)
+
+    def forward(self, x):
+        x = self.relu2(self.conv2(self.relu1(self.conv1(self.inp(x)))))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
+def export_trained(bits: int) -> None:
+    """One network by both of Brevitas' exporters."""
+    torch.manual_seed(0)
+    network = Trained(bits)
+    for _ in range(3):  # statistics of the scales
+        network(torch.randn(8, 3, 14, 14))
+    network.eval()
+    for name, way in (("qcdq", export_onnx_qcdq), ("qonnx", export_qonnx)):
+        path = HERE / f"{name}-{bits}bit.onnx"
+        example = torch.randn(1, 3, 14, 14)
+        way(network, args=example, export_path=str(path), opset_version=17, dynamo=False)
+        clean(path)
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     for build in (Residual, Images):
         for opset, dynamo in ((11, False), (17, False), (18, True), (23, True)):
             export(build, opset, dynamo)
+    quantize(Residual, "u8", QuantType.QUInt8, False)
+    quantize(Images, "s8", QuantType.QInt8, False)
+    quantize(Residual, "symmetric", QuantType.QInt8, True)
+    for bits in (8, 4):
+        export_trained(bits)
 
 
 if __name__ == "__main__":

@@ -389,8 +389,8 @@ def _check_pixels(graph: Graph, quant: QuantParams, limits: CodeRange) -> None:
     if codes[0] < limits[0] or codes[1] > limits[1]:
         raise CompileError(
             f"{graph.layers[0].name}: the network limits its input to codes {limits[0]} to "
-            f"{limits[1]}, and pixels are coded as {codes[0]} to {codes[1]}; quantize the input to "
-            f"{quant.bits} bits, or with a scale that covers all pixels"
+            f"{limits[1]}, and pixels are coded as {codes[0]} to {codes[1]}; use a design of as "
+            f"many bits as the input has, or a scale that covers all pixels"
         )
 
 
@@ -415,7 +415,7 @@ def own_weight_format(layer: Layer, bits: int) -> WeightQuant:
 
 
 def warn_of_missing_formats(graph: Graph, own: dict[str, tuple[QuantParams, CodeRange]]) -> None:
-    """Warn of tensors without a format in a graph that has some of its own."""
+    """Warn of tensors and weights without a format in a graph that has some of its own."""
     if not own:
         return
     missing = [
@@ -425,6 +425,20 @@ def warn_of_missing_formats(graph: Graph, own: dict[str, tuple[QuantParams, Code
         and layer.name != graph.output
         and not (layer.op == CONV and [x.op for x in graph.consumers(layer.name)] == [ADD])
     ]
+    weights = [
+        layer.name
+        for layer in graph.convolutions()
+        if layer.weight_quant is None
+        and layer.weight is not None
+        and np.count_nonzero(layer.weight.reshape(layer.channels, -1), axis=1).max() > 1
+    ]  # a single weight has the code of its own scale, whatever it is
+    if weights:
+        more = f" and {len(weights) - 4} more" if len(weights) > 4 else ""
+        warnings.warn(
+            f"{graph.name} is quantized, but the weights of {', '.join(weights[:4])}{more} are "
+            f"not; their codes are chosen here",
+            stacklevel=4,
+        )
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         warnings.warn(

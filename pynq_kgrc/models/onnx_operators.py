@@ -311,26 +311,22 @@ def _mean(reader: Reader, node: Node) -> Parts:
 
 def _clip(reader: Reader, node: Node) -> Parts | None:
     """A clamp; of integers between a quantizer and its inverse, a narrower range of codes."""
-    if node.inputs[0] in reader.codes:
-        codes = reader.codes[node.inputs[0]]
-        least, most = reader.constant(node, 1), reader.constant(node, 2)
-        low = codes.low if least is None else max(codes.low, int(np.ravel(least)[0]))
-        high = codes.high if most is None else min(codes.high, int(np.ravel(most)[0]))
-        reader.codes[node.outputs[0]] = replace(codes, low=low, high=high)
-        return None
-    low, high = (reader.constant(node, number) for number in (1, 2))
-    if any(end is not None and end.size != 1 for end in (low, high)):
+    least, most = reader.constant(node, 1), reader.constant(node, 2)
+    if any(end is not None and end.size != 1 for end in (least, most)):
         raise reader.refusal(node, "Clip with bounds that are no numbers")
-    ends: list[float | None] = [
-        None if end is None else float(end.reshape(())) for end in (low, high)
-    ]
-    if ends[0] is not None and ends[0] <= LOWEST:
-        ends[0] = None
-    if ends[1] is not None and ends[1] >= -LOWEST:
-        ends[1] = None
-    if ends == [None, None]:
+    low = None if least is None else float(least.reshape(()))
+    high = None if most is None else float(most.reshape(()))
+    codes = reader.codes.get(node.inputs[0])
+    if codes is not None:
+        first = codes.low if low is None else max(codes.low, int(low))
+        last = codes.high if high is None else min(codes.high, int(high))
+        reader.codes[node.outputs[0]] = replace(codes, low=first, high=last)
+        return None
+    low = None if low is None or low <= LOWEST else low
+    high = None if high is None or high >= -LOWEST else high
+    if (low, high) == (None, None):
         return "identity", node.inputs[:1], {}
-    return "clamp", node.inputs[:1], {"low": ends[0], "high": ends[1]}
+    return "clamp", node.inputs[:1], {"low": low, "high": high}
 
 
 def _quantize(reader: Reader, node: Node) -> None:
