@@ -39,11 +39,12 @@ $(CLUSTER)/done: setup.py constraints.txt
 		-e '.[cluster,serve]' pytest pytest-timeout
 	@touch $@
 
-# Triton's gRPC client needs a later protobuf than pynq 4.0 accepts
+# Triton's gRPC client and KServe's need a later protobuf than pynq 4.0 accepts, KServe's an older psutil
 $(GRPC)/done: setup.py constraints.txt
 	$(PYTHON) -m venv $(GRPC)
-	$(GRPC)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[serve,grpc]' 'tritonclient[grpc]' pytest pytest-timeout
+	grep -v '^psutil==' constraints.txt > $(@D)/constraints.txt
+	$(GRPC)/bin/pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt \
+		-e '.[serve,grpc]' 'tritonclient[grpc]' kserve pytest pytest-timeout
 	@touch $@
 
 $(VENV)/bench: $(VENV)/base
@@ -106,7 +107,7 @@ versions: ## test the runtime on the oldest and newest Python and numpy
 cluster: $(CLUSTER)/done ## test batches and several boards, with Ray in an environment of its own
 	$(CLUSTER)/bin/python -m pytest host_tests/test_cluster.py
 
-grpc: $(GRPC)/done ## test the service with Triton's gRPC client, in an environment of its own
+grpc: $(GRPC)/done ## test the service with the gRPC clients of Triton and KServe, in an environment of its own
 	$(GRPC)/bin/python -m pytest host_tests/test_grpc.py
 
 bench: $(VENV)/bench $(VENV)/dev ## benchmark the emulation beside other engines, and the driver's overhead

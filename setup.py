@@ -1,9 +1,12 @@
 """Package metadata. Versions are pinned in constraints.txt, tools are set in pyproject.toml."""
 
+import hashlib
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
@@ -19,6 +22,37 @@ FOLDERS = {
     "pynq_kgrc.notebooks": "notebooks",
     "pynq_kgrc.clips": "examples/clips",
 }
+
+KERNELS = Path("pynq_kgrc/backends/native/kernels")
+sources = sorted((ROOT / KERNELS).glob("*.*"))
+digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+# a plain library that ctypes loads (pynq_kgrc/backends/native/library.py); without a C compiler
+# the package is installed without it
+NATIVE = Extension(
+    "pynq_kgrc.backends.native._kernels",
+    [str(KERNELS / path.name) for path in sources if path.suffix == ".c"],
+    depends=[str(KERNELS / path.name) for path in sources],
+    define_macros=[("KGRC_SOURCES", f'"{digest}"')],
+    extra_compile_args=["-std=gnu11", "-O3", "-pthread"],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
+
+
+class PlainLibrary(build_ext):
+    """Build a library of any Python: its name says none."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+
+class AnyPython(bdist_wheel):
+    """Make a wheel for this kind of machine and any Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
 
 setup(
     name="pynq_kgrc",
@@ -44,6 +78,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: C",
         "Programming Language :: C++",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
@@ -53,8 +88,11 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=[*find_packages(include=["pynq_kgrc", "pynq_kgrc.*"]), *FOLDERS],
     package_dir=FOLDERS,
+    ext_modules=[NATIVE],
+    cmdclass={"build_ext": PlainLibrary, "bdist_wheel": AnyPython},
     package_data={
         "pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*", "programs/*"],
+        "pynq_kgrc.backends.native": ["kernels/*.*"],
         "pynq_kgrc.hls_src": [
             *(
                 "Makefile",
@@ -103,7 +141,10 @@ setup(
         # pyarrow 26 needs numpy 2, pynq needs numpy 1
         "cluster": ["ray[data,serve]>=2.60", "pyarrow>=17,<26", "aiohttp>=3.12"],
         # clients that the tests of the service use
-        "clients": ["tritonclient[http]", "schemathesis", "playwright"],
+        "clients": [
+            *("tritonclient[http]", "schemathesis", "playwright"),
+            "axe-playwright-python",  # the rules for accessible pages
+        ],
         "plots": ["matplotlib>=3.6"],
         # to open the notebooks on a computer; a PYNQ image already has Jupyter
         "notebooks": ["notebook", "matplotlib>=3.6"],

@@ -238,17 +238,36 @@ def ask_health(port: int, stop: Any, out: Any) -> None:
     out.send(waits)
 
 
+@contextmanager
+def health_asked(port: int) -> Any:
+    """A list that has, after the block, the milliseconds of each answer, sorted."""
+    stop = multiprocessing.Event()
+    inbox, out = multiprocessing.Pipe(duplex=False)
+    asking = multiprocessing.Process(target=ask_health, args=(port, stop, out))
+    asking.start()
+    waits: list[float] = []
+    try:
+        yield waits
+    finally:
+        stop.set()
+        waits += sorted(1e3 * seconds for seconds in inbox.recv())
+        asking.join()
+
+
+def percentile(waits: list[float]) -> int:
+    """The 99th percentile, rounded."""
+    return round(waits[int(0.99 * len(waits))])
+
+
 def measure(attack: Callable[[Target, float], None], state: Path, seconds: float) -> dict[str, Any]:
-    """Start a service, attack it, end it; the row of the report."""
+    """Start a service, ask for its health, attack it and ask again, end it; the row."""
     target = Target(state)
     try:
         time.sleep(2)  # its start is over
         target.forget()
         idle, idle_all, most, free = target.peak(), target.memory(), 0, []
-        stop = multiprocessing.Event()
-        inbox, out = multiprocessing.Pipe(duplex=False)
-        asking = multiprocessing.Process(target=ask_health, args=(target.port, stop, out))
-        asking.start()
+        with health_asked(target.port) as control:
+            time.sleep(LEAST_SECONDS)
         began = time.monotonic()
 
         def repeat() -> None:
@@ -257,16 +276,14 @@ def measure(attack: Callable[[Target, float], None], state: Path, seconds: float
                 attack(target, seconds)
 
         attacking = threading.Thread(target=repeat)
-        attacking.start()
-        while attacking.is_alive():
-            most = max(most, target.memory())
-            free.append(shutil.disk_usage(state).free)
-            attacking.join(0.1)
-        took = time.monotonic() - began
-        time.sleep(0.5)
-        stop.set()
-        waits = sorted(inbox.recv())
-        asking.join()
+        with health_asked(target.port) as waits:
+            attacking.start()
+            while attacking.is_alive():
+                most = max(most, target.memory())
+                free.append(shutil.disk_usage(state).free)
+                attacking.join(0.1)
+            took = time.monotonic() - began
+            time.sleep(0.5)
         return {
             "attack": attack.__name__.replace("_", " "),
             "what": (attack.__doc__ or "").rstrip("."),
@@ -274,8 +291,9 @@ def measure(attack: Callable[[Target, float], None], state: Path, seconds: float
             "answers": dict(sorted(target.answers.items())),
             "answering_mb": round((target.peak() - idle) / 1e6),
             "all_mb": max(0, round((most - idle_all) / 1e6)),
-            "health_p99_ms": round(1e3 * waits[int(0.99 * len(waits))]),
-            "health_max_ms": round(1e3 * waits[-1]),
+            "control_p99_ms": percentile(control),
+            "health_p99_ms": percentile(waits),
+            "health_max_ms": round(waits[-1]),
             "asked": len(waits),
             "least_free_mb": round(min(free, default=0) / 1e6),
             "load": round(os.getloadavg()[0], 1),
@@ -309,6 +327,7 @@ def report(doc: dict[str, Any]) -> str:
             ", ".join(f"{count} x {status}" for status, count in row["answers"].items()),
             f"{row['answering_mb']} MB",
             f"{row['all_mb']} MB",
+            f"{row['control_p99_ms']} ms",
             f"{row['health_p99_ms']} ms",
             f"{row['health_max_ms']} ms",
             f"{row['load']}",
@@ -316,13 +335,14 @@ def report(doc: dict[str, Any]) -> str:
         for row in doc["rows"]
     ]
     head = ["attack", "answers", "answering process", "all processes"]
-    head += ["health, 99 %", "largest", "load"]
+    head += ["health before, 99 %", "health, 99 %", "largest", "load"]
     lines = [
         "# The service under attack",
         "",
         f"Measured by `{doc['command']}`, {doc['when']}. Memory is the largest above idle, of the",
-        "process that answers and of all processes of the service together. The load is the",
-        "system's average of a minute at the end of the attack: what else ran is in these times.",
+        "process that answers and of all processes of the service together. The health before was",
+        f"asked for {LEAST_SECONDS:g} s without an attack. The load is the system's average of a",
+        "minute at the attack's end: what else ran, and the attacking client, are in these times.",
         "",
         *markdown_table(head, rows),
         "",

@@ -2,16 +2,84 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pynq_kgrc.graph import ClipSpec
 
 
-class RandomNetwork(nn.Module):
-    """Up to eight random steps of convolutions, pools, adds and concats, then a head."""
+class Movement(nn.Module):
+    """Moves the elements of a map, or scales its channels: what compiles to one layer or none."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, rng: np.random.Generator, shape) -> None:
         super().__init__()
+        channels, size = shape[1], shape[2:]
+        kinds = ["slice", "channels", "pad", "shift", "constants", "list", "between"]
+        if channels % 2 == 0:
+            kinds.append("shuffle")
+        if size[0] > 1:
+            kinds += ["frames", "frames"]
+        self.kind = str(rng.choice(kinds))
+        self.axis = int(rng.integers(2, 5))
+        length = shape[self.axis]
+        self.start = int(rng.integers(0, length))
+        self.end = int(rng.integers(self.start + 1, length + 1))
+        self.step = int(rng.choice([1, 1, 2, 3]))
+        self.first = int(rng.integers(0, channels))
+        self.fold = max(1, channels // 4)
+        self.widths = [int(n) for n in rng.integers(-1, 3, 8)]
+        for axis, length in enumerate(reversed(shape[1:])):  # something is left of each axis
+            if length + self.widths[2 * axis] + self.widths[2 * axis + 1] < 1:
+                self.widths[2 * axis : 2 * axis + 2] = [0, 1]
+        self.order = torch.from_numpy(rng.permutation(channels))
+        spread = (channels, *[1] * 3)
+        self.gain = nn.Parameter(torch.from_numpy(rng.normal(1, 0.5, spread)).float())
+        self.offset = torch.from_numpy(rng.normal(0, 0.5, spread)).float()
+        if self.kind == "frames":
+            self.flat = nn.Conv2d(channels, int(rng.integers(1, 9)), 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, d, h, w = x.shape
+        if self.kind == "slice":
+            places = [slice(None)] * 5
+            places[self.axis] = slice(self.start, self.end, self.step)
+            return x[tuple(places)]
+        if self.kind == "channels":
+            return x[:, self.first :]
+        if self.kind == "pad":
+            return F.pad(x, self.widths)
+        if self.kind == "shift":
+            out = torch.zeros_like(x)
+            out[:, : self.fold, :-1] = x[:, : self.fold, 1:]
+            out[:, self.fold :] = x[:, self.fold :]
+            return out
+        if self.kind == "constants":
+            return (x * self.gain - self.offset) / 2 + 0.25
+        if self.kind == "between":
+            return (
+                F.relu(x - 0.25 * x[:, :, :1].expand_as(x))
+                if d == 1
+                else x[:, :, 1:] - x[:, :, :-1]
+            )
+        if self.kind == "list":
+            return x[:, self.order]
+        if self.kind == "shuffle":
+            a, b = x.view(n, 2, c // 2, d, h, w).transpose(1, 2).reshape(x.shape).chunk(2, 1)
+            return torch.cat([b, F.relu(a)], 1)
+        frames = F.relu(self.flat(x.transpose(1, 2).reshape(n * d, c, h, w)))
+        return frames.view(n, d, -1, h, w).transpose(1, 2)
+
+
+class RandomNetwork(nn.Module):
+    """Up to eight random steps of convolutions, pools, adds and concats, then a head.
+
+    With `moving`, a third of the steps move elements or multiply by constants, and some networks
+    end with a soft-max.
+    """
+
+    def __init__(self, seed: int, moving: bool = False) -> None:
+        super().__init__()
+        self._moving = moving
         self._rng = rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         size = rng.integers(1, 7), rng.integers(4, 13), rng.integers(4, 18)
@@ -34,6 +102,9 @@ class RandomNetwork(nn.Module):
         alike = [i for i, v in enumerate(values) if v.shape == source.shape and i != last]
         stackable = [i for i, v in enumerate(values) if v.shape[2:] == source.shape[2:]]
         kind = rng.choice(["conv", "conv", "conv", "max", "mean", "add", "cat"])
+        if self._moving and rng.random() < 0.35:
+            self._append(values, "step", [last], Movement(rng, source.shape))
+            return
         if kind == "add" and alike:
             self._append(values, kind, [last, int(rng.choice(alike))], nn.Identity())
         elif kind == "cat" and len(stackable) > 1 and source.shape[1] < 40:

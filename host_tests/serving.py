@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -49,6 +50,17 @@ def write_video(path, frames=40, size=(64, 48), codec="mpeg4", rate=25, **option
         for packet in stream.encode():
             container.mux(packet)
     return Path(path).read_bytes()
+
+
+def write_jpeg(shade, size=(64, 48)):
+    """The bytes of an image, as a webcam's page sends them."""
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height = size
+    codec.pix_fmt, codec.time_base = "yuvj420p", Fraction(1, 25)
+    picture = np.full((size[1], size[0], 3), shade, np.uint8)
+    picture[: size[1] // 2, : size[0] // 3] = 255 - shade
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuvj420p")
+    return b"".join(bytes(p) for p in [*codec.encode(frame), *codec.encode(None)])
 
 
 @dataclass

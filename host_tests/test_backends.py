@@ -316,7 +316,7 @@ def test_a_map_is_packed_for_its_own_slot_and_program(name):
     backend.close()
 
 
-@pytest.mark.parametrize("name", ["emulate", "csim"])
+@pytest.mark.parametrize("name", ["emulate", "native", "csim"])
 def test_what_ctrl_c_stops_half_way_gives_no_answer(name, monkeypatch):
     """Not the codes of a run that did not end, nor the program before under the new one's name."""
     net = Net(size=(2, 4, 4))
@@ -332,7 +332,7 @@ def test_what_ctrl_c_stops_half_way_gives_no_answer(name, monkeypatch):
     backend.load(program)
     backend.write(program.source, codes)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "replace" if name == "emulate" else "reported_counters", stopped)
+        patch.setattr(module, "reported_counters" if name == "csim" else "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             backend.run()
     with pytest.raises(DeviceError, match="write the clip again after: a run that did not end"):
@@ -341,7 +341,8 @@ def test_what_ctrl_c_stops_half_way_gives_no_answer(name, monkeypatch):
     backend.run()
     np.testing.assert_array_equal(backend.read(target, 5, codes.shape[1:]), wanted)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "Workspace" if name == "emulate" else "ceil_div", stopped)
+        parts = {"emulate": "Workspace", "native": "count_task", "csim": "ceil_div"}
+        patch.setattr(module, parts[name], stopped)
         with pytest.raises(KeyboardInterrupt):
             backend.load(program)
     with pytest.raises(ProgramError, match="no program is loaded"):

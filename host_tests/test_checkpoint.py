@@ -5,10 +5,12 @@ import os
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from pynq_kgrc.errors import ModelError
 from pynq_kgrc.models.c3d import c3d
@@ -322,6 +324,57 @@ def test_another_number_of_classes(tmp_path):
     assert told.endswith("classifier '2' of 51 classes left out")
     assert torch.equal(target[2].weight, head)
     assert torch.equal(target[0].weight, source[0].weight)
+
+
+def test_a_classifier_of_another_number_of_classes_only_is_left_out(tmp_path):
+    source, target = filled(), small()
+    path = write(source.state_dict(), tmp_path / "equal.pt")
+    assert load_state(target, path, classifier=None).endswith("classifier '2' of 2 classes kept")
+    assert torch.equal(target[2].weight, source[2].weight)
+    source[2] = nn.Linear(4, 51)
+    path = write(source.state_dict(), tmp_path / "more.pt")
+    told = load_state(target, path, classifier=None)
+    assert told.endswith("classifier '2' of 51 classes left out")
+    state = source.state_dict() | {"0.bias": torch.zeros(5)}
+    with pytest.raises(ModelError, match=r"0.bias \[5\] instead of \[4\]"):
+        load_state(target, write(state, tmp_path / "other.pt"), classifier=None)
+
+
+def test_masks_of_torch_prune_are_multiplied(tmp_path):
+    source = filled()
+    prune.random_unstructured(source[0], "weight", 0.5)
+    state = source.state_dict()
+    assert "0.weight_orig" in state and "0.weight" not in state
+    target = small()
+    told = load_state(target, write(state, tmp_path / "masked.pt"))
+    assert "1 pruned by their masks" in told
+    assert torch.equal(target[0].weight, source[0].weight)
+    assert int((target[0].weight == 0).sum()) == 6
+    state["0.weight_mask"] = state["0.weight_mask"] * 2
+    message = load_in_vain(write(state, tmp_path / "masked.pt"))
+    assert "0.weight_mask is no mask of 0.weight_orig: accepted are zeros and ones" in message
+    del state["0.weight_mask"]
+    message = load_in_vain(write(state, tmp_path / "masked.pt"))
+    assert "1 missing (0.weight), 1 extra (0.weight_orig)" in message
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_arrays_and_numbers_of_numpy(tmp_path, legacy):
+    source = filled()
+    content = {
+        "state_dict": {k: v.numpy().astype(v.numpy().dtype.newbyteorder(">"))
+                       for k, v in source.state_dict().items()},
+        "best": np.float64(0.5),
+        "epoch": np.int64(3),
+    }  # fmt: skip
+    path = tmp_path / "arrays.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    assert_loads(path, source)
+
+
+def test_arrays_of_objects_are_refused(tmp_path):
+    path = write({"0.weight": np.array([None, "x"], object)}, tmp_path / "objects.pt")
+    assert "is not a whole file of torch.save with tensors" in load_in_vain(path)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -5,7 +5,7 @@ import pytest
 from pynq_kgrc.accelerator.config import preset
 from pynq_kgrc.backends import chosen
 from pynq_kgrc.backends.board import simulated_overlay
-from pynq_kgrc.backends.chosen import choose_backend, installed_design
+from pynq_kgrc.backends.chosen import choose_backend, installed_design, resolve_backend
 from pynq_kgrc.errors import DeviceError
 
 
@@ -17,7 +17,14 @@ def nothing_set(monkeypatch, tmp_path):
     monkeypatch.setenv("KGRC_OVERLAY", str(tmp_path))
     monkeypatch.setattr(chosen, "MODEL", tmp_path / "model")
     monkeypatch.setattr(chosen, "MANAGERS", tmp_path / "managers")
+    monkeypatch.setattr(chosen, "is_board", lambda: False)
+    kernels(monkeypatch, None)
     return tmp_path
+
+
+def kernels(monkeypatch, library):
+    """The kernels of the native backend are built as `library`, or None: are not built."""
+    monkeypatch.setattr(chosen, "built_library", lambda: library)
 
 
 class Finder:
@@ -52,6 +59,29 @@ def test_a_laptop(monkeypatch):
     assert found.reason == "no board can be opened, because pynq is not installed"
     assert str(found).startswith("backend emulate, design 8-sparse: no board can")
     assert choose_backend("csim").backend == "csim"
+
+
+def test_native_where_its_kernels_are_built(monkeypatch):
+    device(monkeypatch, ModuleNotFoundError("No module named 'pynq'", name="pynq"))
+    kernels(monkeypatch, "kernels.so")
+    assert choose_backend().backend == "native"
+    assert choose_backend("csim").backend == "csim"
+    assert str(choose_backend()).startswith("backend native, design 8-sparse: no board can")
+
+
+def test_auto_is_the_first_of_board_native_and_emulate(nothing_set, monkeypatch):
+    device(monkeypatch)
+    put(nothing_set, "8-zcu102")
+    assert resolve_backend("csim") == "csim"
+    assert resolve_backend("auto") == "emulate", "this machine is no board"
+    kernels(monkeypatch, "kernels.so")
+    assert resolve_backend("auto") == "native"
+    monkeypatch.setenv("XILINX_XRT", "/usr")
+    assert resolve_backend("auto") == "board"
+    device(monkeypatch, DeviceError("no PYNQ device"))
+    assert resolve_backend("auto") == "native"
+    monkeypatch.setenv("PYNQ_KGRC_BACKEND", "csim")
+    assert resolve_backend("auto") == "csim"
 
 
 def test_a_variable_decides(monkeypatch):

@@ -8,8 +8,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+from networks import Net, compiled, small_config
 
 from pynq_kgrc.accelerator.config import preset, write_design
+from pynq_kgrc.accelerator.latency import task_time
+from pynq_kgrc.analysis.timing import one_tap_share
 from pynq_kgrc.cli import _parser, main
 from pynq_kgrc.graph import SAMPLINGS
 from pynq_kgrc.recognition import recognize, sample_clips
@@ -126,6 +129,25 @@ def test_info(program, capsys):
     out = capsys.readouterr().out
     assert "clip 8 x 16 x 16, 3 classes" in out
     assert "average pool" in out
+
+
+@pytest.mark.parametrize(("kernel", "pk", "hinted"), [(1, 3, True), (3, 3, False), (1, 1, False)])
+def test_info_names_explore_where_columns_idle(kernel, pk, hinted, tmp_path, capsys):
+    net = Net(size=(4, 14, 14))
+    first = net.conv("clip", 8, 3)
+    for _ in range(6):
+        first = net.conv(first, 8, kernel, pad=kernel // 2)
+    program, _ = compiled(net, small_config(pk=pk))
+    path = str(tmp_path / "net.kgrc")
+    program.save(path)
+    taps = [(t, task_time(program.config, program.work(t)).cycles) for t in program.tasks]
+    ones = sum(cycles for task, cycles in taps if task.shape.kernel == (1, 1, 1))
+    assert one_tap_share(program) == ones / sum(cycles for _, cycles in taps)
+    assert main(["info", path]) == 0
+    shown = capsys.readouterr().out
+    assert ("P_K = 3 columns of small-8: `pynq-kgrc explore -p" in shown) == hinted
+    assert ("explore" in shown) == hinted
+    assert "explore" not in json.dumps(run_json(capsys, "info", path))
 
 
 @pytest.mark.parametrize("config", ["16-sparse", "4-dense"])

@@ -1034,6 +1034,14 @@ def steady(document):
 
 
 @needs_ray
+def test_a_program_of_the_package_is_found_by_its_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr("pynq_kgrc.cluster.serving.run_cluster", lambda *given: asked.append(given))
+    assert main(["cluster", "--emulators", "1", "-p", "utd_mhad27"]) == 0
+    layout = asked[0][0]
+    assert (layout.name, Path(layout.program).is_file()) == ("utd_mhad27", True)
+
+
 def test_emulators_answer_as_one_service_does_and_survive_a_kill(archive, program, tmp_path):
     video = (archive / "c" / "video 11.mp4").read_bytes()
     with Serving(state=tmp_path / "state", program=program) as alone:

@@ -17,6 +17,7 @@ import pytest
 from networks import Net, compiled, random_codes, small_config
 from reference import run_program
 
+from pynq_kgrc.backends.cores import available_cores
 from pynq_kgrc.backends.emulation import backend as engine
 from pynq_kgrc.backends.emulation import choice, crew
 from pynq_kgrc.backends.emulation.backend import Emulation
@@ -222,7 +223,7 @@ def test_children_ignore_sigint_and_sigterm(team, program, number):
 def test_cores_are_counted_where_linux_is_not(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert crew.available_cores() == os.cpu_count()
+    assert available_cores() == os.cpu_count()
     assert not crew.may_fork()
 
 

@@ -96,7 +96,7 @@ def test_imports_go_down(path):
             assert FLOORS[there] < FLOORS[here], f"{path}: floor {here} imports {there}"
 
 
-BACKEND_FOLDERS = ("backends.emulation", "backends.board")
+BACKEND_FOLDERS = ("backends.emulation", "backends.native", "backends.board")
 """A folder a backend: neither knows the other. What both need lies in `backends/` itself."""
 
 

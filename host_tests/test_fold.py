@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from networks import Net, compiled, small_config
 from reference import run_program
-from test_program import outputs, set_in, with_document
+from test_program import outputs, set_in, with_all_groups, with_document
 
 from pynq_kgrc.accelerator.boards import REFERENCE
 from pynq_kgrc.accelerator.config import preset
@@ -290,7 +290,7 @@ def test_a_folded_program_is_saved_and_loaded(tmp_path):
     program, path = folded_program(), tmp_path / "net.kgrc"
     program.save(path)
     found = load(path)
-    assert (found.fold, found.version) == (program.fold, 3)
+    assert (found.fold, found.version) == (program.fold, 4)
     assert_same(traced(found), traced(program))
 
 
@@ -300,9 +300,10 @@ def test_files_without_folding_run_as_before(version, tmp_path):
     path = tmp_path / "old.kgrc"
     program.save(path)
 
-    def to_old(document, _):
+    def to_old(document, tensors):
         document["version"] = version
-        del document["fold"]
+        del document["fold"], document["softmax"]
+        with_all_groups(program, tensors)
 
     with_document(path, to_old)
     old = load(path)

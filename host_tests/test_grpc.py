@@ -2,7 +2,10 @@
 
 import ast
 import importlib.util
+import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -232,3 +235,19 @@ def test_tritons_grpc_client(service, port, frames, logits):
         found = client.infer("tiny", [given], outputs=[triton.InferRequestedOutput("logits")])
         assert np.array_equal(found.as_numpy("logits"), logits)
         assert [row.name for row in client.get_model_repository_index().models]
+
+
+def test_kserves_client_over_http_and_grpc(service, port, frames, logits, tmp_path):
+    """The client that ships with KServe, unchanged: binary and JSON tensors."""
+    if importlib.util.find_spec("kserve") is None:
+        pytest.skip("KServe's client needs a later protobuf than pynq's: run make grpc")
+    np.save(tmp_path / "frames.npy", frames)
+    script = Path(__file__).with_name("kserve_client.py")
+    addresses = [f"http://127.0.0.1:{service.port}", f"127.0.0.1:{port}"]
+    command = [sys.executable, str(script), *addresses, str(tmp_path / "frames.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert len(answers) == 4
+    for answer in answers:
+        assert np.array_equal(np.array(answer, np.float32), logits)

@@ -113,6 +113,47 @@ def test_a_concat_may_be_the_result(bits, filters):
     np.testing.assert_allclose(logits, graph[a].out_quant.dequantize(codes).ravel(), rtol=1e-12)
 
 
+def dense_block(layers):
+    """Each convolution reads a concat of all the maps before it (DenseNet)."""
+    net = Net()
+    maps = [net.conv("clip", 8)]
+    for _ in range(layers):
+        joined = net.concat(*maps) if len(maps) > 1 else maps[0]
+        maps.append(net.conv(net.conv(joined, 8, 1, pad=0), 8))
+    net.dense(net.pool(net.concat(*maps), 4, stride=4), 3)
+    return net
+
+
+def test_concats_that_begin_alike_lie_in_the_last_of_them(monkeypatch):
+    """No task copies, and the logits are those of the program that copies each part."""
+    program, graph = compiled(dense_block(4))
+    layers = {layer.name for layer in graph.layers}
+    assert {task.name for task in program.tasks} <= layers
+    monkeypatch.setattr("pynq_kgrc.compiler.lower._inside_another", lambda *_: None)
+    copying = lower(graph, program.config)
+    assert len(copying.tasks) == len(program.tasks) + 9
+    frames = np.random.default_rng(0).integers(0, 256, (4, 7, 7, 3), dtype=np.uint8)
+    logits = []
+    for each in (program, copying):
+        with Session(each, "emulate") as session:
+            logits.append(session.run(frames).logits)
+    np.testing.assert_array_equal(*logits)
+    assert np.ptp(logits[0]) > 0
+
+
+def test_a_concat_that_begins_elsewhere_is_copied():
+    """Not one after the other, or of another format than the larger concat."""
+    net = Net()
+    a, b, c = (net.conv("clip", 8) for _ in range(3))
+    swapped = net.concat(b, a)
+    net.conv(net.concat(a, b, c, net.conv(swapped, 8)), 4)
+    program, _ = compiled(net)
+    assert [t.name for t in program.tasks if "copy" in t.name] == [
+        f"{swapped}.copy0",
+        f"{swapped}.copy1",
+    ]
+
+
 def test_buffers_that_live_together_do_not_overlap_and_others_share():
     net = Net(size=(4, 4, 8))
     name = "clip"

@@ -3,7 +3,6 @@
 They are built on torch's meta device where shapes are all that counts.
 """
 
-import importlib
 import math
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pynq_kgrc.models import NETWORKS
+from pynq_kgrc.models import NETWORKS, find_network
 from pynq_kgrc.models.c3d import c3d
 from pynq_kgrc.models.i3d import I3D, clip, i3d
 from pynq_kgrc.models.r2plus1d import r2plus1d_18
@@ -38,11 +37,9 @@ def test_parameter_counts_are_the_published_ones(build, classes, count):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_table_names_networks_that_take_their_own_clip(name):
-    module_name, function = NETWORKS[name]
-    module = importlib.import_module(module_name)
-    spec = module.CLIP
+    build, spec = find_network(name)
     with torch.device("meta"):
-        network = getattr(module, function)(classes=5).eval()
+        network = build(classes=5).eval()
         logits = network(torch.zeros(1, 3, spec.frames, spec.height, spec.width))
     assert logits.shape == (1, 5)
 

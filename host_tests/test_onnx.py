@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from random_onnx import RandomGraph
 
@@ -17,7 +19,10 @@ from pynq_kgrc import Session
 from pynq_kgrc.cli import main
 from pynq_kgrc.errors import CompileError, ModelError
 from pynq_kgrc.graph import ClipSpec, run_float
+from pynq_kgrc.models.c3d import c3d
 from pynq_kgrc.models.onnx_trace import trace_onnx
+from pynq_kgrc.models.r2plus1d import r2plus1d_18
+from pynq_kgrc.models.trace import trace
 from pynq_kgrc.program import load
 from pynq_kgrc.video import load_clip
 
@@ -217,6 +222,16 @@ def test_open_axes_are_those_of_the_clip(tmp_path):
         assert trace_onnx(path, FRAME).layers[-1].size == (1, 6, 6)
 
 
+def test_a_clip_of_one_channel(tmp_path):
+    """As in LeNet: a grey frame, read by the means and std of one channel."""
+    path = saved(tmp_path, [conv()], (1, 1, 8, 8), constants={"w": np.ones((4, 1, 3, 3), "f4")})
+    graph = trace_onnx(path, ClipSpec(1, 8, 8, 8, mean=(0.5,), std=(0.5,)))
+    frame = np.random.default_rng(0).normal(size=(1, 1, 8, 8)).astype(np.float32)
+    (wanted,) = session(path).run(None, {"clip": frame})
+    np.testing.assert_allclose(run_float(graph, frame), wanted[0][:, None], rtol=1e-5)
+    assert "the clip is [1, 3, 8, 8]" in refusal(path, kind=ModelError)
+
+
 def test_a_shape_that_depends_on_values_is_refused(tmp_path):
     nodes = [
         helper.make_node("NonZero", ["clip"], ["a"], name="where"),
@@ -362,6 +377,33 @@ def test_a_dozen_random_graphs(tmp_path):
     """`make test-all` takes 500."""
     outcomes = Counter(outcome(seed, tmp_path / "random.onnx") for seed in range(24))
     assert outcomes["right"] >= 5 and outcomes["refused"] >= 5, outcomes
+
+
+def whole_r2plus1d():
+    network = r2plus1d_18()
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm3d):
+            part.running_mean.normal_(0, 0.2)
+            part.running_var.uniform_(0.5, 2)
+    return network
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("build", [c3d, whole_r2plus1d], ids=["c3d", "r2plus1d_18"])
+def test_whole_networks(build, opset, tmp_path):
+    """Exported now, by torch's exporter that needs onnx only; equal layer by layer to `trace`."""
+    torch.manual_seed(0)
+    network = build().eval()
+    clip, path = ClipSpec(16, 112, 112, 128), tmp_path / "whole.onnx"
+    example = torch.zeros(1, 3, 16, 112, 112)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(network, (example,), path, opset_version=opset, dynamo=False)
+    graph = assert_equal(path, example.shape)
+    convolutions = [layer.name for layer in graph.convolutions()]
+    assert convolutions == [layer.name for layer in trace(network, clip).convolutions()]
 
 
 @pytest.mark.slow

@@ -209,12 +209,13 @@ def first_element(value):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (set_in("version", value=4), r"version 4; this release reads 'pynq_kgrc' of .* 1, 2, 3"),
+        (set_in("version", value=6), r"version 6; this release reads 'pynq_kgrc' of .* 3, 4, 5"),
+        (set_in("version", value=5), r"conv1: values are not \d+ packed 4-bit powers of two"),
         (set_in("version", value=0), r"version 0; this release reads 'pynq_kgrc' of .* 1, 2"),
         (set_in("clip", "sampling", value="some"), r"sampling='some' .* accepted are centre"),
         (set_in("clip", "temperature", value=0), r"temperature=0.0; accepted is above 0"),
         (set_in("clip", "threshold", value=1), r"threshold=1.0; accepted is 0 to below 1"),
-        (set_in("format", value="onnx"), r"format 'onnx' version 3; this release reads"),
+        (set_in("format", value="onnx"), r"format 'onnx' version 4; this release reads"),
         (set_in("tasks", value=[]), "the program has no task"),
         (set_in("tasks", 0, "target", "buffer", value=99), r"conv1: buffer is 99, accepted are 0"),
         (set_in("tasks", 0, "source", "channel", value=-1), r"conv1: channel offset is -1"),
@@ -225,7 +226,10 @@ def first_element(value):
         (set_in("tasks", 0, "shape", "stride", 0, value=0), r"conv1: kernel .*must be positive"),
         (set_in("tasks", 0, "shape", "kernel", value=[9, 9, 9]), r"conv1: kernel .* is larger"),
         (set_in("tasks", 0, "shape", "pad_before", 1, value=7), r"conv1: padding .* exceeds"),
-        (set_in("tasks", 0, "shape", "filters", value=9), r"conv1: channel offset is 0, accepted"),
+        (
+            set_in("tasks", 0, "shape", "filters", value=9),
+            r"conv1: shape of enabled is \(2, 3\), exp",
+        ),
         (set_in("tasks", 0, "name", value="conv2"), "two tasks are named 'conv2'"),
         (set_in("tasks", 0, "kind", value="gpu"), r"unknown field `kind`"),
         (set_in("tasks", 0, "type", value="gpu"), r"Invalid value 'gpu' - at `\$.tasks"),
@@ -247,7 +251,12 @@ def first_element(value):
         (set_array("conv1/bias", first_element(1 << 31)), r"conv1: filter 0 could reach \d+ in"),
         (set_array("conv1/bias", lambda a: a[1:]), r"conv1: shape of bias is \(7,\), expected"),
         (set_array("conv1/bias", lambda a: a.astype("f8")), r"conv1: type of bias is float64"),
-        (set_array("conv1/values", lambda a: a[0]), r"conv1: values have 5 axes, expected 6"),
+        (
+            set_array("conv1/values", lambda a: a[0]),
+            r"conv1: shape of values is .*, expected \(6, ",
+        ),
+        (set_array("conv1/cols", lambda a: a[..., :0]), r"conv1: shape of values is .*, expected"),
+        (set_array("conv1/enabled", np.logical_not), r"conv1: shape of values is .*expected \(0, "),
     ],
 )
 def test_inconsistent_documents_are_refused_by_name(change, text, tmp_path):
@@ -258,10 +267,46 @@ def test_inconsistent_documents_are_refused_by_name(change, text, tmp_path):
         load(path)
 
 
+def with_all_groups(program, tensors):
+    """Put the arrays in as a file before version 4 has them: groups that are off included."""
+    for task in program.tasks:
+        if isinstance(task, ConvTask):
+            for part in ("values", "rows", "cols"):
+                tensors[f"{task.name}/{part}"] = getattr(task.weights, part)
+
+
+def test_groups_that_are_off_are_not_in_the_file(tmp_path):
+    """A depthwise convolution has one group in P; the file does not grow with P * Q."""
+    net = Net(size=(1, 3, 3))
+    net.conv(net.conv("clip", 64, 1, pad=0), 64, 3)
+    weight = net.layers["conv2"].weight
+    weight[...] = np.where(np.eye(64)[:, :, None, None, None], weight, 0)
+    for bits in (8, 4):
+        program, _ = compiled(net, small_config(bits))
+        weights = program.tasks[1].weights
+        assert weights.enabled.sum() == 16 and weights.enabled.size == 16 * 16
+        path = tmp_path / f"{bits}.kgrc"
+        program.save(path)
+        assert path.stat().st_size < weights.values.nbytes * bits / 8
+        assert_same(load(path), program)
+
+
+def test_a_small_file_does_not_fill_the_memory(tmp_path, monkeypatch):
+    path = tmp_path / "net.kgrc"
+    program = compiled(small_net())[0]
+    program.save(path)
+    nbytes = sum(t.weights.values.nbytes for t in program.tasks if isinstance(t, ConvTask))
+    monkeypatch.setattr("pynq_kgrc.program.MAX_WEIGHT_BYTES", nbytes)
+    load(path)
+    monkeypatch.setattr("pynq_kgrc.program.MAX_WEIGHT_BYTES", nbytes - 1)
+    with pytest.raises(ProgramError, match="bytes of its weights with all groups is"):
+        load(path)
+
+
 CLIP_FIELDS_OF_VERSION_2 = ("sampling", "stride", "rate", "temperature", "threshold")
 
 
-def test_a_file_of_version_1_is_read_and_written_as_version_3(tmp_path):
+def test_a_file_of_version_1_is_read_and_written_as_version_4(tmp_path):
     """Version 1 has no fields that say how a video is sampled: the program has the defaults."""
     path = tmp_path / "old.kgrc"
     program, _ = compiled(small_net(), fold=False)
@@ -269,11 +314,12 @@ def test_a_file_of_version_1_is_read_and_written_as_version_3(tmp_path):
         program.clip, sampling="uniform", stride=3, rate=12.5, temperature=1.5, threshold=0.25
     )
     msgspec.structs.replace(program, clip=clip).save(path)
-    assert load(path).clip == clip and load(path).version == 3
+    assert load(path).clip == clip and load(path).version == 4
 
-    def to_version_1(document, _):
+    def to_version_1(document, tensors):
         document["version"] = 1
-        del document["fold"]
+        del document["fold"], document["softmax"]
+        with_all_groups(program, tensors)
         assert document["clip"].keys() >= set(CLIP_FIELDS_OF_VERSION_2)
         for name in CLIP_FIELDS_OF_VERSION_2:
             del document["clip"][name]
@@ -286,8 +332,48 @@ def test_a_file_of_version_1_is_read_and_written_as_version_3(tmp_path):
     np.testing.assert_array_equal(outputs(old), outputs(program))
     old.save(path)
     new = load(path)
-    assert new.version == 3 and new.clip == old.clip
+    assert new.version == 4 and new.clip == old.clip
     np.testing.assert_array_equal(outputs(new), outputs(program))
+
+
+@pytest.mark.parametrize(("bits", "top"), [(8, 64), (4, 4)])
+def test_weights_of_powers_of_two_take_few_bits(bits, top, tmp_path):
+    """3 bits at a width of 4, 4 bits at 8; one other code, and all are stored as codes."""
+    program, _ = compiled(small_net(), small_config(bits=bits))
+    rng = np.random.default_rng(0)
+    choices = [0, *(sign * (1 << i) for i in range(top.bit_length()) for sign in (1, -1))]
+
+    def with_values(task, values):
+        if not isinstance(task, ConvTask):
+            return task
+        weights = msgspec.structs.replace(task.weights, values=values(task.weights.values))
+        return msgspec.structs.replace(task, weights=weights)
+
+    def powers(values):
+        return rng.choice(np.array(choices, np.int8), values.shape)
+
+    tasks = tuple(with_values(task, powers) for task in program.tasks)
+    few, plain = tmp_path / "few.kgrc", tmp_path / "plain.kgrc"
+    changed = msgspec.structs.replace(program, tasks=tasks)
+    changed.save(few)
+    read = load(few)
+    assert read.version == 4
+    for ours, theirs in zip(read.tasks, tasks, strict=True):
+        if isinstance(ours, ConvTask):
+            np.testing.assert_array_equal(ours.weights.values, theirs.weights.values)
+            assert ours.weights.values.dtype == np.int8
+    np.testing.assert_array_equal(outputs(read), outputs(changed))
+    last = tasks[-1].weights.values.copy()
+    last.reshape(-1)[0] = 3
+    other = with_values(tasks[-1], lambda _: last)
+    msgspec.structs.replace(program, tasks=(*tasks[:-1], other)).save(plain)
+    assert load(plain).version == 3
+    count = sum(task.weights.values.size for task in tasks if isinstance(task, ConvTask))
+    saved = {8: 4, 4: 1}[bits] * count / 8
+    assert plain.stat().st_size - few.stat().st_size == pytest.approx(saved, abs=100)
+    with_document(few, set_in("config", "bits", value=16))
+    with pytest.raises(ProgramError, match="version 4 is for designs of 8 or 4 bits"):
+        load(few)
 
 
 def test_files_that_are_no_program(tmp_path):

@@ -6,12 +6,18 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from networks import Net
 from torch import nn
 
-from pynq_kgrc.accelerator.config import preset
+from pynq_kgrc.accelerator.config import preset, read_design
 from pynq_kgrc.analysis.timing import modelled_ms
-from pynq_kgrc.compiler.latency import PrunedCycles, choose_rates_by_latency, program_cycles
+from pynq_kgrc.compiler.latency import (
+    PrunedCycles,
+    choose_rates_by_latency,
+    compile_shapes,
+    program_cycles,
+)
 from pynq_kgrc.compiler.lower import lower
 from pynq_kgrc.compress.admm import (
     Admm,
@@ -43,6 +49,8 @@ from pynq_kgrc.compress.recipes import (
     build_pattern,
     build_patterns,
     choose_rates,
+    published_recipe,
+    rates_by_threshold,
     read_recipe,
     write_recipe,
 )
@@ -316,6 +324,36 @@ def test_the_cost_of_a_pruned_layer_is_that_of_its_task():
         cost(stranger, np.ones_like(stranger.weight, bool))
 
 
+@pytest.mark.parametrize("name", ["16-blocks-8", "16-blocks-16"])
+def test_a_block_of_a_whole_filter_tile_is_skipped(name):
+    """Of 2 x 8 or 2 x 4 blocks a quarter stays, and the array runs a quarter of the products."""
+    design = read_design(str(ROOT / "benchmarks" / "designs" / f"{name}.json"))
+    net = Net(size=(2, 8, 8), seed=4)
+    net.dense(net.pool(net.conv(net.conv("clip", 64), 128, name="wide"), 2), 10)
+    graph = net.graph()
+    pattern = build_pattern(LayerRecipe("blockwise", rate="3/4"), design)
+    assert pattern == Blocks(Fraction(3, 4), 64, design.tn)
+
+    def macs(graph):
+        program = compile_shapes(graph, design)
+        return program.array_macs(next(task for task in program.tasks if task.name == "wide"))
+
+    assert macs(graph) == 4 * macs(prune(graph, {"wide": pattern}))
+    few = prune(graph, {"wide": Blocks(Fraction(3, 4), 8, 8)})  # blocks that a tile does not skip
+    assert macs(few) > macs(graph) / 2
+
+
+def test_published_blocks_are_of_layers_that_there_are():
+    """R(2+1)D-18: all 16 convolutions of its second and third residual block but the shortcut."""
+    graph = traced("r2plus1d_18")
+    recipe = build_patterns(published_recipe("r2plus1d_18", "blockwise"))
+    assert len(recipe) == 16 and recipe.keys() <= {layer.name for layer in graph.convolutions()}
+    kept = sum(graph[name].shape.macs for name in recipe if name.startswith("layer1"))
+    assert 2 * kept == pytest.approx(44.39e9, rel=0.001)  # table II counts a MAC as two operations
+    with pytest.raises(ConfigError, match="no recipe 'blockwise' for 'c3d'"):
+        published_recipe("c3d", "blockwise")
+
+
 def test_targets_out_of_reach_are_refused():
     graph, config = net_to_prune(), preset("8-sparse")
     with pytest.raises(
@@ -444,6 +482,56 @@ def test_admm_follows_its_equations():
     z3 = project_pattern(w1, pattern)
     v3 = w1 - z3
     assert float(admm.loss().detach()) == pytest.approx(5 * ((w1 - z3 + v3) ** 2).sum(), rel=1e-5)
+
+
+def test_admm_settles_by_its_rule():
+    """Eq. (10): W near Z and Z near the next Z, in the last round."""
+    network = layer_of(draw((4, 4, 1, 1, 1)))
+    admm = Admm(network, pruning_projections({"0": Filters(HALF)}), rounds=2, stop=0.01)
+    admm.start_epoch(0, 4)
+    admm.settle()
+    assert not admm.settled()  # the first of two rounds
+    admm.start_epoch(2, 4)
+    assert admm.settled()
+    network[0].weight.data[admm._z["0"] == 0] += 0.5  # now W is far from any allowed weight
+    assert not admm.settled()
+    admm.settle()
+    network[0].weight.data *= 1.1  # allowed, but another Z
+    assert not admm.settled()
+    never = Admm(network, pruning_projections({"0": Filters(HALF)}), rounds=1)
+    never.start_epoch(0, 4)
+    assert not never.settled()
+    with pytest.raises(ConfigError, match=r"stop=1\.5"):
+        Admm(network, {}, stop=1.5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "weak", "found"),
+    [
+        ("kgr", np.s_[::2], LayerRecipe("kgr", rows="1/2")),
+        ("kgr", np.s_[::3], None),  # three of eight: eq. (9) allows a half or none
+        ("kgc", np.s_[:, :, :, :1], LayerRecipe("kgc", cols="1/3")),
+        ("kgrc", np.s_[::2], LayerRecipe("kgrc", rows="1/2")),
+        ("filter", np.s_[:3], LayerRecipe("filter", rate="1/8")),
+        ("vanilla", np.s_[:8, :8], LayerRecipe("vanilla", rate="1/4")),
+        ("krp", np.s_[:, :, 1:], LayerRecipe("krp", keep=3)),
+        ("unstructured", np.s_[:, :6], LayerRecipe("unstructured", rate="3/8")),
+    ],
+)
+def test_rates_are_those_of_the_weak(pattern, weak, found):
+    graph = net_to_prune()
+    weight = np.ones((16, 16, 3, 3, 3))
+    weight[weak] = 1e-3
+    name = graph.convolutions()[1].name
+    if found is None:
+        with pytest.raises(ConfigError, match=r"no layer has enough units of kgr below 0\.5 times"):
+            rates_by_threshold(graph, {name: weight}, pattern, 0.5, preset("8-sparse"))
+        return
+    rates = rates_by_threshold(graph, {name: weight}, pattern, 0.5, preset("8-sparse"))
+    assert rates == {name: found}
+    # what goes is what is weak
+    kept = keep_mask(weight, build_pattern(found, preset("8-sparse")))
+    assert (weight[~kept] < 0.5).all()
 
 
 def test_mistakes_are_refused_before_training():

@@ -11,6 +11,7 @@ from pynq_kgrc.accelerator import paper
 from pynq_kgrc.accelerator.boards import BOARDS, board
 from pynq_kgrc.accelerator.config import AcceleratorConfig, preset
 from pynq_kgrc.accelerator.latency import layer_time
+from pynq_kgrc.accelerator.resources import estimate_resources
 from pynq_kgrc.compress.patterns import Rates, recipe
 from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import ConvShape
@@ -318,4 +319,80 @@ def resource_lines():
 def test_the_page_shows_what_the_model_says(networks):
     lines = set(HARDWARE_PAGE.read_text("utf-8").splitlines())
     for line in (*latency_lines(networks), *resource_lines()):
+        assert line in lines, f"docs/hardware.md lacks or differs from: {line}"
+
+
+# ---- throughput -------------------------------------------------------------------------------
+
+MODELLED = json.loads(
+    (HARDWARE_PAGE.parent.parent / "benchmarks" / "results" / "latency.json").read_text("utf-8")
+)
+
+
+def efficiencies(network, row):
+    """GOPS, GOPS per watt and per DSP of a row of table IV: pruned and original operations."""
+    config = design(row["sparsity"], row["bits"])
+    kept = [layer for _, layer in network.kept(row["sparsity"], config)]
+    dense = sum(shape.macs for shape, _, _ in kept)
+    pruned = sum(
+        shape.macs * kr * kc / (config.gm * config.group_size.columns(shape.taps))
+        for shape, kr, kc in kept
+    )
+    dsp = next(
+        used["dsp"]
+        for used in PUBLISHED["table_v"]
+        if used["bits"] == row["bits"] and (used["design"] == "sparse") == config.sparse
+    )
+    for macs in (pruned, dense):
+        found = paper.gops(macs, row["latency_ms"])
+        yield macs, found, found / row["power_w"], found / dsp
+
+
+def table_iv(network, sparsity, bits):
+    return next(
+        row
+        for row in PUBLISHED["table_iv"]
+        if (row["network"], row["sparsity"], row["bits"]) == (network, sparsity, bits)
+    )
+
+
+def test_efficiencies_are_those_of_the_papers_text(networks):
+    """Section VI-C: ratios to [39] (157.9 GOPS/W, 0.975 GOPS/DSP) and to E3DNet (9.60 GOPS/W)."""
+    (_, _, pruned, _), (_, _, watt, dsp) = efficiencies(networks["c3d"], table_iv("c3d", "KGRC", 8))
+    assert watt / 157.9 == pytest.approx(1.46, abs=0.01)
+    assert dsp / 0.975 == pytest.approx(1.11, abs=0.01)
+    assert pruned == pytest.approx(75.9, abs=0.5)
+    of_r2plus1d = next(efficiencies(networks["r2plus1d_18"], table_iv("r2plus1d_18", "KGRC", 8)))
+    assert of_r2plus1d[2] / 9.60 == pytest.approx(6.96, rel=0.02)
+    # the upper end of the printed range is that of KGC, not of KGRC
+    of_kgc = next(efficiencies(networks["c3d"], table_iv("c3d", "KGC", 8)))
+    assert of_kgc[2] / 9.60 == pytest.approx(9.81, rel=0.01)
+
+
+def throughput_lines(networks):
+    """The rows of the table of docs/hardware.md."""
+    ours = {
+        (row["network"], row["pattern"], row["design"]): row["modelled"]["70"][0]
+        for row in MODELLED["rows"]
+    }
+    for row in PUBLISHED["table_iv"]:
+        config = design(row["sparsity"], row["bits"])
+        (pruned, *first), (dense, *second) = efficiencies(networks[row["network"]], row)
+        ms = ours[row["network"], row["sparsity"], config.name]
+        used = estimate_resources(config).dsp
+        modelled = [[paper.gops(m, ms), paper.gops(m, ms) / used] for m in (pruned, dense)]
+        cells = [TITLES[row["network"]], row["sparsity"].replace("dense", "Dense"), config.name]
+        for (a, b), digits in zip(
+            [*zip(first, second, strict=True), *zip(*modelled, strict=True)],
+            (0, 1, 2, 0, 2),
+            strict=True,
+        ):
+            both = f"{a:.{digits}f} ({b:.{digits}f})"
+            cells.append(f"{a:.{digits}f}" if pruned == dense else both)
+        yield f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_throughput_is_right(networks):
+    lines = set(HARDWARE_PAGE.read_text("utf-8").splitlines())
+    for line in throughput_lines(networks):
         assert line in lines, f"docs/hardware.md lacks or differs from: {line}"

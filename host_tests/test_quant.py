@@ -6,12 +6,15 @@ import pytest
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.quant import (
     QuantParams,
+    are_powers,
     choose_params,
     multiplier,
     pack_int4,
+    pack_powers,
     packed_bytes,
     rshift,
     unpack_int4,
+    unpack_powers,
 )
 
 
@@ -79,3 +82,18 @@ def test_int4_packs_two_a_byte_and_back(count):
 
 def test_int4_low_nibble_first():
     assert pack_int4(np.array([1, 2], np.int8)).tolist() == [0x21]
+
+
+@pytest.mark.parametrize(("bits", "top"), [(8, 64), (4, 4)])
+def test_powers_of_two_are_packed_and_unpacked(bits, top):
+    powers = [1 << i for i in range(top.bit_length())]
+    codes = np.array([0, *powers, *(-power for power in powers)], np.int8)
+    for count in (1, 2, 8, 1001):
+        some = np.random.default_rng(count).choice(codes, count)
+        packed = pack_powers(some, bits)
+        assert packed.dtype == np.uint8
+        assert len(packed) == -(-count * {8: 4, 4: 3}[bits] // 8)
+        np.testing.assert_array_equal(unpack_powers(packed, count, bits), some)
+    assert are_powers(codes, bits) and not are_powers(codes, 16)
+    others = set(range(-2 * top + 1, 2 * top)) - set(codes.tolist())
+    assert not any(are_powers(np.array([0, code, 1], np.int8), bits) for code in others)

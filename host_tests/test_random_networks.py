@@ -9,12 +9,15 @@ import pytest
 import torch
 from networks import small_config
 from random_networks import RandomNetwork
+from torch import nn
 
 from pynq_kgrc.backends.csim import CSimulation
 from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compiler.network import compile_network
 from pynq_kgrc.compress.calibrate import choose_quant
-from pynq_kgrc.errors import CompileError, ConfigError
+from pynq_kgrc.errors import CompileError, ConfigError, ProgramError
+from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.models.trace import trace
 
 QUICK = ("-O1", "-DKGRC_PLAIN")
@@ -39,9 +42,9 @@ def check_refusal(error: Exception, names: list[str]) -> None:
     assert any(name in str(error) for name in names), error
 
 
-def assert_right(seed: int) -> str:
+def assert_right(seed: int, moving: bool = False) -> str:
     """Compile the network of a seed at each width and compare; "refused" or "right"."""
-    network = RandomNetwork(seed)
+    network = RandomNetwork(seed, moving)
     clip = network.clip
     shape = (clip.frames, clip.height, clip.width, 3)
     frames = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -75,8 +78,8 @@ def assert_right(seed: int) -> str:
     return outcome
 
 
-def assert_most_compile(seeds) -> None:
-    outcomes = Counter(assert_right(seed) for seed in seeds)
+def assert_most_compile(seeds, moving: bool = False) -> None:
+    outcomes = Counter(assert_right(seed, moving) for seed in seeds)
     assert outcomes["right"] > 0.9 * len(seeds), outcomes
 
 
@@ -85,6 +88,43 @@ def assert_most_compile(seeds) -> None:
 def test_a_dozen_random_networks(start):
     """Tracing takes a second or more for each; `make test-all` takes 2,000."""
     assert_most_compile(range(start, start + 6))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_three_random_networks_that_move_elements():
+    """Slices, shuffles, shifts, padding and frames as a batch, between the other steps."""
+    assert_most_compile(range(3), moving=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("channels", [1, 2, 4, 16])
+def test_clips_of_other_channels(channels):
+    """Grey, optical flow, RGB and depth, heat maps: as torch, and as in the C-simulation."""
+    clip = ClipSpec(4, 8, 9, 8, mean=(0.4,) * channels, std=(0.3,) * channels)
+    torch.manual_seed(channels)
+    network = nn.Sequential(
+        nn.Conv3d(channels, 8, 3, (1, 2, 2), 1), nn.ReLU(), nn.Conv3d(8, 5, 3), nn.Flatten()
+    ).eval()
+    rng = np.random.default_rng(channels)
+    frames = rng.integers(0, 256, (4, 8, 9, channels), dtype=np.uint8)
+    reals = clip.normalise(frames)
+    with torch.no_grad():
+        wanted = network(torch.from_numpy(reals)[None]).numpy().ravel()
+    config = small_config(16)
+    program = compile_network(network, clip, [frames], config)
+    codes = outputs(Emulation(config, cores=1), program, frames)
+    for name, simulated in outputs(CSimulation(config, QUICK), program, frames).items():
+        np.testing.assert_array_equal(codes[name], simulated)
+    logits = program.output.dequantize(codes[program.tasks[-1].name]).ravel()
+    assert np.abs(logits - wanted).max() <= SHARE * np.abs(wanted).max()
+    with pytest.raises(ProgramError, match=rf"takes uint8 frames of shape \(4, 8, 9, {channels}\)"):
+        program.encode_clip(np.zeros((4, 8, 9, 3), np.uint8))
+
+
+def test_a_clip_has_one_to_sixteen_channels():
+    for mean, std in (((), ()), ((0.5,) * 17, (0.5,) * 17), ((0.5,) * 3, (0.5,) * 4)):
+        with pytest.raises(ConfigError, match="one for each of its 1 to 16 channels"):
+            ClipSpec(4, 8, 8, 8, mean=mean, std=std)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -97,6 +137,14 @@ def test_a_region_that_is_loaded_before_the_first_is_used_is_kept():
 def test_a_concat_of_the_clip_and_larger_values_covers_both():
     """The parts of a concat share a format: the range of pixels alone cut the other part off."""
     assert assert_right(1240) == "right"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("start", range(0, 1000, 500))
+def test_a_thousand_random_networks_that_move_elements(start):
+    assert_most_compile(range(start, start + 500), moving=True)
 
 
 @pytest.mark.slow

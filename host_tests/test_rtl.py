@@ -187,6 +187,37 @@ def small_program():
     return compiled(net, config)[0]
 
 
+VERILATED = """#pragma once
+#include <cstddef>
+template <std::size_t kWords>
+struct VlWide {
+  unsigned word[kWords];
+  unsigned& operator[](std::size_t i) { return word[i]; }
+  const unsigned& operator[](std::size_t i) const { return word[i]; }
+};
+"""
+ARRAY_PORTS = """#include <verilated.h>
+struct Vmac_array {
+  unsigned clk, rst, start, busy, words_of_item, item_count, region_count, trips;
+  unsigned tile_valid, tile_ready, item_valid, item_ready, region_valid, region_ready;
+  unsigned word_valid, word_ready, sums_valid, sums_ready;
+  VlWide<64> tile, item, region, word, sums;
+  void eval();
+};
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the bench is not compiled")
+def test_the_bench_calls_the_hls_sources_as_they_are(tmp_path):
+    """Without Verilator, so that it is seen at once when a process gets other streams."""
+    (tmp_path / "config.h").write_text(config_header(small_config(8)))
+    (tmp_path / "verilated.h").write_text(VERILATED)
+    (tmp_path / "Vmac_array.h").write_text(ARRAY_PORTS)
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-DKGRC_PLAIN", "-Wno-unknown-pragmas"]
+    command += [f"-I{path}" for path in (tmp_path, RTL, source_folder())]
+    run_tool([*command, str(RTL / "array_bench.cpp")], 120)
+
+
 @simulated
 @pytest.mark.slow
 @pytest.mark.parametrize("sparse", [True, False])

@@ -55,6 +55,24 @@ def test_a_published_program_of_the_cache_is_the_default(cache):
     assert chosen()[0] == [SHIPPED.stem], "a damaged file of the cache counts as none"
 
 
+def test_a_published_program_says_what_it_knows(cache):
+    pytest.importorskip("av", reason="the service needs pynq_kgrc[serve]")
+    pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
+    from serving import Serving
+
+    path = cached_program(f"{NAME}-{installed_design().digest}-{VERSION}")
+    path.parent.mkdir(parents=True)
+    shutil.copy(find_program(SHIPPED.stem, installed_design()), path)
+    shutil.copy(SHIPPED, cache / f"{NAME}x.kgrc")
+    arguments = ["-p", NAME, "-p", SHIPPED.stem, "-p", cache / f"{NAME}x.kgrc"]
+    with Serving(*arguments, state=cache / "state") as serving:
+        about = {p["name"]: p["about"] for p in serving.get("/v1/programs").json["programs"]}
+    assert list(about) == [NAME, SHIPPED.stem, f"{NAME}x"]
+    assert "400 everyday actions" in about[NAME]
+    assert "depth camera" in about[SHIPPED.stem]
+    assert about[f"{NAME}x"] == "", "a file of somebody else"
+
+
 def test_without_a_network_the_shipped_one_is_served_and_the_reason_said(cache):
     names, files, (note,) = chosen("-p", NAME)
     assert (names, files) == ([SHIPPED.stem], [SHIPPED])

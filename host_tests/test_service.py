@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import http.client
 import json
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -25,7 +25,7 @@ pytest.importorskip("fastapi", reason="the service needs pynq_kgrc[serve]")
 
 import av
 import msgspec
-from serving import LABELS, Serving, write_program, write_video
+from serving import LABELS, Serving, write_jpeg, write_program, write_video
 
 from pynq_kgrc.cli import _parser, main
 from pynq_kgrc.errors import ConfigError
@@ -487,16 +487,6 @@ def metric(service, name):
 # ---- live -----------------------------------------------------------------------------------
 
 
-def jpeg(shade, size=(64, 48)):
-    codec = av.CodecContext.create("mjpeg", "w")
-    codec.width, codec.height = size
-    codec.pix_fmt, codec.time_base = "yuvj420p", Fraction(1, 25)
-    picture = np.full((size[1], size[0], 3), shade, np.uint8)
-    picture[: size[1] // 2, : size[0] // 3] = 255 - shade
-    frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuvj420p")
-    return b"".join(bytes(p) for p in [*codec.encode(frame), *codec.encode(None)])
-
-
 def test_live_frames(service):
     connect = pytest.importorskip("websockets.sync.client").connect
     with connect(f"ws://127.0.0.1:{service.port}/v1/live?top_k=2") as client:
@@ -504,12 +494,12 @@ def test_live_frames(service):
         assert (hello["type"], hello["frames"]) == ("ready", 8)
         seen = []
         for i in range(12):
-            client.send(jpeg(20 * i))
+            client.send(write_jpeg(20 * i))
             seen.append(json.loads(client.recv(10)))
         assert [m["type"] for m in seen] == ["filling"] * 7 + ["prediction"] * 5
         assert seen[0]["have"] == 1
         assert len(seen[-1]["labels"]) == 2
-        large = jpeg(90, (1920, 1080))
+        large = write_jpeg(90, (1920, 1080))
         for _ in range(300):  # far faster than they can be decoded
             client.send(large)
         last = seen[-1]
@@ -532,6 +522,25 @@ def test_live_frames(service):
         connect(f"ws://127.0.0.1:{service.port}/v1/live", origin="http://elsewhere.example"),
     ):
         pass
+
+
+def test_a_proxy_on_this_machine_says_who_the_client_is(service):
+    """Else all clients behind it would count as this machine, which may take all places."""
+    connect = pytest.importorskip("websockets.sync.client").connect
+    place = f"ws://127.0.0.1:{service.port}/v1/live"
+
+    def session(client):
+        made = entered.enter_context(
+            connect(place, additional_headers={"X-Forwarded-For": f"10.9.9.9, {client}"})
+        )
+        return json.loads(made.recv(10))
+
+    with contextlib.ExitStack() as entered:
+        assert [session("10.1.1.1")["type"] for _ in range(3)] == ["ready"] * 3
+        refused = session("10.1.1.1")
+        assert (refused["status"], "of your address" in refused["error"]) == (429, True)
+        assert session("10.1.1.2")["type"] == "ready"
+    service.until(lambda: '"client": "10.1.1.2"' in service.log)
 
 
 # ---- programs -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -429,23 +430,67 @@ def test_gzip_is_sent_to_those_who_accept_it(service, frames, header, wanted):
     assert json.loads(body)["model_name"] == "tiny"
 
 
+REAL_DATA = """
+import json, random
+import schemathesis
+
+VIDEO = open("a.mp4", "rb").read()
+FRAMES = {"name": "frames", "datatype": "UINT8", "shape": [1, 8, 32, 32, 3], "data": [7] * 24576}
+drawn = random.Random(1)
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    "Half of the requests that follow the schema get names, videos and clips that exist."
+    if case.meta is None or not case.meta.generation.mode.is_positive or drawn.random() < 0.5:
+        return
+    if "name" in case.path_parameters:
+        case.path_parameters["name"] = "other" if "repository" in case.path else "tiny"
+    if "version" in case.path_parameters:
+        case.path_parameters["version"] = "1"
+    if case.path == "/v1/videos:classify":
+        case.body, case.query = VIDEO, {"top_k": "2"}
+        case.media_type = "application/octet-stream"
+        case.headers["Prefer"] = "respond-async"
+    if case.path.endswith("/infer") and isinstance(case.body, dict):
+        case.body = {"inputs": [FRAMES]}
+"""  # no schema says which bytes are a video
+
+
 @pytest.mark.slow
-def test_schemathesis_finds_no_fault(service, tmp_path):
-    """Generated requests: every answer conforms to openapi.json, none has status 500."""
+@pytest.mark.parametrize("phases", ["examples,coverage,fuzzing", "stateful"])
+def test_schemathesis_finds_no_fault(tmp_path, phases):
+    """Generated requests, single ones and sequences: every answer conforms to openapi.json."""
     pytest.importorskip("schemathesis", reason="pip install pynq_kgrc[clients]")
     write_video(tmp_path / "a.mp4")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "schemathesis.cli", "run",
-            f"http://127.0.0.1:{service.port}/openapi.json",
-            "--max-examples", "40", "--seed", "1", "--exclude-path-regex", "events|unload",
-            # no schema says which bytes are a video
-            "--exclude-checks", "positive_data_acceptance",
-            "--phases", "examples,coverage,fuzzing", "--no-color",
-        ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    (tmp_path / "real_data.py").write_text(REAL_DATA)
+    (tmp_path / "repository").mkdir()
+    write_program(tmp_path / "repository" / "other.kgrc", seed=1)
+    program = tmp_path / "tiny.kgrc"
+    write_program(program)
+    arguments = ["--repository", tmp_path / "repository", "--max-bytes", "2000000"]
+    with Serving(*arguments, state=tmp_path / "state", program=program) as serving:
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "schemathesis.cli", "run",
+                f"http://127.0.0.1:{serving.port}/openapi.json",
+                "--max-examples", "40", "--seed", "1", "--no-color", "--phases", phases,
+                # a body that is no video is refused; a job that was cancelled can be looked at
+                "--exclude-checks", "positive_data_acceptance,use_after_free",
+            ],
+            cwd=tmp_path, capture_output=True, text=True, timeout=500,
+            env={**os.environ, "SCHEMATHESIS_HOOKS": "real_data"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        text = serving.get("/metrics").body.decode()
+        routes = [("POST", "/v1/videos:classify", 202)]
+        if phases == "stateful":  # the links of openapi.json lead from a video to its job
+            routes += [("GET", f"/v1/jobs/{{key}}{end}", 200) for end in ("", "/events")]
+            routes += [("DELETE", "/v1/jobs/{key}", 200)]
+            routes += [("POST", "/v2/models/{name}/infer", 200)]
+        for method, route, status in routes:
+            assert f'method="{method}",route="{route}",status="{status}"' in text, text
+        assert serving.get("/v2/health/live").status == 200
+    assert not [record for record in serving.records if record["level"] == "error"]
 
 
 # ---- real programs and real videos -----------------------------------------------------------

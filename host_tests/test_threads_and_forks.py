@@ -22,6 +22,7 @@ from networks import Net, compiled
 
 from pynq_kgrc.backends.base import open_backend
 from pynq_kgrc.backends.emulation.backend import Emulation
+from pynq_kgrc.backends.native.backend import Native
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.runtime import Session, compare
 
@@ -52,6 +53,7 @@ BACKENDS = {
     "emulate": lambda config: Emulation(config, cores=1),
     "threads": lambda config: Emulation(config, cores=2, fork=False),
     "processes": lambda config: Emulation(config, cores=2, fork=True),
+    "native": lambda config: Native(config, cores=2),
     "csim": lambda config: open_backend("csim", config),
     "board": lambda config: open_backend("board", config),
 }

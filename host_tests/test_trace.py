@@ -534,10 +534,14 @@ MOVED = {
         Net(lambda s, x: s.a(x[:, [2, 1, 0]]), a=conv()),
         ["a: conv"],
     ),
-    "two of three channels": (Net(lambda s, x: s.a(x[:, 1:]), a=conv(2, 4)), ["clip.moved: conv", "a: conv"]),
+    "two of three channels": (
+        Net(lambda s, x: s.a(x[:, 1:]), a=conv(2, 4)),
+        ["clip.moved: conv", "a: conv"],
+    ),
     "shuffle": (
         Net(shuffle_unit, stem=conv(3, 8), b=conv(4, 4, 1), c=conv(4, 4, padding=1)),
-        ["stem: conv", "b: conv", "stem.moved: conv", "cat: concat", "c: conv"],
+        ["stem: conv", "b: conv", "stem.moved_2: conv", "concat: concat", "concat.moved: conv",
+         "c: conv", "concat.moved_2: conv", "concat_2: concat", "concat_2.moved: conv"],
     ),
     "shift": (
         chain(conv(3, 8, padding=1), nn.ReLU(), Shift(), conv(8, 4)),
@@ -545,10 +549,12 @@ MOVED = {
     ),
     "shift on frames as a batch": (
         Net(as_frames, body=BODY, head=nn.Linear(4, 3)),
-        None,
+        ["body.0: conv relu", "body.3: max_pool", "body.3.moved: conv", "body.5: conv",
+         "mean: average_pool", "head: conv"],
     ),
     "shift by roll": (
-        Net(lambda s, x: s.a(F.pad(s.b(x), (0, 0, 0, 0, 1, 0))[:, :, :-1]), a=conv(4, kernel=2), b=conv()),
+        Net(lambda s, x: s.a(F.pad(s.b(x), (0, 0, 0, 0, 1, 0))[:, :, :-1]), a=conv(4, kernel=2),
+            b=conv()),
         ["b: conv", "b.moved: conv", "a: conv"],
     ),
     "shortcut A": (
@@ -664,7 +670,7 @@ MOVED = {
         None,
     ),
     "average without padding that it sees": (
-        chain(conv(), nn.AvgPool3d((2, 4, 2), (3, 4, 2), (1, 2, 0), count_include_pad=False)),
+        chain(conv(), nn.AvgPool3d((2, 4, 2), (3, 6, 2), (1, 2, 0), count_include_pad=False)),
         None,
     ),
     "uneven adaptive pool of equal windows": (
@@ -684,6 +690,18 @@ def test_what_moves_elements_or_holds_constants_computes_what_torch_does(name):
     module, wanted = MOVED[name]
     found = ops(same_as_torch(module))
     assert wanted is None or found == wanted
+
+
+@pytest.mark.parametrize("kind", [nn.Softmax, nn.LogSoftmax])
+def test_a_softmax_at_the_end_is_left_out_and_the_graph_says_so(kind):
+    head = chain(conv(), nn.AdaptiveAvgPool3d(1), kind(1), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    graph = trace(head, CLIP)
+    assert graph.softmax
+    assert ops(graph) == ["0: conv", "1: average_pool"]
+    logits = trace(head[:2], CLIP)
+    assert not logits.softmax
+    values = np.random.default_rng(0).normal(size=(3, 4, 7, 6)).astype(np.float32)
+    assert np.array_equal(run_float(graph, values), run_float(logits, values))
 
 
 REFUSALS = {

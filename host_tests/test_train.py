@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -45,10 +46,12 @@ from pynq_kgrc.compress.training import (
 from pynq_kgrc.compress.weights import load_notes
 from pynq_kgrc.errors import ConfigError, ModelError
 from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.models import pretrained
 from pynq_kgrc.models.checkpoint import load_state
+from pynq_kgrc.models.pretrained import RELEASES
 from pynq_kgrc.program import load
 
-HALF = Fraction(1, 2)
+HALF, THIRD = Fraction(1, 2), Fraction(1, 3)
 CLIP = ClipSpec(frames=8, height=24, width=24, short_side=24)
 SHORT = TrainConfig(epochs=3, batch=8, augment=Augmentation(erase=0))
 
@@ -327,6 +330,76 @@ def test_the_rate_rises_falls_and_starts_over():
     assert learning_rate(tracked, 0.5) == learning_rate(config, 0.75)
 
 
+def test_a_tracked_run_has_the_last_rates_of_another():
+    """KRP paper, figure 4: the dense run's rates from epoch T - t on."""
+    dense = TrainConfig(lr=0.1, epochs=180, warmup=0.1)
+    tracked = TrainConfig(lr=0.1, epochs=63, warmup=0.1, track=180)
+    for epoch in range(64):
+        theirs = learning_rate(dense, (117 + epoch) / 180)
+        assert learning_rate(tracked, epoch / 63) == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+    assert learning_rate(tracked, 0) < 0.35 * dense.lr
+    for wrong in ({"track": 62}, {"track": 180, "start": 0.5}):
+        with pytest.raises(ConfigError, match="a tracked run has at least as many epochs"):
+            TrainConfig(epochs=63, **wrong)
+
+
+def test_the_rate_falls_in_steps():
+    """KRP paper, figure 11(a); in stages and tracked as well."""
+    config = TrainConfig(lr=1.0, warmup=0.0, epochs=160, steps=(0.5, 0.75))
+    rates = [learning_rate(config, epoch / 160) for epoch in (0, 79, 80, 119, 120, 160)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    tracked = TrainConfig(lr=1.0, warmup=0.0, epochs=80, track=160, steps=(0.5, 0.75))
+    assert learning_rate(tracked, 0) == pytest.approx(0.1)
+    for steps in ((0.75, 0.5), (0.5, 1.0), (0.0,)):
+        with pytest.raises(ConfigError, match="accepted are rising numbers in 0 to 1"):
+            TrainConfig(steps=steps)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed(clips, tmp_path):
+    train(network(), *clips, CLIP, SHORT, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    identity = json.loads(state["identity"])
+    for later in ("track", "steps"):
+        del identity["config"][later]
+    state["identity"] = json.dumps(identity)
+    del state["finished"]
+    torch.save(state, path)
+    assert len(train(network(), *clips, CLIP, SHORT, tmp_path)) == SHORT.epochs
+    changed = msgspec.structs.replace(SHORT, steps=(0.5,))
+    with pytest.raises(ModelError, match=r"its steps is \[\], not \[0.5\]"):
+        train(network(), *clips, CLIP, changed, tmp_path)
+
+
+class SettlesAfterTwo(Reweighted):
+    def start_epoch(self, epoch, epochs):
+        super().start_epoch(epoch, epochs)
+        self.epoch = epoch
+
+    def settled(self):
+        return self.epoch == 1
+
+
+def test_a_run_ends_when_its_penalty_has_settled(clips, tmp_path):
+    """A finished run does not go on when it is started again, whatever its penalty then says."""
+    config = msgspec.structs.replace(SHORT, average=0.9, measure_every=3)
+    recipe = {"conv2": KernelGroups(Rates(cols=THIRD))}
+
+    def run(penalty):
+        module, said = network(), []
+        rows = train(
+            module, *clips, CLIP, config, tmp_path, penalty(module, recipe, 1e-2), say=said.append
+        )
+        return module, rows, said
+
+    module, rows, said = run(SettlesAfterTwo)
+    assert len(rows) == 2 and rows[-1].test_top1 is not None
+    assert said[-1] == f"{tmp_path}: settled after epoch 2 of 3"
+    again, more, said = run(SettlesAfterTwo)
+    assert more == rows and len(said) == 1
+    assert_same(parameters(again), parameters(module))
+
+
 def test_settings_are_a_file(tmp_path):
     path = tmp_path / "config.toml"
     config = TrainConfig(epochs=7, optimizer="sgd", augment=Augmentation(degrees=3))
@@ -424,6 +497,7 @@ def test_from_videos_to_the_accuracy_of_a_program(movies, trained, capsys):
     )
     assert pruned["reduction"] >= 2.8
     assert pruned["design"] == "8-sparse" and pruned["latency_reduction"] > 1
+    assert 0 < pruned["array_macs"] < pruned["array_macs_dense"]
     cycles = pruned["modelled_cycles_dense"] / pruned["modelled_cycles"]
     assert pruned["latency_reduction"] == pytest.approx(cycles, abs=1e-3)
     assert pruned["test_top1"] >= dense["top1"] - 0.2
@@ -505,7 +579,7 @@ def test_zeros_without_a_mask_learn_unless_they_are_kept(movies, trained, tmp_pa
     (task,) = [t for t in program.tasks if t.name == "conv2"]
     assert not task.weights.expand(task.shape, program.config.gm, 9)[:, :, 9:18].any()
     assert main(["train", *learn[:-3], "-o", str(tmp_path / "c"), "--keep-zeros"]) == 2
-    assert "--keep-zeros is about the zeros of --weights" in capsys.readouterr().err
+    assert "--keep-zeros says how --weights is read, which is not given" in capsys.readouterr().err
 
 
 def permuted(movies, folder):
@@ -807,6 +881,122 @@ def test_prune_and_quantize_take_the_file_that_explore_writes(movies, trained, t
     assert program_cycles(program) == report["modelled_cycles"]
 
 
+@pytest.fixture
+def published(trained, tmp_path, monkeypatch):
+    """The trained weights under the name "moves", as if `pull` had fetched them."""
+    labels = tmp_path / "moves.txt"
+    labels.write_text("\n".join(MOVES))
+    monkeypatch.setitem(RELEASES, "moves", replace(RELEASES["i3d-kinetics400"], labels=labels))
+    path = trained / "weights.safetensors"
+    plain = tmp_path / "moves.safetensors"
+    save_file(load_file(path), plain)  # without notes, as a release
+    monkeypatch.setattr(pretrained, "pull", lambda name: plain)
+    return plain
+
+
+def test_published_weights_have_their_name_in_every_command(movies, published, tmp_path, capsys):
+    data = ["--data", str(movies), "--cache", str(movies / "cache"), "--json"]
+    start = ["test_train:small", *data, "--weights", "moves"]
+    assert main(["evaluate", "--network", *start]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] > 0.7
+    for command, more in {
+        "quantize": ["--epochs", "0"],
+        "prune": ["--pattern", "kgr", "--reduction", "1.1", "--algorithm", "one-shot"],
+    }.items():
+        if command == "prune":
+            settings = tmp_path / "prune.toml"
+            settings.write_text("[retrain]\nepochs = 1\nbatch = 8\n")
+            more += ["--config", str(settings)]
+        assert main([command, *start, "-o", str(tmp_path / command), *more]) == 0
+        if command == "prune":
+            assert "moves: 20 tensors, classifier 'fc' of 4 classes kept" in capsys.readouterr().err
+
+
+def two_moves(movies, folder):
+    """A data set of the videos of two of the moves, under other names."""
+    names = {"left": "west", "right": "east"}
+    rows = (movies / "index.csv").read_text().splitlines()
+    folder.mkdir()
+    kept = [rows[0]]
+    for row in rows[1:]:
+        file, label, name, subject, split = row.split(",")
+        if name in names:
+            shutil.copy(movies / file, folder)
+            kept.append(f"{file},{1 - int(label)},{names[name]},{subject},{split}")
+    (folder / "index.csv").write_text("\n".join(kept))
+    return folder
+
+
+def test_other_classes_are_learned_from_published_weights(movies, published, tmp_path, capsys):
+    folder = two_moves(movies, tmp_path / "two")
+    out = tmp_path / "run"
+    data = ["--data", str(folder), "--cache", str(tmp_path / "cache"), "-o", str(out)]
+    start = ["train", "test_train:small", *data, "--weights", "moves", "--epochs", "1"]
+    assert main([*start, "--classes", "3"]) == 2
+    assert "--classes 3: " in capsys.readouterr().err
+    assert main(start) == 2
+    refused = capsys.readouterr().err
+    assert "the class 'west'" in refused or "the class 'east'" in refused
+    assert refused.endswith("; --partial trains a new classifier\n")
+    settings = tmp_path / "slow.toml"
+    settings.write_text("epochs = 1\nbatch = 4\nlr = 1e-9\n")
+    for option in (["--classes", "2"], ["--partial"]):
+        shutil.rmtree(out, ignore_errors=True)
+        assert main([*start, "--config", str(settings), *option]) == 0
+        told = capsys.readouterr().err
+        assert "moves: 18 tensors, classifier 'fc' of 4 classes left out" in told
+        before, after = load_file(published), load_file(out / "weights.safetensors")
+        torch.testing.assert_close(before["conv2.weight"], after["conv2.weight"])
+        assert after["fc.weight"].shape == (2, before["fc.weight"].shape[1])
+        assert load_notes(out / "weights.safetensors").classes == ("east", "west")
+    # the same command takes its own result, classifier included
+    own = str(out / "weights.safetensors")
+    again = ["--weights", own, "--classes", "2", "--config", str(settings)]
+    assert main(["train", "test_train:small", *data[:-1], str(tmp_path / "on"), *again]) == 0
+    assert "classifier 'fc' of 2 classes kept" in capsys.readouterr().err
+
+
+def test_rates_are_found_below_a_threshold(movies, trained, tmp_path, capsys):
+    """RT3D: the penalty comes first, the rates afterwards; a second start finds the same ones."""
+    settings = tmp_path / "prune.toml"
+    part = "epochs = 1\nbatch = 8\n"
+    settings.write_text(f'algorithm = "lasso"\nfactor = 1.0\n[prepare]\n{part}[retrain]\n{part}')
+    data = ["test_train:small", "--data", str(movies), "--cache", str(movies / "cache"), "--json"]
+    weights = ["--weights", str(trained / "weights.safetensors"), "--config", str(settings)]
+    out = tmp_path / "pruned"
+    run = ["prune", *data, *weights, "-o", str(out), "--pattern", "kgc"]
+    run += ["--layers", "conv2,conv3", "--threshold"]
+    assert main([*run, "1.0"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = read_recipe(out / "recipe.toml")
+    assert found and all(Fraction(layer.cols) in (THIRD, 2 * THIRD) for layer in found.values())
+    assert report["reduction"] > 1.05
+    assert main([*run, "1.0"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+    assert main([*run, "1e-6"]) == 2
+    assert "no layer has enough units of kgc below 1e-06 times" in capsys.readouterr().err
+    assert main([*run, "1", "--target", "latency"]) == 2
+    assert "--threshold finds the rates itself" in capsys.readouterr().err
+
+
+def test_thresholds_are_tuned_after_quantization(movies, trained, tmp_path, capsys):
+    data = ["test_train:small", "--data", str(movies), "--cache", str(movies / "cache"), "--json"]
+    weights = ["--weights", str(trained / "weights.safetensors"), "--epochs", "0"]
+    assert main(["quantize", *data, *weights, "-o", str(tmp_path), "--thresholds", "0.1"]) == 0
+    found = capsys.readouterr()
+    report = json.loads(found.out)
+    assert report["thresholds"] and report["operations_by_zero"] > 0.05
+    zeros = {
+        task.name: float((task.weights.values == 0).mean())
+        for task in load(tmp_path / "program.kgrc").tasks
+        if task.name in report["thresholds"]
+    }
+    assert all(0.09 < share < 0.95 for share in zeros.values()), zeros
+    assert all(f"{name}: weights below" in found.err for name in report["thresholds"])
+    assert main(["quantize", *data, *weights, "-o", str(tmp_path), "--thresholds", "1"]) == 2
+    assert "a drop of 1.0; accepted is 0 to below 1" in capsys.readouterr().err
+
+
 def test_mistakes_are_one_line_and_leave_nothing(movies, trained, tmp_path, capsys):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[layers]\nconv9 = { pattern = "kgrc", rows = "1/2" }\n')
@@ -872,6 +1062,42 @@ def test_it_learns_real_actions_of_people_it_has_not_seen(shared_data, tmp_path)
     assert len(test) == 107
     assert rows[-1].test_top1 == measure_top1(module, test, CLIP)
     assert rows[-1].test_top1 > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_i3d_is_fine_tuned_on_real_clips_in_one_command(shared_data, tmp_path, capsys):
+    """Few steps from Kinetics-400 to two classes: the features stay near, the classifier is new."""
+    try:
+        weights = pretrained.pull("i3d-kinetics400")
+    except ModelError as error:
+        pytest.skip(f"I3D's weights cannot be fetched: {error}")
+    source = shared_data / "surveillance_fight"
+    rows = list(csv.DictReader((source / "index.csv").open()))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with (folder / "index.csv").open("w", newline="") as file:
+        index = csv.writer(file)
+        index.writerow(("file", "label", "split"))
+        for label in ("0", "1"):
+            for split in ("train", "test"):
+                for row in [r for r in rows if (r["label"], r["split"]) == (label, split)][:1]:
+                    name = Path(row["file"]).name
+                    shutil.copy(source / row["file"], folder / name)
+                    index.writerow((name, label, split))
+    settings = tmp_path / "few.toml"
+    settings.write_text("epochs = 1\nbatch = 1\nlr = 1e-4\n")
+    arguments = ["--data", str(folder), "--cache", str(tmp_path / "cache"), "--json"]
+    arguments += ["--classes", "2", "--config", str(settings), "-o", str(tmp_path / "run")]
+    assert main(["train", "i3d", "--weights", "i3d-kinetics400", *arguments]) == 0
+    found = capsys.readouterr()
+    assert "classifier 'Logits' of 400 classes left out" in found.err
+    before = load_file(weights)
+    after = load_file(json.loads(found.out)["path"])
+    assert after["Logits.weight"].shape == (2, 1024, 1, 1, 1)
+    name = "Mixed_5c.Branch_0.Conv3d_0a_1x1.conv.weight"
+    change = (after[name] - before[name]).norm() / before[name].norm()
+    assert 0 < change < 0.05
 
 
 @pytest.mark.slow

@@ -161,12 +161,18 @@ TRAINING_SAMPLING = "uniform"
 the program, so that every command samples a video as in training."""
 
 
+MAX_CHANNELS = 16
+"""Most channels of a clip."""
+
+
 @dataclass(frozen=True)
 class ClipSpec:
     """The clip that a network takes, and how its pixels become the network's input.
 
     Frames are resized so that the short side is `short_side`, cropped at the centre to
-    `height` x `width`, and normalised: ``(pixel / 255 - mean) / std`` for each of R, G, B.
+    `height` x `width`, and normalised: ``(pixel / 255 - mean) / std`` for each of R, G, B. A clip
+    of other channels (grey, optical flow, RGB and depth) has as many means and as many `std`, 1 to
+    16; its frames [D, H, W, channels] come from the caller, because a video has R, G, B.
     Every `step`-th frame of the video is taken.
     """
 
@@ -175,8 +181,8 @@ class ClipSpec:
     width: int
     short_side: int
     step: int = 1
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     sampling: str = DEFAULT_SAMPLING
     """One of `SAMPLINGS`. Every command samples a video in this way unless it is told otherwise."""
     stride: int | None = None
@@ -199,10 +205,20 @@ class ClipSpec:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e6:
                 raise ConfigError(f"{name}={value} of a clip; accepted is above 0, up to a million")
+        if len(self.mean) != len(self.std) or not 1 <= self.channels <= MAX_CHANNELS:
+            raise ConfigError(
+                f"mean={self.mean} and std={self.std} of a clip; accepted are as many of the one "
+                f"as of the other, one for each of its 1 to {MAX_CHANNELS} channels"
+            )
         if not 0 < self.temperature < 1e6:
             raise ConfigError(f"temperature={self.temperature}; accepted is above 0")
         if not 0 <= self.threshold < 1:
             raise ConfigError(f"threshold={self.threshold}; accepted is 0 to below 1")
+
+    @property
+    def channels(self) -> int:
+        """Channels of a frame, 3 for R, G, B."""
+        return len(self.mean)
 
     def chosen_sampling(self, sampling: str | None = None, stride: int | None = None) -> str:
         """How to sample a video: as asked; by windows if only a stride is asked; else `sampling`.
@@ -221,15 +237,15 @@ class ClipSpec:
         return "windows"
 
     def pixel_values(self) -> Array:
-        """[3, 256] float64: the input value of each of the 256 levels of R, G, B."""
+        """[C, 256] float64: the input value of each of the 256 levels of each channel."""
         levels = np.arange(256) / 255.0
         values: Array = (levels - np.array(self.mean)[:, None]) / np.array(self.std)[:, None]
         return values
 
     def normalise(self, frames: Array) -> Array:
-        """[D, H, W, 3] uint8 pixels to [3, D, H, W] float32 input values."""
+        """[D, H, W, C] uint8 pixels to [C, D, H, W] float32 input values."""
         table = self.pixel_values().astype(np.float32)
-        return np.stack([table[c][frames[..., c]] for c in range(3)])
+        return np.stack([table[c][frames[..., c]] for c in range(self.channels)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -376,7 +392,7 @@ def _convolve(values: Array, weight: Array, shape: WindowShape) -> Array:
 def run_float(
     graph: Graph, clip: Array, watch: Callable[[Layer, Array], None] | None = None
 ) -> Array:
-    """The network's output [C, D, H, W] in float32 for one clip [3, D, H, W].
+    """The network's output [C, D, H, W] in float32 for one clip [channels, D, H, W].
 
     `watch` is called with every layer and its output. An output is dropped after its last use, so
     that a whole I3D needs little more memory than its largest pair of layers.

@@ -37,26 +37,31 @@ from pynq_kgrc.quant import (
     BITS,
     MAX_SHIFT,
     MULT_BITS,
+    POWER_BITS,
     Array,
     QuantParams,
+    are_powers,
     ceil_div,
     code_dtype,
     pack_int4,
-    packed_bytes,
+    pack_powers,
     unpack_int4,
+    unpack_powers,
     weight_limit,
 )
 
-VERSION = 3
+VERSION = 4
 """Version of the container that this module writes. The hardware does not depend on it: what that
 reads has a version of its own, `accelerator.header.IMAGE_VERSION`."""
 
-READABLE = (1, 2, VERSION)
-"""Versions that `load` reads. Version 1 does not say how a video is sampled and how confidences are
-calibrated: such a program has the defaults of `ClipSpec`. Neither 1 nor 2 folds its clip."""
+OF_POWERS = 5
+"""Version of a container whose weights are all 0 or powers of two: they take 3 bits each at a width
+of 4, and 4 bits at 8. Otherwise it is as version 4."""
 
-COLOURS = 3
-"""Channels of a clip: red, green, blue."""
+READABLE = (1, 2, 3, VERSION, OF_POWERS)
+"""Versions that `load` reads. Version 1 does not say how a video is sampled and how confidences are
+calibrated: such a program has the defaults of `ClipSpec`. Neither 1 nor 2 folds its clip. Before
+version 4, the file has the values of groups that are off as well."""
 
 DOCUMENT_KEY = "pynq_kgrc"
 DIGEST_KEY = "sha256"
@@ -64,6 +69,10 @@ ALIGNMENT = 64
 
 MAX_LENGTH, MAX_STRIDE = (1 << 16) - 1, (1 << 10) - 1
 """Largest coordinate within a region and largest divisor of one: `quotient` of hls_src/design.h."""
+
+MAX_WEIGHT_BYTES = 1 << 32
+"""Most bytes that the weights of a program take in the host's memory, groups that are off
+included: a small file with few groups may not fill it."""
 
 MAX_INT32 = (1 << 31) - 1
 """Largest number in a field of a descriptor, and largest count of a loop in hls_src."""
@@ -218,57 +227,60 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
     fold: WindowShape | None = None
     """The window over the clip whose taps are written as channels, for a first convolution that is
     folded (`compiler.fold`); None if the clip is written as it is."""
+    softmax: bool = False
+    """Whether the network ended with a soft-max, which was left out: the result holds its logits,
+    and the runtime applies soft-max to them once, as it does for every program."""
     format: str = DOCUMENT_KEY
     version: int = VERSION
     """Version of the file that it was read from."""
 
     @cached_property
     def input_codes(self) -> Array:
-        """[3, 256]: the input code of each level of R, G, B. Encoding needs no float clip."""
+        """[C, 256]: the input code of each level of each channel. Encoding needs no float clip."""
         return self.input.quantize(self.clip.pixel_values())
 
     @property
     def clip_window(self) -> WindowShape:
         """The window over the clip whose taps are written to `source`; one tap if not folded."""
         size = (self.clip.frames, self.clip.height, self.clip.width)
-        return self.fold or WindowShape(COLOURS, size, (1, 1, 1))
+        return self.fold or WindowShape(self.clip.channels, size, (1, 1, 1))
 
     def encode_clip(self, frames: Array) -> Array:
-        """Encode uint8 RGB frames [D, H, W, 3] as the input codes [C, D', H', W'] of `source`.
+        """Encode uint8 frames [D, H, W, N] as the input codes [C, D', H', W'] of `source`.
 
-        C is 3 and the size is that of the clip. If the clip is folded, C is 3 * taps of the
-        window, [tap, colour], and the size is that of the window's output; padding has the code of
-        the zero point.
+        N are the clip's channels, such as the three of RGB. C is N and the size is that of the
+        clip. If the clip is folded, C is N * taps of the window, [tap, channel], and the size is
+        that of the window's output; padding has the code of the zero point.
 
         Raises:
             ProgramError: frames of another shape or type than the program's clip.
         """
-        wanted = (self.clip.frames, self.clip.height, self.clip.width, COLOURS)
+        wanted = (self.clip.frames, self.clip.height, self.clip.width, self.clip.channels)
         if frames.shape != wanted or frames.dtype != np.uint8:
             raise ProgramError(
                 f"{self.name} takes uint8 frames of shape {wanted}, "
                 f"not {frames.dtype} of {frames.shape}"
             )
         if self.fold is None:
-            codes = np.empty((COLOURS, *wanted[:3]), self.input.dtype)
+            codes = np.empty((wanted[3], *wanted[:3]), self.input.dtype)
             self._look_up(frames, codes)
             return codes
         before, after = self.fold.pad_before, self.fold.pad_after
         size = [sum(lengths) for lengths in zip(before, wanted, after, strict=False)]
-        padded = np.full((*size, COLOURS), self.input.zero_point, self.input.dtype)
+        padded = np.full((*size, wanted[3]), self.input.zero_point, self.input.dtype)
         d, h, w = (slice(b, b + n) for b, n in zip(before, wanted, strict=False))
         self._look_up(frames, padded[d, h, w].transpose(3, 0, 1, 2))
         return taps_as_channels(padded, self.fold)
 
     def _look_up(self, frames: Array, codes: Array) -> None:
-        """Write the codes of frames [D, H, W, 3] to `codes` [3, D, H, W].
+        """Write the codes of frames [D, H, W, N] to `codes` [N, D, H, W].
 
         A plane at a time, whose indices fit the cache. With a mode, `take` checks no index; a level
         of 8 bits is always one of the 256.
         """
         for number, frame in enumerate(frames):
-            for colour, table in enumerate(self.input_codes):
-                codes[colour, number] = table.take(frame[..., colour], mode="clip")
+            for channel, table in enumerate(self.input_codes):
+                codes[channel, number] = table.take(frame[..., channel], mode="clip")
 
     def group_columns(self, task: ConvTask) -> int:
         """G_K: taps in one kernel group of a task."""
@@ -324,13 +336,21 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
         """Write the container atomically: to a temporary file that is renamed to `path`.
 
         The same program gives the same bytes, in every process. Of whatever version the file was
-        that it was read from, version `VERSION` is written.
+        that it was read from, version `VERSION` is written, or `OF_POWERS` if all weights are 0 or
+        powers of two.
         """
         tensors = self._tensors()
         names = {id(array): name for name, array in tensors.items()}
-        written = msgspec.structs.replace(self, version=VERSION)
+        powers = all(
+            are_powers(task.weights.values, self.config.bits)
+            for task in self.tasks
+            if isinstance(task, ConvTask)
+        )
+        version = OF_POWERS if powers else VERSION
+        written = msgspec.structs.replace(self, version=version)
         document = msgspec.json.encode(written, enc_hook=lambda array: names[id(array)])
-        stored = {name: self._store(array) for name, array in tensors.items()}
+        kept = self._on(tensors)
+        stored = {name: self._store(array, powers) for name, array in kept.items()}
         metadata = {
             DOCUMENT_KEY: document.decode(),
             DIGEST_KEY: _digest(document, stored),
@@ -349,8 +369,20 @@ class Program(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True,
                     tensors[f"{task.name}/{part}"] = getattr(task, part)
         return tensors
 
-    def _store(self, array: Array) -> Array:
-        """An array as it is stored: 4-bit codes packed two to a byte."""
+    def _on(self, tensors: dict[str, Array]) -> dict[str, Array]:
+        """The arrays without the values, rows and columns of groups that are off."""
+        kept = dict(tensors)
+        for task in self.tasks:
+            if isinstance(task, ConvTask):
+                for part in ("values", "rows", "cols"):
+                    name = f"{task.name}/{part}"
+                    kept[name] = tensors[name][task.weights.enabled]
+        return kept
+
+    def _store(self, array: Array, powers: bool) -> Array:
+        """An array as it is stored: powers of two and 4-bit codes are packed."""
+        if powers and array.dtype == np.int8:
+            return pack_powers(array, self.config.bits)
         if self.config.bits == 4 and array.dtype == np.int8:
             return pack_int4(array)
         return np.ascontiguousarray(array)
@@ -450,27 +482,84 @@ def _decode(document: bytes, stored: dict[str, Array]) -> Program:
         return stored[name]
 
     program = msgspec.json.decode(document, type=Program, dec_hook=tensor)
-    if program.config.bits != 4:
-        return program
-    tasks = tuple(
-        _unpacked(program, task) if isinstance(task, ConvTask) else task for task in program.tasks
-    )
-    return msgspec.structs.replace(program, tasks=tasks)
+    tasks: list[Task] = []
+    nbytes = 0
+    for task in program.tasks:
+        if isinstance(task, ConvTask):
+            _check_window(task.shape, task.name)
+            _within(task.shape.taps, 1, MAX_TAPS, f"{task.name}: taps of its window")
+            if program.config.bits == 4 or program.version == OF_POWERS:
+                task = _unpacked(program, task)
+            if program.version >= 4:
+                task, more = _with_groups_that_are_off(program, task, MAX_WEIGHT_BYTES - nbytes)
+                nbytes += more
+        tasks.append(task)
+    return msgspec.structs.replace(program, tasks=tuple(tasks))
+
+
+def _groups(program: Program, task: ConvTask) -> tuple[int, int, int]:
+    """P, Q, T of a task."""
+    shape = task.shape
+    return program.config.group_size.counts(shape.filters, shape.channels, shape.taps)
 
 
 def _unpacked(program: Program, task: ConvTask) -> ConvTask:
-    """The task with its 4-bit values unpacked to one per byte."""
+    """The task with its packed values unpacked to one per byte."""
     weights = task.weights
-    p, q, t = program.config.group_size.counts(
-        task.shape.filters, task.shape.channels, task.shape.taps
-    )
+    p, q, t = _groups(program, task)
     kr, kc = weights.rows.shape[-1], weights.cols.shape[-1]
-    wanted = (p, q, t, kr, program.config.tn, kc)
+    groups = (int(np.count_nonzero(weights.enabled)),) if program.version >= 4 else (p, q)
+    wanted = (*groups, t, kr, program.config.tn, kc)
     count = math.prod(wanted)
-    if weights.values.dtype != np.uint8 or weights.values.shape != (packed_bytes(count, 4),):
-        raise ProgramError(f"{task.name}: values are not {count} packed 4-bit codes")
-    values = unpack_int4(weights.values, count).reshape(wanted)
-    return msgspec.structs.replace(task, weights=msgspec.structs.replace(weights, values=values))
+    bits, powers = program.config.bits, program.version == OF_POWERS
+    if powers and bits not in POWER_BITS:
+        raise ProgramError(f"bits={bits}; version {OF_POWERS} is for designs of 8 or 4 bits")
+    each = POWER_BITS[bits] if powers else 4
+    if weights.values.dtype != np.uint8 or weights.values.shape != (ceil_div(count * each, 8),):
+        kind = "powers of two" if powers else "codes"
+        raise ProgramError(f"{task.name}: values are not {count} packed {each}-bit {kind}")
+    values = (
+        unpack_powers(weights.values, count, bits) if powers else unpack_int4(weights.values, count)
+    )
+    unpacked = msgspec.structs.replace(weights, values=values.reshape(wanted))
+    return msgspec.structs.replace(task, weights=unpacked)
+
+
+def _with_groups_that_are_off(program: Program, task: ConvTask, limit: int) -> tuple[ConvTask, int]:
+    """The task with zeros for the groups that the file leaves out, and the bytes of its values.
+
+    Raises:
+        ProgramError: the arrays do not fit together, or take more than `limit` bytes.
+    """
+    weights, name = task.weights, task.name
+    (p, q, t), tn = _groups(program, task), program.config.tn
+    _expect(weights.enabled.shape, (p, q), f"{name}: shape of enabled")
+    _expect(weights.enabled.dtype, np.dtype(np.bool_), f"{name}: type of enabled")
+    on = int(np.count_nonzero(weights.enabled))
+    kr, kc = (int(part.shape[-1]) if part.ndim else 0 for part in (weights.rows, weights.cols))
+    wanted = {"values": (on, t, kr, tn, kc), "rows": (on, kr), "cols": (on, t, kc)}
+    for part, shape in wanted.items():
+        _expect(getattr(weights, part).shape, shape, f"{name}: shape of {part}")
+    _within(kr, 1, program.config.gm, f"{name}: kept rows")
+    _within(kc, 1, program.group_columns(task), f"{name}: kept columns")
+    nbytes = p * q * t * kr * tn * kc * weights.values.itemsize
+    _within(nbytes, 0, limit, f"{name}: bytes of its weights with all groups")
+    if on == p * q:
+        whole = {part: getattr(weights, part).reshape(p, q, *s[1:]) for part, s in wanted.items()}
+        return msgspec.structs.replace(
+            task, weights=KgrcWeights(**whole, enabled=weights.enabled)
+        ), nbytes
+    values = np.zeros((p, q, t, kr, tn, kc), weights.values.dtype)
+    rows = np.broadcast_to(np.arange(kr, dtype=weights.rows.dtype), (p, q, kr)).copy()
+    cols = np.broadcast_to(np.arange(kc, dtype=weights.cols.dtype), (p, q, t, kc)).copy()
+    for whole_array, array in (
+        (values, weights.values),
+        (rows, weights.rows),
+        (cols, weights.cols),
+    ):
+        whole_array[weights.enabled] = array
+    expanded = KgrcWeights(values=values, rows=rows, cols=cols, enabled=weights.enabled)
+    return msgspec.structs.replace(task, weights=expanded), nbytes
 
 
 T = TypeVar("T")
@@ -547,7 +636,7 @@ def _check_source(program: Program) -> Buffer:
     """Check that the clip, folded or not, is what its buffer and its first task take."""
     window, clip = program.clip_window, program.clip
     if program.fold is not None:
-        _expect(window.channels, COLOURS, "fold: channels of the clip")
+        _expect(window.channels, clip.channels, "fold: channels of the clip")
         _expect(window.in_size, (clip.frames, clip.height, clip.width), "fold: size of the clip")
         _check_window(window, "fold")
         _within(window.taps, 1, MAX_TAPS, f"fold: taps of its window {window.kernel}")

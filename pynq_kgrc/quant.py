@@ -184,3 +184,50 @@ def unpack_int4(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.int
     codes[0::2] = packed & 15
     codes[1::2] = packed >> 4
     return ((codes[:count] ^ 8).astype(np.int8)) - np.int8(8)
+
+
+POWER_BITS = {8: 4, 4: 3}
+"""Bits in which a weight of 0 or a power of two is stored, by the width of its code."""
+
+
+def are_powers(codes: Array, bits: int) -> bool:
+    """Whether all codes of this width are 0 or +- a power of two: what `pack_powers` takes."""
+    if bits not in POWER_BITS:
+        return False
+    values = _power_values(bits)
+    return bool((values[_power_places(values, codes)] == codes).all())
+
+
+def pack_powers(codes: Array, bits: int) -> npt.NDArray[np.uint8]:
+    """Pack codes of 0 and powers of two in 3 bits (width 4) or 4 bits (width 8), lowest bit first.
+
+    A code is its exponent + 1, or 0 for 0; the top bit says that it is negative.
+
+    >>> pack_powers(np.array([1, -1, 0, 64], np.int8), 8).tolist()
+    [145, 112]
+    """
+    places = _power_places(_power_values(bits), codes).reshape(-1, 1)
+    each = places >> np.arange(POWER_BITS[bits]) & 1
+    return np.packbits(each.astype(np.uint8), bitorder="little")
+
+
+def unpack_powers(packed: npt.NDArray[np.uint8], count: int, bits: int) -> npt.NDArray[np.int8]:
+    """The first `count` codes of an array that `pack_powers` packed."""
+    width = POWER_BITS[bits]
+    each = np.unpackbits(packed, count=count * width, bitorder="little").reshape(count, width)
+    return _power_values(bits)[each @ (1 << np.arange(width))]
+
+
+def _power_values(bits: int) -> npt.NDArray[np.int8]:
+    """The code that each number of `POWER_BITS` bits stands for."""
+    positive = 1 << np.arange((1 << POWER_BITS[bits] - 1) - 1)
+    return np.concatenate([[0], positive, [0], -positive]).astype(np.int8)
+
+
+def _power_places(values: npt.NDArray[np.int8], codes: Array) -> npt.NDArray[np.int64]:
+    """The place of each code among `values`; 0 for one that is not there."""
+    places = np.zeros(256, np.int64)
+    places[values.astype(np.int64) & 255] = np.arange(len(values))
+    places[0] = 0
+    found: npt.NDArray[np.int64] = places[codes.astype(np.int64) & 255]
+    return found

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from pynq_kgrc.backends.base import Backend, Counters, PackedMap, open_backend
+from pynq_kgrc.backends.chosen import resolve_backend
 from pynq_kgrc.errors import DeviceError, ProgramError
 from pynq_kgrc.program import Program
 from pynq_kgrc.quant import Array
@@ -103,8 +104,8 @@ class Session:
 
     Args:
         program: the program to load.
-        backend: the name of a backend ("emulate"), which the session opens and closes; or an open
-            backend, which `close` leaves open.
+        backend: the name of a backend ("emulate", or "auto" for the best that there is), which the
+            session opens and closes; or an open backend, which `close` leaves open.
 
     Raises:
         ProgramError: the program is for another accelerator than the backend.
@@ -115,7 +116,9 @@ class Session:
         self.program = program
         self._owned, self._closed = isinstance(backend, str), False
         self.backend: Backend = (
-            open_backend(backend, program.config) if isinstance(backend, str) else backend
+            open_backend(resolve_backend(backend), program.config)
+            if isinstance(backend, str)
+            else backend
         )
         self.backend_name = self.backend.name
         try:

@@ -212,6 +212,7 @@ int main(int, char** given) {
     Stream<Beats> lengths_0("lengths_0"), lengths_1("lengths_1");
     Stream<Beat> beats_0("beats_0"), beats_1("beats_1");
     Stream<WeightBeat> weights_0("weights_0"), weights_1("weights_1");
+    Stream<Chunk> chunks_0("chunks_0"), chunks_1("chunks_1");
     Stream<Index> indices("indices");
     Stream<RegionWord> region("region");
     Stream<WeightHalf> words_0("words_0"), words_1("words_1");
@@ -231,7 +232,9 @@ int main(int, char** given) {
     read_weights(task, weight_port_0.port(), false, weights_0, unused, unused);
     read_weights(task, weight_port_1.port(), true, weights_1, unused, unused);
     read_indices(task, index_port.port(), indices, unused);
-    make_words(task, to_decode, items_to_decode, weights_0, weights_1, indices, words_0, words_1,
+    gather_chunks(task, false, weights_0, chunks_0);
+    gather_chunks(task, true, weights_1, chunks_1);
+    make_words(task, to_decode, items_to_decode, chunks_0, chunks_1, indices, words_0, words_1,
                unused);
     const std::vector<Tile> tiles = take_all(to_inputs);
     const std::vector<Item> items = take_all(items_to_inputs);

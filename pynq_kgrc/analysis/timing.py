@@ -73,6 +73,20 @@ def modelled_ms(
     return sum(time.cycles for time in times) / (clock_mhz * 1e3)
 
 
+def one_tap_share(program: Program) -> float:
+    """The share of the modelled time that passes in convolutions of one tap.
+
+    They use one of the P_K columns of the array.
+    """
+    cycles = [
+        (task, task_time(program.config, program.work(task)).cycles) for task in program.tasks
+    ]
+    one_tap = sum(
+        count for task, count in cycles if isinstance(task, ConvTask) and task.shape.taps == 1
+    )
+    return one_tap / sum(count for _, count in cycles)
+
+
 def network_of(program: Program) -> Network:
     """The convolutions of a program, for the search of designs.
 

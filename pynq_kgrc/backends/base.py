@@ -362,8 +362,12 @@ class Backend(Protocol):
         """Release the device, its memory and all processes; closing twice is no error."""
 
 
+AUTO = "auto"
+"""In place of a backend's name: the best that there is (backends/chosen.py)."""
+
 BACKENDS = {
     "emulate": "pynq_kgrc.backends.emulation.backend:Emulation",
+    "native": "pynq_kgrc.backends.native.backend:Native",
     "csim": "pynq_kgrc.backends.csim:CSimulation",
     "timed": "pynq_kgrc.backends.timed:TimedSimulation",
     "board": "pynq_kgrc.backends.board.backend:BoardBackend",

@@ -1,4 +1,4 @@
-"""Which backend a notebook uses, for which design, and why: the board where there is one.
+"""Which backend is used, for which design, and why: the board, else native, else the emulation.
 
 Jupyter on a board is a system service. It has no shell, so its environment may lack XILINX_XRT,
 without which pynq looks for no device. The reason then says what was found without it.
@@ -12,8 +12,11 @@ from importlib import import_module
 from pathlib import Path
 
 from pynq_kgrc.accelerator.config import DEFAULT_DESIGN, AcceleratorConfig, preset
+from pynq_kgrc.backends.base import AUTO
 from pynq_kgrc.backends.board import SIMULATE, simulation_requested
+from pynq_kgrc.backends.board.machine import is_board
 from pynq_kgrc.backends.board.overlays import OVERLAY, FoundOverlay, list_overlays
+from pynq_kgrc.backends.native.library import built_library
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.files import find_folder
 
@@ -69,16 +72,38 @@ def installed_design() -> AcceleratorConfig:
     return found[0].manifest.config if found else preset(DEFAULT_DESIGN)
 
 
-def choose_backend(fallback: str = "emulate") -> Chosen:
+def software_backend() -> str:
+    """The fastest backend without a device: native where its kernels are built, else emulate."""
+    return "emulate" if built_library() is None else "native"
+
+
+def resolve_backend(name: str) -> str:
+    """The name of a backend; in place of "auto" what there is: board, native, emulate.
+
+    A board is looked for where this machine is one, simulates one or has XRT: elsewhere importing
+    pynq would take seconds for nothing.
+
+    Raises:
+        DeviceError: the manifest of an overlay is invalid.
+    """
+    if name != AUTO:
+        return name
+    if BACKEND in os.environ or is_board() or "XILINX_XRT" in os.environ:
+        return choose_backend().backend
+    return software_backend()
+
+
+def choose_backend(fallback: str | None = None) -> Chosen:
     """The board if there is one with an overlay, else `fallback`; the reason is one sentence.
 
-    PYNQ_KGRC_BACKEND and PYNQ_KGRC_SIMULATE decide instead where they are set. No device is
+    Without `fallback` it is `software_backend`. PYNQ_KGRC_BACKEND and PYNQ_KGRC_SIMULATE decide instead where they are set. No device is
     programmed or opened here.
 
     Raises:
         DeviceError: the manifest of an overlay is invalid.
     """
     config = installed_design()
+    fallback = fallback or software_backend()
     named = os.environ.get(BACKEND)
     if named:
         return Chosen(named, config, f"{BACKEND} says so")

@@ -11,10 +11,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 from pynq_kgrc.accelerator.config import DEFAULT_DESIGN
 from pynq_kgrc.graph import SAMPLINGS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PROGRAM_HELP = "a compiled .kgrc, or a name that pull takes with --design"
 """Help of `--program`, whose value `program_file` reads."""
@@ -156,6 +159,68 @@ def add_design(
         command.add_argument(
             *old_names, dest="design", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+
+
+def add_weights(
+    command: argparse.ArgumentParser, purpose: str, *, required: bool = False, partial: bool = False
+) -> None:
+    """Add `--weights` and `--entry`; with `partial`, also `--partial`. `load_weights` reads them.
+
+    Args:
+        command: gets the options.
+        purpose: what the weights are for, as in "state dict to start from".
+        required: whether the command cannot do without.
+        partial: whether the command can do without the file's classifier.
+    """
+    command.add_argument(
+        "--weights",
+        metavar="WEIGHTS",
+        required=required,
+        help=f"{purpose}: a file of torch.save or safetensors, or a NAME that pull takes",
+    )
+    command.add_argument(
+        "--entry",
+        metavar="ENTRY",
+        help="which entry of WEIGHTS holds the weights, where it has several, such as model and "
+        "model_ema",
+    )
+    if partial:
+        command.add_argument(
+            "--partial",
+            action="store_true",
+            help="take all of WEIGHTS but the classifier, which keeps its random weights",
+        )
+
+
+def weights_file(name: str) -> Path:
+    """The file of `--weights`, fetched if it is the name of published weights.
+
+    Raises:
+        ModelError: published weights cannot be fetched.
+    """
+    from pynq_kgrc.models.pretrained import RELEASES, pull
+
+    return pull(name) if name in RELEASES else Path(name)
+
+
+def load_weights(
+    options: argparse.Namespace, network: nn.Module, classifier: bool | None = True
+) -> str:
+    """Fill a network with `--weights`; one line that says what was taken.
+
+    Args:
+        options: have `weights` and `entry`.
+        network: is filled.
+        classifier: as of `models.checkpoint.load_state`.
+
+    Raises:
+        ModelError: as `load_state`.
+    """
+    from pynq_kgrc.models.checkpoint import load_state
+
+    path = weights_file(options.weights)
+    told = load_state(network, path, entry=options.entry, classifier=classifier)
+    return f"{printable(options.weights)}: {printable(told)}"
 
 
 def add_top(command: argparse.ArgumentParser, text: str) -> None:

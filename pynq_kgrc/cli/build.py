@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from pynq_kgrc.cli.arguments import (
     Declare,
     add_design,
+    add_weights,
     file_to_write,
+    load_weights,
     number,
     printable,
     progress,
@@ -65,10 +67,7 @@ def declare(command: Declare) -> None:
     )
     compile_.add_argument("network", metavar="NETWORK", help="the network; see above")
     compile_.add_argument("-o", "--out", type=file_to_write, required=True, help="program to write")
-    compile_.add_argument(
-        "--weights",
-        help="state dict (.safetensors, .pt) or the NAME of pull; without, seeded random weights",
-    )
+    add_weights(compile_, "weights (default: seeded random weights)", partial=True)
     compile_.add_argument("--classes", type=whole(1, 100_000), help="classes of the network")
     compile_.add_argument("--labels", type=Path, help="text file, one class a line")
     compile_.add_argument(
@@ -241,7 +240,7 @@ def _trace_file(options: argparse.Namespace) -> Graph:
         from pynq_kgrc.models.onnx_trace import trace_onnx
     except ImportError as error:
         raise ConfigError(f"ONNX files need more ({error}): pip install pynq_kgrc[onnx]") from error
-    odd = [name for name in ("weights", "classes") if getattr(options, name) is not None]
+    odd = [name for name in ("weights", "entry", "classes", "partial") if getattr(options, name)]
     if odd:
         raise ConfigError(
             f"--{odd[0]} beside {printable(options.network)}; accepted with a network of torch: "
@@ -305,8 +304,7 @@ def _trace(options: argparse.Namespace) -> Graph:
     import torch
 
     from pynq_kgrc.models import find_network
-    from pynq_kgrc.models.checkpoint import load_state
-    from pynq_kgrc.models.pretrained import RELEASES, pull, read_labels
+    from pynq_kgrc.models.pretrained import RELEASES, read_labels
     from pynq_kgrc.models.trace import trace
 
     torch.manual_seed(0)
@@ -325,12 +323,10 @@ def _trace(options: argparse.Namespace) -> Graph:
             f"({place.filename}, line {place.lineno})"
         ) from error
     if options.weights:
-        pulled = options.weights in RELEASES
-        told = load_state(network, pull(options.weights) if pulled else Path(options.weights))
-        print(f"{printable(options.weights)}: {printable(told)}", file=sys.stderr)
+        print(load_weights(options, network, not options.partial), file=sys.stderr)
     elif ":" not in options.network:
         print(f"no --weights: {options.network} has seeded random weights", file=sys.stderr)
-    release = RELEASES.get(options.weights)
+    release = None if options.partial else RELEASES.get(options.weights)
     names = options.labels or (release.labels if release else None)
     labels = () if names is None else read_labels(names)
     if options.sampling is not None:

@@ -34,7 +34,9 @@ def declare(command: Declare) -> None:
         help="of the answers below the threshold, fewer than this share are right (default: 0.5)",
     )
     calibrate.add_argument(
-        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+        "--backend",
+        default="emulate",
+        help="emulate, native, csim, board or auto (default: emulate)",
     )
 
 

@@ -48,7 +48,9 @@ def declare(command: Declare) -> None:
     classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     classify.add_argument("-p", "--program", type=Path, required=True, help=PROGRAM_HELP)
     classify.add_argument(
-        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+        "--backend",
+        default="emulate",
+        help="emulate, native, csim, board or auto (default: emulate)",
     )
     add_top(classify, "labels to print")
     add_sampling(classify)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from pynq_kgrc.cli.arguments import (
     DAY,
+    PROGRAM_HELP,
     Declare,
     add_sampling,
     add_top,
     file_to_write,
     positive,
     printable,
+    program_file,
     progress,
     readable,
     whole,
@@ -68,10 +70,10 @@ def declare(command: Declare) -> None:
         "-p",
         "--program",
         type=Path,
-        help="a compiled .kgrc (default: the one that comes with this package)",
+        help=f"{PROGRAM_HELP} (default: the one that comes with this package)",
     )
     batch.add_argument(
-        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+        "--backend", default="emulate", help="emulate, native, csim or board (default: emulate)"
     )
     batch.add_argument(
         "--workers",
@@ -111,7 +113,8 @@ def declare(command: Declare) -> None:
         "-p",
         "--program",
         type=Path,
-        help="program of the emulators (default: the one that comes with this package)",
+        help=f"program of the emulators: {PROGRAM_HELP} (default: the one that comes with this "
+        "package)",
     )
     cluster.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"
@@ -168,14 +171,14 @@ def run_batch(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise needs_ray(error) from error
     from pynq_kgrc.backends.base import backend_class
-    from pynq_kgrc.backends.emulation.crew import available_cores
+    from pynq_kgrc.backends.cores import available_cores
     from pynq_kgrc.service.settings import shipped_program
 
     exclusive = backend_class(options.backend).exclusive
     workers = options.workers or (1 if exclusive else available_cores())
     batch = Batch(
         folder=options.folder,
-        program=options.program or shipped_program(),
+        program=program_file(options.program) if options.program else shipped_program(),
         out=options.out,
         backend=options.backend,
         top=options.top,
@@ -211,15 +214,18 @@ def run_cluster(options: argparse.Namespace) -> int:
         from pynq_kgrc.cluster.serving import run_cluster as serve_cluster
     except ImportError as error:
         raise needs_ray(error) from error
+    from pynq_kgrc.cli.serve import named_program
     from pynq_kgrc.service.keys import read_keys
     from pynq_kgrc.service.settings import Settings, check_settings
 
     keys = read_keys(options.api_key_file) if options.api_key_file else ()
     check_settings(Settings(host=options.host, port=options.port, keys=keys), options.insecure)
+    name, program = named_program(options.program) if options.program else ("", "")
     layout = Layout(
         boards=",".join(options.board),
         emulators=options.emulators,
-        program=str(options.program or ""),
+        program=str(program),
+        name=name,
         keys=str(options.api_key_file.absolute()) if options.api_key_file else "",
         insecure=options.insecure,
         max_bytes=options.max_bytes,
@@ -241,5 +247,5 @@ def needs_ray(error: ImportError) -> ConfigError:
     """The error if Ray is not installed."""
     return ConfigError(
         f"this command needs Ray, which is not installed by default because it is large ({error}): "
-        f"pip install pynq_kgrc[cluster,serve]"
+        f"pip install '.[cluster,serve]' in the folder of the source"
     )

@@ -190,10 +190,21 @@ def _emulation(_: Asked) -> str:
     return f"a small network was compiled and run, within {error:.1%} of float"
 
 
+def _native(_: Asked) -> str:
+    """Nothing needs it: without it programs run slower, in numpy."""
+    from pynq_kgrc.backends.native.library import built_library, choose_instructions, has_compiler
+
+    if built_library() is None:
+        way = "--backend native builds them" if has_compiler() else "that takes a C compiler (gcc)"
+        raise NotAskedError(f"its kernels in C are not built: {way}; the emulation needs none")
+    return f"kernels in C, {choose_instructions()[0]} instructions"
+
+
 EMULATION_CHECKS: dict[str, Check] = {
     "Python": _python,
     "numpy": _numpy,
     "video": _video,
+    "native": _native,
     "emulation": _emulation,
 }
 

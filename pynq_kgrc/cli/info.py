@@ -13,6 +13,10 @@ from pynq_kgrc.cli.arguments import PROGRAM_HELP, Declare, program_file
 
 if TYPE_CHECKING:
     from pynq_kgrc.analysis.documents import ProgramDescription, TaskDescription
+    from pynq_kgrc.program import Program
+
+ONE_TAP = 0.5
+"""From this share of the time in convolutions of one tap, `info` names explore."""
 
 
 def declare(command: Declare) -> None:
@@ -25,8 +29,26 @@ def run_info(options: argparse.Namespace) -> int:
     from pynq_kgrc.analysis.description import describe
     from pynq_kgrc.program import load
 
-    print_description(describe(load(program_file(options.program))), options.json)
+    program = load(program_file(options.program))
+    print_description(describe(program), options.json)
+    if not options.json and (hint := _hint(program)):
+        print(f"\n{hint}")
     return 0
+
+
+def _hint(program: Program) -> str:
+    """Advice where most of the time is in layers that leave columns of the array idle; else ""."""
+    from pynq_kgrc.analysis.timing import one_tap_share
+
+    config = program.config
+    share = one_tap_share(program)
+    if config.pk == 1 or share < ONE_TAP:
+        return ""
+    return (
+        f"{share:.0%} of the modelled time is in convolutions of one tap, which use one of the "
+        f"P_K = {config.pk} columns of {config.name}: `pynq-kgrc explore -p PROGRAM` searches "
+        f"designs with other P_K"
+    )
 
 
 def print_description(document: ProgramDescription, as_json: bool) -> None:

@@ -56,7 +56,9 @@ def declare(command: Declare) -> None:
     profile.add_argument("video", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     profile.add_argument("-p", "--program", type=Path, required=True, help=PROGRAM_HELP)
     profile.add_argument(
-        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+        "--backend",
+        default="emulate",
+        help="emulate, native, csim, board or auto (default: emulate)",
     )
     profile.add_argument(
         "--clips",

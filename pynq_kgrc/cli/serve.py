@@ -56,7 +56,10 @@ def declare(command: Declare) -> None:
         "place of those that ship",
     )
     serve.add_argument(
-        "--backend", default="emulate", help="emulate, csim or board (default: emulate)"
+        "--backend",
+        default="auto",
+        help="emulate, native, csim, board, or auto: the first of board, native and emulate that "
+        "there is (default: auto)",
     )
     serve.add_argument(
         "--workers", type=whole(1, 1024), default=1, help="processes that run clips (default: 1)"
@@ -210,19 +213,27 @@ def _named_programs(
 
     programs: dict[str, Path] = {}
     for each in given:
-        published = str(each) in RELEASES
         try:
-            path = program_file(each)
+            name, path = named_program(each)
         except ModelError as error:
-            if not published or len(given) > 1 or not shipped:
+            if str(each) not in RELEASES or len(given) > 1 or not shipped:
                 raise
             instead = ", ".join(shipped)
             return shipped, [f"{each} cannot be served, {instead} is served instead: {error}"]
-        name = str(each) if published and path != each else path.stem
         if name in programs:
             raise ConfigError(f"--program {each}: another program is named {name}; rename the file")
         programs[name] = path
     return programs, []
+
+
+def named_program(given: Path) -> tuple[str, Path]:
+    """The name and the file of `--program`: a file has its own, a program of the package keeps its.
+
+    Raises:
+        KgrcError: as `program_file`.
+    """
+    path = program_file(given)
+    return (path.stem if path == given else str(given)), path
 
 
 def _classes(name: str) -> int:
@@ -238,10 +249,11 @@ def run_serve(options: argparse.Namespace) -> int:
     try:
         from pynq_kgrc.service.app import run_service
     except ImportError as error:
-        raise ConfigError(f"the service needs more ({error}): pip install pynq_kgrc[serve]") from (
-            error
-        )
+        raise ConfigError(
+            f"the service needs more ({error}): pip install '.[serve]' in the folder of the source"
+        ) from error
     from pynq_kgrc.backends.base import backend_class
+    from pynq_kgrc.backends.chosen import resolve_backend
     from pynq_kgrc.service.keys import read_keys
     from pynq_kgrc.service.settings import Settings, check_settings, state_folder
 
@@ -252,11 +264,12 @@ def run_serve(options: argparse.Namespace) -> int:
         raise ConfigError(
             "no program comes with this release: give --program FILE (made by compile)"
         )
+    backend = resolve_backend(options.backend)
     settings = Settings(
         programs=programs,
         repository=options.repository,
         load_all=options.load_all,
-        backend=options.backend,
+        backend=backend,
         workers=options.workers,
         host=options.host,
         port=options.port,
@@ -275,8 +288,8 @@ def run_serve(options: argparse.Namespace) -> int:
         state=options.state or state_folder(options.port),
     )
     check_settings(settings, options.insecure)
-    if options.workers > 1 and backend_class(options.backend).exclusive:
-        raise ConfigError(f"--workers {options.workers}: the backend {options.backend} takes one")
+    if options.workers > 1 and backend_class(backend).exclusive:
+        raise ConfigError(f"--workers {options.workers}: the backend {backend} takes one")
 
     def announce(started: dict[str, Any]) -> None:
         if options.json:
@@ -297,7 +310,8 @@ def run_serve(options: argparse.Namespace) -> int:
             from pynq_kgrc.service.grpc_server import GrpcServer
         except ImportError as error:
             raise ConfigError(
-                f"--grpc-port needs more ({error}): pip install pynq_kgrc[grpc]"
+                f"--grpc-port needs more ({error}): pip install '.[serve,grpc]' in the folder of "
+                f"the source"
             ) from error
         make_grpc = lambda service: GrpcServer(service, options.host, options.grpc_port)  # noqa: E731
 

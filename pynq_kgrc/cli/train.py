@@ -16,9 +16,13 @@ from pynq_kgrc.cli.arguments import (
     Declare,
     Run,
     add_design,
+    add_weights,
+    load_weights,
     positive,
     program_file,
     progress,
+    weights_file,
+    whole,
 )
 from pynq_kgrc.compress.recipes import ALGORITHMS, NAMES
 from pynq_kgrc.errors import ConfigError
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from pynq_kgrc.analysis.accuracy import Accuracy, LabelledClip
     from pynq_kgrc.compiler.latency import LatencySearch
     from pynq_kgrc.compress.dataset import Clips, VideoSet
-    from pynq_kgrc.compress.recipes import LayerRecipe
+    from pynq_kgrc.compress.recipes import LayerRecipe, Recipe
     from pynq_kgrc.compress.training import EpochRecord, TrainConfig, TrainingSetup
     from pynq_kgrc.graph import ClipSpec, Graph
     from pynq_kgrc.program import Program
@@ -65,11 +69,17 @@ def declare(command: Declare) -> None:
         _resumable(run_train),
         "train a network on a folder of labelled videos",
         f"{DATA}\n\n"
+        "From published weights to your own classes, with a new classifier:\n\n"
+        "  pynq-kgrc train i3d --weights i3d-kinetics400 --classes 27 --data DATA -o run\n\n"
         "Several processes or GPUs: torchrun --nproc-per-node N -m pynq_kgrc.cli train ...",
     )
     _learning(train, "folder of the run; gets weights.safetensors")
+    add_weights(train, "weights to start from (default: seeded random weights)", partial=True)
     train.add_argument(
-        "--weights", help="state dict to start from (default: seeded random weights)"
+        "--classes",
+        type=whole(1, 100_000),
+        help="number of classes, which DATA has to have too; if WEIGHTS are for another number, "
+        "their classifier is left out",
     )
     _schedule(train)
     _keep_zeros(train)
@@ -79,8 +89,8 @@ def declare(command: Declare) -> None:
         _resumable(run_prune),
         "prune a trained network and train what is left",
         f"{DATA}\n\n"
-        "--recipe says what is pruned: kgr, kgc or kgrc for the paper's rates of the network, or\n"
-        "a TOML file with lines such as\n\n"
+        "--recipe says what is pruned: kgr, kgc, kgrc or blockwise for the published rates of the\n"
+        "network, or a TOML file with lines such as\n\n"
         '  [layers]\n  conv2 = { pattern = "kgrc", rows = "1/2", cols = "2/3" }\n\n'
         "--pattern and --reduction search the rates instead: of those that satisfy eq. (9) of the\n"
         "paper, the ones that keep most of the weights while the cost falls by that factor. The\n"
@@ -88,13 +98,18 @@ def declare(command: Declare) -> None:
         "--design (modelled with memory by accelerator/latency.py).",
     )
     _learning(prune, "folder of the run; gets weights.safetensors and recipe.toml")
-    prune.add_argument("--weights", required=True, help="state dict of the dense network")
+    add_weights(prune, "weights of the dense network", required=True)
     how = prune.add_mutually_exclusive_group(required=True)
-    how.add_argument("--recipe", help="kgr, kgc, kgrc, or a TOML file")
+    how.add_argument("--recipe", help="kgr, kgc, kgrc, blockwise, or a TOML file")
     how.add_argument("--pattern", help=", ".join(NAMES))
     prune.add_argument(
         "--reduction", type=float, default=3.0, help="factor by which the cost falls (default: 3)"
     )
+    prune.add_argument(
+        "--threshold", type=float, metavar="T",
+        help="with --pattern, instead of --reduction: prune the units that are weaker than T times "
+        "their layer's mean after the preparation; the rates are known afterwards",
+    )  # fmt: skip
     prune.add_argument(
         "--target", choices=("operations", "latency"), default="operations",
         help="the cost that --reduction divides (default: operations)",
@@ -123,7 +138,7 @@ def declare(command: Declare) -> None:
         "(post-training quantization).",
     )
     _learning(quantize, "folder of the run; gets program.kgrc")
-    quantize.add_argument("--weights", required=True, help="state dict, pruned or dense")
+    add_weights(quantize, "weights, pruned or dense", required=True)
     add_design(quantize, "the accelerator to compile for", "--accelerator")
     quantize.add_argument("--method", default=None, help="ranges: minmax, percentile or mse")
     quantize.add_argument(
@@ -134,6 +149,12 @@ def declare(command: Declare) -> None:
         "--powers", action="store_true",
         help="weights of 0 and powers of two only, frozen group after group: 3 bits on a 4-bit "
         "design, 4 bits on an 8-bit design",
+    )  # fmt: skip
+    quantize.add_argument(
+        "--thresholds", type=float, metavar="DROP",
+        help="at the end set small weights to zero, layer by layer, while the fraction of training "
+        "clips that are right falls by at most DROP in all; the array multiplies these zeros, so "
+        "that the program is not faster",
     )  # fmt: skip
     _schedule(quantize)
     _keep_zeros(quantize)
@@ -153,7 +174,7 @@ def declare(command: Declare) -> None:
         "--backend", default="emulate", help="what runs the program (default: emulate)"
     )
     evaluate.add_argument("--network", help="a float network, instead of a program")
-    evaluate.add_argument("--weights", help="its state dict")
+    add_weights(evaluate, "its weights")
     evaluate.add_argument(
         "--split", default="test", help="which clips; all: every clip (default: test)"
     )
@@ -232,8 +253,10 @@ def run_train(options: argparse.Namespace) -> int:
     from pynq_kgrc.compress.training import TRAINED, TrainConfig, measure_top1
     from pynq_kgrc.models.checkpoint import load_state
 
-    if options.keep_zeros and not options.weights:
-        raise ConfigError("--keep-zeros is about the zeros of --weights, which is not given")
+    for name in ("keep_zeros", "partial", "entry"):
+        if getattr(options, name) and not options.weights:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} says how --weights is read, which is not given")
     config = _changed(_settings(options, TrainConfig()), options)
     setup, videos = _setup(options)
     torch.manual_seed(config.seed)
@@ -276,9 +299,13 @@ def run_prune(options: argparse.Namespace) -> int:
     dense = trace(network, spec, name=options.network)
     layers, search = _recipe(options, dense, design, compile_graph)
     recipe = build_patterns(layers, design)
-    write_recipe(layers, options.out / RECIPE)
+    find = None
+    if options.threshold is None:
+        write_recipe(layers, options.out / RECIPE)
+    else:
+        find = _by_threshold(options, list(layers), dense, design)
     teacher = copy.deepcopy(network)
-    pruned = prune_network(network, recipe, config, setup, options.out, teacher, pruned)
+    pruned = prune_network(network, recipe, config, setup, options.out, teacher, pruned, find)
     _keep(network, options.out / WEIGHTS, setup, pruned, videos)
     graph = trace(network.cpu(), spec, name=options.network)
     macs_dense, macs_kept = kept_operations(graph)
@@ -293,6 +320,26 @@ def run_prune(options: argparse.Namespace) -> int:
     return _report(options, found, WEIGHTS)
 
 
+def _by_threshold(
+    options: argparse.Namespace, names: list[str], graph: Graph, design: AcceleratorConfig
+) -> Callable[[nn.Module], Recipe]:
+    """Gives the rates below the threshold of a network, and writes them to recipe.toml."""
+    from pynq_kgrc.compress.masks import chosen_weights
+    from pynq_kgrc.compress.recipes import build_patterns, rates_by_threshold, write_recipe
+
+    known: dict[str, LayerRecipe] = {}
+
+    def find(module: nn.Module) -> Recipe:
+        own = chosen_weights(module, names)
+        weights = {name: weight.detach().cpu().numpy() for name, weight in own.items()}
+        found = rates_by_threshold(graph, weights, options.pattern, options.threshold, design)
+        known.update(found)
+        write_recipe(known, options.out / RECIPE)
+        return build_patterns(found, design)
+
+    return find
+
+
 def _latency(
     design: AcceleratorConfig,
     search: LatencySearch | None,
@@ -300,18 +347,22 @@ def _latency(
     pruned: Graph,
     compile_graph: Callable[[Graph], Program],
 ) -> dict[str, Any]:
-    """Modelled cycles of the compiled programs before and after pruning."""
+    """MACs and modelled cycles of the compiled programs before and after pruning."""
+    from pynq_kgrc.analysis.description import describe
     from pynq_kgrc.compiler.latency import program_cycles
     from pynq_kgrc.errors import CompileError
 
     try:
-        before = program_cycles(compile_graph(dense)) if search is None else search.dense_cycles
-        after = program_cycles(compile_graph(pruned))
+        programs = compile_graph(dense), compile_graph(pruned)
     except CompileError as error:
         _say(f"the latency is not modelled: {error}")
         return {}
+    before, after = map(program_cycles, programs)
+    array_dense, array_macs = (describe(each).macs_array for each in programs)
     return {
         "design": design.name,
+        "array_macs_dense": array_dense,
+        "array_macs": array_macs,
         "modelled_cycles_dense": before,
         "modelled_cycles": after,
         **({} if search is None else {"latency_reduction_asked": search.asked}),
@@ -331,6 +382,7 @@ def run_quantize(options: argparse.Namespace) -> int:
     from pynq_kgrc.compress.augment import calibration_clips
     from pynq_kgrc.compress.calibrate import DEFAULT_METHOD, choose_quant
     from pynq_kgrc.compress.masks import traced_zeros
+    from pynq_kgrc.compress.patterns import kept_operations
     from pynq_kgrc.compress.train_quantized import QUANTIZE, approach_codes, train_quantized
     from pynq_kgrc.models.trace import trace
 
@@ -360,6 +412,9 @@ def run_quantize(options: argparse.Namespace) -> int:
         graph = train_quantized(
             graph, config, setup, options.out, teacher, options.device, options.powers, zeros
         )
+    thresholds: dict[str, float] = {}
+    if options.thresholds is not None:
+        graph, thresholds = _tune_thresholds(options, graph, videos)
     program = lower(graph, design)
     path = options.out / "program.kgrc"
     program.save(path)
@@ -372,7 +427,30 @@ def run_quantize(options: argparse.Namespace) -> int:
         "clips": accuracy.clips,
         "bytes": path.stat().st_size,
     }
+    if options.thresholds is not None:
+        dense, kept = kept_operations(graph)
+        found |= {"thresholds": thresholds, "operations_by_zero": 1 - kept / dense}
     return _report(options, found, path.name)
+
+
+def _tune_thresholds(
+    options: argparse.Namespace, graph: Graph, videos: VideoSet
+) -> tuple[Graph, dict[str, float]]:
+    """The graph with small weights set to zero; accuracy is that of codes on training clips."""
+    from pynq_kgrc.compress.fake_quant import FakeQuantNetwork
+    from pynq_kgrc.compress.importance import tune_thresholds
+    from pynq_kgrc.compress.training import measure_top1
+
+    clips = _clips(options, videos.only("train"), graph.clip)
+    names = [layer.name for layer in graph.convolutions()]
+
+    def measure(attempt: Graph) -> float:
+        return measure_top1(FakeQuantNetwork(attempt), clips, attempt.clip)
+
+    graph, found = tune_thresholds(graph, measure, options.thresholds, names)
+    for name, threshold in found.items():
+        _say(f"{name}: weights below {threshold:.3g} are zero")
+    return graph, found
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -525,12 +603,33 @@ def _setup(options: argparse.Namespace) -> tuple[TrainingSetup, VideoSet]:
 
 
 def _matched(options: argparse.Namespace, videos: VideoSet) -> VideoSet:
-    """The videos with the labels of --weights, where its file names its classes."""
-    from pynq_kgrc.compress.weights import load_notes
+    """The videos with the labels of --weights, where it names its classes and they are kept.
 
-    if not options.weights:
-        return videos
-    return videos.named_by(load_notes(options.weights).classes, str(options.weights))
+    Raises:
+        ConfigError: --classes is not the number of classes that the videos have.
+        DataError: a class of the videos is not one of --weights.
+    """
+    from pynq_kgrc.compress.weights import load_notes
+    from pynq_kgrc.errors import DataError
+    from pynq_kgrc.models.pretrained import RELEASES, read_labels
+
+    release = RELEASES.get(options.weights or "")
+    names: tuple[str, ...] = ()
+    if release:
+        names = read_labels(release.labels)
+    elif options.weights:
+        names = load_notes(options.weights).classes
+    classes = getattr(options, "classes", None)
+    if getattr(options, "partial", False) or classes not in (None, len(names)):
+        names = ()
+    try:
+        named = videos.named_by(names, str(options.weights)) if options.weights else videos
+    except DataError as error:
+        cure = "; --partial trains a new classifier" if hasattr(options, "partial") else ""
+        raise DataError(f"{error}{cure}") from error
+    if classes not in (None, len(named.classes)):
+        raise ConfigError(f"--classes {classes}: {options.data} has {len(named.classes)} classes")
+    return named
 
 
 def _clips(
@@ -556,16 +655,17 @@ def _network(
     from pynq_kgrc.compress.training import to_device
     from pynq_kgrc.compress.weights import check_pruned, load_notes
     from pynq_kgrc.models import find_network
-    from pynq_kgrc.models.checkpoint import load_state
 
     build, spec = find_network(options.network)
     network = build(len(videos.classes))
     pruned: dict[str, Tensor] = {}
     if options.weights:
-        told = load_state(network, Path(options.weights))
+        another = getattr(options, "classes", None) is not None
+        partial = getattr(options, "partial", False)
+        told = load_weights(options, network, False if partial else None if another else True)
         if not quiet:
-            _say(f"{options.weights}: {told}")
-        notes = load_notes(options.weights)
+            _say(told)
+        notes = load_notes(weights_file(options.weights))
         pruned = merged(notes.pruned or {})
         check_pruned(options.weights, pruned, network)
         zeros = zero_places(network)
@@ -600,14 +700,23 @@ def _recipe(
     """The recipe of the command line: published, from a file, or searched."""
     from pynq_kgrc.compiler.latency import choose_rates_by_latency
     from pynq_kgrc.compress.patterns import PATTERNS
-    from pynq_kgrc.compress.recipes import choose_rates, published_recipe, read_recipe
+    from pynq_kgrc.compress.recipes import (
+        choose_rates,
+        published_recipe,
+        read_recipe,
+        sparsest_recipe,
+    )
 
-    if options.recipe in PATTERNS:
+    if options.threshold is not None and (options.recipe or options.target == "latency"):
+        raise ConfigError("--threshold finds the rates itself; it goes with --pattern alone")
+    if options.recipe in (*PATTERNS, "blockwise"):
         return published_recipe(options.network, options.recipe), None
     if options.recipe:
         return read_recipe(options.recipe), None
     names = [layer.name for layer in graph.convolutions()]
     names = options.layers.split(",") if options.layers else names[1:-1]
+    if options.threshold is not None:
+        return sparsest_recipe(graph, names, options.pattern, design), None
     if options.target == "operations":
         return choose_rates(graph, names, options.pattern, options.reduction, design), None
     search = choose_rates_by_latency(

@@ -25,7 +25,7 @@ import ray.data
 
 from pynq_kgrc.backends.base import BACKENDS, backend_class
 from pynq_kgrc.backends.emulation.backend import Emulation
-from pynq_kgrc.backends.emulation.crew import available_cores
+from pynq_kgrc.backends.cores import available_cores
 from pynq_kgrc.cluster.archive import (
     ArchiveSettings,
     File,

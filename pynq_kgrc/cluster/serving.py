@@ -111,6 +111,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Number of emulations that Ray starts."""
     program: str = ""
     """Program of the emulators; empty: the one that comes with the package."""
+    name: str = ""
+    """Name of that program; empty: that of its file."""
     backend: str = "emulate"
     """Backend of the emulators: emulate or csim."""
     keys: str = ""
@@ -220,13 +222,18 @@ class Emulator(Replica):
     """
 
     def __init__(
-        self, program: str, backend: str, max_bytes: int, seconds: float, keys: tuple[Key, ...]
+        self,
+        programs: dict[str, str],
+        backend: str,
+        max_bytes: int,
+        seconds: float,
+        keys: tuple[Key, ...],
     ) -> None:
         super().__init__("", seconds)
         # deleted when this process exits normally; stays if it is killed
         self._folder = tempfile.TemporaryDirectory(prefix="kgrc-")
         self.settings = Settings(
-            programs={Path(program).stem: Path(program)},
+            programs={name: Path(program) for name, program in programs.items()},
             backend=backend,
             host=ray.util.get_node_ip_address(),
             port=0,
@@ -817,12 +824,13 @@ def build(args: dict[str, Any]) -> Any:
         board = _deployment(Replica, short, 0).bind(url, layout.answer_seconds)
         devices.append((Device(url, short), board))
     if layout.emulators:
-        program = str(Path(layout.program or shipped_program()).absolute())
+        program = Path(layout.program or shipped_program()).absolute()
         load(program)
+        programs = {layout.name or program.stem: str(program)}
     for number in range(layout.emulators):
         name = f"emulator-{number}"
         emulator = _deployment(Emulator, name, 1).bind(
-            program, layout.backend, layout.max_bytes, layout.answer_seconds, own_keys
+            programs, layout.backend, layout.max_bytes, layout.answer_seconds, own_keys
         )
         devices.append((Device(name, name, "" if keys else token), emulator))
     if not devices:

@@ -117,10 +117,18 @@ class PrunedCycles:
         Raises:
             ConfigError: the program has no convolution of that name.
         """
+        return task_time(self.program.config, self.work(layer, kept)).cycles
+
+    def work(self, layer: Layer, kept: Array) -> Work:
+        """What the array does for `layer` if the weights `kept` are all it has.
+
+        Raises:
+            ConfigError: the program has no convolution of that name.
+        """
         for task in self.program.tasks:
             if isinstance(task, ConvTask) and task.name == layer.name:
                 if task.name == self.folded:
-                    return _cycles(self.program, task)
+                    return self.program.work(task)
                 masked = dataclasses.replace(layer, weight=kept.astype(np.int8))
                 # as the compiler cuts a layer with too many taps
                 cut = cut_convolution(masked)[-1]
@@ -128,7 +136,7 @@ class PrunedCycles:
                 codes = cut.weight.reshape(*cut.weight.shape[:2], -1)
                 weights = pack(codes, self.program.config)
                 changed = msgspec.structs.replace(task, shape=cut.shape, weights=weights)
-                return _cycles(self.program, changed)
+                return self.program.work(changed)
         raise ConfigError(f"{self.program.name} has no convolution {layer.name!r}")
 
     def rest(self, layers: list[Layer]) -> float:

@@ -35,7 +35,6 @@ from pynq_kgrc.graph import (
 )
 from pynq_kgrc.program import (
     ALIGNMENT,
-    COLOURS,
     Buffer,
     ConvTask,
     PoolTask,
@@ -129,6 +128,7 @@ def lower(graph: Graph, config: AcceleratorConfig, *, fold: bool = True) -> Prog
         arena_bytes=arena_bytes,
         tasks=tasks,
         fold=window,
+        softmax=graph.softmax,
     )
     try:
         check(program)
@@ -283,7 +283,7 @@ def fold_clip(
 ) -> tuple[Graph, list[TaskDraft], WindowShape | None]:
     """Fold the convolution that reads the clip, if that is faster (`fold.choose_folding`).
 
-    Not if anything else reads the clip as well, or if it is no clip of three colours.
+    Not if anything else reads the clip as well, or if the graph reads other channels than it has.
 
     Returns:
         The graph, whose input has the folded channels and size; the drafts; and the window whose
@@ -292,7 +292,8 @@ def fold_clip(
     clip = graph.layers[0]
     readers = [draft for draft in drafts if clip.name in draft.reads]
     concats = [layer for layer in graph.consumers(clip.name) if layer.op == CONCAT]
-    if len(readers) != 1 or concats or clip.channels != COLOURS or clip.name == graph.output:
+    other = clip.channels != graph.clip.channels or clip.name == graph.output
+    if len(readers) != 1 or concats or other:
         return graph, drafts, None
     (reader,) = readers
     if reader.layer.op != CONV or reader.shortcut is not None:
@@ -321,9 +322,10 @@ def place_tensors(
     """Choose the buffer and channel of each tensor: a part of a concat lies in the concat's buffer.
 
     A part that cannot be written there directly (the clip, a part of two concats, a part of
-    another format) is copied there by an identity convolution. An output of the network that is a
-    concat is copied as well. A concat whose parts do not all begin at whole vectors of T_N
-    channels is computed as a sum instead (`embedding_drafts`).
+    another format) is copied there by an identity convolution. A concat whose parts already lie one
+    after the other in a larger one, as those of DenseNet do, lies there as well. An output of the
+    network that is a concat is copied as well. A concat whose parts do not all begin at whole
+    vectors of T_N channels is computed as a sum instead (`embedding_drafts`).
 
     Returns:
         The drafts with the copies, in running order, and the placement of each tensor by name.
@@ -334,6 +336,10 @@ def place_tensors(
     """Name of a concat -> the copies that fill it."""
     concats = [layer for layer in graph.layers if layer.op == CONCAT]
     for concat in reversed(concats):  # the outer first, so that inner ones lie in its buffer
+        inside = _inside_another(graph, concat, places)
+        if inside is not None and concat.name not in places:
+            places[concat.name] = inside
+            continue
         place = places.setdefault(concat.name, Placement(concat.name, 0))
         channel = place.channel
         counts = [graph[name].channels for name in concat.inputs]
@@ -368,6 +374,24 @@ def place_tensors(
     for name in (graph.layers[0].name, *(draft.output.name for draft in ordered)):
         places.setdefault(name, Placement(name, 0))
     return ordered, places
+
+
+def _inside_another(
+    graph: Graph, concat: Layer, places: Mapping[str, Placement]
+) -> Placement | None:
+    """Where a concat lies if all its parts lie there, one after the other; None if they do not."""
+    first = places.get(concat.inputs[0])
+    if first is None:
+        return None
+    channel = first.channel
+    for name in concat.inputs:
+        part = graph[name]
+        if places.get(name) != Placement(first.root, channel):
+            return None
+        if part.out_quant != concat.out_quant:
+            return None
+        channel += part.channels
+    return first
 
 
 def cut_drafts(

@@ -27,9 +27,9 @@ def compile_network(
     """Trace, prune, quantize on the clips and lower a torch network.
 
     Args:
-        network: a torch module that takes [1, 3, D, H, W].
+        network: a torch module that takes [1, C, D, H, W], C being the channels of the clip.
         clip: the clip that it takes.
-        clips: a few real clips to calibrate on, uint8 frames [D, H, W, 3].
+        clips: a few real clips to calibrate on, uint8 frames [D, H, W, C].
         config: the accelerator to compile for.
         rates: by the name of a layer, the rates to prune it at; without, nothing is pruned.
         labels: names of the outputs, in order.

@@ -1,6 +1,6 @@
 """ADMM: pull weights to an allowed set in training, pruned or quantized.
 
-Blockwise ADMM paper (Sun et al., ISCAS 2020), equations (2) to (13) and Algorithm 1, with several
+Blockwise ADMM paper (Sun, Zhao et al.), equations (2) to (13) and Algorithm 1, with several
 rho. The same iteration quantizes if the allowed weights are codes (KGRC paper, section IV-C).
 """
 
@@ -35,6 +35,8 @@ class Admm:
         rounds: number of values of rho (multi-rho).
         growth: factor from one rho to the next.
         every: epochs between two updates of Z (eq. (13)) and V (eq. (9)).
+        stop: epsilon of eq. (10), as a fraction of ||W||: in the last round the training ends when
+            ||W - Z|| and the change of Z are at most that; 0: never before its last epoch.
 
     Raises:
         ConfigError: a layer that the network does not have.
@@ -48,16 +50,18 @@ class Admm:
         rounds: int = 3,
         growth: float = 10.0,
         every: int = 1,
+        stop: float = 0.0,
     ) -> None:
-        if rho <= 0 or growth < 1 or rounds < 1 or every < 1:
+        if rho <= 0 or growth < 1 or rounds < 1 or every < 1 or not 0 <= stop < 1:
             raise ConfigError(
-                f"rho={rho}, growth={growth}, rounds={rounds}, every={every}; rho has to be above "
-                f"0, the others 1 or more"
+                f"rho={rho}, growth={growth}, rounds={rounds}, every={every}, stop={stop}; rho has "
+                f"to be above 0, stop 0 to below 1, the others 1 or more"
             )
         self._weights = chosen_weights(module, list(projections))
         self._projections = dict(projections)
         self.rho, self.rounds, self.growth, self.every = rho, rounds, growth, every
-        self._now = rho
+        self.stop = stop
+        self._now, self._last_round = rho, False
         self._z = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._v = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
 
@@ -70,6 +74,7 @@ class Admm:
         """Z <- nearest allowed (W + V), V <- V + W - Z; V is reset where rho grows."""
         before = (epoch - 1) * self.rounds // epochs if epoch else -1
         now = epoch * self.rounds // epochs
+        self._last_round = now == self.rounds - 1
         self._now = self.rho * self.growth**now
         if now != before:
             self._v = {name: torch.zeros_like(v) for name, v in self._v.items()}
@@ -89,6 +94,18 @@ class Admm:
                 )
                 for name, weight in self._weights.items()
             )
+
+    def settled(self) -> bool:
+        """Eq. (10), in the last round: W is as near to Z, and Z to the next Z, as `stop` says."""
+        if not self.stop or not self._last_round:
+            return False
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                z = self._project(name, weight + self._v[name])
+                far = max(float((weight - z).norm()), float((z - self._z[name]).norm()))
+                if far > self.stop * float(weight.norm()):
+                    return False
+        return True
 
     def settle(self) -> None:
         """Replace each weight by the nearest allowed one: the hard pruning of Algorithm 1."""
@@ -145,8 +162,9 @@ def quantize_to_powers(weight: Array, bits: int, scale: Array | None = None) -> 
     """The nearest weight of 0 and powers of two times a scale; zeros stay zero.
 
     At 3 bits the codes are 0, +-1, +-2, +-4, which a 4-bit accelerator runs; at 4 bits 0 and
-    +-1 to +-64, which an 8-bit one runs (GSNQ's values: Sui et al., Sensors 2022). The scale [M]
-    of each filter is by default such that its largest weight has the largest code.
+    +-1 to +-64, which an 8-bit one runs. The scale [M] of each filter is by default such that its
+    largest weight has the largest code. The range is the same for both signs, as in INQ (Zhou et
+    al., ICLR 2017); GSNQ (Sui et al., Sensors 2022) has a range for each sign.
 
     Raises:
         ConfigError: another number of bits.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from pynq_kgrc.errors import ConfigError
 from pynq_kgrc.graph import ADD, CONCAT, CONV, Graph
 from pynq_kgrc.quant import Array
 
@@ -69,7 +70,12 @@ def tune_thresholds(
 
     Returns:
         The pruned graph, and the threshold of each layer that got one.
+
+    Raises:
+        ConfigError: a drop outside 0 to below 1.
     """
+    if not 0 <= drop < 1:
+        raise ConfigError(f"a drop of {drop}; accepted is 0 to below 1, as 0.01 for one point")
     wanted = set(names)
     layers = [layer for layer in graph.convolutions() if layer.name in wanted]
     layers.sort(key=lambda layer: -getattr(layer.shape, "macs", 0))

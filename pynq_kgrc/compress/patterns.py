@@ -137,7 +137,7 @@ class Blocks:
     """Prunes the weakest blocks of filters x channels of the layer.
 
     With the kernel group's size this is RT3D's vanilla sparsity, with T_m x T_n the blockwise
-    pruning of Sun et al. (ISCAS 2020), eq. (1): at most (1 - rate) of the blocks stay.
+    pruning of Sun, Zhao et al., eq. (1): at most (1 - rate) of the blocks stay.
     """
 
     rate: Fraction

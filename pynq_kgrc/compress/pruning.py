@@ -6,7 +6,7 @@ the scores that decide which weights are pruned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -47,6 +47,8 @@ class PruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rounds: int = 3
     growth: float = 3.0
     """Factor by which rho grows from round to round."""
+    stop: float = 0.0
+    """epsilon of ADMM's stopping rule, as a fraction of ||W|| (`Admm.settled`); 0: no rule."""
     prepare: TrainConfig = LOW_RATE
     """Training with the penalty; the algorithms one-shot and heuristic skip it."""
     retrain: TrainConfig = LOW_RATE
@@ -61,6 +63,7 @@ def prune_network(
     folder: Path,
     teacher: nn.Module | None = None,
     pruned: Pruned | None = None,
+    find: Callable[[nn.Module], Recipe] | None = None,
 ) -> dict[str, Tensor]:
     """Prune a trained network in place, train what is kept, and return what is pruned.
 
@@ -74,9 +77,11 @@ def prune_network(
         folder: gets prepare/ and retrain/; with `incremental`, both for each layer.
         teacher: the dense network, for distillation in retraining.
         pruned: what was pruned before; it stays pruned.
+        find: gives the rates after the preparation (RT3D's threshold); `recipe` then only says
+            which units of which layers the penalty is for.
 
     Raises:
-        ConfigError: an unknown layer, or a pattern that does not fit its weight.
+        ConfigError: an unknown layer, a pattern that does not fit its weight, or nothing to prune.
         ModelError: the folder holds another run.
     """
     chosen_weights(module, list(recipe))  # refuse a wrong name before training
@@ -84,7 +89,7 @@ def prune_network(
         raise ConfigError("the recipe prunes no layer")
     found = merged(pruned or {})
     if not config.incremental:
-        return _prune_once(module, recipe, config, setup, folder, teacher, found)
+        return _prune_once(module, recipe, config, setup, folder, teacher, found, find)
     order = list(recipe)
     shorter = msgspec.structs.replace(
         config,
@@ -95,7 +100,7 @@ def prune_network(
         part = {name: recipe[name]}
         part_folder = folder / f"{i:02}-{name}"
         setup.say(f"layer {i + 1} of {len(order)}: {name}")
-        found = _prune_once(module, part, shorter, setup, part_folder, teacher, found)
+        found = _prune_once(module, part, shorter, setup, part_folder, teacher, found, find)
     return found
 
 
@@ -111,6 +116,7 @@ def _prune_once(
     folder: Path,
     teacher: nn.Module | None,
     pruned: Pruned,
+    find: Callable[[nn.Module], Recipe] | None,
 ) -> dict[str, Tensor]:
     scores: Mapping[str, Array] | None = None
     if config.algorithm == "heuristic":
@@ -123,6 +129,8 @@ def _prune_once(
         )
         note = f"{config}{recipe}"
         setup.train(module, config.prepare, folder / "prepare", penalty, note=note, pruned=pruned)
+    if find is not None:
+        recipe = {name: pattern for name, pattern in find(module).items() if name in recipe}
     found = merged(pruned, prune_weights(module, recipe, scores))
     setup.say(f"retraining: epochs 1 to {config.retrain.epochs}, of the weights that are kept")
     setup.train(module, config.retrain, folder / "retrain", teacher=teacher, pruned=found)
@@ -133,7 +141,14 @@ def _penalty(
     module: nn.Module, recipe: Recipe, config: PruneConfig, setup: TrainingSetup
 ) -> Penalty:
     if config.algorithm == "admm":
-        return Admm(module, pruning_projections(recipe), config.rho, config.rounds, config.growth)
+        return Admm(
+            module,
+            pruning_projections(recipe),
+            config.rho,
+            config.rounds,
+            config.growth,
+            stop=config.stop,
+        )
     costs = layer_costs(trace(module, setup.spec)) if config.by_operations else None
     if config.algorithm == "lasso":
         return GroupLasso(module, recipe, config.factor, config.norm, costs)

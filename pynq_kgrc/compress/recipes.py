@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -29,6 +30,7 @@ from pynq_kgrc.compress.patterns import (
     KernelRows,
     Pattern,
     Rates,
+    Units,
     Weights,
     keep_mask,
     recipe,
@@ -160,11 +162,20 @@ def read_recipe(path: str | Path) -> dict[str, LayerRecipe]:
 
 
 def published_recipe(network: str, pattern: str) -> dict[str, LayerRecipe]:
-    """The paper's rates of a network, as `patterns.recipe` gives them.
+    """The published rates of a network.
+
+    KGR, KGC and KGRC as `patterns.recipe` gives them; "blockwise" for R(2+1)D-18: 90 % of the
+    blocks of its second residual block, 80 % of those of its third (Sun, Zhao et al., section V).
 
     Raises:
-        ConfigError: a network or pattern that the paper has no rates for.
+        ConfigError: a network or pattern that no paper has rates for.
     """
+    if (network, pattern) == ("r2plus1d_18", "blockwise"):
+        return {
+            f"layer{stage}.{block}.conv{conv}.0.{part}": LayerRecipe(pattern, rate=rate)
+            for stage, rate in ((1, "9/10"), (2, "4/5"))
+            for block, conv, part in product((0, 1), (1, 2), (0, 3))
+        }
     rates = recipe(network, pattern)
     return {name: LayerRecipe(pattern, str(r.rows), str(r.cols)) for name, r in rates.items()}
 
@@ -290,6 +301,86 @@ def choose_rates(
         if miss <= TOLERANCE:
             break
     return {name: option.recipe for name, option in best.items() if option.lost > 0}
+
+
+def sparsest_recipe(
+    graph: Graph, names: Iterable[str], pattern: str, config: AcceleratorConfig
+) -> dict[str, LayerRecipe]:
+    """The sparsest rates of a pattern that satisfy eq. (9), of the layers it can prune."""
+    wanted = set(names)
+    layers = [layer for layer in graph.convolutions() if layer.name in wanted]
+    found = {layer.name: options(layer, pattern, config) for layer in layers}
+    return {name: rates[-1] for name, rates in found.items() if len(rates) > 1}
+
+
+def rates_by_threshold(
+    graph: Graph,
+    weights: Mapping[str, Array],
+    pattern: str,
+    threshold: float,
+    config: AcceleratorConfig,
+) -> dict[str, LayerRecipe]:
+    """Rates that prune the units weaker than a threshold, as many in each group (RT3D, section 4).
+
+    After a penalty has driven units to zero, their share decides: a unit is weak if its root mean
+    square (KRP: its mean magnitude) is below `threshold` times that of the layer. A layer gets the
+    sparsest rates that satisfy eq. (9) and prune no larger share of its rows, its columns or its
+    blocks than is weak. So the rates are known only afterwards; RT3D prunes each weak unit, here
+    all groups keep as many.
+
+    Args:
+        graph: traced; its shapes count.
+        weights: of the layers that may be pruned, by name.
+        pattern: one of `NAMES`.
+        threshold: above 0.
+        config: the accelerator.
+
+    Raises:
+        ConfigError: an unknown pattern, a threshold that is not above 0, or one below which no
+            layer has enough weak units.
+    """
+    if pattern not in NAMES:
+        raise ConfigError(f"no pattern {pattern!r}; there are {', '.join(NAMES)}")
+    if not threshold > 0:
+        raise ConfigError(f"a threshold of {threshold}; accepted is any number above 0")
+    found = {}
+    for name, sparsest in sparsest_recipe(graph, weights, pattern, config).items():
+        weight = weights[name].reshape(weights[name].shape[0], weights[name].shape[1], -1)
+        units = build_pattern(sparsest, config).units(weights[name].shape)
+        weak = [_weak_share(weight, unit, threshold) for unit in units]
+        choices = options(graph[name], pattern, config)[1:]
+        # the sparsest of those that prune no more than is weak
+        for choice in reversed(choices):
+            shares = _pruned_shares(choice, sparsest, graph[name])
+            if all(share <= most for share, most in zip(shares, weak, strict=True)):
+                found[name] = choice
+                break
+    if not found:
+        raise ConfigError(
+            f"no layer has enough units of {pattern} below {threshold} times its mean strength; "
+            f"train longer with the penalty, or use a higher threshold"
+        )
+    return found
+
+
+def _weak_share(weight: Array, units: Units, threshold: float) -> Fraction:
+    """The share of the units of a weight [M, N, K] that are weaker than `threshold` x the mean."""
+    values = np.abs(weight.astype(np.float64)) ** units.norm
+    size = units.strength(np.ones(weight.shape))
+    strength = units.strength(values)[size > 0] / size[size > 0]
+    weak = strength < threshold**units.norm * values.mean()
+    return Fraction(int(weak.sum()), len(weak))
+
+
+def _pruned_shares(choice: LayerRecipe, sparsest: LayerRecipe, layer: Layer) -> list[Fraction]:
+    """The shares that a recipe prunes of each of the `units` of the sparsest one."""
+    assert isinstance(layer.shape, ConvShape)
+    if choice.pattern == "krp":
+        return [1 - Fraction(choice.keep, layer.shape.taps // layer.shape.kernel[2])]
+    shares = [(choice.rows, sparsest.rows), (choice.cols, sparsest.cols)]
+    if choice.pattern not in GROUPED:
+        shares = [(choice.rate, sparsest.rate)]
+    return [Fraction(own) for own, most in shares if Fraction(most)]
 
 
 def _search(tables: dict[str, list[Option]], allowed: float) -> dict[str, Option]:

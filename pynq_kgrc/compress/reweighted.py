@@ -69,6 +69,10 @@ class GroupLasso:
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Nothing changes."""
 
+    def settled(self) -> bool:
+        """False: the penalty acts in every epoch."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         return {"reweights": [term.reweights for term in self._terms]}
 

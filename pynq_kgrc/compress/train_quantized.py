@@ -26,7 +26,8 @@ QUANTIZE = TrainConfig(epochs=10, lr=2e-4, weight_decay=0.0, augment=Augmentatio
 """Default settings of quantization-aware training."""
 
 POWER_GROUPS = (0.5, 0.75, 0.875, 1.0)
-"""GSNQ: the fraction of the weights that are frozen at powers of two after each group."""
+"""The fraction of the weights that are frozen at powers of two after each group, as INQ has it
+(incremental network quantization: Zhou et al., ICLR 2017)."""
 
 
 def train_quantized(
@@ -49,7 +50,7 @@ def train_quantized(
         teacher: the float network, for distillation.
         device: where to train.
         powers: end with weights of 0 and powers of two only, frozen in groups, the largest first
-            (GSNQ): 3-bit ones at a width of 4, 4-bit ones at a width of 8.
+            (INQ): 3-bit ones at a width of 4, 4-bit ones at a width of 8.
         pruned: by layer of the graph, bool like its weight: what stays zero
             (`masks.traced_zeros`). By default the zeros of the graph, except those of layers that
             are zero as a whole.

@@ -49,7 +49,13 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup: float = 0.07
     """Fraction of each stage in which the learning rate rises linearly."""
     start: float = 0.0
-    """Fraction of the schedule that is skipped at its beginning (KRP's learning rate tracking)."""
+    """Fraction of the schedule that is skipped at its beginning."""
+    track: int = 0
+    """Learning rate tracking (KRP paper, figure 4): the rates are those of the last `epochs` of a
+    run of this many epochs, such as the dense network's; 0: of the own schedule."""
+    steps: tuple[float, ...] = ()
+    """Fractions of each stage after which the rate is divided by ten (KRP paper, figure 11(a)).
+    Without them it falls as a cosine."""
     stages: int = 1
     """How many times the rate restarts: warm-up, then a cosine (KGRC paper, section VI-A)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -79,6 +85,13 @@ class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("warmup", "start", "label_smoothing", "average", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}; accepted is 0 to below 1")
+        if list(self.steps) != sorted(self.steps) or not all(0 < step < 1 for step in self.steps):
+            raise ConfigError(f"steps = {list(self.steps)}; accepted are rising numbers in 0 to 1")
+        if self.track and (self.start or self.track < self.epochs):
+            raise ConfigError(
+                f"track = {self.track}, start = {self.start}, epochs = {self.epochs}; a tracked "
+                f"run has at least as many epochs, and track replaces start"
+            )
         if not 0 <= self.distill <= 1:
             raise ConfigError(f"distill = {self.distill}; accepted is 0 to 1")
         if not (self.lr > 0 and self.temperature > 0 and self.weight_decay >= 0):
@@ -128,6 +141,9 @@ class Penalty(Protocol):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Called before epoch `epoch` (from 0) of `epochs`."""
 
+    def settled(self) -> bool:
+        """Whether training may end before its last epoch; asked after each epoch."""
+
     def state_dict(self) -> dict[str, Any]:
         """The state that a checkpoint has to hold."""
 
@@ -149,11 +165,17 @@ class EpochRecord(msgspec.Struct, frozen=True):
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:
-    """The rate after the fraction `done` of a run: per stage a linear warm-up, then a cosine."""
-    place = config.start + (1 - config.start) * done
+    """The rate after the fraction `done` of a run.
+
+    In each stage it rises linearly, then falls as a cosine or in steps.
+    """
+    start = 1 - config.epochs / config.track if config.track else config.start
+    place = start + (1 - start) * done
     within = place * config.stages % 1 if place < 1 else 1.0
     if within < config.warmup:
         return config.lr * within / config.warmup
+    if config.steps:
+        return config.lr * 0.1 ** sum(within >= step for step in config.steps)
     fall = (within - config.warmup) / (1 - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * fall))
 
@@ -212,6 +234,8 @@ def train(
             stale.unlink(missing_ok=True)
     records = run.resume(folder / CHECKPOINT)
     say(f"{folder}: {list_pruned(masks.zeros)}")
+    if run.finished:
+        return records
     if records:
         say(f"{folder}: resumes after epoch {len(records)} of {config.epochs}")
     if chief:
@@ -221,7 +245,8 @@ def train(
     for epoch in range(len(records), config.epochs):
         begun = time.perf_counter()
         learned = run.epoch(epoch, bar)
-        last = epoch == config.epochs - 1
+        settled = penalty is not None and penalty.settled()
+        last = settled or epoch == config.epochs - 1
         if last:
             with _written(folder):
                 run.finish(folder / TRAINED if chief else None)
@@ -231,9 +256,12 @@ def train(
         records.append(record)
         if chief:
             with _written(folder):
-                run.save(folder / CHECKPOINT, records)
+                run.save(folder / CHECKPOINT, records, last)
                 _write_log(folder / LOG, records)
             watch(record)
+        if settled:
+            say(f"{folder}: settled after epoch {epoch + 1} of {config.epochs}")
+            break
     return records
 
 
@@ -327,6 +355,8 @@ class _Run:
         }
         self.labels = 1 + int(max(clips.labels.max(), test.labels.max()))
         self.penalty, self.teacher = penalty, teacher
+        self.finished = False
+        """Whether the checkpoint that was resumed is that of the last epoch."""
         self.unwrapped = module
         self.device = next(module.parameters()).device
         if config.channels_last:
@@ -425,11 +455,12 @@ class _Run:
                 save_weights(self.unwrapped, path, self.masks.zeros)
             self.unwrapped.load_state_dict(self.average.module.state_dict())
 
-    def save(self, path: Path, records: list[EpochRecord]) -> None:
+    def save(self, path: Path, records: list[EpochRecord], finished: bool) -> None:
         """Write a checkpoint of everything the next epoch depends on, atomically."""
         state = {
             "identity": json.dumps(self.identity),
             "rows": [msgspec.structs.asdict(record) for record in records],
+            "finished": finished,
             "module": self.unwrapped.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -451,6 +482,10 @@ class _Run:
             raise ModelError(
                 f"{path} is no whole checkpoint ({first}); remove it to start over"
             ) from error
+        # a setting that did not exist when the checkpoint was written had its default
+        identity["config"] = msgspec.to_builtins(TrainConfig()) | identity["config"]
+        self.finished = bool(state.get("finished", len(records) == self.config.epochs))
+        identity = json.loads(json.dumps(identity))
         own = json.loads(json.dumps(self.identity))
         if identity != own:
             raise ModelError(

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,9 @@ AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "model
 DEPTH = 3
 """Entries within entries that are searched for weights."""
 
+NUMPY = (np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"))
+"""What arrays of numbers are made of in a file, beside two functions of numpy (`_unpickle`)."""
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Rules = tuple[tuple[str, str], ...]
@@ -56,15 +60,21 @@ Rules = tuple[tuple[str, str], ...]
 
 
 def load_state(
-    module: nn.Module, path: str | Path, *, entry: str | None = None, classifier: bool = True
+    module: nn.Module,
+    path: str | Path,
+    *,
+    entry: str | None = None,
+    classifier: bool | None = True,
 ) -> str:
     """Fill `module` with the weights of a file, and say in one line what was taken.
 
     The content decides how the file is read, not its suffix: safetensors, or a file of torch.save
     that torch reads with ``weights_only=True``. Accepted are names that equal the module's after at
     most one common prefix (`module.`, `backbone.`, ...) is removed, and the names listed in the
-    module's `OTHER_NAMES` (by library: `Rules`). Floats of 16 and 64 bits become the module's type.
-    See the module docstring for what a file does not tell.
+    module's `OTHER_NAMES` (by library: `Rules`). Floats of 16 and 64 bits become the module's type,
+    arrays of numpy become tensors, and what torch.nn.utils.prune stores as two tensors
+    (`weight_orig`, `weight_mask`) becomes their product. See the module docstring for what a file
+    does not tell.
 
     Args:
         module: is unchanged if an error is raised.
@@ -72,7 +82,8 @@ def load_state(
         entry: which entry of a training checkpoint to take. Needed only if it holds more than one
             set of weights, as with a running average beside the trained ones.
         classifier: False leaves the module's last fully connected layer (or the layer that its
-            attribute `CLASSIFIER` names) as it is, whatever the file holds for it.
+            attribute `CLASSIFIER` names) as it is, whatever the file holds for it. None does so
+            only if the file's is for another number of classes.
 
     Returns:
         A summary such as "187 tensors from entry 'state_dict', prefix 'module.' removed,
@@ -84,13 +95,17 @@ def load_state(
             that was found; tensors of another shape or type; values that are not finite.
     """
     path = Path(path)
-    state, place = _weights(_read(path), path, entry)
+    state, place = _weights(_with_tensors(_read(path)), path, entry)
+    masks = _multiply_masks(state, path)
     head = _classifier(module)
-    if not classifier and head is None:
+    if classifier is False and head is None:
         raise ModelError(f"{type(module).__name__} has no classifier to leave out")
     own = module.state_dict()
-    left_out = {k for k in own if not classifier and head and k.startswith(head + ".")}
-    match = _match(module, own, state, path, left_out)
+    heads = {k for k in own if head and k.startswith(head + ".")}
+    left_out = heads if classifier is False else set()
+    match = _match(module, own, state, path, left_out, heads if classifier is None else set())
+    if classifier is None and _misshapen(match, state, own, left_out):
+        left_out = heads
     kept = {ours: theirs for theirs, ours in match.names.items() if ours not in left_out}
     loaded = {k: _converted(state[theirs], own[k], theirs, path) for k, theirs in kept.items()}
     module.load_state_dict(loaded, strict=False)
@@ -101,10 +116,11 @@ def load_state(
         {str(state[t].dtype)[6:] for k, t in kept.items() if _narrowed(state[t], own[k])}
     )
     told += [f"{' and '.join(types)} converted"] if types else []
+    told += [f"{masks} pruned by their masks"] if masks else []
     if head:
         theirs = {ours: t for t, ours in match.names.items()}.get(f"{head}.weight")
         classes = f" of {len(state[theirs])} classes" if theirs else ""
-        told.append(f"classifier {head!r}{classes} {'kept' if classifier else 'left out'}")
+        told.append(f"classifier {head!r}{classes} {'left out' if left_out else 'kept'}")
     return ", ".join(told)
 
 
@@ -178,11 +194,19 @@ def _check_archive(path: Path) -> None:
 def _unpickle(path: Path) -> Any:
     """Tensors and plain values only: torch refuses any other class.
 
-    argparse.Namespace, which torchvision's training scripts save, only holds plain values.
+    argparse.Namespace, which torchvision's training scripts save, only holds plain values; arrays
+    and numbers of numpy hold no code either.
     """
+    known: list[Any] = [argparse.Namespace, *NUMPY]
+    functions: tuple[Any, Any] = (np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0])
+    for function in functions:
+        # numpy 2 moved numpy.core to numpy._core; a file has the name of its writer's version
+        known += [
+            (function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")
+        ]
     try:
         # an open file: given a path, torch reads one that ends in .safetensors by its suffix
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+        with torch.serialization.safe_globals(known), path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zip and pickle raise different errors
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -206,6 +230,16 @@ def _line(error: Exception) -> str:
 # --- the entry with the weights -------------------------------------------------------------------
 
 
+def _with_tensors(content: Any, depth: int = DEPTH) -> Any:
+    """The content of a file with tensors for its arrays of numbers."""
+    if isinstance(content, np.ndarray) and content.dtype.kind in "fiub":
+        # a copy: arrays of a file may have another byte order, or be read-only
+        return torch.from_numpy(content.astype(content.dtype.newbyteorder("="), copy=True))
+    if isinstance(content, Mapping) and depth >= 0:
+        return {key: _with_tensors(value, depth - 1) for key, value in content.items()}
+    return content
+
+
 def _weights(content: Any, path: Path, entry: str | None) -> tuple[dict[str, Tensor], str]:
     """The one state dict in a file, and the entry that holds it ("" if it is the whole file)."""
     if not isinstance(content, Mapping):
@@ -227,8 +261,8 @@ def _weights(content: Any, path: Path, entry: str | None) -> tuple[dict[str, Ten
     if len(held) > 1:
         raise ModelError(
             f"{path} holds more than one set of weights: entries "
-            f"{' and '.join(map(repr, held))}, which may differ; choose one with load_state's "
-            f"`entry`, or save it alone"
+            f"{' and '.join(map(repr, held))}, which may differ; choose one with --entry "
+            f"(load_state's `entry`), or save it alone"
         )
     if not content:
         raise ModelError(f"{path} holds no tensors")
@@ -273,6 +307,28 @@ def _only_tensors(content: Mapping[Any, Any], path: Path, place: str) -> dict[st
     return dict(content)
 
 
+def _multiply_masks(state: dict[str, Tensor], path: Path) -> int:
+    """Replace each NAME_orig and NAME_mask (torch.nn.utils.prune) by their product; their number.
+
+    Raises:
+        ModelError: a mask that is not of zeros and ones, or has another shape than its tensor.
+    """
+    pairs = [
+        name
+        for name in (key.removesuffix("_mask") for key in state if key.endswith("_mask"))
+        if f"{name}_orig" in state and name not in state
+    ]
+    for name in pairs:
+        values, mask = state.pop(f"{name}_orig"), state.pop(f"{name}_mask")
+        if mask.shape != values.shape or not bool(((mask == 0) | (mask == 1)).all()):
+            raise ModelError(
+                f"{path}: {_first([name])}_mask is no mask of {_first([name])}_orig: accepted are "
+                f"zeros and ones of the shape {list(values.shape)}"
+            )
+        state[name] = values * mask.to(values.dtype)
+    return len(pairs)
+
+
 # --- the names ------------------------------------------------------------------------------------
 
 
@@ -307,8 +363,11 @@ def _match(
     state: dict[str, Tensor],
     path: Path,
     left_out: set[str],
+    may_differ: set[str],
 ) -> _Match:
     """The one way to map the file's names one to one to the module's.
+
+    Tensors of `left_out` may be missing; those of `may_differ` may have another shape.
 
     Raises:
         ModelError: none or several fit.
@@ -324,7 +383,7 @@ def _match(
     fitting = {tuple(m.names.items()): m for m in reversed(tried) if m.fits}
     if len(fitting) == 1:
         match = next(iter(fitting.values()))
-        wrong = _misshapen(match, state, own, left_out)
+        wrong = _misshapen(match, state, own, left_out | may_differ)
         if not wrong:
             return match
         raise ModelError(
@@ -431,7 +490,8 @@ def _class_hint(
         return ""
     return (
         f". The file is for {len(state[weight])} classes, the network for "
-        f"{len(own[f'{head}.weight'])}: build it for as many, or leave the classifier out"
+        f"{len(own[f'{head}.weight'])}: build it for as many, or leave the classifier out "
+        f"(--partial of compile and train, load_state's `classifier`)"
     )
 
 

@@ -16,7 +16,7 @@ def trace_onnx(
 ) -> Graph:
     """The network of an ONNX file as plain data: `run_float` of it holds the file's results.
 
-    The file's input is one clip [1, 3, D, H, W] or, for a clip of one frame, [1, 3, H, W]; its
+    The file's input is one clip [1, C, D, H, W] or, for a clip of one frame, [1, C, H, W]; its
     opset is 11 to the newest that the installed onnx knows. Layers are named by the paths of their
     weights or modules. `name` is by default that of the file.
 
@@ -26,7 +26,7 @@ def trace_onnx(
             inputs or results; a number of labels that is not the number of outputs.
     """
     path = Path(path)
-    network = read_file(path, (1, 3, clip.frames, clip.height, clip.width))
+    network = read_file(path, (1, clip.channels, clip.frames, clip.height, clip.width))
     steps, output = read_nodes(network)
     rank = len(network.shapes[network.input] or ())
     return graph_of_steps(name or path.stem, steps, output, clip, labels, rank)

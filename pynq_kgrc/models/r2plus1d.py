@@ -1,36 +1,43 @@
-"""R(2+1)D-18: each 3-D convolution is a spatial one, then a temporal one (Tran et al., CVPR 2018).
+"""R(2+1)D: each 3-D convolution is a spatial one, then a temporal one (Tran et al., CVPR 2018).
 
-Names and sizes of the layers are those of torchvision's `r2plus1d_18`: its state dicts load as is.
+Names and sizes of the layers are those of torchvision: its state dicts load as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from pynq_kgrc.graph import ClipSpec
+from pynq_kgrc.models.resnet3d import CLIP, WIDTHS, Block, ResNet3D, factorised, middle_width
 
-CLIP = ClipSpec(
-    frames=16,
-    height=112,
-    width=112,
-    short_side=128,
-    mean=(0.43216, 0.394666, 0.37645),
-    std=(0.22803, 0.22145, 0.216989),
-    sampling="windows",
-    rate=15.0,
-)
-"""Torchvision publishes the accuracy of its weights for clips of 16 frames at 15 frames a second,
-averaged over the clips of a video."""
+__all__ = ("CLIP", "CLIP_34", "R2Plus1D", "r2plus1d_18", "r2plus1d_34")
+
+CLIP_34 = replace(CLIP, frames=8, rate=None)
+"""The weights of R(2+1)D-34 are published for 8 and for 32 frames at the video's own rate."""
 
 
 def r2plus1d_18(classes: int = 400) -> R2Plus1D:
     """R(2+1)D-18 at full size, with random weights; 400 classes are those of Kinetics-400."""
-    return R2Plus1D(classes)
+    return R2Plus1D(classes, (2, 2, 2, 2))
 
 
-class R2Plus1D(nn.Module):
+def r2plus1d_34(classes: int = 400) -> R2Plus1D:
+    """R(2+1)D-34 at full size, with random weights.
+
+    The weights that ig65m-pytorch converted from the authors' Caffe2 files fit: they have
+    torchvision's names, the authors' widths, and an epsilon of 1e-3.
+    """
+    network = R2Plus1D(classes, (3, 4, 6, 3), OwnWidths)
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm3d):
+            part.eps = 1e-3
+    return network
+
+
+class R2Plus1D(ResNet3D):
     """[N, 3, D, H, W] to logits [N, classes]."""
 
     OTHER_NAMES: ClassVar = {
@@ -55,69 +62,24 @@ class R2Plus1D(nn.Module):
     widths (83 filters in the stem instead of 45): its names are known, its shapes are refused.
     """
 
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv3d(3, 45, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
-            nn.BatchNorm3d(45),
-            nn.ReLU(inplace=True),
-            nn.Conv3d(45, 64, (3, 1, 1), padding=(1, 0, 0), bias=False),
-            nn.BatchNorm3d(64),
-            nn.ReLU(inplace=True),
-        )
-        self.layer1 = _stage(64, 64, stride=1)
-        self.layer2 = _stage(64, 128, stride=2)
-        self.layer3 = _stage(128, 256, stride=2)
-        self.layer4 = _stage(256, 512, stride=2)
-        self.avgpool = nn.AdaptiveAvgPool3d(1)
-        self.fc = nn.Linear(512, classes)
-
-    def forward(self, clip: Tensor) -> Tensor:
-        x = self.stem(clip)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
-        return logits
+    def __init__(self, classes: int, depths: Sequence[int], block: type[Block] = Block) -> None:
+        super().__init__(classes, depths, (factorised,) * 4, _stem(), block)
 
 
-class Block(nn.Module):
-    """Two factorised convolutions and a shortcut."""
+class OwnWidths(Block):
+    """A block whose second pair of convolutions has a middle width of its own (Caffe2)."""
 
-    def __init__(self, channels: int, filters: int, stride: int) -> None:
-        super().__init__()
-        # gives the pair as many weights as one 3x3x3 convolution; both pairs use this width
-        middle = (channels * filters * 27) // (channels * 9 + 3 * filters)
-        self.conv1 = nn.Sequential(
-            _factorised(channels, middle, filters, stride),
-            nn.BatchNorm3d(filters),
-            nn.ReLU(inplace=True),
-        )
-        self.conv2 = nn.Sequential(
-            _factorised(filters, middle, filters, stride=1), nn.BatchNorm3d(filters)
-        )
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Sequential | None = None
-        if stride != 1 or channels != filters:
-            self.downsample = nn.Sequential(
-                nn.Conv3d(channels, filters, 1, stride=stride, bias=False), nn.BatchNorm3d(filters)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out: Tensor = self.relu(self.conv2(self.conv1(x)) + shortcut)
-        return out
+    @staticmethod
+    def second_middle(first: int, filters: int) -> int:
+        return middle_width(filters, filters)
 
 
-def _factorised(channels: int, middle: int, filters: int, stride: int) -> nn.Sequential:
-    """1x3x3, batch norm, ReLU, 3x1x1."""
+def _stem() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv3d(
-            channels, middle, (1, 3, 3), stride=(1, stride, stride), padding=(0, 1, 1), bias=False
-        ),
-        nn.BatchNorm3d(middle),
+        nn.Conv3d(3, 45, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+        nn.BatchNorm3d(45),
         nn.ReLU(inplace=True),
-        nn.Conv3d(middle, filters, (3, 1, 1), stride=(stride, 1, 1), padding=(1, 0, 0), bias=False),
+        nn.Conv3d(45, WIDTHS[0], (3, 1, 1), padding=(1, 0, 0), bias=False),
+        nn.BatchNorm3d(WIDTHS[0]),
+        nn.ReLU(inplace=True),
     )
-
-
-def _stage(channels: int, filters: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(Block(channels, filters, stride), Block(filters, filters, stride=1))

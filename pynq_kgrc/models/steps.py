@@ -55,7 +55,7 @@ from pynq_kgrc.models.values import (
 from pynq_kgrc.quant import Array, WeightQuant
 
 CLIP = "clip"
-"""The name of the value that holds the clip, [1, 3, D, H, W]."""
+"""The name of the value that holds the clip, [1, C, D, H, W]."""
 
 SCALE = "scale"
 """A gain and an offset for each channel, then an activation: a batch norm, or a ReLU alone."""
@@ -109,7 +109,7 @@ def graph_of_steps(
         output: name of the value that is the result.
         clip: the clip that it takes.
         labels: names of the outputs, in order.
-        rank: axes of the value `CLIP`: 5, or 4 for [1, 3, H, W] of a clip of one frame.
+        rank: axes of the value `CLIP`: 5, or 4 for [1, C, H, W] of a clip of one frame.
 
     Raises:
         CompileError: an operator that the accelerator lacks (the message has its place in the
@@ -170,8 +170,8 @@ class Reader:
     def __init__(self, name: str, clip: ClipSpec, rank: int) -> None:
         self.name = name
         size = (clip.frames, clip.height, clip.width)
-        self.drafts = [LayerDraft("clip", INPUT, [], 3, size)]
-        shape = (1, 3, *size) if rank == 5 else (1, 3, *size[1:])
+        self.drafts = [LayerDraft("clip", INPUT, [], clip.channels, size)]
+        shape = (1, clip.channels, *(size if rank == 5 else size[1:]))
         self.values = {CLIP: Value(self.drafts[0], shape)}
         self.steps: dict[str, Step] = {}
         self.lost: set[str] = set()
@@ -590,7 +590,7 @@ def _pool(reader: Reader, step: Step, op: str) -> Value:
 def _without_padding(
     size: int, kernel: int, stride: int, before: int, after: int
 ) -> tuple[int, int] | None:
-    """Kernel and stride along an axis of the same windows without their padding; None if unequal."""
+    """Kernel and stride of the same windows without their padding; None if they are unequal."""
     last = (size + before + after - kernel) // stride
     if last == 0:
         return min(size, kernel - before), size

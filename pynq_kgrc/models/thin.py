@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pynq_kgrc.graph import ClipSpec
-from pynq_kgrc.models.r2plus1d import Block
+from pynq_kgrc.models.resnet3d import Block, factorised
 
 CLIP = ClipSpec(frames=16, height=64, width=64, short_side=64, sampling="uniform")
 """There are no published weights: these networks see what `train` gives them, one clip that is
@@ -79,9 +79,9 @@ class ThinR2Plus1D(nn.Module):
             nn.BatchNorm3d(width),
             nn.ReLU(inplace=True),
         )
-        self.layer1 = nn.Sequential(Block(width, width, stride=1))
-        self.layer2 = nn.Sequential(Block(width, 2 * width, stride=2))
-        self.layer3 = nn.Sequential(Block(2 * width, 4 * width, stride=2))
+        self.layer1 = nn.Sequential(Block(width, width, 1, factorised))
+        self.layer2 = nn.Sequential(Block(width, 2 * width, 2, factorised))
+        self.layer3 = nn.Sequential(Block(2 * width, 4 * width, 2, factorised))
         self.avgpool = nn.AdaptiveAvgPool3d(1)
         self.dropout = nn.Dropout(0.3)
         self.fc = nn.Linear(4 * width, classes)

@@ -19,10 +19,11 @@ from pynq_kgrc.models.steps import graph_of_steps
 def trace(module: nn.Module, clip: ClipSpec, labels: Sequence[str] = (), name: str = "") -> Graph:
     """The network as plain data: `run_float(trace(m, clip), x)` holds the values of `m(x[None])`.
 
-    The module is called with one clip [1, 3, D, H, W]; with a clip of one frame, it may also take
-    [1, 3, H, W]. It is traced in evaluation mode; its training flags are restored. The weights are
-    copied, as float32 from a module of any precision; conversions between floating-point types are
-    left out. `name` is by default the module's class.
+    The module is called with one clip [1, C, D, H, W], C being 3 for R, G, B; with a clip of one
+    frame, it may also take [1, C, H, W]. It is traced in evaluation mode; its training flags are
+    restored. The weights are copied, as float32 from a module of any precision; conversions between
+    floating-point types are left out. A soft-max at the end is left out, and `Graph.softmax` says
+    so: the graph then holds the values before it. `name` is by default the module's class.
 
     Raises:
         CompileError: an unsupported operator (the message has its place in the module and what to
@@ -37,7 +38,7 @@ def trace(module: nn.Module, clip: ClipSpec, labels: Sequence[str] = (), name: s
 def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
     parameter = next(module.parameters(), None)
     device = None if parameter is None else parameter.device
-    example = torch.zeros((1, 3, clip.frames, clip.height, clip.width), device=device)
+    example = torch.zeros((1, clip.channels, clip.frames, clip.height, clip.width), device=device)
     # in the module's own precision first; it may also convert a float32 clip itself
     kinds = [p.dtype for p in module.parameters() if p.is_floating_point()][:1]
     examples = [example.to(kind) for kind in dict.fromkeys((*kinds, torch.float32))]

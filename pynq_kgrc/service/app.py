@@ -74,6 +74,11 @@ VIDEO_BODY = {
 }
 
 JOB = answer_of(JobDocument, "The job")
+JOB_LINKS = {
+    name: {"operationId": name, "parameters": {"key": "$response.body#/id"}}
+    for name in ("job", "job_events", "cancel_job")
+}
+"""What OpenAPI calls links: the routes that take the id of this answer."""
 
 
 def make_app(service: Service) -> FastAPI:
@@ -145,7 +150,10 @@ def add_video_routes(app: FastAPI, service: Service) -> None:
         openapi_extra={**VIDEO_BODY, "parameters": query_parameters()},
         responses={
             200: answer_of(Classification, "The labels of the video"),
-            202: answer_of(JobDocument, "The job, whose address is in Location"),
+            202: {
+                **answer_of(JobDocument, "The job, whose address is in Location"),
+                "links": JOB_LINKS,
+            },
         },
     )
     async def classify_video(
@@ -204,7 +212,7 @@ def add_job_routes(app: FastAPI, service: Service) -> None:
         """The jobs of this key, newest first; a key that manages sees all. Without results."""
         return StructResponse(JobList(service.jobs.listed(owner_of(request))))
 
-    @app.get("/v1/jobs/{key}", tags=["Jobs"], responses={200: JOB, **NOT_FOUND})
+    @app.get("/v1/jobs/{key}", tags=["Jobs"], operation_id="job", responses={200: JOB, **NOT_FOUND})
     async def job(
         key: str,
         request: Request,
@@ -215,7 +223,12 @@ def add_job_routes(app: FastAPI, service: Service) -> None:
         """The state and progress of a job, its place in the queue, and its result."""
         return StructResponse(service.jobs.find(key, owner_of(request), since)[0])
 
-    @app.delete("/v1/jobs/{key}", tags=["Jobs"], responses={200: JOB, **NOT_FOUND})
+    @app.delete(
+        "/v1/jobs/{key}",
+        tags=["Jobs"],
+        operation_id="cancel_job",
+        responses={200: JOB, **NOT_FOUND},
+    )
     async def cancel(key: str, request: Request) -> Response:
         """Cancel a job, or delete its result."""
         return StructResponse(service.jobs.cancel(key, owner_of(request)))
@@ -223,6 +236,7 @@ def add_job_routes(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/jobs/{key}/events",
         tags=["Jobs"],
+        operation_id="job_events",
         responses={200: {"content": {"text/event-stream": {}}}, **NOT_FOUND},
     )
     async def events(key: str, request: Request) -> Response:

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pynq_kgrc.errors import KgrcError, ProgramError
+from pynq_kgrc.program import cached_program
 from pynq_kgrc.service.pool import Pool
 from pynq_kgrc.service.refusal import Refusal
 from pynq_kgrc.service.wire import ProgramDocument
 
 log = logging.getLogger("pynq_kgrc.service")
 
+SHIPPED = Path(__file__).resolve().parents[1] / "programs"
 MAX_ABOUT = 2000
 """Most bytes that are read of the text beside a program."""
 
@@ -52,7 +54,7 @@ class ServedProgram:
     def clip_shape(self) -> tuple[int, int, int, int]:
         """Shape of a clip of uint8 frames: [D, H, W, 3]."""
         clip = self.description.clip
-        return clip.frames, clip.height, clip.width, 3
+        return clip.frames, clip.height, clip.width, clip.channels
 
 
 class Catalogue:
@@ -160,7 +162,7 @@ class Catalogue:
                 self.reasons[name] = str(error)
                 self._delete(path)
                 raise
-            about = await asyncio.to_thread(_read_about, source)
+            about = await asyncio.to_thread(_read_about, name, source)
             self.served[name] = ServedProgram(name, digest[:12], key, path, description, about)
             self.reasons.pop(name, None)
             if old is not None:
@@ -230,9 +232,14 @@ class Catalogue:
         return digest.hexdigest(), path
 
 
-def _read_about(source: Path) -> str:
-    """The text beside a program, `NAME.txt` beside `NAME.kgrc`; empty if there is none."""
+def _read_about(name: str, source: Path) -> str:
+    """The text beside a program, `NAME.txt` beside `NAME.kgrc`; empty if there is none.
+
+    That of a published network, whose program is in the user's cache, ships with the package.
+    """
     beside = source.with_suffix(".txt")
+    if source.parent == cached_program(name).parent:
+        beside = SHIPPED / f"{name}.txt"
     try:
         if not beside.is_file():
             return ""

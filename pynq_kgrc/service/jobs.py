@@ -59,8 +59,8 @@ class Admission:
     """Back-pressure: admits `limit` requests at a time and refuses others at once.
 
     The last quarter of the places is for clients that hold less than an eighth of all places, so
-    that one client, however slow, does not shut out the others. Clients of this machine, such as a
-    proxy, may take all places.
+    that one client, however slow, does not shut out the others. Clients of this machine may
+    take all places; those of a proxy on this machine have their own addresses (server.py).
 
     Retry-After grows with the number already refused, so that the clients do not all return at
     the same time and are refused again (thundering herd).

@@ -338,6 +338,9 @@ def make_server(app: App, settings: Settings, **options: Any) -> Server:
         timeout_keep_alive=15,
         timeout_graceful_shutdown=round(settings.grace_seconds),
         backlog=ACCEPTS_PER_TURN,
+        # a proxy on this machine says who the client is, in X-Forwarded-For
+        proxy_headers=True,
+        forwarded_allow_ips="127.0.0.1,::1",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -64,7 +64,8 @@ class DeviceSessions:
         self.programs[key] = program
         try:
             clip = program.clip
-            self.session(key).run(np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8))
+            shape = (clip.frames, clip.height, clip.width, clip.channels)
+            self.session(key).run(np.zeros(shape, np.uint8))
             return describe_for_clients(program)
         except BaseException:
             self.drop(key)
@@ -95,10 +96,10 @@ class DeviceSessions:
             opener.close()
 
     def run(self, key: str, payload: bytes) -> tuple[Answer, bytes]:
-        """Run a clip, uint8 [D, H, W, 3]; logits and probabilities as float32 [2, classes]."""
+        """Run a clip, uint8 [D, H, W, C]; logits and probabilities as float32 [2, classes]."""
         session = self.session(key)
         clip = session.program.clip
-        shape = (clip.frames, clip.height, clip.width, 3)
+        shape = (clip.frames, clip.height, clip.width, clip.channels)
         if len(payload) != np.prod(shape):
             raise ProgramError(f"a clip of {len(payload)} bytes; {key} takes uint8 {shape}")
         start = time.perf_counter()

@@ -28,13 +28,13 @@ from pynq_kgrc.backends.base import (
     count_task,
     locked,
 )
+from pynq_kgrc.backends.cores import available_cores
 from pynq_kgrc.backends.emulation.choice import ExactConvolution, choose_convolution
 from pynq_kgrc.backends.emulation.crew import (
     Crew,
     ParallelFor,
     ProcessCrew,
     ThreadCrew,
-    available_cores,
     may_fork,
     shared_array,
 )

@@ -81,13 +81,6 @@ def shared_array(count: int) -> Array:
     return np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
 
 
-def available_cores() -> int:
-    """The number of cores that this process may use (its CPU affinity on Linux)."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def may_fork() -> bool:
     """Whether forking is safe: on Linux, and no other Python thread runs in this process."""
     return sys.platform == "linux" and threading.active_count() == 1

@@ -18,6 +18,7 @@ let shown = null; // the video that is displayed
 let whole = true; // labels of the whole video, or of the moment
 let moment = 0; // ms
 let working = false;
+let fetching = false; // an example
 let camera = null;
 let colours = new Map();
 
@@ -62,7 +63,10 @@ const seconds = (ms) => `${(ms / 1000).toFixed(1)} s`;
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 const millis = (ms) => (ms < 10 ? `${ms.toFixed(2)} ms` : ms < 10000 ? `${ms.toFixed(0)} ms` : seconds(ms));
 const clips = (count) => `${count} ${count === 1 ? "clip" : "clips"}`;
-const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+const pause = (ms, stop) => new Promise((done) => {
+  setTimeout(done, ms);
+  if (stop) stop.addEventListener("abort", done, { once: true });
+});
 
 function showError(text) {
   $("error").textContent = text;
@@ -93,9 +97,12 @@ async function request(path, options = {}) {
     answer = await fetch(path, { ...options, headers: withKey(options.headers) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw Object.assign(new Error("The service cannot be reached."), { offline: true });
+    throw Object.assign(new Error("The service cannot be reached."), { passing: true });
   }
-  if (!answer.ok) throw new Error(complaint(answer.status, await answer.json().catch(() => null)));
+  if (!answer.ok) {
+    const text = complaint(answer.status, await answer.json().catch(() => null));
+    throw Object.assign(new Error(text), { passing: [429, 502, 503, 504].includes(answer.status) });
+  }
   return answer;
 }
 
@@ -154,6 +161,7 @@ function showProgram() {
   $("knows").hidden = !program;
   if (!program) return;
   $("about").textContent = program.about;
+  $("always-sure").hidden = program.clip.threshold > 0;
   $("knows-title").textContent = `The ${program.classes} actions that ${program.name} knows`;
   searchActions();
   showExamples();
@@ -193,14 +201,20 @@ function knower(example) {
 }
 
 async function tryExample(example) {
+  if (fetching) return;
+  fetching = true;
+  $("status").textContent = "Fetching the example…";
   try {
     const fit = knower(example);
     if (fit && !$("compare").value) $("program").value = fit.name;
     showProgram();
     const blob = await (await request(`/page/examples/${example.name}`)).blob();
-    add([new File([blob], example.name.split("/").pop(), { type: example.kind })], example);
+    await add([new File([blob], example.name.split("/").pop(), { type: example.kind })], example);
   } catch (error) {
+    $("status").textContent = "";
     showError(error.message);
+  } finally {
+    fetching = false;
   }
 }
 
@@ -213,7 +227,10 @@ function runsNow() {
   return [...new Set(names)].map((program) => ({ program, options: optionsNow(), state: "waiting", windows: [] }));
 }
 
-function add(files, example) {
+async function add(files, example) {
+  await ready;
+  if (!programs.length) await listPrograms();
+  if (!programs.length) return; // the error says why
   stopCamera();
   for (const file of files) {
     const kind = file.type || "application/octet-stream";
@@ -258,7 +275,7 @@ async function classify(video, run) {
       if (answer.status === 429 && left && answer.retry) {
         run.full = answer.retry;
         changed(video);
-        await pause(1000 * answer.retry);
+        await pause(1000 * answer.retry, run.stop.signal);
         run.full = 0;
         run.stop.signal.throwIfAborted();
         continue;
@@ -277,21 +294,31 @@ async function classify(video, run) {
 /** Ask for a job until it is final; a connection that is gone may come back. */
 async function follow(video, run) {
   run.stop = run.stop || new AbortController();
+  const { signal } = run.stop;
   let lost = 0;
   address();
   for (;;) {
+    signal.throwIfAborted();
     let job;
+    const once = new AbortController(); // this question, which may be given up without the job
+    const give = () => once.abort();
+    const late = setTimeout(give, PATIENCE);
+    signal.addEventListener("abort", give);
     try {
       const place = `/v1/jobs/${run.job}?since=${run.windows.length}`;
-      job = await (await request(place, { signal: run.stop.signal })).json();
+      job = await (await request(place, { signal: once.signal })).json();
       lost = 0;
     } catch (error) {
-      if (!error.offline || lost > 60) throw error;
+      signal.throwIfAborted();
+      if (!(error.passing || once.signal.aborted) || lost > 60) throw error;
       lost += 1;
       run.offline = true;
       changed(video);
-      await pause(2000);
+      await pause(2000, signal);
       continue;
+    } finally {
+      clearTimeout(late);
+      signal.removeEventListener("abort", give);
     }
     run.offline = false;
     run.state = job.state;
@@ -307,7 +334,7 @@ async function follow(video, run) {
       return;
     }
     changed(video);
-    await pause(job.state === "queued" ? 1000 : 300);
+    await pause(job.state === "queued" ? 1000 : 300, signal);
   }
 }
 
@@ -334,7 +361,7 @@ function cancel() {
 async function lookAgain() {
   const from = shown;
   if (from.file) {
-    add([from.file], from.example && { name: from.example, label: from.shows });
+    await add([from.file], from.example && { name: from.example, label: from.shows });
     if (working) show(videos[videos.length - 1]);
   } else {
     const example = examples.find((each) => each.name === from.example);
@@ -833,7 +860,7 @@ function download(name, kind, text) {
   link.href = URL.createObjectURL(new Blob([text], { type: kind }));
   link.download = name;
   link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  setTimeout(() => URL.revokeObjectURL(link.href), PATIENCE);
 }
 
 function csvOf(result) {
@@ -970,22 +997,30 @@ async function startCamera() {
     return;
   }
   start();
+  const mine = { stream: null, socket: null, timer: null };
+  camera = mine;
+  $("webcam").textContent = "Stop the webcam";
   let stream;
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { width: 320, height: 240 } });
   } catch (error) {
+    if (camera !== mine) return;
+    start();
     showError(`The webcam cannot be used: ${error.message}`);
     return;
   }
-  camera = { stream, socket: null, timer: null };
+  if (camera !== mine) { // stopped while the browser asked for permission
+    for (const track of stream.getTracks()) track.stop();
+    return;
+  }
+  camera.stream = stream;
   const player = $("player");
   player.srcObject = stream;
   player.controls = false;
   player.hidden = false;
   $("drop").hidden = $("examples-box").hidden = true;
-  $("webcam").textContent = "Stop the webcam";
-  await player.play();
-  if (camera) goLive();
+  await player.play().catch(() => {}); // it was stopped before its first frame
+  if (camera === mine) goLive();
 }
 
 /** Send the frames of the webcam to the chosen program. */
@@ -1000,11 +1035,17 @@ function goLive() {
   const canvas = element("canvas");
   canvas.width = player.videoWidth || 320;
   canvas.height = player.videoHeight || 240;
+  let coding = false;
   socket.onopen = () => {
+    if (!camera || camera.socket !== socket) return;
     camera.timer = setInterval(() => {
-      if (socket.bufferedAmount > 200000) return; // back-pressure: skip a frame
+      if (coding || socket.bufferedAmount > 200000) return; // back-pressure: skip a frame
+      coding = true;
       canvas.getContext("2d").drawImage(player, 0, 0, canvas.width, canvas.height);
-      canvas.toBlob((image) => image && socket.readyState === 1 && socket.send(image), "image/jpeg", 0.85);
+      canvas.toBlob((image) => {
+        coding = false;
+        if (image && socket.readyState === 1) socket.send(image);
+      }, "image/jpeg", 0.85);
     }, 66);
   };
   socket.onmessage = (event) => {
@@ -1047,7 +1088,7 @@ function closeLive() {
 function stopCamera() {
   if (!camera) return;
   closeLive();
-  for (const track of camera.stream.getTracks()) track.stop();
+  for (const track of camera.stream ? camera.stream.getTracks() : []) track.stop();
   camera = null;
   $("player").srcObject = null;
   $("player").controls = true;
@@ -1132,4 +1173,5 @@ if (!navigator.mediaDevices) {
   $("tunnel").textContent = `ssh -L 8000:127.0.0.1:${port} ${location.hostname}`;
   $("tunnelled").textContent = "http://127.0.0.1:8000";
 }
-listPrograms().then(recall);
+const ready = listPrograms().then(recall);
+
