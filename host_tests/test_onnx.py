@@ -346,7 +346,34 @@ def test_a_large_constant_is_not_computed(tmp_path):
         helper.make_node("Add", ["clip", "sum"], ["y"]),
     ]
     path = saved(tmp_path, nodes, constants={"s": np.array([1 << 20, 1 << 20], np.int64)})
-    assert "node bomb" in refusal(path, kind=ModelError)
+    message = refusal(path, kind=ModelError)
+    assert "node bomb; accepted are" in message, message
+
+
+def test_pools_have_the_defaults_of_onnx(tmp_path):
+    """Strides of 1, and a mean without the padding, which is refused where there is any."""
+    pool = helper.make_node("MaxPool", ["clip"], ["y"], name="pool", kernel_shape=[2, 2])
+    path = saved(tmp_path, [pool])
+    assert assert_equal(path, (1, 3, 8, 8)).layers[-1].size == (1, 7, 7)
+    given = {"kernel_shape": [2, 2], "pads": [1, 0, 0, 0]}
+    pool = helper.make_node("AveragePool", ["clip"], ["y"], name="pool", **given)
+    assert "leaves padding out of its mean at node pool" in refusal(saved(tmp_path, [pool]))
+    given["count_include_pad"] = 1
+    pool = helper.make_node("AveragePool", ["clip"], ["y"], name="pool", **given)
+    assert_equal(saved(tmp_path, [pool]), (1, 3, 8, 8))
+
+
+def test_several_inputs_and_outputs_are_refused(tmp_path):
+    path = saved(tmp_path, [conv()], constants=WEIGHT)
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("flow", TensorProto.FLOAT, (1, 2)))
+    onnx.save(model, path)
+    assert "the inputs are clip, flow; accepted is one" in refusal(path)
+    model.graph.input.pop()
+    model.graph.output.append(helper.make_tensor_value_info("clip", TensorProto.FLOAT, None))
+    model.graph.output[1].type.CopyFrom(model.graph.input[0].type)
+    onnx.save(model, path)
+    assert "the outputs are y, clip; accepted is one" in refusal(path)
 
 
 def outcome(seed, path):

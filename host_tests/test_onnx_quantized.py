@@ -311,6 +311,22 @@ def test_a_relu_that_was_left_to_the_quantizer_is_kept_before_an_add(tmp_path):
     assert len(found) == len(program.tasks) == 3
 
 
+def test_a_range_narrower_than_its_type_cuts(tmp_path):
+    """Clip between the quantizer and its inverse; a max pool selects codes of that range."""
+    nodes = [
+        *CHAIN,
+        helper.make_node("QuantizeLinear", ["c", "s", "z"], ["q"], name="q"),
+        helper.make_node("Clip", ["q", "bottom", "top"], ["p"], name="p"),
+        helper.make_node("DequantizeLinear", ["p", "s", "z"], ["r"], name="r"),
+        helper.make_node("MaxPool", ["r"], ["m"], name="m", kernel_shape=[2, 2], strides=[2, 2]),
+        *coded("y", "m"),
+    ]
+    path = saved(tmp_path, nodes, {"bottom": np.uint8(120), "top": np.uint8(150)})
+    program, _ = assert_agrees(path)
+    first = program.tasks[0]  # 31 codes, counted from the lowest one of 8 bits
+    assert (first.lo, first.hi, first.out.zero_point) == (-128, -128 + 30, -128 + 8)
+
+
 def test_a_second_format_of_a_value_is_a_copy(tmp_path):
     nodes = [*CHAIN, *coded("a", "c"), *coded("y", "a", "t")]
     program, found = assert_agrees(saved(tmp_path, nodes))
