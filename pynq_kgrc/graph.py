@@ -29,6 +29,9 @@ OPS = (INPUT, CONV, MAX_POOL, AVERAGE_POOL, ADD, CONCAT)
 Bounds = tuple[float | None, float | None]
 """The lowest and highest real that a clamp lets through; None where it is open."""
 
+CodeRange = tuple[int, int]
+"""The lowest and the highest code of a tensor."""
+
 ACTIVATIONS: dict[str, Bounds] = {
     "none": (None, None),
     "relu": (0.0, None),
@@ -126,6 +129,9 @@ class Layer:
     activation: str = "none"
     weight_quant: WeightQuant | None = None
     out_quant: QuantParams | None = None
+    code_range: CodeRange | None = None
+    """The codes that the network's own quantizer limits the output to. With None they are those of
+    the format, and the output need not be rounded before an add that is fused behind it."""
 
     def __post_init__(self) -> None:
         if self.op not in OPS:

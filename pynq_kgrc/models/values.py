@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pynq_kgrc.graph import ConvShape, Size, WindowShape
-from pynq_kgrc.quant import Array
+from pynq_kgrc.graph import CodeRange, ConvShape, Size, WindowShape
+from pynq_kgrc.quant import Array, QuantParams
 
 Shape = tuple[int, ...]
 
@@ -29,6 +29,14 @@ NO_PADDING: Size = (0, 0, 0)
 
 FRAMES = (1, 0, 2, 3)
 """The order of axes of a map whose frames are a batch, [D, C, H, W]."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """A quantizer of the network: its format, and the codes that it limits a tensor to."""
+
+    quant: QuantParams
+    limits: CodeRange
 
 
 @dataclass(eq=False)
@@ -50,6 +58,10 @@ class LayerDraft:
     """Whether no output is below zero."""
     picks: Array | None = None
     """[C] of a convolution that only chooses channels: which, or -1 for zeros."""
+    code: Code | None = None
+    """How the network itself quantizes the output; None if it does not."""
+    weight_step: Array | None = None
+    """[C] float64: the real of one code of each filter, if the network quantizes the weight."""
 
     @property
     def dims(self) -> Shape:
