@@ -122,6 +122,8 @@ setup(
     extras_require={
         "board": ["pynq>=3.0.1,!=3.1.1", "numpy<2", "pycparser<3", "setuptools<=80"],
         "train": ["torch>=2.6", "tomli-w>=1.0", "tomli>=2.0; python_version < '3.11'"],
+        # networks as ONNX files; needs no torch
+        "onnx": ["onnx>=1.16"],
         "serve": [
             "fastapi>=0.162",
             "starlette>=1.7",  # older versions do not enforce form limits (CVE-2026-54283)

@@ -37,6 +37,7 @@ FLOORS = {
 
 WALLS = {
     "torch": ("models", "compress"),
+    "onnx": ("models",),
     "pynq": ("backends",),
     "cv2": ("video",),
     "matplotlib": ("analysis",),
@@ -134,7 +135,7 @@ def test_the_import_graph_stays_small():
     assert level <= {("graph", "quant"), ("groups", "quant")}  # one way: so there is no circle
 
 
-ASLEEP = ("torch", "pynq", "cv2", "av", "fastapi", "matplotlib", "ray")
+ASLEEP = ("torch", "onnx", "pynq", "cv2", "av", "fastapi", "matplotlib", "ray")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@
     KgrcError
       ConfigError     an accelerator that cannot be built or does not fit its board
       DataError       labelled videos whose index, files or decoded copies are wrong
-      ModelError      a checkpoint that does not fit its network, or weights that cannot be fetched
+      ModelError      a checkpoint that does not fit its network, weights that cannot be fetched, or
+                      an ONNX file that is damaged
       CompileError    a layer that the accelerator or the compiler does not support
       ProgramError    a container that is damaged, of another version, or made for other hardware
       DeviceError     the device did not answer, or answered wrongly
@@ -28,7 +29,7 @@ class DataError(KgrcError):
 
 
 class ModelError(KgrcError):
-    """A checkpoint that does not fit its network, or weights that cannot be fetched."""
+    """A checkpoint that does not fit, weights that cannot be fetched, or a damaged ONNX file."""
 
 
 class CompileError(KgrcError):

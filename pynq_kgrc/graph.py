@@ -29,6 +29,9 @@ OPS = (INPUT, CONV, MAX_POOL, AVERAGE_POOL, ADD, CONCAT)
 Bounds = tuple[float | None, float | None]
 """The lowest and highest real that a clamp lets through; None where it is open."""
 
+CodeRange = tuple[int, int]
+"""The lowest and the highest code of a tensor."""
+
 ACTIVATIONS: dict[str, Bounds] = {
     "none": (None, None),
     "relu": (0.0, None),
@@ -126,6 +129,9 @@ class Layer:
     activation: str = "none"
     weight_quant: WeightQuant | None = None
     out_quant: QuantParams | None = None
+    code_range: CodeRange | None = None
+    """The codes that the network's own quantizer limits the output to. With None they are those of
+    the format, and the output need not be rounded before an add that is fused behind it."""
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -287,6 +293,19 @@ class Graph:
                 for layer in self.layers
             ),
         )
+
+
+def moves_only(layer: Layer) -> bool:
+    """Whether a layer is a convolution that copies elements: at most a one in each filter."""
+    shape, weight = layer.shape, layer.weight
+    if layer.op != CONV or not isinstance(shape, ConvShape) or weight is None:
+        return False
+    if shape.own_weights != shape.filters or layer.activation != "none":
+        return False
+    ones = weight.reshape(len(weight), -1)
+    if layer.bias is not None and layer.bias.any():
+        return False
+    return bool(np.all((ones == 0) | (ones == 1)) and np.all(ones.sum(axis=1) <= 1))
 
 
 def activate(values: Array, activation: str) -> Array:

@@ -122,6 +122,8 @@ def _cut_pool(pool: Layer) -> list[Layer]:
         size=cut.first.out_size,
         shape=cut.first,
         activation="none",
+        out_quant=None,
+        code_range=None,
     )
     rest = replace(pool, inputs=(part.name,), shape=cut.second)
     return [part, *_renamed(_cut_pool(rest))]

@@ -16,6 +16,7 @@ from pynq_kgrc.cli.arguments import (
     add_weights,
     file_to_write,
     load_weights,
+    number,
     printable,
     progress,
     readable,
@@ -23,7 +24,7 @@ from pynq_kgrc.cli.arguments import (
     whole,
 )
 from pynq_kgrc.cli.info import print_description, summary
-from pynq_kgrc.errors import KgrcError, ModelError
+from pynq_kgrc.errors import ConfigError, KgrcError, ModelError
 from pynq_kgrc.graph import SAMPLINGS
 
 if TYPE_CHECKING:
@@ -52,12 +53,17 @@ def declare(command: Declare) -> None:
     compile_ = command(
         "compile",
         run_compile,
-        "compile a PyTorch network to a program",
+        "compile a network of PyTorch or an ONNX file to a program",
         "The network is traced, pruned if a recipe is given, quantized on the clips and lowered\n"
         "to tasks of the accelerator. It is calibrated on one clip of each video: spread over the\n"
         "video for --sampling uniform, else from its middle.\n"
         "NETWORK is c3d, r2plus1d_18 or i3d, or MODULE:FUNCTION for your own: the function\n"
-        "returns a torch module, and the module has a ClipSpec named CLIP.",
+        "returns a torch module, and the module has a ClipSpec named CLIP.\n"
+        "Or it is a FILE.onnx, opset 11 to the newest; that needs no torch. Its weights, frames,\n"
+        "height and width are in the file. How pixels become its input is not: say --mean and\n"
+        "--std, those of its training. Values are (pixel / 255 - mean) / std, of R, G, B:\n"
+        "  pynq-kgrc compile net.onnx --mean 0.45 0.45 0.45 --std 0.225 0.225 0.225 \\\n"
+        "      --short-side 128 --clips *.mp4 -o net.kgrc",
     )
     compile_.add_argument("network", metavar="NETWORK", help="the network; see above")
     compile_.add_argument("-o", "--out", type=file_to_write, required=True, help="program to write")
@@ -98,6 +104,34 @@ def declare(command: Declare) -> None:
     )
     compile_.add_argument(
         "--report", action="store_true", help="measure the program against float on the clips"
+    )
+    of_file = compile_.add_argument_group("of an ONNX file")
+    for name, text in (("mean", "mean"), ("std", "standard deviation")):
+        of_file.add_argument(
+            f"--{name}",
+            type=number,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"{text} of pixels / 255 in its training (required); 0 0 0 and 1 1 1 if the file "
+            f"takes pixels / 255",
+        )
+    of_file.add_argument(
+        "--short-side",
+        type=whole(1, 100_000),
+        metavar="PIXELS",
+        help="frames are resized to it, then cropped (default: the longer side of the crop)",
+    )
+    of_file.add_argument(
+        "--step",
+        type=whole(1, 100_000),
+        help="take every STEP-th frame of a video (default: 1)",
+    )
+    of_file.add_argument(
+        "--size",
+        type=whole(1, 100_000),
+        nargs=3,
+        metavar=("FRAMES", "HEIGHT", "WIDTH"),
+        help="the clip, if the file leaves it open",
     )
 
 
@@ -140,7 +174,7 @@ def run_compile(options: argparse.Namespace) -> int:
 
     config = read_design(options.design)
     rates = recipe(options.network, options.recipe) if options.recipe else {}
-    graph = _trace(options)
+    graph = _trace_file(options) if _is_file(options.network) else _trace(options)
     frames = _load_clips(options.clips, graph.clip)
     graph = prune(graph, rates, config.group_size)
     clips = (graph.clip.normalise(f) for f in progress(frames, "calibrate", len(frames)))
@@ -161,7 +195,8 @@ def run_compile(options: argparse.Namespace) -> int:
     if options.json or options.report:
         print_description(document, options.json)
     else:
-        random = "" if options.weights else "the weights are random: no --weights were given\n"
+        given = options.weights or _is_file(options.network)
+        random = "" if given else "the weights are random: no --weights were given\n"
         written = f"written to {printable(options.out)}; pynq-kgrc info shows its layers"
         print(f"{summary(document)}\n{random}{written}")
     return 0
@@ -188,8 +223,82 @@ def _load_clips(videos: list[str], spec: ClipSpec) -> list[Array]:
     return frames
 
 
+def _is_file(network: str) -> bool:
+    return network.lower().endswith(".onnx")
+
+
+def _trace_file(options: argparse.Namespace) -> Graph:
+    """Read an ONNX file as a graph.
+
+    Raises:
+        ConfigError: options that belong to a network of torch, or none that says how pixels
+            become the input.
+    """
+    from pynq_kgrc.models.pretrained import read_labels
+
+    try:
+        from pynq_kgrc.models.onnx_trace import trace_onnx
+    except ImportError as error:
+        raise ConfigError(f"ONNX files need more ({error}): pip install pynq_kgrc[onnx]") from error
+    odd = [name for name in ("weights", "entry", "classes", "partial") if getattr(options, name)]
+    if odd:
+        raise ConfigError(
+            f"--{odd[0]} beside {printable(options.network)}; accepted with a network of torch: "
+            f"an ONNX file holds its weights and classes"
+        )
+    missing = [f"--{name} R G B" for name in ("mean", "std") if getattr(options, name) is None]
+    if missing:
+        raise ConfigError(
+            f"{printable(options.network)} does not say how pixels become its input: give "
+            f"{' and '.join(missing)} of its training, for example 0.45 0.45 0.45 and "
+            f"0.225 0.225 0.225 (0 0 0 and 1 1 1 if it takes pixels / 255)"
+        )
+    if min(options.std) <= 0:
+        raise ConfigError(f"--std {' '.join(map(str, options.std))}; accepted is above 0")
+    path = Path(options.network)
+    labels = () if options.labels is None else read_labels(options.labels)
+    return trace_onnx(path, _clip_of_file(options, path), labels)
+
+
+def _clip_of_file(options: argparse.Namespace, path: Path) -> ClipSpec:
+    """The clip that an ONNX file takes, from its input and the options.
+
+    Raises:
+        ConfigError: the file leaves frames, height or width open, and --size is not given.
+    """
+    from pynq_kgrc.graph import ClipSpec
+    from pynq_kgrc.models.onnx_file import clip_shape
+
+    found = clip_shape(path)[2:]
+    sides = options.size or ([1] * (3 - len(found)) + list(found))
+    if len(sides) != 3 or None in sides:
+        raise ConfigError(
+            f"{path}: its input leaves frames, height or width open {list(found)}; give --size "
+            f"FRAMES HEIGHT WIDTH"
+        )
+    frames, height, width = sides
+    more = {} if options.sampling is None else {"sampling": options.sampling}
+    return ClipSpec(
+        frames,
+        height,
+        width,
+        short_side=options.short_side or max(height, width),
+        step=options.step or 1,
+        mean=tuple(options.mean),
+        std=tuple(options.std),
+        rate=options.rate or None,
+        **more,
+    )
+
+
 def _trace(options: argparse.Namespace) -> Graph:
     """Build the network, load its weights, and trace it to a graph."""
+    for name in ("mean", "std", "short_side", "step", "size"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} beside {printable(options.network)}; accepted with an "
+                f"ONNX file: the CLIP of a network of torch says it"
+            )
     from dataclasses import replace
 
     import torch

@@ -27,6 +27,7 @@ from pynq_kgrc.graph import (
     CONV,
     INPUT,
     MAX_POOL,
+    CodeRange,
     ConvShape,
     Graph,
     Layer,
@@ -247,14 +248,16 @@ def embedding_drafts(graph: Graph, concat: Layer) -> list[TaskDraft]:
 
 def _can_carry(graph: Graph, layer: Layer) -> bool:
     alone = len(graph.consumers(layer.name)) == 1 and layer.name != graph.output
-    return layer.op == CONV and layer.activation == "none" and alone
+    free = layer.activation == "none" and layer.code_range is None
+    return layer.op == CONV and free and alone
 
 
 def _fits_on_convolution(graph: Graph, pool: Layer, config: AcceleratorConfig) -> bool:
     source, shape = graph[pool.inputs[0]], pool.shape
     if source.op not in (CONV, ADD) or len(graph.consumers(source.name)) != 1 or shape is None:
         return False
-    if source.out_quant != pool.out_quant or config.port_positions % shape.kernel[2]:
+    same = (source.out_quant, source.code_range) == (pool.out_quant, pool.code_range)
+    if not same or config.port_positions % shape.kernel[2]:
         return False
     return shape.kernel == shape.stride and not any(shape.pad_before + shape.pad_after)
 
@@ -346,10 +349,16 @@ def place_tensors(
         for i, name in enumerate(concat.inputs):
             part = graph[name]
             movable = name in made or part.op == CONCAT
-            if movable and name not in places and part.out_quant == concat.out_quant:
+            same = (part.out_quant, part.code_range) == (concat.out_quant, concat.code_range)
+            if movable and name not in places and same:
                 places[name] = Placement(place.root, channel)
             else:
-                copy = replace(part, name=f"{concat.name}.copy{i}", out_quant=concat.out_quant)
+                copy = replace(
+                    part,
+                    name=f"{concat.name}.copy{i}",
+                    out_quant=concat.out_quant,
+                    code_range=concat.code_range,
+                )
                 copies.setdefault(concat.name, []).append(identity_draft(copy, name))
                 places[copy.name] = Placement(place.root, channel)
             channel += part.channels
@@ -410,7 +419,7 @@ def cut_drafts(
             )
         source = draft.source
         for copy in copies:
-            output = replace(copy, out_quant=_quant(tensors[source]))
+            output = replace(copy, out_quant=_quant(tensors[source]), code_range=None)
             tensors[copy.name] = output
             places[copy.name] = Placement(copy.name, 0)
             found.append(TaskDraft(copy, output, source, ("none",)))
@@ -487,9 +496,11 @@ def _quant(layer: Layer) -> QuantParams:
     return layer.out_quant
 
 
-def clamp_codes(out: QuantParams, *activations: str) -> tuple[int, int]:
-    """lo and hi of the output codes: those of the type, clamped by each activation in turn."""
-    lo, hi = out.min, out.max
+def clamp_codes(
+    out: QuantParams, *activations: str, limits: CodeRange | None = None
+) -> tuple[int, int]:
+    """lo and hi of the output codes: `limits` or those of the type, clamped by each activation."""
+    lo, hi = limits or (out.min, out.max)
     for activation in activations:
         low, high = ACTIVATIONS[activation]
         least = out.min if low is None else _code(low, out)
@@ -510,7 +521,7 @@ def build_task(
     """Turn a draft into a task: weights as compact codes, scales as multiplier and shift."""
     layer, name = draft.layer, draft.layer.name
     source, out = _quant(tensors[draft.source]), _quant(draft.output)
-    lo, hi = clamp_codes(out, *draft.activations)
+    lo, hi = clamp_codes(out, *draft.activations, limits=draft.output.code_range)
     places = {"source": slot(draft.source), "target": slot(draft.output.name)}
     shape = layer.shape
     assert shape is not None

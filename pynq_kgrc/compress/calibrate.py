@@ -21,9 +21,11 @@ from pynq_kgrc.graph import (
     CONV,
     INPUT,
     MAX_POOL,
+    CodeRange,
     Graph,
     Layer,
     activate,
+    moves_only,
     run_float,
 )
 from pynq_kgrc.quant import (
@@ -144,7 +146,8 @@ def tie(graph: Graph) -> dict[str, str]:
     """For each tensor the tensor whose format it shares.
 
     The parts of a concat are in one buffer and share a format. Input and output of a max pool
-    share one too: the pool then selects codes, which is exact.
+    share one too: the pool then selects codes, which is exact. So do those of a convolution that
+    only moves elements.
     """
     parent = {layer.name: layer.name for layer in graph.layers}
 
@@ -154,7 +157,7 @@ def tie(graph: Graph) -> dict[str, str]:
         return name
 
     for layer in graph.layers:
-        if layer.op in (CONCAT, MAX_POOL):
+        if layer.op in (CONCAT, MAX_POOL) or moves_only(layer):
             for name in layer.inputs:
                 parent[root(name)] = root(layer.name)
     return {name: root(name) for name in parent}
@@ -270,16 +273,19 @@ def choose_ranges(
 def apply_ranges(graph: Graph, found: Ranges) -> Graph:
     """The graph with a format for every tensor and weight, from ranges that were chosen before.
 
+    Formats that the graph has already, those of a quantized ONNX file, are kept (`own_formats`).
     Activations are affine and per tensor, weights symmetric and per filter. The logits have 16
     bits: soft-max needs their resolution, and only the host reads them. Only a concat as the result
     keeps the bits of its parts. A pool with more taps than
     the accelerator has becomes several pools (`cutting.cut_pools`).
 
     Warns:
-        UserWarning: a part of a concat has next to no resolution beside the others.
+        UserWarning: a part of a concat has next to no resolution beside the others; some tensors of
+            a graph with formats of its own have none.
 
     Raises:
-        CompileError: the ranges are those of another network.
+        CompileError: the ranges are those of another network; formats of the graph's own that do
+            not fit the bits.
     """
     graph = cut_pools(graph)
     bits, method, chosen, seen = found.bits, found.method, found.chosen, found.observed
@@ -301,9 +307,15 @@ def apply_ranges(graph: Graph, found: Ranges) -> Graph:
     last = seen[graph.output]
     if last == (0, 0):
         last = ranges[ties[graph.output]]
+    own = own_formats(graph, bits)
+    warn_of_missing_formats(graph, own)
     layers: dict[str, Layer] = {}
     for layer in graph.layers:
         quant = formats[ties[layer.name]]
+        if layer.name in own:
+            quant, limits = own[layer.name]
+            layers[layer.name] = replace(layer, out_quant=quant, code_range=limits)
+            continue
         if layer.name == graph.output and layer.op != CONCAT:  # a concat copies its parts' codes
             quant = choose_params(last[0] * HEADROOM, last[1] * HEADROOM, 16)
             least = _largest_step(layer, layers, method) / LARGEST_RATIO
@@ -312,7 +324,7 @@ def apply_ranges(graph: Graph, found: Ranges) -> Graph:
             quant = choose_params(*pixels, bits)
         layers[layer.name] = replace(layer, out_quant=quant)
     for layer in graph.layers:
-        if layer.op == CONCAT:
+        if layer.op == CONCAT and layer.name not in own:
             warn_of_small_parts(layer, seen, ranges[ties[layer.name]], bits)
     quantized = replace(graph, layers=tuple(layers.values()))
     return replace(
@@ -322,6 +334,121 @@ def apply_ranges(graph: Graph, found: Ranges) -> Graph:
             for layer in quantized.layers
         ),
     )
+
+
+def own_formats(graph: Graph, bits: int) -> dict[str, tuple[QuantParams, CodeRange]]:
+    """The formats and ranges of codes that a graph has of its own, for a design of some bits.
+
+    A max pool without one has that of its input, because it selects codes. What a max pool or a
+    concat alone reads has that of the pool or the concat.
+
+    Raises:
+        CompileError: a tensor has more codes than the design, or a zero point that is none.
+    """
+    found = {
+        layer.name: _fitted(layer.name, layer.out_quant, layer.code_range, bits)
+        for layer in graph.layers
+        if layer.out_quant is not None and layer.code_range is not None
+    }
+    if not found:
+        return found
+    for layer in reversed(graph.layers):
+        if layer.name not in found or layer.op not in (MAX_POOL, CONCAT):
+            continue
+        for name in layer.inputs:
+            if len(graph.consumers(name)) == 1 and graph[name].op != INPUT:
+                found.setdefault(name, found[layer.name])
+    for layer in graph.layers:
+        formats = {found.get(name) for name in layer.inputs}
+        if layer.op in (MAX_POOL, CONCAT) and len(formats) == 1 and None not in formats:
+            found.setdefault(layer.name, found[layer.inputs[0]])
+    clip = graph.layers[0]
+    if clip.name in found:
+        _check_pixels(graph, *found[clip.name])
+    return found
+
+
+def _fitted(
+    name: str, quant: QuantParams, limits: CodeRange, bits: int
+) -> tuple[QuantParams, CodeRange]:
+    """A format of fewer or equal bits as one of a design; at 16 bits the zero point becomes 0."""
+    shift = quant.zero_point if bits == 16 else 0
+    low, high = limits[0] - shift, limits[1] - shift
+    fitted = QuantParams(bits, quant.scale, quant.zero_point - shift)
+    if low < fitted.min or high > fitted.max or not fitted.min <= fitted.zero_point <= fitted.max:
+        raise CompileError(
+            f"{name}: the network codes it as {limits[0]} to {limits[1]} with zero point "
+            f"{quant.zero_point}, a design of {bits} bits has {fitted.min} to {fitted.max}; "
+            f"use a design of more bits"
+        )
+    return fitted, (low, high)
+
+
+def _check_pixels(graph: Graph, quant: QuantParams, limits: CodeRange) -> None:
+    """Refuse codes of the clip that are narrower than the pixels' values: the host clamps none."""
+    table = graph.clip.pixel_values()
+    codes = quant.quantize(np.array([table.min(), table.max()]))
+    if codes[0] < limits[0] or codes[1] > limits[1]:
+        raise CompileError(
+            f"{graph.layers[0].name}: the network limits its input to codes {limits[0]} to "
+            f"{limits[1]}, and pixels are coded as {codes[0]} to {codes[1]}; use a design of as "
+            f"many bits as the input has, or a scale that covers all pixels"
+        )
+
+
+def own_weight_format(layer: Layer, bits: int) -> WeightQuant:
+    """The format that the network has for a weight, for a design of some bits.
+
+    Raises:
+        CompileError: codes that the design does not have.
+    """
+    assert layer.weight is not None and layer.weight_quant is not None
+    scale = layer.weight_quant.scale
+    codes = layer.weight.reshape(layer.channels, -1) / scale[:, None]
+    limit = weight_limit(bits)
+    low, high = float(np.rint(codes).min()), float(np.rint(codes).max())
+    if low < -limit or high > limit:
+        raise CompileError(
+            f"{layer.name}: its weight has codes from {low:g} to {high:g}, "
+            f"a design of {bits} bits has -{limit} to {limit}; quantize weights with a narrow "
+            f"range, symmetric, or use a design of more bits"
+        )
+    return WeightQuant(bits, scale)
+
+
+def warn_of_missing_formats(graph: Graph, own: dict[str, tuple[QuantParams, CodeRange]]) -> None:
+    """Warn of tensors and weights without a format in a graph that has some of its own."""
+    if not own:
+        return
+    missing = [
+        layer.name
+        for layer in graph.layers
+        if layer.name not in own
+        and layer.name != graph.output
+        and not (layer.op == CONV and [x.op for x in graph.consumers(layer.name)] == [ADD])
+    ]
+    weights = [
+        layer.name
+        for layer in graph.convolutions()
+        if layer.weight_quant is None
+        and layer.weight is not None
+        and np.count_nonzero(layer.weight.reshape(layer.channels, -1), axis=1).max() > 1
+    ]  # a single weight has the code of its own scale, whatever it is
+    if weights:
+        more = f" and {len(weights) - 4} more" if len(weights) > 4 else ""
+        warnings.warn(
+            f"{graph.name} is quantized, but the weights of {', '.join(weights[:4])}{more} are "
+            f"not; their codes are chosen here",
+            stacklevel=4,
+        )
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        warnings.warn(
+            f"{graph.name} is quantized, but {len(missing)} of its {len(graph.layers)} tensors "
+            f"have no format of their own: {', '.join(missing[:4])}{more}; theirs are chosen from "
+            f"the clips",
+            stacklevel=4,
+        )
 
 
 def _largest_step(layer: Layer, before: dict[str, Layer], method: str) -> float:
@@ -352,6 +479,8 @@ def _with_weight_format(graph: Graph, layer: Layer, bits: int, method: str) -> L
     assert layer.bias is not None
     source, out = graph[layer.inputs[0]].out_quant, _written_format(graph, layer)
     assert source is not None
+    if layer.weight_quant is not None:
+        return replace(layer, weight_quant=own_weight_format(layer, bits))
     scale = choose_weight_scale(layer.weight, bits, method)
     room = float(1 << (ACCUMULATOR_BITS[bits] - 3))
     floor = np.maximum(np.abs(layer.bias) / (source.scale * room), out.scale / source.scale / 2**20)

@@ -52,7 +52,7 @@ from pynq_kgrc.models.values import (
     window_axes,
     without_axes,
 )
-from pynq_kgrc.quant import Array
+from pynq_kgrc.quant import Array, WeightQuant
 
 CLIP = "clip"
 """The name of the value that holds the clip, [1, C, D, H, W]."""
@@ -87,6 +87,8 @@ class Step:
     default `name`."""
     place: str = "top level"
     """Where it stands in the network, for messages: "layer1.0 (Net > Block)"."""
+    shape: tuple[int, ...] | None = None
+    """Of the value, where the door knows it; another one is refused."""
     spoken: str = ""
     """The operator's name where it was written, for messages; by default `op`."""
 
@@ -181,10 +183,14 @@ class Reader:
         if step.op not in OPERATORS:
             raise self.refusal(step, f"the accelerator has no {_word(step)}", _instead(step))
         value = OPERATORS[step.op](self, step)
+        if step.shape is not None and value.shape != step.shape:
+            what = f"{_word(step)} gives {list(value.shape)} where {list(step.shape)} is expected"
+            raise self.refusal(step, what)
         named = [read for read in step.inputs if isinstance(read, str)]
         soft = [read for read in named if self.values[read].softmax]
         if soft:  # only views of a soft-max are its soft-max
-            if value.draft is not self.values[soft[0]].draft or value.index is not None:
+            same = value.draft is self.values[soft[0]].draft and step.op != "softmax"
+            if not same or value.index is not None or value.padded:
                 raise self.refusal(self.steps[soft[0]], SOFTMAX_INSIDE, INSTEAD["softmax"])
             value = replace(value, softmax=True)
         self.values[step.name] = value
@@ -306,6 +312,7 @@ class Reader:
                 weight=found.weight,
                 positive=value.draft.positive,
                 picks=found.picks,
+                code=value.draft.code,
             )
             base = (shape[1], shape[0], *shape[2:]) if batch else shape
             order = (1, 0, *range(2, len(shape))) if batch else range(len(shape))
@@ -397,7 +404,7 @@ def _convolve(reader: Reader, step: Step) -> Value:
     """Reads a map, its weight [M, N / groups, ...], its bias.
 
     Attributes: stride, before and after (padding), dilation, each a number or one for each axis;
-    groups.
+    groups; weight_step, [M] or None, the real of one code of a quantized weight.
     """
     weight = reader.weight(step, 1)
     axes = weight.ndim - 2
@@ -423,7 +430,8 @@ def _convolve(reader: Reader, step: Step) -> Value:
         own_weights=0 if own_weights == weight.size else own_weights,
     )
     bias = reader.constant(step, 2)
-    return reader.add_window(step, CONV, value, places, shape, weight=weight, bias=bias)
+    parts = {"weight": weight, "bias": bias, "weight_step": step.attributes.get("weight_step")}
+    return reader.add_window(step, CONV, value, places, shape, **parts)
 
 
 def _ungrouped(weight: Array, groups: int) -> Array:
@@ -449,7 +457,7 @@ def _dilated(weight: Array, dilation: Size) -> Array:
 
 
 def _linear(reader: Reader, step: Step) -> Value:
-    """Reads a map, a weight [M, N], a bias.
+    """Reads a map, a weight [M, N], a bias. Attribute: weight_step, as of a convolution.
 
     It is a convolution over the whole map, or one over its channels where they are the last axis.
     """
@@ -482,6 +490,7 @@ def _linear(reader: Reader, step: Step) -> Value:
         shape=shape,
         weight=weight.reshape(filters, draft.channels, *kernel),
         bias=bias,
+        weight_step=step.attributes.get("weight_step"),
     )
     return viewed(made, (filters, *rows), (*range(1, len(value.shape)), 0))
 
@@ -516,13 +525,16 @@ def _rows_gathered(reader: Reader, step: Step, value: Value) -> LayerDraft:
     plain = indexed(value.draft, index_of(channels_first).reshape(base))
     if plain.plain and window_axes(plain, len(rows)) is not None:
         return plain.draft
+    whole = [1, *value.draft.dims]
+    what = f"{_word(step)} reads {whole} as {list(value.shape)}"
+    refusal = reader.refusal(step, what, "flatten(1) before it, or a 1x1x1 convolution")
     try:
-        return reader.gathered(step, plain).draft
+        draft = reader.gathered(step, plain).draft
     except _Refused:
-        whole = [1, *value.draft.dims]
-        what = f"{_word(step)} reads {whole} as {list(value.shape)}"
-        hint = "flatten(1) before it, or a 1x1x1 convolution"
-        raise reader.refusal(step, what, hint) from None
+        raise refusal from None
+    if draft.channels != value.shape[-1]:  # a plain view, which lies in other channels
+        raise refusal
+    return draft
 
 
 def _pool(reader: Reader, step: Step, op: str) -> Value:
@@ -836,9 +848,31 @@ def _clamp(reader: Reader, step: Step) -> Value:
     activation = {known: name for name, known in ACTIVATIONS.items()}.get((low, high), "none")
     if activation == "none":
         raise reader.refusal(step, f"a clamp to {low}..{high}", "ReLU or ReLU6")
-    value = reader.whole(step) if value.fill else value
+    zero_moves = (low is not None and low > 0) or (high is not None and high < 0)
+    if value.fill or (zero_moves and (value.padded or value.index is not None)):
+        value = reader.gathered(step, value)
     positive = low is not None and low >= 0
     return _scale(reader, step, value, activation=activation, positive=positive)
+
+
+def _code(reader: Reader, step: Step) -> Value:
+    """The value after a quantizer and its inverse. Attribute: code, a `Code`.
+
+    No layer, where the layer that makes the value can write these codes. A lowest code of zero or
+    more is a ReLU, which exporters leave to the quantizer. A second format of one value is a copy.
+    """
+    value, code = reader.value(step), step.attributes["code"]
+    _zeros_only(reader, step, value)
+    draft = value.draft
+    cuts = code.limits[0] >= code.quant.zero_point and not draft.positive
+    if draft.code == code:
+        return value
+    if draft.code is not None or (cuts and draft.op != INPUT):
+        activation = "relu" if cuts else "none"
+        parts: dict[str, Any] = {"activation": activation, "positive": cuts or draft.positive}
+        value = _scale(reader, step, value, **parts)
+    value.draft.code = code
+    return value
 
 
 def _add(reader: Reader, step: Step) -> Value:
@@ -1000,6 +1034,7 @@ OPERATORS: dict[str, Callable[[Reader, Step], Value]] = {
     "batch_norm": _batch_norm,
     "scale": _gain_and_offset,
     "clamp": _clamp,
+    "code": _code,
     "add": _add,
     "sub": _subtract,
     "mul": _multiply,
@@ -1039,6 +1074,14 @@ INSTEAD = {
         "MaxPool3d": "amax max reducemax",
         "convolutions over time; recurrence has no counterpart": "lstm gru rnn rnn_tanh rnn_relu",
         "nn.Dropout, or training=self.training": "native_dropout",
+        "quant_format=QuantFormat.QDQ when ONNX Runtime quantizes": "QLinearConv QLinearMatMul "
+        "ConvInteger MatMulInteger com.microsoft.QLinearAdd com.microsoft.QLinearConcat "
+        "com.microsoft.QLinearGlobalAveragePool com.microsoft.QLinearAveragePool "
+        "com.microsoft.QGemm",
+        "quantize_static, whose ranges are in the file": "DynamicQuantizeLinear",
+        "two bits or more": "BipolarQuant",
+        "an average pool with a quantizer behind it": "Trunc",
+        "shapes and conditions that are fixed at export": "If Loop Scan NonZero Where",
     }.items()
     for op in ops.split()
 }
@@ -1070,7 +1113,7 @@ def _fold(drafts: list[LayerDraft], output: LayerDraft) -> tuple[list[LayerDraft
 def _choose_channels(draft: LayerDraft) -> None:
     """Let a convolution read the map of which one before it only chooses channels, if cheaper."""
     (before,), shape = draft.inputs, draft.shape
-    if before.picks is None or before.activation != "none":
+    if before.picks is None or before.activation != "none" or before.code is not None:
         return
     assert isinstance(shape, ConvShape) and draft.weight is not None
     source = before.inputs[0]
@@ -1089,6 +1132,16 @@ def _choose_channels(draft: LayerDraft) -> None:
 
 def _absorbs(before: LayerDraft, scale: LayerDraft, alone: bool) -> bool:
     """Merge `scale` into `before` if possible; `alone`: no other layer reads `before`."""
+    plain = scale.gain is None
+    if before.code is not None and not (plain and scale.code in (None, before.code)):
+        return False  # what is rounded to codes is not rounded again in the same layer
+    if _absorbs_reals(before, scale, alone):
+        before.code = scale.code or before.code
+        return True
+    return False
+
+
+def _absorbs_reals(before: LayerDraft, scale: LayerDraft, alone: bool) -> bool:
     plain = scale.gain is None
     if plain and scale.activation == "relu" and before.positive:
         return True
@@ -1115,6 +1168,8 @@ def _rescale(before: LayerDraft, scale: LayerDraft) -> None:
     before.picks = None
     if before.weight is not None:
         before.weight = (before.weight * gain[:, None, None, None, None]).astype(np.float32)
+        if before.weight_step is not None:
+            before.weight_step = before.weight_step * np.where(gain == 0, 1, np.abs(gain))
     else:
         before.gain = gain * (1.0 if before.gain is None else before.gain)
     before.bias = scale.bias + gain * (0.0 if before.bias is None else before.bias)
@@ -1143,6 +1198,9 @@ def _layer(draft: LayerDraft) -> Layer:
         weight=draft.weight,
         bias=bias,
         activation=draft.activation,
+        weight_quant=None if draft.weight_step is None else WeightQuant(8, draft.weight_step),
+        out_quant=None if draft.code is None else draft.code.quant,
+        code_range=None if draft.code is None else draft.code.limits,
     )
 
 
@@ -1160,7 +1218,8 @@ def average_first(graph: Graph) -> Graph:
         at, conv = next((j, x) for j, x in enumerate(layers) if x.name == pool.inputs[0])
         alone = sum(conv.name in layer.inputs for layer in layers) == 1
         padded = any(pool.shape.pad_before + pool.shape.pad_after)
-        if not alone or padded or conv.activation != "none" or not _is_pointwise(conv):
+        coded = conv.out_quant is not None or pool.out_quant is not None
+        if not alone or padded or coded or conv.activation != "none" or not _is_pointwise(conv):
             continue
         assert isinstance(conv.shape, ConvShape)
         source = replace(pool.shape, channels=conv.shape.channels)

@@ -16,15 +16,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pynq_kgrc.graph import ConvShape, Size, WindowShape
-from pynq_kgrc.quant import Array
+from pynq_kgrc.graph import CodeRange, ConvShape, Size, WindowShape
+from pynq_kgrc.quant import Array, QuantParams
 
 Shape = tuple[int, ...]
+
+MAX_WEIGHTS = 1 << 27
+"""Most weights of a convolution that only moves elements: a crop of a large map needs a large
+kernel."""
 
 NO_PADDING: Size = (0, 0, 0)
 
 FRAMES = (1, 0, 2, 3)
 """The order of axes of a map whose frames are a batch, [D, C, H, W]."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """A quantizer of the network: its format, and the codes that it limits a tensor to."""
+
+    quant: QuantParams
+    limits: CodeRange
 
 
 @dataclass(eq=False)
@@ -46,6 +58,10 @@ class LayerDraft:
     """Whether no output is below zero."""
     picks: Array | None = None
     """[C] of a convolution that only chooses channels: which, or -1 for zeros."""
+    code: Code | None = None
+    """How the network itself quantizes the output; None if it does not."""
+    weight_step: Array | None = None
+    """[C] float64: the real of one code of each filter, if the network quantizes the weight."""
 
     @property
     def dims(self) -> Shape:
@@ -248,6 +264,8 @@ def find_selection(draft: LayerDraft, index: Array) -> Selection | None:
         kernel.append(length)
         before.append(first)
         after.append(last)
+    if len(index) * draft.channels * math.prod(kernel) > MAX_WEIGHTS:
+        return None
     taps = offsets + np.array(before)[:, None]
     weight = np.zeros((len(index), draft.channels, *kernel), np.float32)
     weight[channels, source[0], taps[0], taps[1], taps[2]] = 1

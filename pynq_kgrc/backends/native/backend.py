@@ -203,9 +203,7 @@ class Native(Loaded):
     def _start_crew(self) -> None:
         each = ceil_div(max(task.scratch_bytes for task in self._tasks), CACHE_LINE) + 1
         self._scratch = _lines(self.cores * each * CACHE_LINE)
-        crew = self._library.kgrc_crew_new(
-            self.cores, self._scratch.ctypes.data, each * CACHE_LINE
-        )
+        crew = self._library.kgrc_crew_new(self.cores, self._scratch.ctypes.data, each * CACHE_LINE)
         if not crew:
             raise DeviceError("there is no memory for the threads of the native backend")
         self._crew = crew
