@@ -58,7 +58,7 @@ $(VENV)/pynq-%/done: setup.py constraints.txt
 		-e '.[board]' pynq==$* pytest pytest-timeout
 	@touch $@
 
-demo: $(VENV)/base ## classify real clips with a pretrained I3D at 8 bits, in the bit-exact emulation
+demo: $(VENV)/base ## classify real clips with a pretrained I3D at 8 bits, bit for bit as the accelerator
 	$(BIN)/python examples/demo.py
 
 notebooks: $(VENV)/jupyter ## open the notebooks in a browser
@@ -110,7 +110,7 @@ cluster: $(CLUSTER)/done ## test batches and several boards, with Ray in an envi
 grpc: $(GRPC)/done ## test the service with the gRPC clients of Triton and KServe, in an environment of its own
 	$(GRPC)/bin/python -m pytest host_tests/test_grpc.py
 
-bench: $(VENV)/bench $(VENV)/dev ## benchmark the emulation beside other engines, and the driver's overhead
+bench: $(VENV)/bench $(VENV)/dev ## benchmark the emulation and native beside other engines, and the driver's overhead
 	$(BIN)/python benchmarks/emulation.py --csim
 	$(BIN)/python benchmarks/driver.py
 

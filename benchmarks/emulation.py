@@ -1,4 +1,4 @@
-"""How fast the emulation is, next to torch, ONNX Runtime and OpenVINO on the same computer.
+"""How fast the emulation and the native backend are, next to torch, ONNX Runtime and OpenVINO.
 
 Every engine runs in a process of its own, loads its network and warms up. Then they take turns,
 one run each per round, so that other load of the computer affects all of them alike. The figure
@@ -40,6 +40,8 @@ BASE = "torch"
 LABELS = {
     "emulation": "pynq_kgrc emulation, int8, dense",
     "emulation_kgrc": "pynq_kgrc emulation, int8, KGRC recipe",
+    "native": "pynq_kgrc native, int8, dense",
+    "native_kgrc": "pynq_kgrc native, int8, KGRC recipe",
     "csim_kgrc": "pynq_kgrc C-simulation, int8, KGRC recipe",
     "torch": "torch eager, fp32",
     "ort_fp32": "ONNX Runtime, fp32",
@@ -64,8 +66,8 @@ examples:
 how to read it:
   A ratio of 2 means: twice as fast as torch eager in fp32 with as many threads. On a busy computer
   ratios are still valid, seconds are not: the report gives the load average.
-  The emulation is timed from uint8 frames to probabilities; its peers from a prepared tensor to
-  logits.
+  The emulation and the native backend are timed from uint8 frames to probabilities; their peers
+  from a prepared tensor to logits.
 
 what is kept:
   Compiled programs and ONNX files are cached in ~/.cache/pynq_kgrc/bench (or $XDG_CACHE_HOME), in a
@@ -241,6 +243,8 @@ def compare_engines(network: str, rounds: int, threads: int, simulate: bool) -> 
         measurement.facts["programs"] = made["programs"]
         for engine in made["programs"]:
             jobs[engine] = {**common, "engine": engine, "program": files[engine]}
+            native = engine.replace("emulation", "native")
+            jobs[native] = {**jobs[engine], "engine": native}
         if simulate and "emulation_kgrc" in jobs:
             jobs["csim_kgrc"] = {**jobs["emulation_kgrc"], "engine": "csim_kgrc"}
     except EngineError as error:
@@ -480,8 +484,8 @@ def markdown(doc: dict[str, Any], tasks: bool) -> str:
             "1.00 means: time grows in proportion to frames."
             if scaling
             else "A ratio is torch's time divided by the engine's in the same round; shown is "
-            "the median. The emulation is timed from uint8 frames to probabilities, its peers "
-            "from a tensor to logits. Peak memory counts loading too."
+            "the median. Emulation and native are timed from uint8 frames to probabilities, their "
+            "peers from a tensor to logits. Peak memory counts loading too."
         ),
     ]
     for found in doc["networks"]:

@@ -91,16 +91,21 @@ def children() -> list[str]:
 
 
 def run_emulation(job: dict[str, Any]) -> Run:
-    """The emulation or the C-simulation, from frames to logits and probabilities."""
+    """A backend of this package, from frames to logits and probabilities."""
     from pynq_kgrc.backends.csim import CSimulation
     from pynq_kgrc.backends.emulation.backend import Emulation
+    from pynq_kgrc.backends.native.backend import Native
     from pynq_kgrc.program import load
     from pynq_kgrc.runtime import Session
 
     program = load(job["program"])
-    simulates = job["engine"].startswith("csim")
     config, cores = program.config, job["threads"]
-    session = Session(program, CSimulation(config) if simulates else Emulation(config, cores))
+    kinds = {
+        "emulation": lambda: Emulation(config, cores),
+        "native": lambda: Native(config, cores),
+        "csim": lambda: CSimulation(config),
+    }
+    session = Session(program, kinds[job["engine"].partition("_")[0]]())
     frames = noise(program.clip)
 
     def run() -> Result:
@@ -337,6 +342,8 @@ def noise(clip: Any, seed: int = 0) -> Any:
 ENGINES: dict[str, Callable[[dict[str, Any]], Run]] = {
     "emulation": run_emulation,
     "emulation_kgrc": run_emulation,
+    "native": run_emulation,
+    "native_kgrc": run_emulation,
     "csim_kgrc": run_emulation,
     "torch": run_torch,
     "ort_fp32": run_onnxruntime,

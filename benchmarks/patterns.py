@@ -34,6 +34,14 @@ OPERATIONS = (2.0, 3.0, 4.5, 6.0)
 LATENCY = (1.3, 1.5, 2.0, 3.0, 4.5)
 
 
+HEAD = (
+    "# What a pattern saves on the array",
+    "",
+    "Modelled with memory on 8-sparse by `python benchmarks/patterns.py`; nothing was measured.",
+    "docs/accuracy.md says how to read the tables.",
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """A network pruned by a pattern. Factors over the dense network; None: it is not reached."""
@@ -209,7 +217,7 @@ def write_results(chosen, rows):
         "rows": [asdict(each) for each in rows],
     }
     write(chosen.out.parent, chosen.out.name, json.dumps(document, indent=1) + "\n")
-    lines = "\n".join(tables(rows)).strip() + "\n"
+    lines = "\n".join((*HEAD, *tables(rows))) + "\n"
     write(chosen.out.parent, chosen.out.with_suffix(".md").name, lines)
 
 

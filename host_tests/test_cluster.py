@@ -273,7 +273,7 @@ def test_without_ray_the_error_names_the_extra_to_install(arguments, monkeypatch
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    assert "pip install pynq_kgrc[cluster,serve]" in capsys.readouterr().err
+    assert "pip install '.[cluster,serve]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -1034,12 +1034,22 @@ def steady(document):
 
 
 @needs_ray
-def test_a_program_of_the_package_is_found_by_its_name(monkeypatch):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Serve's own imports
+def test_a_program_of_the_package_is_found_by_its_name(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("pynq_kgrc.cluster.serving.run_cluster", lambda *given: asked.append(given))
     assert main(["cluster", "--emulators", "1", "-p", "utd_mhad27"]) == 0
     layout = asked[0][0]
     assert (layout.name, Path(layout.program).is_file()) == ("utd_mhad27", True)
+
+    def classify(batch, report):
+        asked.append(batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pynq_kgrc.cluster.batch.classify_archive", classify)
+    out = str(tmp_path / "x.parquet")
+    assert main(["batch", str(tmp_path), "-o", out, "-p", "utd_mhad27"]) == 130
+    assert Path(asked[1].program).is_file()
 
 
 def test_emulators_answer_as_one_service_does_and_survive_a_kill(archive, program, tmp_path):

@@ -762,6 +762,7 @@ def test_whole_networks(network, pattern, example_clips):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.network
 def test_whole_i3d(i3d, example_clips):
     """The pretrained network: concats, pools of its own, 64 frames of 224x224."""

@@ -23,7 +23,6 @@ from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.backends.native import library
 from pynq_kgrc.backends.native.backend import Native
 from pynq_kgrc.errors import DeviceError, ProgramError
-from pynq_kgrc.graph import ConvShape
 from pynq_kgrc.program import KgrcWeights, Shortcut, load
 from pynq_kgrc.runtime import Session
 
@@ -309,7 +308,7 @@ def test_a_compiler_that_refuses(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(DeviceError, match="refuses the kernels in C:\nno such standard"):
         library.find_library()
-    assert not [path for path in (tmp_path / "pynq_kgrc" / "native").iterdir()]
+    assert not list((tmp_path / "pynq_kgrc" / "native").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -397,7 +396,7 @@ def test_sanitizers(kinds, tmp_path):
         import test_native
         for name in library.INSTRUCTIONS:
             if library.load_library().kgrc_instructions(name.encode()):
-                for seed in range(60):
+                for seed in range(21):
                     test_native.check_random(seed, name)
         print("all equal")
         """

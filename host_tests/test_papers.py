@@ -1,5 +1,6 @@
 """docs/papers.md: each claim has a verdict, and each name that it gives is one of the package."""
 
+import json
 import re
 from importlib import import_module
 
@@ -86,3 +87,22 @@ def test_faults_are_found(row, fault):
     assert [fault in each for each in faults(page)] == [True]
     right = "| a | same | `groups.split` | |"
     assert list(faults(page.replace(row, right))) == []
+
+
+def test_the_tables_of_patterns_are_those_of_the_results(monkeypatch):
+    """docs/accuracy.md shows what benchmarks/patterns.py wrote."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    patterns = import_module("patterns")
+    results = json.loads(patterns.RESULTS.read_text("utf-8"))
+    rows = [patterns.Row(**row) for row in results["rows"]]
+    lines = list(patterns.tables(rows))
+    assert (
+        patterns.RESULTS.with_suffix(".md").read_text("utf-8").strip() == "\n".join(lines).strip()
+    )
+    shown = (ROOT / "docs" / "accuracy.md").read_text("utf-8").splitlines()
+    tables = [line for line in lines if line.startswith("| ")]
+    assert len(tables) > 20
+    assert [line for line in tables if line not in shown] == []
+    # the array cannot use KRP: as many MACs as dense, and no time saved
+    krp = [row for row in rows if row.pattern == "krp" and row.macs is not None]
+    assert krp and all(row.macs == row.latency == 1 for row in krp)

@@ -357,7 +357,7 @@ def test_weights_of_powers_of_two_take_few_bits(bits, top, tmp_path):
     changed = msgspec.structs.replace(program, tasks=tasks)
     changed.save(few)
     read = load(few)
-    assert read.version == 4
+    assert read.version == 5
     for ours, theirs in zip(read.tasks, tasks, strict=True):
         if isinstance(ours, ConvTask):
             np.testing.assert_array_equal(ours.weights.values, theirs.weights.values)
@@ -367,12 +367,12 @@ def test_weights_of_powers_of_two_take_few_bits(bits, top, tmp_path):
     last.reshape(-1)[0] = 3
     other = with_values(tasks[-1], lambda _: last)
     msgspec.structs.replace(program, tasks=(*tasks[:-1], other)).save(plain)
-    assert load(plain).version == 3
+    assert load(plain).version == 4
     count = sum(task.weights.values.size for task in tasks if isinstance(task, ConvTask))
     saved = {8: 4, 4: 1}[bits] * count / 8
     assert plain.stat().st_size - few.stat().st_size == pytest.approx(saved, abs=100)
     with_document(few, set_in("config", "bits", value=16))
-    with pytest.raises(ProgramError, match="version 4 is for designs of 8 or 4 bits"):
+    with pytest.raises(ProgramError, match="version 5 is for designs of 8 or 4 bits"):
         load(few)
 
 

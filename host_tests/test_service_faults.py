@@ -733,4 +733,4 @@ def test_the_command_line_says_what_is_missing(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "pip install pynq_kgrc[serve]" in done.stderr
+    assert "pip install '.[serve]'" in done.stderr

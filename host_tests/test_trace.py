@@ -19,11 +19,14 @@ from pynq_kgrc.analysis.description import describe
 from pynq_kgrc.cli import build
 from pynq_kgrc.cli.info import summary
 from pynq_kgrc.compiler.lower import lower
+from pynq_kgrc.compiler.network import compile_graph
 from pynq_kgrc.compress.calibrate import choose_quant
 from pynq_kgrc.errors import CompileError
 from pynq_kgrc.graph import ClipSpec, Graph, run_float
 from pynq_kgrc.models import c3d, i3d, r2plus1d
 from pynq_kgrc.models.trace import trace
+from pynq_kgrc.program import load
+from pynq_kgrc.runtime import Session
 
 CLIP = ClipSpec(frames=4, height=7, width=6, short_side=8)
 FLAT = replace(CLIP, frames=1)
@@ -435,6 +438,11 @@ class Gate(nn.Module):
         return x * torch.sigmoid(x)
 
 
+class TwoInputs(nn.Module):
+    def forward(self, slow, fast):
+        return slow + fast
+
+
 def data_dependent(self, x):
     return self.a(x) if x.sum() > 0 else x
 
@@ -692,8 +700,31 @@ def test_what_moves_elements_or_holds_constants_computes_what_torch_does(name):
     assert wanted is None or found == wanted
 
 
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_moved_as_they_are(bits, method):
+    """A shift, and half of the channels: the same codes at other places, zeros apart."""
+    torch.manual_seed(1)
+    shift = Shift()
+    network = Net(lambda s, x: s.b(shift(s.a(x))[:, :4]), a=conv(3, 8, padding=1), b=conv(4, 4))
+    with torch.no_grad():
+        network.a.weight[4:] *= 3
+    frames = np.random.default_rng(0).integers(0, 256, (4, 7, 6, 3), dtype=np.uint8)
+    program = compile_graph(
+        trace(network.eval(), CLIP), [frames], small_config(bits), method=method
+    )
+    with Session(program) as session:
+        codes = {name: found for name, found, _ in session.trace(frames)}
+    zero = program.tasks[1].in_zero
+    shifted = np.full_like(codes["a"][:4], zero)
+    shifted[:2, :-1] = codes["a"][:2, 1:]
+    shifted[2:4, 1:] = codes["a"][2:4, :-1]
+    assert int(shifted.max()) - int(shifted.min()) >= 3
+    np.testing.assert_array_equal(codes["a.moved"], shifted)
+
+
 @pytest.mark.parametrize("kind", [nn.Softmax, nn.LogSoftmax])
-def test_a_softmax_at_the_end_is_left_out_and_the_graph_says_so(kind):
+def test_a_softmax_at_the_end_is_left_out_and_the_graph_says_so(kind, tmp_path):
     head = chain(conv(), nn.AdaptiveAvgPool3d(1), kind(1), nn.AdaptiveAvgPool3d(1), nn.Flatten())
     graph = trace(head, CLIP)
     assert graph.softmax
@@ -702,6 +733,19 @@ def test_a_softmax_at_the_end_is_left_out_and_the_graph_says_so(kind):
     assert not logits.softmax
     values = np.random.default_rng(0).normal(size=(3, 4, 7, 6)).astype(np.float32)
     assert np.array_equal(run_float(graph, values), run_float(logits, values))
+    frames = np.random.default_rng(0).integers(0, 256, (4, 7, 6, 3), dtype=np.uint8)
+    for traced in (graph, logits):
+        program = compile_graph(traced, [frames], small_config(16))
+        program.save(tmp_path / "net.kgrc")
+        assert load(tmp_path / "net.kgrc").softmax == traced.softmax
+        assert (
+            "; the runtime applies its soft-max" in summary(describe(program))
+        ) == traced.softmax
+        with Session(program) as session, torch.no_grad():
+            found = session.run(frames).probabilities
+            network = head if kind is nn.Softmax else chain(*head[:2], nn.Softmax(1), nn.Flatten())
+            wanted = network(torch.from_numpy(CLIP.normalise(frames))[None]).numpy().ravel()
+        np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 REFUSALS = {
@@ -730,6 +774,18 @@ REFUSALS = {
     "softmax inside": (
         chain(nn.AdaptiveAvgPool3d(1), nn.Softmax(1), conv(kernel=1)),
         "a soft-max inside the network at 1 .*the last step of the network",
+    ),
+    "softmax twice": (
+        chain(nn.AdaptiveAvgPool3d(1), nn.Softmax(1), nn.Softmax(1)),
+        "a soft-max inside the network at 1",
+    ),
+    "softmax, then padding": (
+        Net(lambda s, x: F.pad(s.a(x).mean((2, 3, 4)).softmax(1), (0, 2)), a=conv()),
+        "a soft-max inside the network at top level",
+    ),
+    "softmax, then some of its classes": (
+        Net(lambda s, x: s.a(x).mean((2, 3, 4)).softmax(1)[:, :2], a=conv()),
+        "a soft-max inside the network at top level",
     ),
     "softmax of each pixel": (chain(conv(), nn.Softmax(1)), "a soft-max inside the network at 1"),
     "layer norm": (chain(nn.LayerNorm(6)), "no layer_norm at 0 .*use BatchNorm"),
@@ -851,6 +907,10 @@ REFUSALS = {
         "conv3d has weights that depend on the clip at top level",
     ),
     "two outputs": (Net(lambda s, x: (s.a(x), x), a=conv()), "the output has to be one tensor"),
+    "two inputs": (
+        TwoInputs(),
+        r"TwoInputs: its forward takes 2 inputs \(slow, fast\); wrap it in a module that takes one",
+    ),
     "a dict": (Net(lambda s, x: {"logits": s.a(x)}, a=conv()), "the output has to be one tensor"),
     "a constant": (
         Net(lambda s, x: s.a.weight * 2, a=conv()),

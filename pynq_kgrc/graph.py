@@ -295,6 +295,19 @@ class Graph:
         )
 
 
+def moves_only(layer: Layer) -> bool:
+    """Whether a layer is a convolution that copies elements: at most a one in each filter."""
+    shape, weight = layer.shape, layer.weight
+    if layer.op != CONV or not isinstance(shape, ConvShape) or weight is None:
+        return False
+    if shape.own_weights != shape.filters or layer.activation != "none":
+        return False
+    ones = weight.reshape(len(weight), -1)
+    if layer.bias is not None and layer.bias.any():
+        return False
+    return bool(np.all((ones == 0) | (ones == 1)) and np.all(ones.sum(axis=1) <= 1))
+
+
 def activate(values: Array, activation: str) -> Array:
     """Apply an activation of `ACTIVATIONS` to reals."""
     low, high = ACTIVATIONS[activation]

@@ -32,6 +32,7 @@ def describe(program: Program) -> ProgramDescription:
         macs_array=sum(map(program.array_macs, convolutions)),
         tasks=tuple(_describe_task(program, task) for task in program.tasks),
         folded=UNSET if program.fold is None else list(program.fold.kernel),
+        softmax=True if program.softmax else UNSET,
     )
 
 

@@ -64,6 +64,8 @@ class ProgramDescription(msgspec.Struct, frozen=True, kw_only=True):
     folded: list[int] | UnsetType = UNSET
     """Taps of the first convolution along depth, height and width that the host writes as channels
     of the clip; unset if it writes the clip as it is."""
+    softmax: bool | UnsetType = UNSET
+    """True if the network ended with a soft-max, which the runtime applies instead; else unset."""
     fidelity: FidelityDescription | UnsetType = UNSET
     path: str | UnsetType = UNSET
     """The file that it was written to."""

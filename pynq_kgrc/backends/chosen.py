@@ -96,8 +96,8 @@ def resolve_backend(name: str) -> str:
 def choose_backend(fallback: str | None = None) -> Chosen:
     """The board if there is one with an overlay, else `fallback`; the reason is one sentence.
 
-    Without `fallback` it is `software_backend`. PYNQ_KGRC_BACKEND and PYNQ_KGRC_SIMULATE decide instead where they are set. No device is
-    programmed or opened here.
+    Without `fallback` it is `software_backend`. PYNQ_KGRC_BACKEND and PYNQ_KGRC_SIMULATE decide
+    instead where they are set. No device is programmed or opened here.
 
     Raises:
         DeviceError: the manifest of an overlay is invalid.

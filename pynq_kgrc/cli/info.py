@@ -72,12 +72,13 @@ def summary(document: ProgramDescription) -> str:
     unit, symbol = (1e9, "GMAC") if document.macs_dense >= 1e9 else (1e6, "MMAC")
     taps = "" if document.folded is msgspec.UNSET else "x".join(map(str, document.folded))
     folded = f"; {taps} taps of {document.tasks[0].name} are written as channels" if taps else ""
+    softmax = "; the runtime applies its soft-max" if document.softmax is True else ""
     array = 0 if document.macs_array is msgspec.UNSET else document.macs_array
     return (
         f"{document.name} for {document.accelerator} ({document.bits} bits, "
         f"digest {document.accelerator_digest})\n"
         f"clip {clip.frames} x {clip.height} x {clip.width}, "
-        f"{document.classes or 'unnamed'} classes{folded}\n"
+        f"{document.classes or 'unnamed'} classes{folded}{softmax}\n"
         f"weights {document.weight_bytes / 1e6:.1f} MB, activations at their peak "
         f"{document.activation_peak_bytes / 1e6:.1f} MB\n"
         f"on the array {array / unit:.2f} {symbol}, zeros in kernel groups included\n"

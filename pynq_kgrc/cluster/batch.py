@@ -24,8 +24,8 @@ import ray
 import ray.data
 
 from pynq_kgrc.backends.base import BACKENDS, backend_class
-from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.backends.cores import available_cores
+from pynq_kgrc.backends.emulation.backend import Emulation
 from pynq_kgrc.cluster.archive import (
     ArchiveSettings,
     File,

@@ -25,6 +25,7 @@ from pynq_kgrc.graph import (
     Graph,
     Layer,
     activate,
+    moves_only,
     run_float,
 )
 from pynq_kgrc.quant import (
@@ -145,7 +146,8 @@ def tie(graph: Graph) -> dict[str, str]:
     """For each tensor the tensor whose format it shares.
 
     The parts of a concat are in one buffer and share a format. Input and output of a max pool
-    share one too: the pool then selects codes, which is exact.
+    share one too: the pool then selects codes, which is exact. So do those of a convolution that
+    only moves elements.
     """
     parent = {layer.name: layer.name for layer in graph.layers}
 
@@ -155,7 +157,7 @@ def tie(graph: Graph) -> dict[str, str]:
         return name
 
     for layer in graph.layers:
-        if layer.op in (CONCAT, MAX_POOL):
+        if layer.op in (CONCAT, MAX_POOL) or moves_only(layer):
             for name in layer.inputs:
                 parent[root(name)] = root(layer.name)
     return {name: root(name) for name in parent}

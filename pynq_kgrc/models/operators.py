@@ -62,7 +62,10 @@ def read_operators(
     single = out_spec is not None and out_spec.is_leaf()
     last = nodes.get(str(signature.user_outputs[0])) if single else None
     if last is None or last not in reader.names:
-        raise CompileError(f"{name}: the output has to be one tensor that depends on the clip")
+        raise CompileError(
+            f"{name}: the output has to be one tensor that depends on the clip; return one of "
+            f"several, or torch.cat of maps of one size on axis 1"
+        )
     return reader.steps, reader.names[last], rank
 
 

@@ -189,7 +189,8 @@ class Reader:
         named = [read for read in step.inputs if isinstance(read, str)]
         soft = [read for read in named if self.values[read].softmax]
         if soft:  # only views of a soft-max are its soft-max
-            if value.draft is not self.values[soft[0]].draft or value.index is not None:
+            same = value.draft is self.values[soft[0]].draft and step.op != "softmax"
+            if not same or value.index is not None or value.padded:
                 raise self.refusal(self.steps[soft[0]], SOFTMAX_INSIDE, INSTEAD["softmax"])
             value = replace(value, softmax=True)
         self.values[step.name] = value
@@ -847,7 +848,9 @@ def _clamp(reader: Reader, step: Step) -> Value:
     activation = {known: name for name, known in ACTIVATIONS.items()}.get((low, high), "none")
     if activation == "none":
         raise reader.refusal(step, f"a clamp to {low}..{high}", "ReLU or ReLU6")
-    value = reader.whole(step) if value.fill else value
+    zero_moves = (low is not None and low > 0) or (high is not None and high < 0)
+    if value.fill or (zero_moves and (value.padded or value.index is not None)):
+        value = reader.gathered(step, value)
     positive = low is not None and low >= 0
     return _scale(reader, step, value, activation=activation, positive=positive)
 

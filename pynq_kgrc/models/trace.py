@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,17 @@ def _export(module: nn.Module, clip: ClipSpec, name: str) -> ExportedProgram:
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 kind = "" if attempt.dtype == torch.float32 else f" ({attempt.dtype})"
                 reasons.append(f"for an input of {list(attempt.shape)}{kind}: {first}")
+    inputs = [
+        parameter.name
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(inputs) > 1:
+        raise CompileError(
+            f"{name}: its forward takes {len(inputs)} inputs ({', '.join(inputs)}); wrap it in a "
+            f"module that takes one clip and slices it, such as net(x[:, :, ::4], x)"
+        )
     hint = (
         "" if kinds in ([], [torch.float32]) else f"; try {name}.float(), which has one precision"
     )

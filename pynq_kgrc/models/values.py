@@ -21,6 +21,10 @@ from pynq_kgrc.quant import Array, QuantParams
 
 Shape = tuple[int, ...]
 
+MAX_WEIGHTS = 1 << 27
+"""Most weights of a convolution that only moves elements: a crop of a large map needs a large
+kernel."""
+
 NO_PADDING: Size = (0, 0, 0)
 
 FRAMES = (1, 0, 2, 3)
@@ -260,6 +264,8 @@ def find_selection(draft: LayerDraft, index: Array) -> Selection | None:
         kernel.append(length)
         before.append(first)
         after.append(last)
+    if len(index) * draft.channels * math.prod(kernel) > MAX_WEIGHTS:
+        return None
     taps = offsets + np.array(before)[:, None]
     weight = np.zeros((len(index), draft.channels, *kernel), np.float32)
     weight[channels, source[0], taps[0], taps[1], taps[2]] = 1

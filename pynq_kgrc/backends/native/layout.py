@@ -30,6 +30,7 @@ DOT_BYTES = 256
 INPUT_BYTES = 192 << 10
 """Bytes of padded input that a job reads again for each block of filters; they fit a L2 cache."""
 
+GATHERED_TAPS, GATHERED_WIDTH = 9, 16
 GATHERED_ROWS, GATHERED_BYTES = 1200, 400 << 10
 """Most rows of elements that are gathered for a region, and about the bytes of all."""
 
@@ -183,7 +184,7 @@ class Axis:
 
 
 def _tap_offsets(axes: list[Axis]) -> tuple[Array, int]:
-    """int64 [taps]: elements from an output's position to a tap in plane 0; and those of a plane."""
+    """int64 [taps]: elements from an output's position to a tap of plane 0; those of a plane."""
     d, h, w = axes
     volume = d.length * h.length * w.length
     phase = (d.phases[:, None, None] * h.stride + h.phases[:, None]) * w.stride + w.phases
@@ -318,8 +319,15 @@ def _vectors(count: int, lanes: int) -> int:
 
 
 def _gathers(task: ConvTask, planes: int) -> bool:
-    """Whether the elements of a region are gathered: not for a pool, nor if they fit no cache."""
-    return task.pool is None and planes * task.shape.taps <= GATHERED_ROWS
+    """Whether the elements of a region are gathered: where that was measured to be faster.
+
+    Not for a pool, not if they fit no cache, not for one tap, whose elements are read in order
+    anyway, and not for many taps along long rows, where one load from a cache serves several taps.
+    """
+    taps, width = task.shape.taps, task.shape.out_size[2]
+    if task.pool is not None or planes * taps > GATHERED_ROWS:
+        return False
+    return 1 < taps <= GATHERED_TAPS or width <= GATHERED_WIDTH
 
 
 def _adds_sets(steps: _Steps) -> bool:
@@ -373,14 +381,16 @@ def _set_scaling(laid: LaidOut, made: _Scaling, task: ConvTask, bias: Array) -> 
         laid.maps["shortcut"] = task.shortcut.source
 
 
-def _region_rows(rows: int, columns: int, most: int, lanes: int) -> int:
-    """Rows of a region, at most `most` and at least half of that: with the fewest vectors in all."""
+def _region_rows(rows: int, columns: int, most: int, unit: int) -> int:
+    """Rows of a region, at most `most` and at least half of that: so that the fewest positions are
+    computed, which come in a `unit`.
+    """
 
-    def vectors(region: int) -> int:
+    def units(region: int) -> int:
         whole, rest = divmod(rows, region)
-        return whole * ceil_div(region * columns, lanes) + ceil_div(rest * columns, lanes)
+        return whole * ceil_div(region * columns, unit) + ceil_div(rest * columns, unit)
 
-    return min(range(most, (most - 1) // 2, -1), key=vectors)
+    return min(range(most, (most - 1) // 2, -1), key=units)
 
 
 def _set_outputs(made: Convolution, task: ConvTask, axes: list[Axis], gathers: bool) -> None:
@@ -409,7 +419,8 @@ def _set_jobs(
     if gathers:
         row_bytes = 4 * planes * math.prod(kernel) * made.out[2]
         most = max(1, min(made.out[1], GATHERED_BYTES // row_bytes))
-        made.region_rows = _region_rows(made.out[1], made.out[2], most, instructions.lanes)
+        unit = made.tile if made.call_sets else instructions.lanes
+        made.region_rows = _region_rows(made.out[1], made.out[2], most, unit)
     else:
         row_bytes = 4 * planes * made.input.length[2] * (kernel[0] + made.pool[0] - 1)
         rows = max(1, min(made.out[1], INPUT_BYTES // row_bytes))
@@ -465,7 +476,9 @@ def _lay_out_pool(program: Program, task: PoolTask) -> LaidOut:
     same = (task.mult, task.shift) == (1 << 14, 14) and task.in_zero == task.out.zero_point
     made.rescales = int(task.average or not same)
     laid = LaidOut(made, {"source": task.source, "target": task.target})
-    laid.scratch_bytes = shape.in_size[2] * QUAD * made.code_bytes
+    plane = shape.in_size[1] * shape.in_size[2]
+    span = shape.in_size[2] + sum(pad[2] for pad in (shape.pad_before, shape.pad_after))
+    laid.scratch_bytes = (plane + span + 2 * shape.out_size[2]) * QUAD * made.code_bytes
     return laid
 
 

@@ -8,7 +8,8 @@ const KEPT = "kgrc.results"; // in localStorage: results only
 const MOST_KEPT = 20;
 const THUMBS = 8; // pictures on a timeline
 const PATIENCE = 60000; // ms for one of them, and for an answer about a job
-const BACKENDS = { emulate: "its bit-exact emulation", csim: "its C simulation", board: "the board" };
+const BACKENDS = { emulate: "its bit-exact emulation", native: "its bit-exact emulation in C", csim: "its C simulation",
+  board: "the board" };
 
 let programs = [];
 let backend = "";
