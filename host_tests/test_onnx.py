@@ -139,6 +139,14 @@ def test_options_that_do_not_fit_a_file(case, video, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_without_onnx_the_cure_is_named(video, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pynq_kgrc.models.onnx_trace", raising=False)
+    monkeypatch.setitem(sys.modules, "pynq_kgrc.models.onnx_file", None)
+    arguments = ["compile", str(FLOAT[0]), *NORMALISED, "--clips", video]
+    assert main([*arguments, "-o", str(tmp_path / "net.kgrc")]) == 2
+    assert "pip install pynq_kgrc[onnx]" in capsys.readouterr().err
+
+
 def test_a_network_of_torch_takes_no_mean(video, tmp_path, capsys):
     assert main(["compile", "c3d", *NORMALISED, "--clips", video, "-o", str(tmp_path / "x")]) == 2
     assert "--mean beside c3d" in capsys.readouterr().err

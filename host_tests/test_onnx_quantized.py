@@ -143,6 +143,22 @@ def test_more_bits_than_the_design_are_refused():
     assert message.startswith("clip: ") and "-128 to 127" in message and "more bits" in message
 
 
+def wide(tmp_path, zero):
+    """Codes of 16 bits, which the standard has from opset 21 on."""
+    nodes = [*coded("x", "clip", "s16", "z16"), *WEIGHT, *CONV, *coded("y", "c", "s16", "z16")]
+    held = {"s16": np.float32(0.001), "z16": np.int16(zero)}
+    return saved(tmp_path, nodes, held, opset=21)
+
+
+def test_codes_of_16_bits(tmp_path):
+    _, program, frames = compiled(wide(tmp_path, 0), "16-sparse")
+    (found,) = compare(tmp_path / "net.onnx", program, frames, 4)
+    assert found.worst <= 1
+    message = refused(wide(tmp_path, 100), "16-sparse")
+    assert "with zero point 100" in message and "symmetric, with a zero point of 0" in message
+    assert "use more bits" in refused(wide(tmp_path, 0), "8-sparse")
+
+
 FLOAT = TensorProto.FLOAT
 BASE = {
     "s": np.float32(0.05),

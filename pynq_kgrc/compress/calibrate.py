@@ -376,10 +376,12 @@ def _fitted(
     low, high = limits[0] - shift, limits[1] - shift
     fitted = QuantParams(bits, quant.scale, quant.zero_point - shift)
     if low < fitted.min or high > fitted.max or not fitted.min <= fitted.zero_point <= fitted.max:
+        cure = "quantize it symmetric, with a zero point of 0" if shift else "use more bits"
+        zero = " with zero point 0" if bits == 16 else ""
         raise CompileError(
             f"{name}: the network codes it as {limits[0]} to {limits[1]} with zero point "
-            f"{quant.zero_point}, a design of {bits} bits has {fitted.min} to {fitted.max}; "
-            f"use a design of more bits"
+            f"{quant.zero_point}, a design of {bits} bits has {fitted.min} to {fitted.max}{zero}; "
+            f"{cure}"
         )
     return fitted, (low, high)
 
