@@ -81,6 +81,8 @@ class Serving:
 
     def __init__(self, *arguments, state, program=None, log=None):
         command = [sys.executable, "-m", "pynq_kgrc.cli", "serve", "--json", "--port", "0"]
+        if "--backend" not in arguments:  # "auto" would be the simulated board of conftest.py
+            command += ["--backend", "emulate"]
         command += ["--state", str(state), *map(str, arguments)]
         if program is not None:
             command += ["--program", str(program)]

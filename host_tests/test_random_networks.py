@@ -91,9 +91,9 @@ def test_a_dozen_random_networks(start):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_three_random_networks_that_move_elements():
+def test_two_random_networks_that_move_elements():
     """Slices, shuffles, shifts, padding and frames as a batch, between the other steps."""
-    assert_most_compile(range(3), moving=True)
+    assert_most_compile(range(2), moving=True)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

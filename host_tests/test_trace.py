@@ -693,7 +693,18 @@ for network, _ in MOVED.values():
     network.h = torch.linspace(1, 2, 4).view(4, 1, 1, 1)
 
 
-@pytest.mark.parametrize("name", MOVED)
+SLOW = (
+    *("a crop", "one frame", "two of three channels", "unbound", "padding before a norm"),
+    *("padding before a mean", "a padded output", "negative", "pools that do nothing"),
+    *("linear over channels last, then a mean", "split, and each part used", "constants first"),
+    *("sum over pixels", "uneven adaptive pool of equal windows", "channels last and back"),
+)
+"""Cases whose code others go through as well."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MOVED]
+)
 def test_what_moves_elements_or_holds_constants_computes_what_torch_does(name):
     module, wanted = MOVED[name]
     found = ops(same_as_torch(module))
@@ -1054,9 +1065,9 @@ def test_operations_are_counted_as_torch_counts_them():
 def test_random_weights_are_told(monkeypatch, capsys, tmp_path):
     module = nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
     monkeypatch.setattr("pynq_kgrc.models.find_network", lambda name: (lambda: module, CLIP))
-    options = Namespace(
-        network="c3d", classes=None, weights=None, labels=None, sampling=None, rate=None
-    )
+    unset = ["classes", "weights", "labels", "sampling", "rate", "partial", "mean", "std"]
+    unset += ["short_side", "step", "size"]
+    options = Namespace(network="c3d", **dict.fromkeys(unset))
     build._trace(options)
     assert capsys.readouterr().err == "no --weights: c3d has seeded random weights\n"
     build._trace(Namespace(**vars(options) | {"network": "mine:network"}))

@@ -110,7 +110,7 @@ struct instructions {
   X(172) X(177) X(178) X(180) X(184) X(195) X(197) X(198) X(201) X(202) \
   X(204) X(209) X(210) X(212) X(216) X(225) X(226) X(228) X(232) X(240)
 
-/* The numbers of vectors 1 to N for a number of rows: see SHAPES of vectors_*.h. */
+/* The numbers of vectors 1 to N for a number of rows: see SHAPES of each set. */
 #define UP_TO_1(X, rows) X(rows, 1)
 #define UP_TO_2(X, rows) UP_TO_1(X, rows) X(rows, 2)
 #define UP_TO_3(X, rows) UP_TO_2(X, rows) X(rows, 3)
