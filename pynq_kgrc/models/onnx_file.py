@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, TypeProto, checker, helper, inliner, numpy_helper
+from onnx import (
+    ModelProto,
+    NodeProto,
+    TypeProto,
+    checker,
+    helper,
+    inliner,
+    numpy_helper,
+)
 from onnx import shape_inference as inference
 from onnx.defs import SchemaError, get_schema, onnx_opset_version
 from onnx.reference import ReferenceEvaluator
@@ -105,6 +113,18 @@ def read_file(path: Path, shape: Shape | None = None) -> Network:
         CompileError: more than one input.
     """
     model = _load(path)
+    try:
+        return _read_model(model, path, shape)
+    except DAMAGED as error:
+        raise _unreadable(path, error) from error
+
+
+DAMAGED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What the package onnx raises on fields of a damaged file that its checker does not look at: names
+that are no text, tensors of another size or type than they say."""
+
+
+def _read_model(model: ModelProto, path: Path, shape: Shape | None) -> Network:
     graph, name = model.graph, path.name
     opset = _opset(model, name)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -135,7 +155,7 @@ def clip_shape(path: Path) -> tuple[int | None, ...]:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise _unreadable(path, error) from error
-    held = {tensor.name for tensor in model.graph.initializer}
+    held = {str(tensor.name) for tensor in model.graph.initializer}
     feeds = [value for value in model.graph.input if value.name not in held]
     if len(feeds) != 1:
         raise CompileError(f"{path.name}: {len(feeds)} inputs; accepted is one, the clip")
@@ -247,7 +267,11 @@ def _read_node(
     """Compute a node of constants, or append it and infer the shapes of what it makes."""
     constants = network.constants
     reads = [name for name in proto.input if name]
-    attributes = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
+    values = {a.name: helper.get_attribute_value(a) for a in proto.attribute}
+    attributes = {
+        key: value.decode(errors="replace") if isinstance(value, bytes) else value
+        for key, value in values.items()
+    }
     place = f"node {proto.name or proto.output[0] or number}"
     if proto.op_type == "Shape" and network.shapes.get(reads[0]) is not None:
         whole = np.array(network.shapes[reads[0]], np.int64)
@@ -460,8 +484,7 @@ def quant_bounds(bits: Array, attributes: dict[str, Any], place: str) -> tuple[i
         CompileError: bits that are not one whole number from 2 to 16, or a rounding that is not
             to the nearest.
     """
-    mode = attributes.get("rounding_mode", b"ROUND")
-    mode = mode.decode() if isinstance(mode, bytes) else mode
+    mode = str(attributes.get("rounding_mode", "ROUND"))
     if mode.upper() not in ("ROUND", "HALF_EVEN"):
         raise CompileError(f"{place}: rounding mode {mode}; accepted is ROUND")
     if np.size(bits) != 1 or not 2 <= float(np.ravel(bits)[0]) <= 16 or np.ravel(bits)[0] % 1:

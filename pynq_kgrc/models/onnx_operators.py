@@ -15,7 +15,7 @@ import numpy as np
 from onnx import helper
 
 from pynq_kgrc.errors import CompileError
-from pynq_kgrc.models.onnx_file import Network, Node, Shape, quant_bounds
+from pynq_kgrc.models.onnx_file import DAMAGED, Network, Node, Shape, quant_bounds
 from pynq_kgrc.models.steps import CLIP, LOWEST, Step
 from pynq_kgrc.models.values import Code
 from pynq_kgrc.quant import BITS, Array, QuantParams
@@ -84,7 +84,12 @@ class Reader:
             for name in node.outputs[1:]:
                 self.names[name] = self.names[node.outputs[0]]
             return
-        parts = OPERATORS[node.op](self, node)
+        try:
+            parts = OPERATORS[node.op](self, node)
+        except DAMAGED as error:
+            # an attribute or constant of another kind than the operator has
+            what = f"{node.op} that cannot be read ({type(error).__name__}: {error})"
+            raise self.refusal(node, what) from error
         if parts is not None:
             unread = [name for name in node.outputs[1:] if name and self._is_read(name)]
             if unread:
@@ -177,11 +182,13 @@ def _window(reader: Reader, node: Node, kernel: list[int]) -> dict[str, Any]:
     stride = [int(n) for n in given.get("strides", [1] * axes)]
     dilation = [int(n) for n in given.get("dilations", [1] * axes)]
     pads = [int(n) for n in given.get("pads", [0] * 2 * axes)]
-    auto = given.get("auto_pad", b"NOTSET").decode()
+    auto = str(given.get("auto_pad", "NOTSET"))
     if auto in ("SAME_UPPER", "SAME_LOWER"):
         pads = _same(sides, kernel, stride, dilation, auto)
     elif auto == "VALID":
         pads = [0] * 2 * axes
+    elif auto != "NOTSET":
+        raise reader.refusal(node, f"auto_pad {auto}", "NOTSET, VALID, SAME_UPPER or SAME_LOWER")
     if len(stride) != axes or len(dilation) != axes or len(pads) != 2 * axes:
         raise reader.refusal(node, f"strides {stride}, dilations {dilation}, pads {pads}")
     if min(pads) < 0 or min(*stride, *dilation, *kernel) < 1:
@@ -431,7 +438,7 @@ def _pad(reader: Reader, node: Node) -> Parts:
     widths = [(0, 0)] * rank
     for place, axis in enumerate(over):
         widths[axis] = ends[place], ends[place + len(over)]
-    mode = node.attributes.get("mode", b"constant").decode()
+    mode = str(node.attributes.get("mode", "constant"))
     value = 0.0 if fill is None else float(np.ravel(fill)[0])
     return "pad", node.inputs[:1], {"widths": widths, "fill": value, "mode": mode}
 

@@ -798,7 +798,11 @@ def _linear_map(
 ) -> Value:
     """value * gain + offset; both broadcast to the value and are one number for each channel."""
     gain, offset = np.asarray(gain, np.float64), np.asarray(offset, np.float64)
-    if np.broadcast_shapes(gain.shape, offset.shape, value.shape) != value.shape:
+    try:
+        whole = np.broadcast_shapes(gain.shape, offset.shape, value.shape)
+    except ValueError:  # no common shape, or a larger one than numpy has
+        whole = ()
+    if whole != value.shape:
         what = f"{_word(step)} of {list(value.shape)} with {list(gain.shape or offset.shape)}"
         raise reader.refusal(step, what, "constants that broadcast to the map")
     if offset.any() or value.fill:
