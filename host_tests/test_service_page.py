@@ -418,8 +418,9 @@ def test_the_page_uses_the_webcam(service, page):
 
 
 @pytest.mark.slow
-def test_who_knows_nothing_gets_a_right_label_with_one_click(page, folder):
+def test_who_knows_nothing_gets_a_right_label_with_one_click(page, folder, monkeypatch):
     """Of a plain `pynq-kgrc serve`, with the program that ships."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))  # without I3D, which would be first
     with Serving(state=folder / "plain") as plain:
         visit(page, plain)
         assert "depth camera" in page.inner_text("#about")
