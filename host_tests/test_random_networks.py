@@ -79,8 +79,12 @@ def assert_right(seed: int, moving: bool = False) -> str:
 
 
 def assert_most_compile(seeds, moving: bool = False) -> None:
+    """At least nine of ten; of those that move elements at least eight.
+
+    A crop whose side is padded again, for example, is no selection, and is refused by name.
+    """
     outcomes = Counter(assert_right(seed, moving) for seed in seeds)
-    assert outcomes["right"] > 0.9 * len(seeds), outcomes
+    assert outcomes["right"] > (0.8 if moving else 0.9) * len(seeds), outcomes
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
