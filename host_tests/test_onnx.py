@@ -144,7 +144,7 @@ def test_without_onnx_the_cure_is_named(video, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynq_kgrc.models.onnx_file", None)
     arguments = ["compile", str(FLOAT[0]), *NORMALISED, "--clips", video]
     assert main([*arguments, "-o", str(tmp_path / "net.kgrc")]) == 2
-    assert "pip install pynq_kgrc[onnx]" in capsys.readouterr().err
+    assert "pip install '.[onnx]' in the folder of the source" in capsys.readouterr().err
 
 
 def test_a_network_of_torch_takes_no_mean(video, tmp_path, capsys):

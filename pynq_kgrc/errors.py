@@ -46,3 +46,8 @@ class DeviceError(KgrcError):
 
 class VideoError(KgrcError):
     """Bytes that are not a video, or a video without a frame."""
+
+
+def to_install(extra: str) -> str:
+    """What installs an extra of setup.py: the package is on no index."""
+    return f"pip install '.[{extra}]' in the folder of the source"

@@ -16,7 +16,7 @@ import numpy as np
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import task_cost
 from pynq_kgrc.accelerator.header import STATUS
-from pynq_kgrc.errors import DeviceError, ProgramError
+from pynq_kgrc.errors import DeviceError, ProgramError, to_install
 from pynq_kgrc.graph import Size
 from pynq_kgrc.program import Program, Slot, Task
 from pynq_kgrc.quant import Array, code_dtype
@@ -389,7 +389,7 @@ def backend_class(name: str) -> Any:
     except (ImportError, OSError) as error:
         raise DeviceError(
             f"the backend {name} cannot be used here: {error}; on a PYNQ image run in its own "
-            f"environment, elsewhere install pynq_kgrc[board]"
+            f"environment, elsewhere {to_install('board')}"
         ) from error
 
 

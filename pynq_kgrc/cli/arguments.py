@@ -109,12 +109,12 @@ def check_plot(path: Path) -> None:
     """
     from importlib.util import find_spec
 
-    from pynq_kgrc.errors import ConfigError
+    from pynq_kgrc.errors import ConfigError, to_install
 
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot {path}: use a name that ends in .png, .svg or .pdf")
     if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'pynq_kgrc[plots]'")
+        raise ConfigError(f"--plot needs matplotlib: {to_install('plots')}")
 
 
 def readable(text: object) -> str:

@@ -24,7 +24,7 @@ from pynq_kgrc.cli.arguments import (
     whole,
 )
 from pynq_kgrc.cli.info import print_description, summary
-from pynq_kgrc.errors import ConfigError, KgrcError, ModelError
+from pynq_kgrc.errors import ConfigError, KgrcError, ModelError, to_install
 from pynq_kgrc.graph import SAMPLINGS
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _trace_file(options: argparse.Namespace) -> Graph:
     try:
         from pynq_kgrc.models.onnx_trace import trace_onnx
     except ImportError as error:
-        raise ConfigError(f"ONNX files need more ({error}): pip install pynq_kgrc[onnx]") from error
+        raise ConfigError(f"ONNX files need more ({error}): {to_install('onnx')}") from error
     odd = [name for name in ("weights", "entry", "classes", "partial") if getattr(options, name)]
     if odd:
         raise ConfigError(

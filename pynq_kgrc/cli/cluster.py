@@ -21,7 +21,7 @@ from pynq_kgrc.cli.arguments import (
     readable,
     whole,
 )
-from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.errors import ConfigError, to_install
 
 BATCH = """\
 Every file below FOLDER gets a row in a Parquet table, sorted by path. The columns are labels (each
@@ -247,5 +247,5 @@ def needs_ray(error: ImportError) -> ConfigError:
     """The error if Ray is not installed."""
     return ConfigError(
         f"this command needs Ray, which is not installed by default because it is large ({error}): "
-        f"pip install '.[cluster,serve]' in the folder of the source"
+        f"{to_install('cluster,serve')}"
     )

@@ -16,7 +16,7 @@ from pynq_kgrc.cli.arguments import (
     program_file,
     whole,
 )
-from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.errors import ConfigError, to_install
 from pynq_kgrc.graph import MAX_PIXELS, MAX_SECONDS
 
 MORE = """\
@@ -249,9 +249,7 @@ def run_serve(options: argparse.Namespace) -> int:
     try:
         from pynq_kgrc.service.app import run_service
     except ImportError as error:
-        raise ConfigError(
-            f"the service needs more ({error}): pip install '.[serve]' in the folder of the source"
-        ) from error
+        raise ConfigError(f"the service needs more ({error}): {to_install('serve')}") from error
     from pynq_kgrc.backends.base import backend_class
     from pynq_kgrc.backends.chosen import resolve_backend
     from pynq_kgrc.service.keys import read_keys
@@ -310,8 +308,7 @@ def run_serve(options: argparse.Namespace) -> int:
             from pynq_kgrc.service.grpc_server import GrpcServer
         except ImportError as error:
             raise ConfigError(
-                f"--grpc-port needs more ({error}): pip install '.[serve,grpc]' in the folder of "
-                f"the source"
+                f"--grpc-port needs more ({error}): {to_install('serve,grpc')}"
             ) from error
         make_grpc = lambda service: GrpcServer(service, options.host, options.grpc_port)  # noqa: E731
 

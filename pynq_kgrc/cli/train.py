@@ -25,7 +25,7 @@ from pynq_kgrc.cli.arguments import (
     whole,
 )
 from pynq_kgrc.compress.recipes import ALGORITHMS, NAMES
-from pynq_kgrc.errors import ConfigError
+from pynq_kgrc.errors import ConfigError, to_install
 from pynq_kgrc.graph import TRAINING_SAMPLING
 
 if TYPE_CHECKING:
@@ -468,7 +468,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         try:
             from pynq_kgrc.analysis.plots import plot_confusion
         except ImportError as error:
-            raise ConfigError("--plot needs matplotlib: pip install pynq_kgrc[plots]") from error
+            raise ConfigError(f"--plot needs matplotlib: {to_install('plots')}") from error
         from pynq_kgrc.files import written_beside
 
         with written_beside(options.plot) as beside:
