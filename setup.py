@@ -54,7 +54,13 @@ setup(
     packages=[*find_packages(include=["pynq_kgrc", "pynq_kgrc.*"]), *FOLDERS],
     package_dir=FOLDERS,
     package_data={
-        "pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*", "programs/*"],
+        "pynq_kgrc": [
+            "py.typed",
+            "labels/*.txt",
+            "service/page/*",
+            "programs/*",
+            "analysis/*.json",
+        ],
         "pynq_kgrc.hls_src": [
             *(
                 "Makefile",

@@ -56,8 +56,8 @@ def declare(command: Declare) -> None:
         "The network is traced, pruned if a recipe is given, quantized on the clips and lowered\n"
         "to tasks of the accelerator. It is calibrated on one clip of each video: spread over the\n"
         "video for --sampling uniform, else from its middle.\n"
-        "NETWORK is c3d, r2plus1d_18 or i3d, or MODULE:FUNCTION for your own: the function\n"
-        "returns a torch module, and the module has a ClipSpec named CLIP.",
+        "NETWORK is one that `pynq-kgrc networks` lists, or MODULE:FUNCTION for your own: the\n"
+        "function returns a torch module, and the module has a ClipSpec named CLIP.",
     )
     compile_.add_argument("network", metavar="NETWORK", help="the network; see above")
     compile_.add_argument("-o", "--out", type=file_to_write, required=True, help="program to write")
