@@ -28,7 +28,7 @@ from pynq_kgrc.graph import ClipSpec
 from pynq_kgrc.models import NETWORKS
 from pynq_kgrc.models.trace import trace
 
-CHEAP = ("thin_c3d", "thin_r2plus1d")
+CHEAP = ("thin_c3d",)
 
 
 @pytest.mark.parametrize(
