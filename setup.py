@@ -91,7 +91,13 @@ setup(
     ext_modules=[NATIVE],
     cmdclass={"build_ext": PlainLibrary, "bdist_wheel": AnyPython},
     package_data={
-        "pynq_kgrc": ["py.typed", "labels/*.txt", "service/page/*", "programs/*"],
+        "pynq_kgrc": [
+            "py.typed",
+            "labels/*.txt",
+            "service/page/*",
+            "programs/*",
+            "analysis/*.json",
+        ],
         "pynq_kgrc.backends.native": ["kernels/*.*"],
         "pynq_kgrc.hls_src": [
             *(

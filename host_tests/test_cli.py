@@ -1,6 +1,7 @@
 """The command line: every command, its JSON, and its messages for wrong input."""
 
 import argparse
+import importlib
 import inspect
 import json
 import math
@@ -8,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from networks import Net, compiled, small_config
 
 from pynq_kgrc.accelerator.config import preset, write_design
@@ -158,6 +160,28 @@ def test_compile_with_a_report(network, clips, config, tmp_path, capsys):
     assert document["fidelity"]["clips"] == 2
     assert min(document["fidelity"]["snr_db"].values()) > (60 if config == "16-sparse" else 0)
     assert path.is_file()
+
+
+def test_compile_chooses_an_entry_and_leaves_a_classifier_out(network, clips, tmp_path, capsys):
+    build = sys.modules.get("own_network") or importlib.import_module("own_network")
+    states = {name: build.small(5).state_dict() for name in ("model", "model_ema")}
+    torch.save(states, tmp_path / "run.ckpt")
+    out = tmp_path / "x.kgrc"
+    arguments = ["compile", network, "--clips", *clips, "-o", str(out)]
+    arguments += ["--weights", str(tmp_path / "run.ckpt")]
+    assert main(arguments) == 2
+    assert "'model' and 'model_ema', which may differ; choose one with --entry" in (
+        capsys.readouterr().err
+    )
+    arguments += ["--entry", "model_ema"]
+    assert main(arguments) == 2
+    refused = capsys.readouterr().err
+    assert "The file is for 5 classes, the network for 3" in refused and "--partial" in refused
+    assert main([*arguments, "--classes", "3"]) == 2 and not out.exists()
+    capsys.readouterr()
+    assert main([*arguments, "--partial"]) == 0
+    told = capsys.readouterr().err
+    assert "4 tensors from entry 'model_ema', classifier 'fc' of 5 classes left out" in told
 
 
 def test_compile_without_folding(network, clips, tmp_path, capsys):

@@ -15,7 +15,7 @@ from pynq_kgrc.models.checkpoint import load_state
 
 ROWS = {(row["network"], row["source"]): row for row in json.loads(FILE.read_text("utf-8"))}
 
-LIGHT = {"mc3_18", "resnet_18", "mobilenet_v2", "i3d_r50", "csn_50"}
+LIGHT = {"mc3_18", "resnet_18", "mobilenet_v2", "csn_50"}
 """One of each family; the others take seconds each, and run on make test-all only."""
 
 

@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         doctor,
         explore,
         info,
+        networks,
         profile,
         selftest,
         serve,
@@ -200,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     families = (
-        *(classify, build, train, calibrate, info, explore),
+        *(classify, build, train, calibrate, info, networks, explore),
         *(simulate, profile, doctor, selftest, serve, cluster),
     )
     for family in families:
