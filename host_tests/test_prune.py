@@ -16,6 +16,7 @@ from pynq_kgrc.compiler.latency import (
     PrunedCycles,
     choose_rates_by_latency,
     compile_shapes,
+    list_work,
     program_cycles,
 )
 from pynq_kgrc.compiler.lower import lower
@@ -322,6 +323,18 @@ def test_the_cost_of_a_pruned_layer_is_that_of_its_task():
     stranger = replace(graph["left"], name="gone")
     with pytest.raises(ConfigError, match="net has no convolution 'gone'"):
         cost(stranger, np.ones_like(stranger.weight, bool))
+
+
+def test_small_weights_and_large_pools_take_their_time():
+    """A pool of 1152 taps is cut as calibration cuts it; weights that are small are no zeros."""
+    net = Net(size=(8, 12, 12), seed=4)
+    net.dense(net.pool(net.conv("clip", 16, name="first"), (8, 12, 12), op="average_pool"), 10)
+    graph, design = net.graph(), preset("8-sparse")
+    weight = graph["first"].weight
+    assert len(list_work(graph, design, {})) == len(compile_shapes(graph, design).tasks) == 4
+    program = compile_shapes(graph.with_weights({"first": 1e-9 * weight}), design)
+    assert program.tasks[0].weights.enabled.all()
+    assert program_cycles(program) == program_cycles(compile_shapes(graph, design))
 
 
 @pytest.mark.parametrize("name", ["16-blocks-8", "16-blocks-16"])

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from pynq_kgrc.accelerator.boards import CLOCK_MHZ, REFERENCE
 from pynq_kgrc.accelerator.config import DEFAULT_DESIGN, PRESETS, preset
-from pynq_kgrc.accelerator.cutting import cut_pools
 from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.analysis.timing import modelled_ms
 from pynq_kgrc.compiler.latency import compile_shapes, list_work
@@ -109,7 +106,6 @@ def describe_network(graph: Graph, parameters: int, designs: Sequence[str] = ())
     Raises:
         CompileError: the default design cannot run the network.
     """
-    graph = _without_small_weights(cut_pools(graph))  # pools as calibration cuts them
     program = compile_shapes(graph, preset(DEFAULT_DESIGN))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.kgrc"
@@ -144,22 +140,6 @@ def describe_network(graph: Graph, parameters: int, designs: Sequence[str] = ())
         ms=ms,
         refused=refused,
     )
-
-
-def _without_small_weights(graph: Graph) -> Graph:
-    """The graph with weights of at least half the largest of their layer, zeros apart.
-
-    `compile_shapes` gives all tensors one format, for which the small random weights of a layer
-    with many inputs would become codes of zero, and take neither time nor space.
-    """
-    layers = []
-    for layer in graph.layers:
-        weight = layer.weight
-        if weight is not None:
-            grown = np.sign(weight) * (1 + np.abs(weight) / np.abs(weight).max()) / 2
-            layer = replace(layer, weight=grown.astype(np.float32))
-        layers.append(layer)
-    return replace(graph, layers=tuple(layers))
 
 
 def read_table(path: Path = TABLE) -> dict[str, NetworkRow]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.cost import layer_work
-from pynq_kgrc.accelerator.cutting import cut_convolution
+from pynq_kgrc.accelerator.cutting import cut_convolution, cut_pools
 from pynq_kgrc.accelerator.latency import task_time
 from pynq_kgrc.accelerator.tiling import NO_POOL, Work, pool_work
 from pynq_kgrc.compiler.lower import cut_drafts, fold_clip, fuse, lower, place_tensors
@@ -83,12 +83,21 @@ def list_work(
 
 
 def _of_one_format(graph: Graph, config: AcceleratorConfig) -> Graph:
-    layers = (
-        dataclasses.replace(
-            layer, out_quant=QuantParams(16 if layer.name == graph.output else config.bits, 1 / 16)
+    """The graph as calibration would leave it, but for its formats and weights.
+
+    Weights are at least half the largest of their layer, zeros apart: small random ones, as a layer
+    with many inputs has them, would become codes of zero and take neither time nor space.
+    """
+    layers = []
+    for layer in cut_pools(graph).layers:
+        bits = 16 if layer.name == graph.output else config.bits
+        weight = layer.weight
+        if weight is not None and weight.any():
+            weight = np.sign(weight) * (1 + np.abs(weight) / np.abs(weight).max()) / 2
+            weight = weight.astype(np.float32)
+        layers.append(
+            dataclasses.replace(layer, weight=weight, out_quant=QuantParams(bits, 1 / 16))
         )
-        for layer in graph.layers
-    )
     return dataclasses.replace(graph, layers=tuple(layers))
 
 
