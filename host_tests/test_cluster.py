@@ -1052,6 +1052,7 @@ def test_a_program_of_the_package_is_found_by_its_name(monkeypatch, tmp_path):
     assert Path(asked[1].program).is_file()
 
 
+@needs_ray
 def test_emulators_answer_as_one_service_does_and_survive_a_kill(archive, program, tmp_path):
     video = (archive / "c" / "video 11.mp4").read_bytes()
     with Serving(state=tmp_path / "state", program=program) as alone:

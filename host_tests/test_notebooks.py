@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 from pynq_kgrc.analysis import plots
 from pynq_kgrc.backends.board import power
+from pynq_kgrc.backends.chosen import software_backend
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
@@ -84,7 +85,7 @@ def board_of(environment):
     """The backend that a notebook says it takes: the simulated board if it is asked for."""
     if environment:
         pytest.importorskip("pynq", reason="no pynq: notebooks on a simulated board not run")
-    return "simulated board" if environment else "emulate"
+    return "simulated board" if environment else software_backend()
 
 
 @pytest.mark.parametrize("where", [{}, pytest.param(SIMULATED, marks=pytest.mark.slow)], ids=str)
@@ -102,7 +103,7 @@ def test_classify(tmp_path, monkeypatch, where):
 @needs_compiler
 @pytest.mark.parametrize("where", [{}, SIMULATED], ids=str)
 def test_where_the_time_goes(tmp_path, monkeypatch, where):
-    backend = "csim" if board_of(where) == "emulate" else "board"
+    backend = "board" if board_of(where) == "simulated board" else "csim"
     text, pictures = run("02_where_the_time_goes", tmp_path, monkeypatch, **where)
     rows = re.findall(r"^\S+ +(\d+) +(\d+) +(\d+) +none  (\w+)$", text, re.MULTILINE)
     assert len(rows) > 5
@@ -123,7 +124,7 @@ def test_inside_the_overlay(tmp_path, monkeypatch, where):
     rows = re.findall(r"^(\S+) +[\d x]+ +\d+ +none  (.+)$", text, re.MULTILINE)
     assert len(rows) > 5
     assert pictures == 1
-    if backend == "emulate":
+    if backend != "simulated board":
         assert {verdict for _, verdict in rows} == {"emulation only"}
         assert "no board is used here" in text
         return
@@ -201,7 +202,8 @@ def test_power_without_sensors(tmp_path, monkeypatch):
         pytest.skip("this computer has power sensors: the notebook without sensors is not tested")
     text, pictures = run("05_power", tmp_path, monkeypatch, **QUICK)
     assert text.count("not measured: no sensors here") == 3
-    assert re.search(r"^\d+ clips in [\d.]+ s on emulate; power not measured", text, re.MULTILINE)
+    said = rf"^\d+ clips in [\d.]+ s on {software_backend()}; power not measured"
+    assert re.search(said, text, re.MULTILINE)
     assert not re.search(r"\d W\b", text)
     assert pictures == 0
 
