@@ -187,7 +187,7 @@ class LatencySearch:
             told += f"; {self.left} {_FOLDED}"
         if abs(self.reached / self.asked - 1) <= TOLERANCE:
             return told
-        return f"{told}; the rates that eq. (9) allows these layers give nothing nearer"
+        return f"{told}; the search found no rates nearer"
 
 
 def choose_rates_by_latency(
