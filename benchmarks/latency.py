@@ -34,7 +34,6 @@ from pynq_kgrc.compiler.latency import compile_shapes, list_work
 from pynq_kgrc.compress.patterns import Rates, prune, recipe
 from pynq_kgrc.graph import Graph
 from pynq_kgrc.models import NETWORKS
-from pynq_kgrc.quant import Array
 
 RESULTS = ROOT / "benchmarks" / "results" / "latency.json"
 TABLES = ROOT / "host_tests" / "kgrc_tables.json"
@@ -82,7 +81,7 @@ def rows_to_make() -> Iterator[Row]:
 
 
 def traced(network: str) -> Graph:
-    """A network with seeded weights, each of at least half the largest magnitude of its layer."""
+    """A network with seeded weights."""
     import torch
 
     from pynq_kgrc.models.trace import trace
@@ -90,18 +89,7 @@ def traced(network: str) -> Graph:
     name, build = NETWORKS[network]
     module = import_module(name)
     torch.manual_seed(0)
-    graph = trace(getattr(module, build)(classes=101), module.CLIP, name=network)
-    layers = (
-        layer if layer.weight is None else replace(layer, weight=without_zeros(layer.weight))
-        for layer in graph.layers
-    )
-    return replace(graph, layers=tuple(layers))
-
-
-def without_zeros(weight: Array) -> Array:
-    """Weights of the same signs and the same order, whose codes are not 0 at 4 bits either."""
-    size = np.abs(weight)
-    return np.where(weight < 0, -1, 1) * (1 + size / size.max()) / 2
+    return trace(getattr(module, build)(classes=101), module.CLIP, name=network)
 
 
 def in_ms(works: list[Work], cycles: list[float]) -> tuple[float, float]:

@@ -23,7 +23,6 @@ from pynq_kgrc.graph import Graph
 TABLE = Path(__file__).with_suffix(".json")
 """The table that ships with the package."""
 
-
 DESIGNS = tuple(name for name, config in PRESETS.items() if config.bits > 4)
 """Presets of the table. At 4 bits the time depends on training, which makes many codes zero."""
 

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from pynq_kgrc.program import ConvTask, Program
+
 CGROUPS = Path("/sys/fs/cgroup")
 """Where the control groups are mounted that limit a container."""
 
@@ -18,6 +20,12 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0))
     quota = _quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def useful_cores(program: Program, one_core_macs: int) -> int:
+    """All cores; 1 for a program with fewer MACs than `one_core_macs`."""
+    macs = sum(task.shape.macs for task in program.tasks if isinstance(task, ConvTask))
+    return 1 if macs < one_core_macs else available_cores()
 
 
 def _quota() -> float | None:

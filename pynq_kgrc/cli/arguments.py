@@ -161,6 +161,15 @@ def add_design(
         )
 
 
+def add_backend(command: argparse.ArgumentParser) -> None:
+    """Add `--backend`, what runs the program."""
+    command.add_argument(
+        "--backend",
+        default="emulate",
+        help="emulate, native, csim, board or auto (default: emulate)",
+    )
+
+
 def add_weights(
     command: argparse.ArgumentParser, purpose: str, *, required: bool = False, partial: bool = False
 ) -> None:

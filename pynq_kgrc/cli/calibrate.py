@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pynq_kgrc.cli.arguments import Declare, progress
+from pynq_kgrc.cli.arguments import Declare, add_backend, progress
 from pynq_kgrc.errors import ConfigError
 
 
@@ -33,11 +33,7 @@ def declare(command: Declare) -> None:
         default=0.5,
         help="of the answers below the threshold, fewer than this share are right (default: 0.5)",
     )
-    calibrate.add_argument(
-        "--backend",
-        default="emulate",
-        help="emulate, native, csim, board or auto (default: emulate)",
-    )
+    add_backend(calibrate)
 
 
 def run_calibrate(options: argparse.Namespace) -> int:

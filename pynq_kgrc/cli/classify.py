@@ -18,6 +18,7 @@ import msgspec
 from pynq_kgrc.cli.arguments import (
     PROGRAM_HELP,
     Declare,
+    add_backend,
     add_sampling,
     add_top,
     draw_bar,
@@ -47,11 +48,7 @@ def declare(command: Declare) -> None:
     )
     classify.add_argument("videos", nargs="+", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     classify.add_argument("-p", "--program", type=Path, required=True, help=PROGRAM_HELP)
-    classify.add_argument(
-        "--backend",
-        default="emulate",
-        help="emulate, native, csim, board or auto (default: emulate)",
-    )
+    add_backend(classify)
     add_top(classify, "labels to print")
     add_sampling(classify)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pynq_kgrc.cli.arguments import (
     PROGRAM_HELP,
     Declare,
+    add_backend,
     add_sampling,
     check_plot,
     draw_bar,
@@ -55,11 +56,7 @@ def declare(command: Declare) -> None:
     )
     profile.add_argument("video", metavar="VIDEO", help="MP4, MKV, AVI, TS or GIF")
     profile.add_argument("-p", "--program", type=Path, required=True, help=PROGRAM_HELP)
-    profile.add_argument(
-        "--backend",
-        default="emulate",
-        help="emulate, native, csim, board or auto (default: emulate)",
-    )
+    add_backend(profile)
     profile.add_argument(
         "--clips",
         type=whole(1, 100_000),

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import (
+    GraphProto,
     ModelProto,
     NodeProto,
     TypeProto,
@@ -130,15 +131,12 @@ def _read_model(model: ModelProto, path: Path, shape: Shape | None) -> Network:
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     if graph.sparse_initializer:
         raise ModelError(f"{name}: sparse initializers; accepted are dense ones")
-    feeds = [value for value in graph.input if value.name not in constants]
-    if len(feeds) != 1:
-        what = ", ".join(value.name for value in feeds) or "none"
-        raise CompileError(f"{name}: the inputs are {what}; accepted is one, the clip")
-    network = Network(name, opset, feeds[0].name, tuple(value.name for value in graph.output))
+    feed = _input(graph, name)
+    network = Network(name, opset, feed.name, tuple(value.name for value in graph.output))
     network.constants = constants
-    network.shapes[network.input] = _input_shape(feeds[0], shape, name)
+    network.shapes[network.input] = _input_shape(feed, shape, name)
     types = {key: _type(value.shape, _element(value)) for key, value in constants.items()}
-    types[network.input] = _type(network.shapes[network.input] or (), _input_element(feeds[0]))
+    types[network.input] = _type(network.shapes[network.input] or (), _input_element(feed))
     for number, proto in enumerate(_needed(graph.node, network.outputs)):
         _read_node(network, model, proto, types, number)
     return network
@@ -155,14 +153,23 @@ def clip_shape(path: Path) -> tuple[int | None, ...]:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise _unreadable(path, error) from error
-    held = {str(tensor.name) for tensor in model.graph.initializer}
-    feeds = [value for value in model.graph.input if value.name not in held]
+    return tuple(_lengths(_input(model.graph, path.name)))
+
+
+def _input(graph: GraphProto, name: str) -> Any:
+    """The one input that no initializer fills."""
+    held = {str(tensor.name) for tensor in graph.initializer}
+    feeds = [value for value in graph.input if value.name not in held]
     if len(feeds) != 1:
-        raise CompileError(f"{path.name}: {len(feeds)} inputs; accepted is one, the clip")
-    return tuple(
-        dim.dim_value if dim.HasField("dim_value") else None
-        for dim in feeds[0].type.tensor_type.shape.dim
-    )
+        what = ", ".join(value.name for value in feeds) or "none"
+        raise CompileError(f"{name}: the inputs are {what}; accepted is one, the clip")
+    return feeds[0]
+
+
+def _lengths(value: Any) -> list[int | None]:
+    """The axes of a tensor; None for one that is left open."""
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
@@ -214,8 +221,7 @@ def _opset(model: ModelProto, name: str) -> int:
 
 def _input_shape(value: Any, wanted: Shape | None, name: str) -> Shape:
     """The shape of the input; open axes from `wanted`, an open batch is 1."""
-    tensor = value.type.tensor_type
-    dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+    dims = _lengths(value)
     if not value.type.HasField("tensor_type") or len(dims) not in (4, 5):
         raise ModelError(
             f"{name}: input {value.name} of shape {dims}; accepted is [1, C, D, H, W], or "

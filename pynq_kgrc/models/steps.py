@@ -278,9 +278,7 @@ class Reader:
             return value
         if value in self.gathers:
             return self.gathers[value]
-        if value.padded and value.fill != 0:
-            what = f"padding with {value.fill:g} goes into {_word(step)}"
-            raise self.refusal(step, what, "zeros, or padding right before a pool only")
+        _zeros_only(self, step, value)
         if len(shape) not in (2, 3, 4, 5):
             raise self.unreadable(step, value)
         index = index_of(value)
@@ -339,11 +337,15 @@ class Reader:
             raise self.refusal(step, f"{_word(step)} has no input {number}")
         return found
 
-    def unreadable(self, step: Step, value: Value) -> CompileError:
+    def unreadable(
+        self,
+        step: Step,
+        value: Value,
+        instead: str = "one clip, channels first, then depth, height, width",
+    ) -> CompileError:
         """The refusal of a `step` that reads a value in an order or shape that is none of a map."""
         whole = [1, *value.draft.dims]
-        what = f"{_word(step)} reads {whole} as {list(value.shape)}"
-        return self.refusal(step, what, "one clip, channels first, then depth, height, width")
+        return self.refusal(step, f"{_word(step)} reads {whole} as {list(value.shape)}", instead)
 
     def refusal(self, step: Step, what: str, instead: str | None = None) -> CompileError:
         """A CompileError that names the place of `step` in the network."""
@@ -525,9 +527,7 @@ def _rows_gathered(reader: Reader, step: Step, value: Value) -> LayerDraft:
     plain = indexed(value.draft, index_of(channels_first).reshape(base))
     if plain.plain and window_axes(plain, len(rows)) is not None:
         return plain.draft
-    whole = [1, *value.draft.dims]
-    what = f"{_word(step)} reads {whole} as {list(value.shape)}"
-    refusal = reader.refusal(step, what, "flatten(1) before it, or a 1x1x1 convolution")
+    refusal = reader.unreadable(step, value, "flatten(1) before it, or a 1x1x1 convolution")
     try:
         draft = reader.gathered(step, plain).draft
     except _Refused:
@@ -814,8 +814,7 @@ def _linear_map(
         value = reader.gathered(step, value)
         parts = [_per_channel(value, array) for array in (gain, offset)]
     if parts[0] is None or parts[1] is None:
-        what = f"{_word(step)} reads {[1, *value.draft.dims]} as {list(value.shape)}"
-        raise reader.refusal(step, what, "one number for each channel, channels as they come")
+        raise reader.unreadable(step, value, "one number for each channel, channels as they come")
     return _scale(reader, step, value, gain=parts[0], bias=parts[1])
 
 

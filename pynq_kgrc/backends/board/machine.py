@@ -21,7 +21,7 @@ from pynq_kgrc.accelerator.config import AcceleratorConfig
 from pynq_kgrc.accelerator.header import VLNV
 from pynq_kgrc.backends.board import SIMULATE, simulation_requested
 from pynq_kgrc.backends.board.overlays import find_overlay
-from pynq_kgrc.errors import KgrcError
+from pynq_kgrc.errors import KgrcError, to_install
 
 IMAGE = Path("/proc/device-tree/chosen/pynq_board")
 
@@ -107,8 +107,7 @@ def check_pynq(_: Asked) -> str:
     except metadata.PackageNotFoundError:
         raise MissingError(
             "not installed",
-            "on a PYNQ image use the image's Python; elsewhere "
-            "pip install '.[board]' in a checkout",
+            f"on a PYNQ image use the image's Python; elsewhere {to_install('board')}",
         ) from None
     if int(np.__version__.split(".")[0]) > 1:
         raise MissingError(

@@ -28,7 +28,7 @@ from pynq_kgrc.backends.base import (
     count_task,
     locked,
 )
-from pynq_kgrc.backends.cores import available_cores
+from pynq_kgrc.backends.cores import useful_cores
 from pynq_kgrc.backends.emulation.choice import ExactConvolution, choose_convolution
 from pynq_kgrc.backends.emulation.crew import (
     Crew,
@@ -104,7 +104,7 @@ class Emulation(Loaded):
             dtype = code_dtype(buffer.bits)
             raw = arena[start : start + count * dtype.itemsize].view(dtype)
             self._maps.append(raw.reshape(*buffer.size, buffer.channels))
-        self.cores = self._requested_cores or _default_cores(program)
+        self.cores = self._requested_cores or min(4, useful_cores(program, ONE_CORE_MACS))
         workspace = Workspace()
         steps: dict[int, ConvStep | PoolStep] = {}
 
@@ -209,11 +209,6 @@ class Emulation(Loaded):
         if self._crew is not None:
             self._crew.close()
             self._crew = None
-
-
-def _default_cores(program: Program) -> int:
-    macs = sum(task.shape.macs for task in program.tasks if isinstance(task, ConvTask))
-    return 1 if macs < ONE_CORE_MACS else min(4, available_cores())
 
 
 class Workspace:

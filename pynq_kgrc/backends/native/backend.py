@@ -29,7 +29,7 @@ from pynq_kgrc.backends.base import (
     count_task,
     locked,
 )
-from pynq_kgrc.backends.cores import available_cores
+from pynq_kgrc.backends.cores import useful_cores
 from pynq_kgrc.backends.native.layout import (
     QUAD,
     Connected,
@@ -43,7 +43,7 @@ from pynq_kgrc.backends.native.layout import (
 from pynq_kgrc.backends.native.library import choose_instructions, load_library
 from pynq_kgrc.errors import DeviceError
 from pynq_kgrc.graph import Size
-from pynq_kgrc.program import ConvTask, Program, Slot
+from pynq_kgrc.program import Program, Slot
 from pynq_kgrc.quant import Array, ceil_div, code_dtype
 
 ONE_CORE_MACS = 1 << 23
@@ -105,7 +105,7 @@ class Native(Loaded):
         self._stop_crew()
         self._maps_lost = None
         self._program = None  # until all of it is prepared: Ctrl-C leaves no program
-        self.cores = self._requested_cores or _default_cores(program)
+        self.cores = self._requested_cores or useful_cores(program, ONE_CORE_MACS)
         with ThreadPoolExecutor(self.cores, "lay out") as threads:
             self._tasks = list(
                 threads.map(
@@ -220,11 +220,6 @@ def _end_crew(pid: int, free: ctypes._FuncPointer, crew: int, _: Array) -> None:
     """End the threads, whose scratch is kept until here. In a fork they are not this process's."""
     if os.getpid() == pid:
         free(crew)
-
-
-def _default_cores(program: Program) -> int:
-    macs = sum(task.shape.macs for task in program.tasks if isinstance(task, ConvTask))
-    return 1 if macs < ONE_CORE_MACS else available_cores()
 
 
 def _lines(count: int) -> Array:

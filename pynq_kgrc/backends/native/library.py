@@ -64,11 +64,9 @@ def sources_digest() -> str:
 
 def built_library() -> Path | None:
     """The library of these sources, where it was built already; None if it was not."""
-    cached = _cached()
-    for path in (*sorted(KERNELS.parent.glob("_kernels*.so")), cached):
-        if path.is_file() and _digest_of(path) == sources_digest():
-            return path
-    return None
+    digest = sources_digest()
+    paths = (*sorted(KERNELS.parent.glob("_kernels*.so")), _cached(digest))
+    return next((path for path in paths if path.is_file() and _digest_of(path) == digest), None)
 
 
 def find_library() -> Path:
@@ -85,8 +83,8 @@ def has_compiler() -> bool:
     return _compiler() is not None
 
 
-def _cached() -> Path:
-    return user_cache() / "native" / f"{platform.machine()}-{sources_digest()}.so"
+def _cached(digest: str) -> Path:
+    return user_cache() / "native" / f"{platform.machine()}-{digest}.so"
 
 
 def _compiler() -> str | None:
@@ -100,7 +98,8 @@ def _digest_of(path: Path) -> str:
 
 
 def _build(flags: tuple[str, ...] = FLAGS, path: Path | None = None) -> Path:
-    library, compiler = path or _cached(), _compiler()
+    digest, compiler = sources_digest(), _compiler()
+    library = path or _cached(digest)
     if compiler is None:
         raise DeviceError(
             "the kernels in C are not built, and there is no C compiler (gcc): install one, or use "
@@ -109,7 +108,7 @@ def _build(flags: tuple[str, ...] = FLAGS, path: Path | None = None) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         beside = Path(scratch) / library.name
-        command = [compiler, *flags, "-shared", "-fPIC", f'-DKGRC_SOURCES="{sources_digest()}"']
+        command = [compiler, *flags, "-shared", "-fPIC", f'-DKGRC_SOURCES="{digest}"']
         command += [*(str(KERNELS / name) for name in SOURCES), "-o", str(beside)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
